@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Sets up .venv and runs every test, each in a process of its own; ruff, mypy and import-linter are among them.
+set -euo pipefail
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'TXT'
+usage: bash run_tests.sh [options] [pytest arguments]
+
+Runs the tests under tests/ (or those named) with `pytest --forked`, two at a time, on the CPU.
+
+  --full        also the tests marked full (slow)
+  --no-setup    use .venv as it is
+  -h, --help    this text
+
+Everything else goes to pytest:  bash run_tests.sh tests/megatron/model -k rotary -x
+  -m cpu selects what needs no GPU; -n 0 runs one test at a time.
+TXT
+}
+
+setup=1
+arguments=() named=0 workers=2
+previous=""
+for argument in "$@"; do
+    case "$argument" in
+        -h | --help) usage; exit 0 ;;
+        --no-setup) setup=0 ;;
+        *)
+            case "$argument" in
+                # One at a time where the order matters to the person, or the workers are chosen already.
+                -x | --exitfirst | --pdb | -s | --capture=no | --sw | --stepwise) workers=0 ;;
+                -n | -n[0-9]* | --numprocesses*) workers="" ;;
+            esac
+            if [[ $argument != -* && ! $previous =~ ^-[kmpnWco]$ ]] && { [ -e "${argument%%::*}" ] || [ -e "$here/${argument%%::*}" ]; }; then
+                named=1
+                [ -e "${argument%%::*}" ] || argument="$here/$argument"
+            fi
+            arguments+=("$argument")
+            ;;
+    esac
+    previous=$argument
+done
+[ "$named" = 1 ] || arguments+=(tests)
+
+[ "$setup" = 0 ] || bash setup_uv_env.sh
+python=$PWD/${VENV_DIR:-.venv}/bin/python
+[ -x "$python" ] || { echo "run_tests: there is no ${VENV_DIR:-.venv}: run bash setup_uv_env.sh" >&2; exit 1; }
+
+# One thread per process (a fork of a threaded process can hang), no network, nothing written outside this folder.
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=offline TQDM_DISABLE=1 MPLBACKEND=Agg
+export TORCH_EXTENSIONS_DIR=${python%/bin/python}/torch_extensions
+export PATH=${python%/python}:$PATH
+# Kept away from the tests: an outer job's ranks, and a user's own settings.
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT DLTS_HOSTFILE PYTHONPATH
+
+parallel=()
+if [ -n "$workers" ] && [ "$workers" != 0 ] && "$python" -c 'import xdist' 2>/dev/null; then
+    # worksteal: the long tests do not all end up with one worker.
+    parallel=(-n "$workers" --dist worksteal)
+fi
+exec "$python" -m pytest --forked ${parallel[@]+"${parallel[@]}"} "${arguments[@]}"

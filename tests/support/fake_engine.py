@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that computes nothing, and a loop that drives hooks with given results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.data.batch import Batch
+from megatron.engine.base import StepResult
+from megatron.hooks.base import Hook, TrainState, Verdict
+from megatron.mpu.groups import Groups
+from megatron.objectives.base import Objective
+
+
+@dataclass
+class FakeEngine:
+    """Has groups, a device and a module; its steps are never taken."""
+
+    groups: Groups = field(default_factory=Groups.single)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    saved: list[str] = field(default_factory=list)
+
+    def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:
+        raise NotImplementedError
+
+    def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
+        raise NotImplementedError
+
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        (directory / tag).mkdir(parents=True, exist_ok=True)
+        self.saved.append(tag)
+
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        return {}
+
+    def set_schedule_step(self, steps: int) -> None:
+        """Nothing."""
+
+    def module(self) -> torch.nn.Module:
+        return torch.nn.Identity()
+
+
+def result(loss: float = 2.0, **change: Any) -> StepResult:
+    """A step of 0.5 s over 4 samples of 8 tokens."""
+    values: dict[str, Any] = {
+        "metrics": {"lm_loss": loss},
+        "learning_rate": 1e-3,
+        "grad_norm": 1.5,
+        "seconds": 0.5,
+        "samples": 4,
+        "tokens": 32,
+    }
+    return StepResult(**{**values, **change})
+
+
+def drive(hooks: Sequence[Hook], results: Sequence[StepResult], *, start: int = 0, target: int | None = None) -> TrainState:
+    """The training loop without training: returns the state it ended in."""
+    engine = FakeEngine()
+    state = TrainState(iteration=start, target=start + len(results) if target is None else target, samples=4 * start, tokens=32 * start)
+    try:
+        for hook in hooks:
+            hook.on_start(state, engine)
+        for step in results:
+            state = state.after(samples=step.samples, tokens=step.tokens)
+            verdicts = [hook.after_step(state, step, engine) for hook in hooks]
+            if Verdict.STOP in verdicts:
+                break
+        for hook in hooks:
+            hook.on_stop(state, engine)
+    except BaseException as error:
+        for hook in hooks:
+            hook.on_error(state, error)
+        raise
+    return state
