@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors a user can meet. Every one says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+
+class NeoXError(Exception):
+    """Base of all errors raised on purpose.
+
+    what:  one sentence, what is wrong
+    where: file:line, key, tensor or path it is about
+    mend:  what the user does about it
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.mend = mend
+        super().__init__(self.report())
+
+    def report(self) -> str:
+        """The message as shown to the user, one line per part."""
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.mend:
+            lines.append(f"  mend:  {self.mend}")
+        return "\n".join(lines)
+
+
+class ConfigError(NeoXError):
+    """A YAML key, command-line flag or combination of keys cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(NeoXError):
+    """A dataset, index map or tokenizer file is missing, damaged or does not fit."""
+
+
+class CheckpointError(NeoXError):
+    """A checkpoint is missing, damaged or does not fit the model."""
+
+
+class BackendError(NeoXError):
+    """A requested kernel, package or device is not available here."""
+
+
+class TrainingError(NeoXError):
+    """Training cannot go on (non-finite loss, lost rank, ...)."""

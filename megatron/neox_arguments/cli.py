@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command lines of deepy.py and of the scripts it starts, as NeoXArgs. Starts nothing and imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import ConfigError, NeoXError
+from megatron.log import setup_logging
+
+from . import payload
+from .deepspeed import deepspeed_config
+from .flags import HELP, INSIDE, Words, sort_words
+from .flat import read_files
+from .neox_args import NeoXArgs
+
+MEGATRON_CONFIG = "--megatron_config"
+DEEPSPEED_CONFIG = "--deepspeed_config"
+# Added by launchers; ranks are read from the environment.
+IGNORED = ("--local_rank", "--local-rank")
+# What DeepSpeed's autotuner changes in the DeepSpeed config it hands to the workers.
+TUNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "autotuning")
+AUTOTUNING_FILE = "ds_config.json"
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What deepy.py was asked for: the resolved config, the script with its arguments, and the two switches."""
+
+    args: NeoXArgs
+    script: str
+    script_args: tuple[str, ...]
+    dry_run: bool
+    debug: bool
+
+
+def consume_deepy_args(argv: Sequence[str]) -> Launch:
+    """`SCRIPT [-d DIR] CONF... [flags]` -> what to start. Raises ConfigError for whatever is wrong with it."""
+    words = sort_words(argv)
+    if len(words.bare) < 2:
+        missing = "script and config files" if not words.bare else "config files"
+        raise ConfigError(f"no {missing} given", where="command line", mend="python deepy.py train.py configs/quickstart.yml")
+    script, *confs = words.bare
+    if not Path(script).is_file():
+        raise ConfigError(
+            f"the script {script} does not exist", where="command line", mend="python deepy.py SCRIPT CONF...: the script comes first"
+        )
+    words.overrides["user_script"] = script
+    args = read_config(words, confs)
+    debug = "debug" in words.switches
+    return Launch(args=args, script=script, script_args=worker_words(args, debug=debug), dry_run="dry_run" in words.switches, debug=debug)
+
+
+def consume_neox_args(argv: Sequence[str], overwrites: Mapping[str, Any] | None = None) -> NeoXArgs:
+    """A worker's command line, from deepy.py (two encoded configs) or from a user (`CONF... [flags]`), as NeoXArgs.
+
+    overwrites: settings of the calling script, which win over files and flags alike.
+    The number of ranks is that of the launcher's environment, else 1. Raises ConfigError.
+    """
+    encoded, rest = _split_encoded(argv)
+    words = sort_words(rest)
+    fixed = dict(overwrites or {})
+    if MEGATRON_CONFIG not in encoded:
+        if not words.bare:
+            raise ConfigError("no config files given", where="command line", mend="python train.py CONF..., or start it with deepy.py")
+        found = rank_count(os.environ)
+        wanted = words.overrides.get("global_num_gpus") or read_files(words.bare, words.conf_dir).values.get("global_num_gpus")
+        _check_ranks(fixed.get("global_num_gpus", wanted), found)
+        return read_config(words, words.bare, {"global_num_gpus": found, **fixed})
+    if words.bare or words.overrides:
+        raise ConfigError(
+            f"{MEGATRON_CONFIG} holds the whole configuration; files and flags beside it would be ignored",
+            where="command line",
+            mend="give them to deepy.py, or drop the encoded config",
+        )
+    return _from_encoded(encoded, fixed)
+
+
+def read_config(words: Words, confs: Sequence[str], fixed: Mapping[str, Any] | None = None) -> NeoXArgs:
+    """The config files `confs` with the overrides of a sorted command line, and the calling script's `fixed` settings over both."""
+    return NeoXArgs.from_ymls(confs, overwrites={**_overwrites(words, confs), **(fixed or {})}, conf_dir=words.conf_dir)
+
+
+def worker_words(args: NeoXArgs, *, debug: bool = False) -> tuple[str, ...]:
+    """The arguments every worker gets: both configs, encoded. Raises ConfigError if a secret would be among them."""
+    if args.runtime.autotuning_run:
+        tuned = AUTOTUNING_FILE  # the autotuner edits a file
+    else:
+        tuned = payload.encode(deepspeed_config(args))
+    words = (DEEPSPEED_CONFIG, tuned, MEGATRON_CONFIG, payload.encode({**args.given(), "global_num_gpus": args.runtime.global_num_gpus}))
+    return (*words, "--debug") if debug else words
+
+
+def rank_count(environ: Mapping[str, str]) -> int:
+    """How many processes were started together, as the launcher's environment tells (torchrun, DeepSpeed, MPI, srun); else 1."""
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if environ.get(name, "").isdecimal():
+            return max(1, int(environ[name]))
+    return 1
+
+
+def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, usage: str, about: str) -> int:
+    """Run a script's `main` as a user wants it: --help answers at once, errors are reports on stderr, the result is the exit status.
+
+    Tracebacks of errors raised on purpose appear with --debug only.
+    """
+    if not set(argv).isdisjoint(("-h", "--help")):
+        sys.stdout.write(HELP.format(usage=usage, about=about))
+        return 0
+    setup_logging()
+    try:
+        return main(list(argv)) or 0
+    except NeoXError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write((f"[rank {rank}] " if rank != "0" else "") + error.report() + "\n")
+        sys.stderr.flush()
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _split_encoded(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The encoded configs, and the other words without those that launchers add."""
+    encoded: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in (MEGATRON_CONFIG, DEEPSPEED_CONFIG):
+            encoded[name] = value if equals else next(words, "")
+        elif name in IGNORED:
+            _ = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    return encoded, rest
+
+
+def _overwrites(words: Words, confs: Sequence[str]) -> dict[str, Any]:
+    """Overrides by key. A dotted one changes its entry in the files' dict; `--lr` is such a one where there is an optimizer dict."""
+    flat = {key: value for key, value in words.overrides.items() if "." not in key}
+    dotted = {key: value for key, value in words.overrides.items() if "." in key}
+    inside = {key: INSIDE[key] for key in flat if key in INSIDE}
+    if not dotted and not inside:
+        return flat
+    files = read_files(confs, words.conf_dir).values
+    for key, path in inside.items():
+        if isinstance(flat.get(path.partition(".")[0], files.get(path.partition(".")[0])), dict):
+            dotted.setdefault(path, flat.pop(key))
+    for path, value in dotted.items():
+        key, *inner = path.split(".")
+        if key not in flat:
+            flat[key] = deepcopy(files.get(key))
+        flat[key] = _with_entry(flat[key], inner, value, f"--{path}")
+    return flat
+
+
+def _with_entry(block: Any, path: list[str], value: Any, flag: str) -> dict[str, Any]:
+    """`block` with the entry at `path` set; missing dicts on the way are made."""
+    if block is None:
+        block = {}
+    if not isinstance(block, dict):
+        raise ConfigError(f"{flag} names an entry of a mapping, but there is {block!r}", where=flag, mend="give the whole key")
+    head, *rest = path
+    return {**block, head: _with_entry(block.get(head), rest, value, flag) if rest else value}
+
+
+def _from_encoded(encoded: Mapping[str, str], fixed: dict[str, Any]) -> NeoXArgs:
+    values = payload.decode(encoded[MEGATRON_CONFIG], MEGATRON_CONFIG)
+    if values.get("autotuning_run") and DEEPSPEED_CONFIG in encoded:
+        tuned = _tuned(encoded[DEEPSPEED_CONFIG])
+        values |= {key: tuned[key] for key in TUNED if key in tuned}
+    if "WORLD_SIZE" in os.environ:
+        _check_ranks(values.get("global_num_gpus"), rank_count(os.environ))
+    return NeoXArgs.from_dict({**values, **fixed})
+
+
+def _check_ranks(wanted: Any, found: int) -> None:
+    if wanted not in (None, found):
+        raise ConfigError(
+            f"the configuration is for {wanted} ranks, but {found} {'was' if found == 1 else 'were'} started",
+            where="global_num_gpus",
+            mend=f"start {wanted} processes (python deepy.py does), or leave global_num_gpus out",
+        )
+
+
+def _tuned(text: str) -> dict[str, Any]:
+    """The DeepSpeed config of an autotuning trial: a JSON file, or encoded."""
+    if not Path(text).is_file():
+        return payload.decode(text, DEEPSPEED_CONFIG)
+    loaded = json.loads(Path(text).read_text())
+    return loaded if isinstance(loaded, dict) else {}

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our sections as DeepSpeed's configuration. The only file that knows DeepSpeed's key names; it imports no DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.errors import ConfigError
+
+from .neox_args import NeoXArgs
+from .problems import ConfigProblems, Problem
+
+# Dicts that DeepSpeed alone reads: handed over as they are, under the name they have here.
+PASSED_ON = ("data_efficiency", "autotuning", "checkpoint")
+PASSED_ON_LOGS = ("flops_profiler", "comms_logger", "csv_monitor", "tensorboard", "wandb")
+# What DeepSpeed 0.19 took out and refuses, key -> (section, what to use instead).
+REMOVED = {
+    "amp": ("optim", "use precision: bfloat16 or fp16"),
+    "compression_training": ("optim", "leave it out"),
+    "elasticity": ("optim", "give the batch sizes directly"),
+    "sparse_attention": ("attention", "use attention_config and sparsity_config"),
+    "sparse_gradients": ("optim", "leave it out: embedding gradients are reduced dense"),
+}
+# Optimizers that exist only inside DeepSpeed, so DeepSpeed has to build them; name there.
+BUILT_BY_DEEPSPEED = {"onebitadam": "OneBitAdam"}
+# Always sent, whether the user said them or not.
+DEFAULT_GRAD_ACCUM = {"grad_accum_dtype": "fp32"}
+
+
+def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
+    """DeepSpeed's JSON as a dict for `deepspeed.initialize(config=...)`.
+
+    Optimizer and schedule are built by us and handed over as objects; only one-bit Adam is left to DeepSpeed.
+    Raises ConfigError where `deepspeed_extra_args` says something else than our own keys, and where DeepSpeed
+    has no implementation of the combination asked for.
+    """
+    _refuse_removed(args)
+    config = _batch(args) | _gradients(args) | _precision(args) | _reports(args)
+    config["zero_optimization"] = dict(args.optim.zero_optimization or {"stage": 0})
+    # Our optimizers are ordinary torch optimizers: DeepSpeed need not know them by name, offloaded or not.
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False
+    checkpointing = _activation_checkpointing(args)
+    if checkpointing:
+        config["activation_checkpointing"] = checkpointing
+    config |= _given(args.optim, PASSED_ON) | _given(args.logs, PASSED_ON_LOGS) | _optimizer(args)
+    return _with_extra(config, args)
+
+
+def _refuse_removed(args: NeoXArgs) -> None:
+    """One error for all keys in use that DeepSpeed no longer has; a block with `enabled: false` is not in use."""
+    problems = []
+    for key, (section, mend) in REMOVED.items():
+        value = getattr(getattr(args, section), key)
+        if value and not (isinstance(value, dict) and value.get("enabled") is False):
+            problems.append(Problem(f"DeepSpeed no longer has {key}", where=str(args.origin(key)), mend=mend, keys=(key,)))
+    if problems:
+        raise ConfigProblems(problems)
+
+
+def _given(section: object, names: tuple[str, ...]) -> dict[str, Any]:
+    """The named dicts of a section that are set."""
+    return {name: dict(value) for name in names if (value := getattr(section, name)) is not None}
+
+
+def _batch(args: NeoXArgs) -> dict[str, Any]:
+    run = args.run
+    return {
+        "train_batch_size": run.train_batch_size,
+        "train_micro_batch_size_per_gpu": run.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+    }
+
+
+def _gradients(args: NeoXArgs) -> dict[str, Any]:
+    optim = args.optim
+    config: dict[str, Any] = {
+        "gradient_clipping": float(optim.gradient_clipping or 0.0),
+        "prescale_gradients": optim.prescale_gradients,
+        "gradient_predivide_factor": optim.gradient_predivide_factor,
+    }
+    reduce_in = _reduce_dtype(args)
+    if reduce_in is not None:
+        config["communication_data_type"] = reduce_in
+    return config
+
+
+def _reduce_dtype(args: NeoXArgs) -> str | None:
+    """The dtype gradients are summed in; DeepSpeed no longer reads `fp32_allreduce`, so it is said in the newer key."""
+    given = args.optim.communication_data_type
+    if not args.optim.fp32_allreduce:
+        return given
+    if given not in (None, "fp32"):
+        raise ConfigError(
+            f"fp32_allreduce: true contradicts communication_data_type: {given}",
+            where=str(args.origin("communication_data_type")),
+            mend="keep one of the two",
+        )
+    return "fp32"
+
+
+def _precision(args: NeoXArgs) -> dict[str, Any]:
+    optim = args.optim
+    config: dict[str, Any] = {}
+    data_types = dict(optim.data_types) if optim.data_types else {}
+    if args.model.precision == "fp16":
+        config["fp16"] = _fp16(args)
+    elif args.model.precision == "bfloat16":
+        config["bf16"] = {**(optim.bf16 or {}), "enabled": True}
+        data_types = _bf16_data_types(args, data_types)
+    if data_types:
+        config["data_types"] = data_types
+    return config
+
+
+def _fp16(args: NeoXArgs) -> dict[str, Any]:
+    """The fp16 block; the four top-level loss-scale keys fill what the dict does not say."""
+    optim = args.optim
+    block = {
+        "loss_scale": optim.loss_scale or 0,  # 0 means dynamic
+        "loss_scale_window": int(optim.loss_scale_window),
+        "hysteresis": optim.hysteresis,
+        "min_loss_scale": optim.min_scale,
+    }
+    block.update({key: value for key, value in (optim.fp16 or {}).items() if key != "type"})
+    return {**block, "enabled": True}
+
+
+def _bf16_data_types(args: NeoXArgs, given: dict[str, Any]) -> dict[str, Any]:
+    """bfloat16 gradients are summed over micro batches in fp32 wherever DeepSpeed can (ZeRO 1-3), unless told otherwise."""
+    if (args.optim.zero_optimization or {}).get("stage", 0) > 0:
+        return DEFAULT_GRAD_ACCUM | given
+    if given.get("grad_accum_dtype") not in (None, "bf16"):
+        raise ConfigError(
+            f"data_types.grad_accum_dtype {given['grad_accum_dtype']} with bfloat16 needs ZeRO: stage 0 sums in the model's dtype",
+            where=str(args.origin("data_types")),
+            mend="set zero_optimization: {stage: 1}, or leave data_types out",
+        )
+    return given
+
+
+def _reports(args: NeoXArgs) -> dict[str, Any]:
+    logs = args.logs
+    return {
+        "steps_per_print": logs.steps_per_print,
+        "wall_clock_breakdown": logs.wall_clock_breakdown,
+        "dump_state": logs.dump_state,
+    }
+
+
+def _activation_checkpointing(args: NeoXArgs) -> dict[str, Any]:
+    """The user's dict, else one made of the five single keys; empty when nothing asks for it."""
+    run = args.run
+    if run.activation_checkpointing is not None:
+        return dict(run.activation_checkpointing)
+    block: dict[str, Any] = {
+        "partition_activations": run.partition_activations,
+        "contiguous_memory_optimization": run.contiguous_checkpointing,
+        "cpu_checkpointing": run.checkpoint_in_cpu,
+        "synchronize_checkpoint_boundary": run.synchronize_each_layer,
+        "profile": run.profile_backward,
+    }
+    if not any(block.values()):
+        return {}
+    if run.contiguous_checkpointing:
+        block["number_checkpoints"] = -(-(args.model.num_layers or 1) // run.checkpoint_num_layers)
+    return block
+
+
+def _optimizer(args: NeoXArgs) -> dict[str, Any]:
+    """Optimizer and scheduler blocks, for those optimizers only that DeepSpeed has to build."""
+    name = BUILT_BY_DEEPSPEED.get(args.optim.optimizer_type)
+    if name is None:
+        return {}
+    params = dict((args.optim.optimizer or {}).get("params", {}))
+    params.setdefault("lr", args.optim.lr)
+    params.setdefault("weight_decay", args.optim.weight_decay)
+    block: dict[str, Any] = {"optimizer": {"type": name, "params": params}}
+    if args.optim.scheduler is not None:
+        block["scheduler"] = dict(args.optim.scheduler)
+    return block
+
+
+def _with_extra(config: dict[str, Any], args: NeoXArgs) -> dict[str, Any]:
+    """`config` with deepspeed_extra_args merged in at the top level; a different value for one of our keys is an error."""
+    extra = args.optim.deepspeed_extra_args or {}
+    ours = {*config, "optimizer", "scheduler"}
+    clashes = [key for key, value in extra.items() if key in ours and config.get(key) != value]
+    if clashes:
+        raise ConfigError(
+            "; ".join(f"deepspeed_extra_args.{key} is {extra[key]!r}, but {key} itself says {config.get(key)!r}" for key in clashes),
+            where=str(args.origin("deepspeed_extra_args")),
+            mend=f"move {', '.join(clashes)} out of deepspeed_extra_args to the top level of the YAML, or drop it",
+        )
+    return {**config, **extra}

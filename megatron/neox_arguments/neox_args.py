@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeoXArgs: the whole configuration, resolved, checked and frozen. Knows no torch and starts nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from . import flat as flat_files
+from .draft import Draft
+from .flat import Flat, fold
+from .nested import check_block
+from .problems import DEFAULT, ConfigProblems, Origin, Problem
+from .resolvers import RESOLVERS, resolve_world
+from .rules import broken_rules
+from .sections import (
+    SECTION_OF,
+    SECTIONS,
+    AttentionArgs,
+    CheckpointArgs,
+    DataArgs,
+    LogsArgs,
+    ModelArgs,
+    ObjectiveArgs,
+    OptimArgs,
+    RunArgs,
+    RuntimeArgs,
+    Section,
+    TextArgs,
+)
+from .translate import unknown_key, value_problems
+from .world import visible_devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeoXArgs:
+    """The configuration of a run: ten frozen sections, derived values included.
+
+    Made by `from_ymls` or `from_dict`, which raise one ConfigError with every problem there is.
+    """
+
+    runtime: RuntimeArgs
+    model: ModelArgs
+    attention: AttentionArgs
+    optim: OptimArgs
+    run: RunArgs
+    data: DataArgs
+    objective: ObjectiveArgs
+    checkpoint: CheckpointArgs
+    logs: LogsArgs
+    text: TextArgs
+    _given: Mapping[str, Any] = field(repr=False)
+    _origins: Mapping[str, Origin] = field(repr=False, compare=False)
+
+    @classmethod
+    def from_ymls(cls, paths: Sequence[str | Path], overwrites: Mapping[str, Any] | None = None, conf_dir: str | None = None) -> NeoXArgs:
+        """Read, merge and resolve config files.
+
+        paths: config files, `.yml` appended where the name ends in none of .yml, .yaml, .json; joined to conf_dir
+        overwrites: settings from the command line, which win over the files'
+        """
+        flat = flat_files.read_files([str(path) for path in paths], conf_dir)
+        flat_files.add_overwrites(flat, overwrites)
+        return cls._build(flat)
+
+    @classmethod
+    def from_dict(cls, flat: Mapping[str, Any]) -> NeoXArgs:
+        """Resolve settings that a program holds; the same rules as for files."""
+        return cls._build(flat_files.from_mapping(flat))
+
+    def replace(self, **flat: Any) -> NeoXArgs:
+        """The configuration with some settings changed, and everything derived derived anew."""
+        changed = Flat(dict(self._given), dict(self._origins))
+        for key, value in flat.items():
+            changed.values[fold(key)] = value
+            changed.origins[fold(key)] = Origin("replace")
+        changed.origins = {key: origin for key, origin in changed.origins.items() if origin.kind not in ("derived", "default")}
+        return self._build(changed)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every key with its resolved value, as plain python values; `from_dict` of it gives the same sections."""
+        return {key: deepcopy(getattr(getattr(self, section), key)) for key, section in SECTION_OF.items()}
+
+    def given(self) -> dict[str, Any]:
+        """The keys that the user set, as the user set them (config_files included); `from_dict` of it resolves them anew."""
+        return deepcopy(dict(self._given))
+
+    def origin(self, key: str) -> Origin:
+        """Where the value of a key, or of a dotted entry of a block (`optimizer.params.lr`), came from."""
+        name = fold(key)
+        if name.partition(".")[0] not in SECTION_OF:
+            raise ConfigProblems([unknown_key(name, None)])
+        while name not in self._origins and "." in name:
+            name = name.rpartition(".")[0]
+        return self._origins.get(name, DEFAULT)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of model replicas: ranks / pipeline stages / tensor-parallel ranks."""
+        return (self.runtime.global_num_gpus or 1) // (max(self.runtime.pipe_parallel_size, 1) * self.runtime.model_parallel_size)
+
+    @property
+    def config_files(self) -> dict[str, str]:
+        """Text of the config files by name; empty when none was read."""
+        return dict(self.checkpoint.config_files or {})
+
+    def ignored_keys(self) -> tuple[str, ...]:
+        """Keys the user set that do nothing, for one warning line."""
+        return tuple(key for key, value in self._given.items() if key in NO_EFFECT_KEYS and value != NO_EFFECT_KEYS[key])
+
+    def __getattr__(self, name: str) -> Any:
+        """Read-only flat view for outside users: `args.hidden_size`."""
+        section = SECTION_OF.get(name)
+        if section is None:
+            raise AttributeError(f"NeoXArgs has no key {name}")
+        return getattr(getattr(self, section), name)
+
+    @classmethod
+    def _build(cls, flat: Flat) -> NeoXArgs:
+        if flat.files:
+            flat.values.setdefault("config_files", flat.files)
+        draft = _read(flat)
+        if any(not problem.keys for problem in flat.problems):
+            # A file that could not be read says nothing of what it would have set.
+            raise ConfigProblems(draft.problems)
+        environ = dict(os.environ)
+        resolve_world(draft, environ, visible_devices(environ))
+        for resolve in RESOLVERS:
+            resolve(draft)
+        if draft["git_hash"] is None:
+            draft.derive("git_hash", git_commit(Path(__file__).resolve().parents[2]), "the repository")
+        sections = _sections(draft)
+        for problem in broken_rules(draft):
+            draft.refuse(problem, spoils=False)
+        if draft.problems:
+            raise ConfigProblems(draft.problems)
+        origins = {
+            key: origin for key, origin in flat.origins.items() if flat.values.get(key.partition(".")[0].partition("[")[0]) is not None
+        }
+        origins |= {key: Origin("derived", detail=source) for key, source in draft.sources.items() if source != "default"}
+        return cls(**sections, _given=flat.values, _origins=origins)
+
+
+NO_EFFECT_KEYS: Final[Mapping[str, Any]] = {
+    key: info.default
+    for section in SECTIONS.values()
+    for key, info in section.model_fields.items()
+    if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("effect") == "none"
+}
+
+
+def _read(flat: Flat) -> Draft:
+    """Values of all keys as far as each is right by itself; unknown keys and wrong values become problems."""
+    draft = Draft({}, frozenset(), flat.origins, files=tuple(flat.files))
+    for problem in flat.problems:
+        draft.refuse(problem)
+    draft.bad.clear()
+    autotuning = flat.values.get("autotuning")
+    relaxed = isinstance(autotuning, dict) and bool(autotuning.get("enabled"))
+    given: dict[str, Any] = {}
+    for key, value in flat.values.items():
+        if key not in SECTION_OF:
+            draft.refuse(unknown_key(key, draft.place((key,))))
+        elif not (relaxed and value == "auto"):
+            given[key] = _checked_block(draft, key, value, relaxed) if isinstance(value, dict) else value
+    for name, section in SECTIONS.items():
+        draft.values |= _valid_values(draft, section, {key: value for key, value in given.items() if SECTION_OF[key] == name})
+    draft.given = frozenset(key for key in given if draft.values[key] is not None and key not in draft.bad)
+    return draft
+
+
+def _checked_block(draft: Draft, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
+    checked, problems = check_block(key, block, relaxed=relaxed)
+    for problem in problems:
+        draft.refuse(Problem(**{**vars(problem), "where": draft.place(problem.keys[-1:]), "keys": problem.keys[-1:]}))
+    return checked
+
+
+def _valid_values(draft: Draft, section: type[Section], given: dict[str, Any]) -> dict[str, Any]:
+    """The section's values; a value that is not allowed is reported and its default stands in."""
+    try:
+        made = section.model_validate(given)
+    except ValidationError as error:
+        for problem in value_problems(section, error, given):
+            draft.refuse(problem)
+        made = section.model_validate({key: value for key, value in given.items() if key not in draft.bad})
+    return {key: getattr(made, key) for key in section.model_fields}
+
+
+def _sections(draft: Draft) -> dict[str, Any]:
+    """The frozen sections of a resolved draft; a derived value out of bounds is a problem too."""
+    made: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        values = {key: draft[key] for key in section.model_fields}
+        try:
+            made[name] = section.model_validate(values)
+        except ValidationError as error:
+            for problem in value_problems(section, error, values):
+                draft.refuse(problem)
+    return made
+
+
+def git_commit(root: Path) -> str | None:
+    """First 9 digits of the commit checked out in `root`, read without running git; None where there is none."""
+    try:
+        git = root / ".git"
+        if git.is_file():
+            git = (root / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref:"):
+            return head[:9]
+        ref = head.removeprefix("ref:").strip()
+        common = git / (git / "commondir").read_text(encoding="utf-8").strip() if (git / "commondir").is_file() else git
+        if (common / ref).is_file():
+            return (common / ref).read_text(encoding="utf-8").strip()[:9]
+        packed = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0][:9] for line in packed if line.endswith(f" {ref}")), None)
+    except OSError:
+        return None

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a configuration travels on a worker's command line: urlsafe base64 of JSON. Knows no keys, and refuses secrets."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.errors import ConfigError
+
+# Linux takes at most 128 KiB in one argument; larger texts are compressed.
+PLAIN_LIMIT = 96 * 1024
+ARGUMENT_LIMIT = 128 * 1024 - 256
+SECRET_NAME = re.compile(r"(?i)(^|_|-)(api_?key|access_?key|secret(_?key)?|password|passwd|(access|auth|hf|api)_?token|token)$")
+MASK = "***"
+
+
+def encode(values: dict[str, Any]) -> str:
+    """JSON as urlsafe base64; texts too long for one argument are zlib-compressed first.
+
+    Raises ConfigError when a secret is among the values (anyone on the machine can read a command line), or
+    when even the compressed text is longer than an argument may be.
+    """
+    secrets = list(secret_names(values))
+    if secrets:
+        raise ConfigError(
+            f"a secret may not stand in a config: {', '.join(secrets)}",
+            where=", ".join(secrets),
+            mend="take it out of the YAML and export it in the environment (WANDB_API_KEY, COMET_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY)",
+        )
+    raw = json.dumps(values).encode()
+    text = base64.urlsafe_b64encode(raw).decode()
+    if len(text) > PLAIN_LIMIT:
+        text = base64.urlsafe_b64encode(zlib.compress(raw, 9)).decode()
+    if len(text) > ARGUMENT_LIMIT:
+        raise ConfigError(
+            f"the configuration takes {len(text)} bytes, more than one command-line argument holds ({ARGUMENT_LIMIT})",
+            mend="start the workers on the YAML files themselves: torchrun --nproc_per_node N train.py CONF...",
+        )
+    return text
+
+
+def decode(text: str, flag: str) -> dict[str, Any]:
+    """What `encode` made. Raises ConfigError naming `flag` for anything else."""
+    try:
+        raw = base64.urlsafe_b64decode(text)
+        values = json.loads(raw if raw.startswith(b"{") else zlib.decompress(raw))
+    except (binascii.Error, zlib.error, ValueError) as error:
+        raise ConfigError(f"{flag} is not base64 JSON ({error})", where=flag, mend="leave this flag to deepy.py") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{flag} holds {type(values).__name__}, not a mapping", where=flag, mend="leave this flag to deepy.py")
+    return values
+
+
+def secret_names(values: object, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values, nested ones included, whose name says that they are secret and that are not empty."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            name = f"{prefix}.{key}" if prefix else str(key)
+            if isinstance(value, str) and value and SECRET_NAME.search(str(key)):
+                yield name
+            else:
+                yield from secret_names(value, name)
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from secret_names(value, f"{prefix}[{index}]")
+
+
+def mask(name: str, value: str) -> str:
+    """`value` as it may be shown to others."""
+    return MASK if SECRET_NAME.search(name) else value

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules: what does not go together, and what is not built yet."""
+
+from .rule import Rule
+from .table import RULES, broken_rules
+from .unfinished import UNFINISHED, Unfinished, unfinished
+
+__all__ = ["RULES", "UNFINISHED", "Rule", "Unfinished", "broken_rules", "unfinished"]

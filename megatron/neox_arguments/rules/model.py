@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about the model's shape and its layers. Knows nothing of data or of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from ..problems import Problem, plain, shown
+from .rule import Rule, Values, divides, simple
+
+GATED: Final = ("geglu", "reglu", "swiglu", "bilinear", "glu")
+RECURRENT: Final = ("mamba", "rwkv")
+
+
+def _layers(v: Values, *names: str) -> bool:
+    return any(name in names for name in v["attention_config"] or ())
+
+
+def _needs_heads(v: Values) -> bool:
+    return not _layers(v, *RECURRENT)
+
+
+def _head_dim(v: Values) -> int:
+    return int(v["hidden_size"] // v["num_attention_heads"])
+
+
+def _required(v: Values) -> Iterable[Problem]:
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        if v[key] is None:
+            other = " (or seq_length)" if key == "max_position_embeddings" else ""
+            yield Problem(f"{key} is not set{other}", allowed="a whole number >= 1", mend=f"add `{key}: N` to a config file", keys=(key,))
+
+
+def _kv_layers(v: Values) -> Iterable[Problem]:
+    if v["num_kv_heads"] >= v["num_attention_heads"]:
+        return
+    wrong = sorted({name for name in v["attention_config"] or () if name not in ("global", "flash", *RECURRENT)})
+    if wrong or v["sparsity_config"]:
+        yield Problem(
+            f"grouped key/value heads (num_kv_heads {v['num_kv_heads']}) do not work with {', '.join(wrong) or 'sparsity_config'}",
+            allowed="layer types global and flash",
+            mend="leave num_kv_heads out, or use global or flash layers",
+            keys=("num_kv_heads", "attention_config"),
+        )
+
+
+def _rotary(v: Values) -> Iterable[Problem]:
+    if v["pos_emb"] != "rotary" or not _needs_heads(v) or v["hidden_size"] % v["num_attention_heads"]:
+        return
+    head = _head_dim(v)
+    rotated = int(head * v["rotary_pct"])
+    if rotated < 2 or rotated % 2:
+        yield Problem(
+            f"rotary_pct {plain(v['rotary_pct'])} rotates {rotated} of {head} features per head; they are rotated in pairs",
+            allowed="a fraction that gives an even number >= 2",
+            mend=f"set rotary_pct to {max(2, 2 * round(rotated / 2)) / head:g}" if head >= 2 else "use larger heads",
+            keys=("rotary_pct", "num_attention_heads", "hidden_size"),
+        )
+
+
+_ROPE_NEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "linear": ("factor",),
+    "ntk": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "default": (),
+}
+
+
+def _rope_scaling(v: Values) -> Iterable[Problem]:
+    block: dict[str, Any] = v["rope_scaling"]
+    if v["pos_emb"] != "rotary":
+        yield Problem(
+            f"rope_scaling works on rotary positions, pos_emb is {v['pos_emb']}",
+            mend="set pos_emb: rotary",
+            keys=("rope_scaling", "pos_emb"),
+        )
+    kind = block.get("rope_type", block.get("type"))
+    if block.get("rope_type") and block.get("type") and block["rope_type"] != block["type"]:
+        yield Problem(
+            "rope_scaling.rope_type and rope_scaling.type differ",
+            mend="keep rope_type",
+            keys=("rope_scaling.rope_type", "rope_scaling.type"),
+        )
+    elif kind is None:
+        names = ", ".join(_ROPE_NEEDS)
+        yield Problem("rope_scaling lacks `rope_type`", allowed=f"one of {names}", mend="add rope_type", keys=("rope_scaling",))
+    else:
+        missing = ", ".join(name for name in _ROPE_NEEDS.get(kind, ()) if block.get(name) is None)
+        if missing:
+            yield Problem(f"rope_scaling of type {kind} lacks {missing}", mend=f"add {missing}", keys=("rope_scaling",))
+    if block.get("factor") is not None and block["factor"] < 1:
+        yield Problem(
+            f"rope_scaling.factor is {plain(block['factor'])}", allowed="a number >= 1", mend="give the ratio of new to old length",
+            keys=("rope_scaling.factor",),
+        )  # fmt: skip
+
+
+def _window_pattern(v: Values) -> Iterable[Problem]:
+    pattern = v["sliding_window_pattern"]
+    if not pattern or any(width is not None and width < 1 for width in pattern):
+        yield Problem(
+            f"sliding_window_pattern is {shown(pattern)}",
+            allowed="at least one entry, each a whole number >= 1 or null",
+            mend="write for instance [4095, 4095, 4095, null]",
+            keys=("sliding_window_pattern",),
+        )
+
+
+MODEL_RULES: Final[tuple[Rule, ...]] = (
+    Rule("required", (), _required),
+    divides("heads-divide-width", "num_attention_heads", "hidden_size", _needs_heads),
+    divides("kv-heads-divide-heads", "num_kv_heads", "num_attention_heads"),
+    divides("tp-divides-heads", "model_parallel_size", "num_attention_heads", _needs_heads),
+    divides("tp-divides-kv-heads", "model_parallel_size", "num_kv_heads", _needs_heads),
+    divides("tp-divides-width", "model_parallel_size", "hidden_size"),
+    divides("tp-divides-experts", "model_parallel_size", "moe_num_experts", lambda v: v["moe_num_experts"] > 1),
+    divides("tp-divides-sequence", "model_parallel_size", "seq_length", lambda v: bool(v["sequence_parallel"])),
+    Rule("kv-heads-and-layer-types", ("num_kv_heads", "num_attention_heads"), _kv_layers),
+    Rule("rotary-pairs", ("rotary_pct", "hidden_size", "num_attention_heads"), _rotary),
+    Rule("rope-scaling", ("rope_scaling",), _rope_scaling),
+    Rule("window-pattern", ("sliding_window_pattern",), _window_pattern),
+    simple(
+        "sequence-fits",
+        ("seq_length", "max_position_embeddings"),
+        lambda v: v["seq_length"] > v["max_position_embeddings"],
+        "seq_length {seq_length} is greater than max_position_embeddings {max_position_embeddings}",
+        "raise max_position_embeddings to {seq_length}, or shorten seq_length",
+    ),
+    simple(
+        "one-width",
+        ("intermediate_size", "expansion_factor"),
+        lambda v: True,
+        "intermediate_size {intermediate_size} and expansion_factor {expansion_factor} both set the width of the MLP",
+        "keep one of the two",
+    ),
+    simple(
+        "qk-norms",
+        ("use_separate_qk_norms",),
+        lambda v: v["use_separate_qk_norms"] and not v["use_qk_layernorm"],
+        "use_separate_qk_norms does nothing without use_qk_layernorm",
+        "add use_qk_layernorm: true",
+        ("use_separate_qk_norms", "use_qk_layernorm"),
+    ),
+    simple(
+        "olmo3-is-sequential",
+        ("norm_placement", "gpt_j_residual"),
+        lambda v: v["norm_placement"] == "olmo3" and v["gpt_j_residual"],
+        "norm_placement olmo3 and gpt_j_residual are two different block layouts",
+        "keep one of the two",
+    ),
+    simple(
+        "tied-norm-is-parallel",
+        ("gpt_j_tied",),
+        lambda v: v["gpt_j_tied"] and not v["gpt_j_residual"],
+        "gpt_j_tied shares the norm of a parallel block, but gpt_j_residual is off",
+        "add gpt_j_residual: true, or remove gpt_j_tied",
+        ("gpt_j_tied", "gpt_j_residual"),
+    ),
+    simple(
+        "gmlp-keeps-activations-whole",
+        ("attention_config",),
+        lambda v: _layers(v, "gmlp", "amlp") and v["partition_activations"],
+        "gmlp and amlp layers do not work with partition_activations",
+        "set partition_activations: false",
+        ("partition_activations", "attention_config"),
+    ),
+    simple(
+        "recurrent-without-dropout",
+        ("attention_config",),
+        lambda v: _layers(v, *RECURRENT) and (v["hidden_dropout"] or v["attention_dropout"]),
+        "mamba and rwkv layers have no dropout, but hidden_dropout is {hidden_dropout} and attention_dropout {attention_dropout}",
+        "set both to 0",
+        ("hidden_dropout", "attention_dropout"),
+    ),
+    simple(
+        "rwkv-on-one-rank",
+        ("attention_config", "model_parallel_size"),
+        lambda v: _layers(v, "rwkv") and v["model_parallel_size"] > 1,
+        "rwkv layers cannot be split over {model_parallel_size} tensor-parallel ranks",
+        "set model_parallel_size: 1",
+        ("model_parallel_size", "attention_config"),
+    ),
+    simple(
+        "experts-enough",
+        ("moe_top_k", "moe_num_experts"),
+        lambda v: v["moe_top_k"] > v["moe_num_experts"],
+        "moe_top_k {moe_top_k} is greater than moe_num_experts {moe_num_experts}",
+        "lower moe_top_k",
+    ),
+    simple(
+        "half-precision-loss",
+        ("fp16_lm_cross_entropy", "precision"),
+        lambda v: v["fp16_lm_cross_entropy"] and v["precision"] != "fp16",
+        "fp16_lm_cross_entropy needs precision fp16, precision is {precision}",
+        "remove fp16_lm_cross_entropy",
+    ),
+    simple(
+        "stages-and-layers",
+        ("pipe_parallel_size", "num_layers"),
+        lambda v: v["pipe_parallel_size"] > v["num_layers"],
+        "pipe_parallel_size {pipe_parallel_size} is greater than num_layers {num_layers}",
+        "use at most {num_layers} pipeline stages",
+    ),
+)

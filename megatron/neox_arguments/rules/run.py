@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about a run: length, optimisation, ZeRO, checkpoints, launch, profiling. Knows nothing of the model or data files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from ..problems import Problem, plain, shown
+from .rule import Rule, Values, simple
+
+
+def _stage(v: Values) -> int:
+    stage = (v["zero_optimization"] or {}).get("stage")
+    return stage if isinstance(stage, int) else 0
+
+
+def _autotuned(v: Values) -> bool:
+    return bool(v["autotuning"] and v["autotuning"].get("enabled"))
+
+
+def _stage_range(v: Values) -> Iterable[Problem]:
+    stage = v["zero_optimization"].get("stage")
+    if not _autotuned(v) and (isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3):
+        yield Problem(
+            f"zero_optimization.stage is {shown(stage)}", allowed="0, 1, 2 or 3", mend="choose a stage", keys=("zero_optimization.stage",)
+        )
+
+
+def _offload(v: Values) -> Iterable[Problem]:
+    block: dict[str, Any] = v["zero_optimization"]
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        part = block.get(name)
+        if isinstance(part, dict) and part.get("device", "none") != "none" and _stage(v) < least:
+            yield Problem(
+                f"zero_optimization.{name} needs ZeRO stage {least}{' or more' if least < 3 else ''}, stage is {_stage(v)}",
+                mend=f"set stage: {least}, or remove {name}",
+                keys=(f"zero_optimization.{name}", "zero_optimization.stage"),
+            )
+
+
+def _iterations(v: Values) -> Iterable[Problem]:
+    if v["train_iters"] is None and v["train_epochs"] is None:
+        yield Problem(
+            "the length of training is not set", mend="add train_iters: N (or train_epochs: N)", keys=("train_iters", "train_epochs")
+        )
+    if v["train_iters"] is not None and v["train_epochs"] is not None:
+        yield Problem(
+            f"train_iters {v['train_iters']} and train_epochs {v['train_epochs']} both set the length of training",
+            mend="keep one of the two",
+            keys=("train_iters", "train_epochs"),
+        )
+
+
+def _checkpoint_factor(v: Values) -> Iterable[Problem]:
+    factor = v["checkpoint_factor"]
+    if v["save"] is not None and factor is None and not v["extra_save_iters"]:
+        yield Problem(
+            f"save is {shown(v['save'])}, but nothing says when to save", mend="add checkpoint_factor or extra_save_iters",
+            keys=("save", "checkpoint_factor"),
+        )  # fmt: skip
+    if factor is None:
+        return
+    if v["checkpoint_scale"] == "linear" and (factor < 1 or factor != int(factor)):
+        yield Problem(
+            f"checkpoint_factor is {plain(factor)} with checkpoint_scale linear", allowed="a whole number >= 1",
+            mend="give the number of steps between two checkpoints", keys=("checkpoint_factor",),
+        )  # fmt: skip
+    if v["checkpoint_scale"] == "log" and factor <= 1:
+        yield Problem(
+            f"checkpoint_factor is {plain(factor)} with checkpoint_scale log", allowed="a number > 1",
+            mend="give the ratio of the steps of two checkpoints, such as 2", keys=("checkpoint_factor", "checkpoint_scale"),
+        )  # fmt: skip
+
+
+def _extra_saves(v: Values) -> Iterable[Problem]:
+    if any(step < 0 for step in v["extra_save_iters"]):
+        yield Problem(
+            f"extra_save_iters is {shown(v['extra_save_iters'])}", allowed="whole numbers >= 0", mend="remove negative steps",
+            keys=("extra_save_iters",),
+        )  # fmt: skip
+
+
+def _extra_args(v: Values) -> Iterable[Problem]:
+    for name, value in v["deepspeed_extra_args"].items():
+        if name in v and v[name] is not None and v[name] != value:
+            yield Problem(
+                f"deepspeed_extra_args.{name} is {shown(value)}, but {name} is {shown(v[name])}",
+                mend=f"set {name} only, outside of deepspeed_extra_args",
+                keys=(f"deepspeed_extra_args.{name}", name),
+            )
+
+
+RUN_RULES: Final[tuple[Rule, ...]] = (
+    Rule("length", (), _iterations),
+    Rule("zero-stage", ("zero_optimization",), _stage_range),
+    Rule("zero-offload", ("zero_optimization",), _offload),
+    Rule("when-to-save", (), _checkpoint_factor),
+    Rule("extra-saves", ("extra_save_iters",), _extra_saves),
+    Rule("extra-args", ("deepspeed_extra_args",), _extra_args),
+    simple(
+        "min-lr",
+        ("min_lr", "lr"),
+        lambda v: v["min_lr"] > v["lr"],
+        lambda v: f"min_lr {plain(v['min_lr'])} is greater than the learning rate {plain(v['lr'])}",
+        "lower min_lr, or raise optimizer.params.lr",
+        ("min_lr", "lr", "optimizer.params.lr"),
+    ),
+    simple(
+        "decay-within-training",
+        ("lr_decay_iters", "warmup"),
+        lambda v: v["lr_decay_style"] == "wsd" and v["warmup"] + v["wsd_decay_fraction"] > 1,
+        "warmup {warmup} and wsd_decay_fraction {wsd_decay_fraction} together are more than the whole schedule",
+        "lower one of the two",
+        ("warmup", "wsd_decay_fraction"),
+    ),
+    simple(
+        "one-schedule-on-resume",
+        ("override_lr_scheduler", "use_checkpoint_lr_scheduler"),
+        lambda v: v["override_lr_scheduler"] and v["use_checkpoint_lr_scheduler"],
+        "override_lr_scheduler and use_checkpoint_lr_scheduler exclude each other",
+        "keep one of the two",
+    ),
+    simple(
+        "pipeline-and-zero",
+        ("pipe_parallel_size",),
+        lambda v: v["pipe_parallel_size"] >= 1 and _stage(v) >= 2,
+        lambda v: f"the pipeline engine (pipe_parallel_size {v['pipe_parallel_size']}) does not work with ZeRO stage {_stage(v)}",
+        "set pipe_parallel_size: 0, or ZeRO stage 0 or 1",
+        ("pipe_parallel_size", "zero_optimization.stage"),
+    ),
+    simple(
+        "experts-and-zero",
+        ("moe_num_experts",),
+        lambda v: v["moe_num_experts"] > 1 and _stage(v) >= 2,
+        "mixture-of-experts layers work with ZeRO stage 0 and 1 only",
+        "set zero_optimization.stage: 1",
+        ("moe_num_experts", "zero_optimization.stage"),
+    ),
+    simple(
+        "recurrent-and-zero",
+        ("attention_config",),
+        lambda v: any(name in ("mamba", "rwkv") for name in v["attention_config"]) and _stage(v) > 2,
+        "mamba and rwkv layers work with ZeRO stage 0, 1 and 2 only",
+        "set zero_optimization.stage: 2",
+        ("zero_optimization.stage", "attention_config"),
+    ),
+    simple(
+        "onebitadam-length",
+        ("optimizer_type",),
+        lambda v: v["optimizer_type"] == "onebitadam" and v["train_iters"] is None,
+        "onebitadam plans its phases by train_iters, which is not set",
+        "set train_iters",
+        ("train_iters", "optimizer.type"),
+    ),
+    simple(
+        "one-mixed-precision",
+        ("amp",),
+        lambda v: v["amp"].get("enabled") and v["precision"] != "fp32",
+        "amp and precision {precision} are two ways to the same end",
+        "keep one of the two",
+        ("amp", "precision", "fp16", "bf16"),
+    ),
+    simple(
+        "one-host-filter",
+        ("include", "exclude"),
+        lambda v: True,
+        "include and exclude cannot be used together",
+        "keep one of the two",
+    ),
+    simple(
+        "deepspeed-on", ("deepspeed",), lambda v: not v["deepspeed"], "deepspeed is false, but there is no other engine", "remove the key"
+    ),
+    simple(
+        "iteration-of-what",
+        ("iteration",),
+        lambda v: v["load"] is None,
+        "iteration {iteration} names a checkpoint to read, but load is not set",
+        "set load to the folder that holds global_step{iteration}, or remove iteration",
+        ("iteration", "load"),
+    ),
+    simple(
+        "finetune-what",
+        ("finetune",),
+        lambda v: v["finetune"] and v["load"] is None,
+        "finetune needs a checkpoint to start from, but load is not set",
+        "set load, or remove finetune",
+        ("finetune", "load"),
+    ),
+    simple(
+        "s3-address",
+        ("s3_path",),
+        lambda v: not v["s3_path"].startswith("s3://") or not v["s3_path"][5:].strip("/"),
+        "s3_path is {s3_path!r}",
+        "write s3://bucket/prefix",
+    ),
+    simple(
+        "profile-window",
+        ("profile", "profile_step_start", "profile_step_stop"),
+        lambda v: v["profile"] and v["profile_step_stop"] <= v["profile_step_start"],
+        "profile_step_stop {profile_step_stop} is not after profile_step_start {profile_step_start}",
+        "profile at least one step",
+        ("profile_step_stop", "profile_step_start"),
+    ),
+    simple(
+        "prompts-from-where",
+        ("text_gen_type",),
+        lambda v: v["text_gen_type"] == "input-file" and not v["sample_input_file"],
+        "text_gen_type is input-file, but sample_input_file is not set",
+        "set sample_input_file",
+        ("text_gen_type", "sample_input_file"),
+    ),
+)

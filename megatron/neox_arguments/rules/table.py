@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All rules in one list, and what of them a draft breaks. Knows no rule by content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, Protocol
+
+from ..problems import Problem
+from .data import DATA_RULES
+from .model import MODEL_RULES
+from .rule import Rule
+from .run import RUN_RULES
+
+RULES: Final[tuple[Rule, ...]] = (*MODEL_RULES, *RUN_RULES, *DATA_RULES)
+
+
+class Findings(Protocol):
+    """What rules need of a draft: values, and which keys are known to be wrong."""
+
+    values: dict[str, Any]
+    bad: set[str]
+
+
+def broken_rules(draft: Findings) -> Iterator[Problem]:
+    """What every rule finds; a rule waits until the keys it needs are right by themselves."""
+    for rule in RULES:
+        if draft.bad.isdisjoint(rule.needs) and all(draft.values[key] is not None for key in rule.needs):
+            yield from rule.check(draft.values)

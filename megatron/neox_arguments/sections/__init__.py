@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ten sections of the configuration and, read from them, which key is where."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Final
+
+from .attention import AttentionArgs
+from .base import Section, accepts_null, allowed
+from .checkpoint import CheckpointArgs
+from .data import DataArgs
+from .logs import LogsArgs
+from .model import ModelArgs
+from .objective import ObjectiveArgs
+from .optim import OptimArgs
+from .run import RunArgs
+from .runtime import RuntimeArgs
+from .text import TextArgs
+
+SECTIONS: Final = MappingProxyType[str, type[Section]](
+    {
+        "runtime": RuntimeArgs,
+        "model": ModelArgs,
+        "attention": AttentionArgs,
+        "optim": OptimArgs,
+        "run": RunArgs,
+        "data": DataArgs,
+        "objective": ObjectiveArgs,
+        "checkpoint": CheckpointArgs,
+        "logs": LogsArgs,
+        "text": TextArgs,
+    }
+)
+SECTION_OF: Final = MappingProxyType[str, str]({key: name for name, section in SECTIONS.items() for key in section.model_fields})
+
+__all__ = [
+    "SECTIONS",
+    "SECTION_OF",
+    "AttentionArgs",
+    "CheckpointArgs",
+    "DataArgs",
+    "LogsArgs",
+    "ModelArgs",
+    "ObjectiveArgs",
+    "OptimArgs",
+    "RunArgs",
+    "RuntimeArgs",
+    "Section",
+    "TextArgs",
+    "accepts_null",
+    "allowed",
+]

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys for saving and loading checkpoints. Knows no file format."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import RUNTIME, Section, Whole
+
+
+class CheckpointArgs(Section):
+    """Where checkpoints are, when they are written and what of them is read."""
+
+    save: str | None = Field(None, description="Folder that checkpoints are written to; unset writes none.")
+    load: str | None = Field(None, description="Folder that a checkpoint is read from; unset starts from fresh weights.")
+    iteration: Whole | None = Field(None, ge=0, description="Step of the checkpoint to read; unset reads the one named in `latest`.")
+    finetune: bool = Field(False, description="Read weights only: no optimizer, no random state, step counter back to 0.")
+    checkpoint_scale: Literal["linear", "log"] = Field(
+        "linear", description="Steps to save at: multiples (linear) or powers (log) of checkpoint_factor."
+    )
+    checkpoint_factor: Whole | float | None = Field(
+        None, description="Steps between two checkpoints (linear, whole, >= 1), or the ratio of their steps (log, > 1)."
+    )
+    extra_save_iters: list[Whole] | None = Field(None, description="Further steps to save at; 0 saves the initial weights.")
+    no_save_optim: bool = Field(False, description="Leave the optimizer state out of checkpoints.")
+    no_save_rng: bool = Field(False, description="Leave the random state out of checkpoints.")
+    no_load_optim: bool = Field(False, description="Do not read the optimizer state.")
+    no_load_rng: bool = Field(False, description="Do not read the random state.")
+    keep_last_n_checkpoints: Whole | None = Field(None, ge=1, description="Keep only so many of the newest checkpoints; unset keeps all.")
+    checkpoint_validation_with_forward_pass: bool = Field(
+        False, description="Store the logits of a fixed input with each checkpoint and compare them after reading it."
+    )
+    s3_path: str | None = Field(None, description="Place s3://bucket/prefix to which every checkpoint is copied.")
+    s3_chunk_size: Whole = Field(104857600, ge=5242880, description="Bytes per part of an S3 upload, at least 5 MiB.")
+    config_files: dict[str, str] | None = Field(
+        None, description="Text of the config files by name, copied into every checkpoint.", json_schema_extra=RUNTIME
+    )

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys for the length and grain of a run: iterations, batch sizes, activation checkpointing. Knows no data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from .base import DERIVED, RUNTIME, Section, Whole
+
+
+class RunArgs(Section):
+    """How long training lasts, in what portions, and what is recomputed to save memory."""
+
+    seed: Whole = Field(1234, ge=0, description="Seed of Python, numpy, torch and of the order of the data.")
+    train_iters: Whole | None = Field(None, ge=0, description="Number of optimizer steps; excludes train_epochs.")
+    train_epochs: Whole | None = Field(
+        None, ge=1, description="Number of passes over the training data; excludes train_iters and needs pack_impl packed."
+    )
+    eval_iters: Whole = Field(100, ge=0, description="Batches per validation or test pass; 0 turns both off.")
+    eval_interval: Whole = Field(1000, ge=1, description="Training steps between two validation passes.")
+    do_train: bool | None = Field(None, description="Whether there is training to do; unset follows from data and iterations.")
+    do_valid: bool | None = Field(None, description="Whether to validate; unset follows from data and eval_iters.")
+    do_test: bool | None = Field(None, description="Whether to test after training; unset follows from data and eval_iters.")
+    exit_interval: Whole | None = Field(None, ge=1, description="End the run at the first step that is a multiple of this.")
+    batch_size: Whole | None = Field(None, ge=1, description="Another name of train_micro_batch_size_per_gpu.", json_schema_extra=DERIVED)
+    train_batch_size: Whole | None = Field(
+        None, ge=1, description="Samples per optimizer step over all ranks = micro batch * accumulation steps * data-parallel ranks."
+    )
+    train_micro_batch_size_per_gpu: Whole | None = Field(None, ge=1, description="Samples per rank in one forward pass.")
+    gradient_accumulation_steps: Whole | None = Field(
+        None, ge=1, description="Forward and backward passes per optimizer step; unset follows from the batch sizes, else 1."
+    )
+    checkpoint_activations: bool = Field(False, description="Keep few activations and recompute the others in the backward pass.")
+    checkpoint_num_layers: Whole = Field(1, ge=1, description="Layers between two kept activations.")
+    deepspeed_activation_checkpointing: bool = Field(True, description="Recompute by DeepSpeed's function, which the options below need.")
+    contiguous_checkpointing: bool = Field(False, description="Keep activations in one contiguous buffer.")
+    checkpoint_in_cpu: bool = Field(False, description="Keep activations in host memory.")
+    synchronize_each_layer: bool = Field(False, description="Wait for the device after every recomputed span.")
+    profile_backward: bool = Field(False, description="Time the recomputation in the backward pass.")
+    partition_activations: bool = Field(False, description="Split kept activations over the tensor-parallel ranks.")
+    activation_checkpointing: dict[str, Any] | None = Field(
+        None, description="DeepSpeed's activation checkpointing block; where given, it replaces the single keys."
+    )
+    curriculum_learning: dict[str, Any] | None = Field(
+        None,
+        description="Schedule of growing sequence lengths: enabled, curriculum_type, min_difficulty, max_difficulty, schedule_type, ...",
+    )
+    curriculum_seqlen: Whole = Field(0, ge=0, description="Sequence length of the curriculum at this step.", json_schema_extra=RUNTIME)
+    char_level_ppl: bool = Field(False, description="Report perplexity per character beside perplexity per token.")
+    torch_compile: bool = Field(False, description="Compile the blocks with torch.compile.")

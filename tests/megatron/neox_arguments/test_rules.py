@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relations between keys: what good configs may do, and the list of what is not built yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron.neox_arguments import ConfigProblems, NeoXArgs
+from megatron.neox_arguments.rules import RULES, UNFINISHED, unfinished
+from megatron.neox_arguments.sections import SECTION_OF
+
+TINY = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 64,
+    "train_iters": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "global_num_gpus": 1,
+}
+
+
+def test_rules_have_names_and_read_keys_that_exist():
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    assert {key for rule in RULES for key in rule.needs} <= set(SECTION_OF)
+    assert {row.key for row in UNFINISHED} <= set(SECTION_OF)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"train_data_paths": ["a"]},  # no validation data: nothing to validate
+        {"train_data_paths": ["a", "b"], "train_data_weights": [1, 0], "valid_data_paths": ["c"]},
+        {"data_path": "a", "split": "100"},
+        {"train_data_paths": ["a"], "train_label_data_paths": ["b"], "pack_impl": "unpacked"},
+        {"attention_config": [[["flash"], "all"]]},  # without the flash-attn package
+        {"attention_config": [[["mamba"], "all"]], "num_attention_heads": 3},  # no heads to divide
+        {"train_iters": None, "train_epochs": 2, "data_path": "a"},
+        {"precision": "bfloat16", "zero_optimization": None},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+        {"global_num_gpus": 4, "model_parallel_size": 2, "pipe_parallel_size": 2},
+        {"num_kv_heads": 1, "attention_config": [[["global"], 1], [["flash"], 1]]},
+        {"moe_num_experts": 8, "moe_top_k": 2},
+        {"rope_scaling": {"type": "linear", "factor": 2}, "pos_emb": "rotary"},
+        {"optimizer": {"type": "Muon", "params": {"lr": 0.02}}, "lr_decay_style": "wsd"},
+        {
+            "autotuning": {"enabled": True},
+            "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": "auto"},
+            "train_batch_size": 4,
+        },
+        {
+            "train_impl": "dpo",
+            "dataset_impl": "pairwise",
+            "pack_impl": "unpacked",
+            "pos_train_data_paths": ["a"],
+            "neg_train_data_paths": ["b"],
+        },
+        {"train_impl": "kto", "train_data_paths": ["a"], "train_reward_data_paths": ["b"], "pack_impl": "unpacked"},
+        {"train_impl": "reinforce", "dataset_impl": "online"},
+    ],
+)
+def test_configs_that_are_good(extra):
+    assert NeoXArgs.from_dict({**TINY, **extra}).run.train_batch_size
+
+
+@pytest.mark.parametrize(
+    ("extra", "key"),
+    [
+        ({"attention_config": [[["mamba"], "all"]]}, "attention_config"),
+        ({"attention_config": [[["gmlp"], "all"]]}, "attention_config"),
+        ({"moe_num_experts": 8}, "moe_num_experts"),
+        ({"te_mha": True}, "te_mha"),
+        ({"soft_prompt_tuning": {"enabled": True}}, "soft_prompt_tuning"),
+        ({"ga_dataset": "a", "ga_mode": "interleaved"}, "ga_dataset"),
+    ],
+)
+def test_unbuilt_features_parse_and_are_named(extra, key):
+    if key not in {row.key for row in UNFINISHED}:
+        pytest.skip(f"{key} is built by now")
+    found = unfinished(NeoXArgs.from_dict({**TINY, **extra}))
+    assert [problem.keys for problem in found] == [(key,)]
+    assert found[0].where == "from_dict" and found[0].mend
+
+
+def test_a_plain_model_asks_for_nothing_unbuilt():
+    assert unfinished(NeoXArgs.from_dict(TINY)) == []
+    assert unfinished(NeoXArgs.from_dict({**TINY, "soft_prompt_tuning": {"enabled": False}, "attention_config": ["flash", "global"]})) == []
+
+
+@pytest.mark.parametrize(
+    ("extra", "keys"),
+    [
+        ({"num_layers": None, "hidden_size": None}, {"num_layers", "hidden_size"}),
+        ({"train_micro_batch_size_per_gpu": None}, {"train_batch_size"}),
+        ({"zero_optimization": {"stage": 3}, "attention_config": [[["rwkv"], "all"]]}, {"attention_config"}),
+        ({"moe_num_experts": 4, "zero_optimization": {"stage": 2}}, {"moe_num_experts"}),
+        ({"gd_mode": True}, {"ga_dataset", "gd_retain_dataset"}),
+        ({"pos_train_data_paths": ["a"]}, {"neg_train_data_paths"}),
+        ({"include": "a", "exclude": "b"}, {"include"}),
+    ],
+)
+def test_missing_and_clashing_keys_are_named(extra, keys):
+    with pytest.raises(ConfigProblems) as caught:
+        NeoXArgs.from_dict({**TINY, **extra})
+    assert keys <= {key for problem in caught.value.problems for key in problem.keys}

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher as a user meets it: real processes, a dummy worker instead of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.cli import consume_neox_args
+from megatron.neox_arguments.launch import launcher_command
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yml")
+# A name no shell would leave in peace.
+SCRIPT = "worker 'x'; touch pwned.py"
+WORKER = """\
+import json, os, signal, sys, time
+rank = os.environ["RANK"]
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "DS_ACCELERATOR", "WANDB_API_KEY")
+told = {"argv": sys.argv[1:], "env": {name: os.environ.get(name) for name in names}}
+def stop(signum, frame):
+    open(f"stopped{rank}", "w").write(str(signum))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+with open(f"rank{rank}.tmp", "w") as out:
+    json.dump(told, out)
+os.rename(f"rank{rank}.tmp", f"rank{rank}.json")
+mode = os.environ.get("WORKER_MODE", "")
+if mode == "fail" and rank == "1":
+    sys.exit(7)
+if mode == "config error":
+    from megatron.errors import ConfigError
+    sys.exit(ConfigError("wrong on the worker").exit_code)
+if mode == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode in ("fail", "wait"):
+    time.sleep(100)
+"""
+
+
+def environment(mode: str = "", **more: str) -> dict[str, str]:
+    dropped = (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "OMP_NUM_THREADS",
+        "MASTER_PORT",
+        "DLTS_HOSTFILE",
+        "DS_ACCELERATOR",
+        "CUDA_VISIBLE_DEVICES",
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "WORKER_MODE": mode, **more}
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "deepy.py"), SCRIPT, QUICKSTART, *flags]
+
+
+def run(folder: Path, *flags: str, mode: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    (folder / SCRIPT).write_text(WORKER)
+    return subprocess.run(
+        command(*flags), cwd=folder, env=environment(mode, **env), capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def test_help_and_config_errors_answer_at_once_and_start_nothing(tmp_path: Path) -> None:
+    quick = [sys.executable, "-X", "importtime", str(ROOT / "deepy.py"), "--help"]
+    begin = time.process_time()
+    told = subprocess.run(quick, capture_output=True, text=True, timeout=60, check=True, env=environment())
+    assert "--conf_dir" in told.stdout and "explain" in told.stdout
+    assert not {"torch", "deepspeed", "numpy"} & {line.rsplit("|", 1)[-1].strip() for line in told.stderr.splitlines()}
+    assert time.process_time() - begin < 1
+    wrong = run(tmp_path, "--train_batch_size", "7", "--global_num_gpus", "2", "--hiden_size", "3")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "closest: --hidden_size" in wrong.stderr and "Traceback" not in wrong.stderr
+    wrong = run(tmp_path, "--num_attention_heads", "5", "--norm", "lyernorm", "--debug")
+    assert wrong.returncode == 2
+    assert "--norm" in wrong.stderr and "--num_attention_heads" in wrong.stderr and "Traceback" in wrong.stderr
+    assert not list(tmp_path.glob("rank*"))
+
+
+def test_two_ranks_get_their_places_and_the_whole_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run(tmp_path, "--global_num_gpus", "2", "--wandb_run_name", "a b; $(touch pwned)", WANDB_API_KEY="s3cret")
+    assert done.returncode == 0, done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, worker in enumerate(told):
+        env = worker["env"]
+        assert (env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"]) == (str(rank), str(rank), "2")
+        assert (env["MASTER_ADDR"], env["DS_ACCELERATOR"], env["WANDB_API_KEY"]) == ("127.0.0.1", "cpu", "s3cret")
+        assert env["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+        assert "s3cret" not in " ".join(worker["argv"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = consume_neox_args(told[1]["argv"])
+    assert (args.logs.wandb_run_name, args.runtime.global_num_gpus, args.model.hidden_size) == ("a b; $(touch pwned)", 2, 192)
+    assert not list(tmp_path.glob("pwned*"))
+
+
+def test_exit_statuses_of_workers_come_through(tmp_path: Path) -> None:
+    failed = run(tmp_path, "--global_num_gpus", "2", mode="fail")
+    assert failed.returncode == 7
+    assert "exit status 7" in failed.stdout + failed.stderr
+    # The other worker was told to stop, and did so in order.
+    assert (tmp_path / "stopped0").read_text() == str(int(signal.SIGTERM))
+    assert run(tmp_path, mode="config error").returncode == 2
+    killed = run(tmp_path, mode="killed")
+    assert killed.returncode == 128 + signal.SIGKILL
+    assert "out of memory" in killed.stdout + killed.stderr
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_the_launcher_stops_every_worker(tmp_path: Path, signum: signal.Signals) -> None:
+    (tmp_path / SCRIPT).write_text(WORKER)
+    process = subprocess.Popen(command("--global_num_gpus", "2"), cwd=tmp_path, env=environment("wait"))
+    try:
+        await_files(tmp_path, "rank0.json", "rank1.json")
+        # The launcher takes its handlers on just after it has started the workers.
+        time.sleep(0.5)
+        process.send_signal(signum)
+        assert process.wait(timeout=60) == (-signal.SIGKILL if signum == signal.SIGKILL else 128 + signum)
+        await_files(tmp_path, "stopped0", "stopped1")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def await_files(folder: Path, *names: str) -> None:
+    deadline = time.monotonic() + 60
+    while not all((folder / name).exists() for name in names):
+        assert time.monotonic() < deadline, f"no {names}, but {sorted(path.name for path in folder.iterdir())}"
+        time.sleep(0.05)
+
+
+def test_dry_run_shows_one_argument_list(tmp_path: Path) -> None:
+    done = run(tmp_path, "--global_num_gpus", "2", "--dry-run", WANDB_API_KEY="s3cret")
+    assert done.returncode == 0 and "s3cret" not in done.stdout
+    words = shlex.split(done.stdout)
+    assert SCRIPT in words and "deepspeed.launcher.launch" in words and "DS_ACCELERATOR=cpu" in words
+    assert not list(tmp_path.glob("rank*"))
+
+
+def arguments(**more: object) -> NeoXArgs:
+    return NeoXArgs.from_ymls([QUICKSTART], overwrites=more)
+
+
+def test_several_hosts_go_through_deepspeeds_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("hosta slots=2\nhostb slots=2\n")
+    args = arguments(hostfile=str(hosts), master_addr="hosta", no_ssh_check=True, num_nodes=1)
+    assert args.runtime.global_num_gpus == 2
+    made = launcher_command(args, "train.py", ["--x"], {"WANDB_API_KEY": "s3cret"})
+    assert "deepspeed.launcher.runner" in made.argv and made.argv[-2:] == ["train.py", "--x"]
+    for flag in (f"--hostfile={hosts}", "--launcher=pdsh", "--master_addr=hosta", "--num_nodes=1", "--no_ssh_check", "--master_port=29500"):
+        assert flag in made.argv
+    assert "s3cret" not in " ".join([*made.argv, *made.env.values()])
+    assert made.env["PDSH_SSH_ARGS_APPEND"] == "-o SendEnv=WANDB_API_KEY"
+    with pytest.raises(ConfigError, match="remote shell"):
+        launcher_command(args, "train it.py", [], {})
+    slurm = arguments(hostfile=str(hosts), launcher="slurm", deepspeed_slurm=True, comment="it's mine", account="a1")
+    made = launcher_command(slurm, "train it.py", [], {})
+    assert "--force_multi" in made.argv
+    (words,) = (word for word in made.argv if word.startswith("--launcher_args="))
+    assert shlex.split(words.partition("=")[2]) == ["--comment=it's mine", "--account=a1"]
+    with pytest.raises(ConfigError, match="openmpi"):
+        launcher_command(arguments(hostfile=str(hosts), launcher="openmpi", num_nodes=1), "train.py", [], {})
+
+
+def test_local_devices_are_chosen_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def ranks(environ: dict[str, str], **more: object) -> str:
+        made = launcher_command(arguments(**more), "train.py", [], environ)
+        return next(word for word in made.argv if word.startswith("--world_info="))
+
+    cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    assert ranks(cpu, global_num_gpus=2, include="localhost:1,3") == ranks(
+        {"DS_ACCELERATOR": "cpu"}, global_num_gpus=2, include="localhost:1,3"
+    )
+    assert ranks(cpu, global_num_gpus=2) != ranks(cpu, global_num_gpus=4)
+    with pytest.raises(ConfigError, match="2 ranks are wanted"):
+        ranks(cpu, global_num_gpus=2, include="localhost:1")
+    with pytest.raises(ConfigError, match="not about this machine"):
+        ranks(cpu, include="elsewhere:1")
+    given = launcher_command(arguments(master_port=12345), "train.py", [], cpu).argv
+    assert "--master_port=12345" in given
+    assert "--master_port=2345" in launcher_command(arguments(), "train.py", [], {**cpu, "MASTER_PORT": "2345"}).argv

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training process. Started by deepy.py, torchrun or srun; `python train.py CONF...` alone is one rank."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron.neox_arguments.cli import consume_neox_args, run_face
+
+USAGE = "python train.py CONF [CONF ...] [flags]   (several ranks: python deepy.py train.py ..., or torchrun train.py ...)"
+ABOUT = "Trains a model as the config files say."
+
+
+def main(argv: list[str]) -> None:
+    """Read the configuration, then train."""
+    args = consume_neox_args(argv)
+    # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
+    from megatron.training import pretrain
+
+    pretrain(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT))
