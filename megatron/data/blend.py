@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weighted mixture of datasets in a fixed order. Knows what an item is no more than its members do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.streams import Item
+from megatron.errors import DataError
+
+MANY = 24  # members from which a numpy step is faster than a loop over them
+
+
+class Dataset(Protocol):
+    """Items by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+
+def blend_indices(weights: Sequence[float], num_samples: int) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Which member gives sample i, and which of that member's samples it is: two arrays [n].
+
+    Step i goes to the member that lags most behind its share: the largest weight * max(i, 1) - (samples given), the first of equals.
+    So the mixture is even at every step, and a member never gives more than its share plus one.
+
+    >>> blend_indices([0.7, 0.3], 6)[0].tolist(), blend_indices([0.7, 0.3], 6)[1].tolist()
+    ([0, 1, 0, 0, 1, 0], [0, 0, 1, 2, 1, 3])
+    """
+    dtype = np.uint8 if len(weights) <= 255 else np.int32
+    if len(weights) == 1:
+        return np.zeros(num_samples, dtype), np.arange(num_samples, dtype=np.int64)
+    members = (_lagging_many if len(weights) > MANY else _lagging)(weights, num_samples, dtype)
+    order = np.argsort(members, kind="stable")
+    counts = np.bincount(members, minlength=len(weights))
+    rank = np.empty(num_samples, dtype=np.int64)
+    rank[order] = np.arange(num_samples) - np.repeat(np.cumsum(counts) - counts, counts)
+    return members, rank
+
+
+def _lagging(weights: Sequence[float], num_samples: int, dtype: type[np.integer]) -> NDArray[np.integer]:
+    members = np.empty(num_samples, dtype)
+    given = [0] * len(weights)
+    pairs = list(enumerate(weights))
+    for i in range(num_samples):
+        at, chosen, most = i or 1, 0, -np.inf
+        for member, weight in pairs:
+            lag = weight * at - given[member]
+            if lag > most:
+                chosen, most = member, lag
+        given[chosen] += 1
+        members[i] = chosen
+    return members
+
+
+def _lagging_many(weights: Sequence[float], num_samples: int, dtype: type[np.integer]) -> NDArray[np.integer]:
+    members = np.empty(num_samples, dtype)
+    share = np.asarray(weights, dtype=np.float64)
+    given, lag = np.zeros_like(share), np.empty_like(share)
+    for i in range(num_samples):
+        np.multiply(share, float(i or 1), out=lag)
+        np.subtract(lag, given, out=lag)
+        chosen = int(lag.argmax())
+        given[chosen] += 1
+        members[i] = chosen
+    return members
+
+
+class BlendedDataset:
+    """Sample i of the mixture is sample `ranks[i]` of member `members[i]`, both from `blend_indices`.
+
+    Raises DataError where a member is shorter than the mixture asks: nothing is repeated unnoticed.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], members: NDArray[np.integer], ranks: NDArray[np.integer]) -> None:
+        self.datasets, self._members, self._ranks = list(datasets), members, ranks
+        for number, wanted in enumerate(np.bincount(members, minlength=len(datasets)).tolist()):
+            if wanted > len(datasets[number]):
+                raise DataError(
+                    f"member {number} of the mixture has {len(datasets[number])} samples, {wanted} are wanted of it",
+                    mend="build its map for more samples, or lower its weight",
+                )
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.datasets[int(self._members[index])][int(self._ranks[index])]

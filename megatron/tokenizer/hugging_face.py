@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers run by the `tokenizers` library: HFTokenizer, GPT2BPETokenizer, HFGPT2Tokenizer. Knows no transformers
+except to resolve a model name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Engine
+
+from megatron.errors import DataError
+from megatron.tokenizer.tokenizer import TokenizerKind, digest_of, existing
+
+# Looked up among the tokenizer's own special tokens, in this order, when no file names the token.
+EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>")
+PAD_NAMES = ("<|padding|>", "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+class EngineTokenizer:
+    """A `tokenizers` pipeline with its special ids."""
+
+    def __init__(self, engine: Engine, *, kind: TokenizerKind, eod: int, pad: int | None, bos: int | None, digest: str) -> None:
+        # Limits saved inside a tokenizer.json would silently cut or pad documents.
+        engine.no_truncation()
+        engine.no_padding()
+        self._engine = engine
+        self.name = kind.value
+        self.eod = eod
+        self.pad = pad
+        self.bos = bos
+        self.digest = digest
+        # Ids may have gaps; the embedding needs a row for the largest.
+        self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text. Text that spells a special token becomes that token; a post-processor of the file
+        (for instance one that puts BOS in front) is applied."""
+        return list(self._engine.encode(text).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, in order."""
+        return [list(encoding.ids) for encoding in self._engine.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; ids beyond the vocabulary (padding rows of the embedding) give nothing."""
+        return str(self._engine.decode(list(ids), skip_special_tokens=False))
+
+
+def open_hf(vocab_file: str | None) -> EngineTokenizer:
+    """HFTokenizer: a tokenizer.json, or a folder that holds one.
+
+    Special tokens come from tokenizer_config.json or special_tokens_map.json beside it, else from the common
+    names among the file's own special tokens. Raises DataError when no end-of-document token can be found.
+    """
+    mend = "give a tokenizer.json (or the folder that holds one); `prepare_data.py` and `tools/tokenizer/train_tokenizer.py` write one"
+    path = existing(vocab_file, "vocab_file", kind=TokenizerKind.HF.value, mend=mend)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.exists():
+        raise DataError(
+            f"HFTokenizer: the folder {path.parent} holds no tokenizer.json", where="vocab_file", mend=_other_family(path.parent)
+        )
+    engine = _load(path)
+    declared = _declared(path.parent)
+    return EngineTokenizer(
+        engine,
+        kind=TokenizerKind.HF,
+        eod=_required(_special(engine, declared, "eos_token", EOD_NAMES), path),
+        pad=_special(engine, declared, "pad_token", PAD_NAMES),
+        bos=_special(engine, declared, "bos_token", BOS_NAMES),
+        digest=digest_of(path, *(side for name in SIDE_FILES if (side := path.parent / name).exists())),
+    )
+
+
+def open_gpt2_bpe(vocab_file: str | None, merge_file: str | None) -> EngineTokenizer:
+    """GPT2BPETokenizer: GPT-2's byte-level BPE (Radford et al. 2019) from vocab.json and merges.txt.
+
+    As in the reference, `<|endoftext|>` inside a text is ordinary text here, never the token.
+    """
+    kind = TokenizerKind.GPT2_BPE
+    mend = "give the vocab.json and merges.txt of a GPT-2 tokenizer, or use `tokenizer_type: HFTokenizer` with a tokenizer.json"
+    vocab_path = existing(vocab_file, "vocab_file", kind=kind.value, mend=mend)
+    merge_path = existing(merge_file, "merge_file", kind=kind.value, mend=mend)
+    engine = _from_merges(vocab_path, merge_path)
+    return EngineTokenizer(
+        engine,
+        kind=kind,
+        eod=_required(engine.token_to_id(EOD_NAMES[0]), vocab_path),
+        pad=engine.token_to_id(PAD_NAMES[0]),
+        bos=None,
+        digest=digest_of(vocab_path, merge_path),
+    )
+
+
+def open_hf_gpt2(vocab_file: str | None) -> EngineTokenizer:
+    """HFGPT2Tokenizer: a GPT-2 tokenizer folder (tokenizer.json, or vocab.json and merges.txt), or a Hub name.
+
+    `<|padding|>` is added at the end when the tokenizer has no padding token, as in the reference.
+    """
+    folder = Path(vocab_file).expanduser() if vocab_file else None
+    if folder is None or not folder.exists():
+        folder = _from_hub(vocab_file or "gpt2")
+    if folder.is_file():
+        folder = folder.parent
+    if (folder / "tokenizer.json").exists():
+        files = [folder / "tokenizer.json"]
+        engine = _load(files[0])
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        files = [folder / "vocab.json", folder / "merges.txt"]
+        engine = _from_merges(files[0], files[1])
+        engine.add_special_tokens([AddedToken(EOD_NAMES[0], special=True)])
+    else:
+        raise DataError(
+            f"HFGPT2Tokenizer: {folder} holds neither tokenizer.json nor vocab.json with merges.txt",
+            where="vocab_file",
+            mend="give the folder of a saved GPT-2 tokenizer",
+        )
+    declared = _declared(folder)
+    pad = _special(engine, declared, "pad_token", PAD_NAMES)
+    if pad is None:
+        engine.add_special_tokens([PAD_NAMES[0]])
+        pad = engine.token_to_id(PAD_NAMES[0])
+    return EngineTokenizer(
+        engine,
+        kind=TokenizerKind.HF_GPT2,
+        eod=_required(_special(engine, declared, "eos_token", EOD_NAMES), files[0]),
+        pad=pad,
+        bos=_special(engine, declared, "bos_token", BOS_NAMES),
+        digest=digest_of(*files),
+    )
+
+
+def _load(path: Path) -> Engine:
+    try:
+        return Engine.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every fault of a file
+        raise DataError(
+            f"{path} is not a tokenizer.json: {error}",
+            where="vocab_file",
+            mend="download or train it again; an empty file means a broken download",
+        ) from error
+
+
+def _from_merges(vocab: Path, merges: Path) -> Engine:
+    try:
+        engine = Engine(models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as error:  # as above
+        raise DataError(
+            f"{vocab} and {merges} are not a BPE vocabulary: {error}", where="vocab_file, merge_file", mend="download them again"
+        ) from error
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    engine.decoder = decoders.ByteLevel()
+    return engine
+
+
+def _declared(folder: Path) -> dict[str, str]:
+    """Special tokens by role (`eos_token`, ...) as the files beside a tokenizer.json name them."""
+    roles: dict[str, str] = {}
+    for name in reversed(SIDE_FILES):  # tokenizer_config.json wins
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            content: Any = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not JSON: {error}", where=str(path), mend="download or write it again") from error
+        if isinstance(content, Mapping):
+            for role in ("eos_token", "pad_token", "bos_token"):
+                value = content.get(role)
+                token = value.get("content") if isinstance(value, Mapping) else value
+                if isinstance(token, str):
+                    roles[role] = token
+    return roles
+
+
+def _special(engine: Engine, declared: Mapping[str, str], role: str, names: Sequence[str]) -> int | None:
+    if role in declared:
+        found: int | None = engine.token_to_id(declared[role])
+        if found is None:
+            raise DataError(
+                f"{role} {declared[role]!r} is not in the vocabulary",
+                where=", ".join(SIDE_FILES),
+                mend="the files belong to different tokenizers: use one folder per tokenizer",
+            )
+        return found
+    own = {token.content: number for number, token in engine.get_added_tokens_decoder().items() if token.special}
+    return next((own[name] for name in names if name in own), None)
+
+
+def _required(eod: int | None, path: Path) -> int:
+    if eod is None:
+        raise DataError(
+            f"{path}: no end-of-document token among the tokenizer's special tokens",
+            where="vocab_file",
+            mend=f'name it in a tokenizer_config.json beside the file, e.g. {{"eos_token": "..."}}; known names: {", ".join(EOD_NAMES)}',
+        )
+    return eod
+
+
+def _other_family(folder: Path) -> str:
+    if (folder / "merges.txt").exists():
+        return f"use `tokenizer_type: GPT2BPETokenizer` with vocab_file {folder / 'vocab.json'} and merge_file {folder / 'merges.txt'}"
+    models_here = sorted(folder.glob("*.model"))
+    if models_here:
+        return f"use `tokenizer_type: SPMTokenizer` with vocab_file {models_here[0]}"
+    return "give the path of a tokenizer.json"
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise DataError(
+            f"HFGPT2Tokenizer: there is no folder {name}, and huggingface_hub is not installed",
+            where="vocab_file",
+            mend="give a local folder",
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f"HFGPT2Tokenizer: {name!r} is neither a folder nor a tokenizer the Hub would give: {type(error).__name__}",
+            where="vocab_file",
+            mend="give the folder of a saved GPT-2 tokenizer; offline, download it first",
+        ) from error

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a TokenizerSource to an open tokenizer."""
+
+from __future__ import annotations
+
+from megatron.tokenizer.hugging_face import open_gpt2_bpe, open_hf, open_hf_gpt2
+from megatron.tokenizer.others import CharLevelTokenizer, SPMTokenizer, TiktokenTokenizer
+from megatron.tokenizer.tokenizer import Tokenizer, TokenizerKind, TokenizerSource
+
+
+def open_tokenizer(source: TokenizerSource) -> Tokenizer:
+    """Open the tokenizer. Raises DataError or BackendError that name the key at fault."""
+    if source.kind is TokenizerKind.HF:
+        return open_hf(source.vocab_file)
+    if source.kind is TokenizerKind.GPT2_BPE:
+        return open_gpt2_bpe(source.vocab_file, source.merge_file)
+    if source.kind is TokenizerKind.HF_GPT2:
+        return open_hf_gpt2(source.vocab_file)
+    if source.kind is TokenizerKind.SPM:
+        return SPMTokenizer(source.vocab_file)
+    if source.kind is TokenizerKind.TIKTOKEN:
+        return TiktokenTokenizer(source.vocab_file)
+    return CharLevelTokenizer()

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worked examples in this room's docstrings are true."""
+
+from __future__ import annotations
+
+import doctest
+
+import numpy as np
+
+from megatron.data import blend, build, cache, index_map, indexed_dataset, sampler, streams, weights
+
+
+def test_examples_in_docstrings() -> None:
+    for module in (blend, build, cache, index_map, indexed_dataset, sampler, streams, weights):
+        found = doctest.testmod(module, extraglobs={"np": np})
+        assert found.failed == 0 and (found.attempted > 0 or module is not sampler), module.__name__
