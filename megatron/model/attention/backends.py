@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways to compute attention, and the choice among them. All give the same result; each says what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.errors import BackendError
+from megatron.fused_kernels import available
+from megatron.model.attention import flash, varlen
+from megatron.model.attention.masks import Documents, allowed, needs_no_mask
+from megatron.model.spec import AttentionSpec, BackendName
+
+BiasOf = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What queries see and how scores are made.
+
+    documents: packed documents; None = each row is one
+    window:    tokens visible behind the current one; None = all
+    scale:     factor on q k
+    divisor:   scores are held divided by this and multiplied back inside the softmax (numerics of 16-bit scores only)
+    bias:      (s, t) -> [n, s, t] added to the scores, a function of the distance alone; None = nothing
+    slopes:    [n] float32 where that bias is ALiBi, for kernels that make it themselves
+    dropout:   probability of dropping an attention weight
+    fp32:      softmax in float32 whatever the dtype (EAGER; fused kernels always do)
+    """
+
+    documents: Documents | None = None
+    window: int | None = None
+    scale: float
+    divisor: float = 1.0
+    bias: BiasOf | None = None
+    slopes: Tensor | None = None
+    dropout: float = 0.0
+    fp32: bool = True
+
+
+class Attend(Protocol):
+    """q [b, s, n, d], k and v [b, t, g, d] (t > s with a cache) -> [b, s, n, d]. Vaswani et al., arXiv 1706.03762, eq. 1."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor: ...
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+    """The reference: scores, mask, softmax, product. Shapes as in `Attend`."""
+    s, t, n, repeat = q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
+    scores = torch.einsum("bsnd,btnd->bnst", q * (view.scale / view.divisor), k)
+    if view.fp32 or view.divisor != 1.0:
+        scores = scores.float() * view.divisor
+    if view.bias is not None:
+        scores = scores + view.bias(s, t).view(1, n, s, t)
+    see = allowed(s, t, view.window, q.device, view.documents)
+    probs = scores.masked_fill(~see, float("-inf")).softmax(dim=-1).to(q.dtype)
+    return torch.einsum("bnst,btnd->bsnd", F.dropout(probs, view.dropout), v)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+    """torch's scaled_dot_product_attention; packed documents are computed one by one. Shapes as in `Attend`."""
+    if view.documents is None:
+        return _sdpa_rows(q, k, v, view)
+    # A document never meets its neighbours, so nothing of them can reach it; and there is no mask of s * s.
+    lengths = list(view.documents.lengths)
+    queries, keys, values = (x.flatten(0, 1)[None].split(lengths, dim=1) for x in (q, k, v))
+    out = torch.cat([_sdpa_rows(*piece, view) for piece in zip(queries, keys, values, strict=True)], dim=1)
+    return out.view(q.shape)
+
+
+def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+    """Rows of one document each."""
+    s = q.shape[1]
+    if s == 1 and view.window is not None and k.shape[1] > view.window + 1:
+        k, v = k[:, -view.window - 1 :], v[:, -view.window - 1 :]
+    t = k.shape[1]
+    mask: Tensor | None = None
+    causal = view.bias is None and s > 1 and needs_no_mask(s, t, view.window)
+    if not causal and (s > 1 or view.bias is not None):
+        see = allowed(s, t, view.window, q.device)
+        mask = see if view.bias is None else view.bias(s, t).to(q.dtype).masked_fill(~see, float("-inf"))[None]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        dropout_p=view.dropout,
+        is_causal=causal,
+        scale=view.scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def refuses(name: BackendName, spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a back end cannot compute this attention here; None when it can."""
+    if name in (BackendName.AUTO, BackendName.EAGER, BackendName.SDPA):
+        return None
+    if device.type != "cuda":
+        return f"{name.value} runs on CUDA, not on {device.type}"
+    if name is BackendName.VARLEN:
+        return available("varlen") or varlen.refuses(spec, dtype)
+    return available("flash_attn") or flash.refuses(spec, dtype)
+
+
+def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Attend:
+    """The back end of a spec on a device. A named one is that one or an error; `auto` is always found.
+
+    Raises BackendError with the reason a named back end is refused.
+    """
+    name = spec.backend
+    if name is BackendName.AUTO:
+        # SDPA has no fast kernel for documents and windows; varlen has.
+        gains = device.type == "cuda" and (spec.isolated or spec.window is not None)
+        name = BackendName.VARLEN if gains and refuses(BackendName.VARLEN, spec, device, dtype) is None else BackendName.SDPA
+    reason = refuses(name, spec, device, dtype)
+    if reason is not None:
+        raise BackendError(
+            f"attention_backend {name.value} was asked for, but {reason}", where="attention_backend", mend="use attention_backend: auto"
+        )
+    table: dict[BackendName, Attend] = {
+        BackendName.EAGER: eager,
+        BackendName.SDPA: sdpa,
+        BackendName.VARLEN: varlen.attend,
+        BackendName.FLASH_ATTN: flash.attend,
+    }
+    return table[name]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of the stack: norms, attention, MLP and how they join the residual stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.model.attention.layer import SelfAttention
+from megatron.model.mlp import MLP
+from megatron.model.norms import build_norm
+from megatron.model.spec import BlockSpec, Residual
+from megatron.model.stream import Stream
+from megatron.mpu.comm import reduce
+from megatron.mpu.groups import Group
+
+if TYPE_CHECKING:
+    from megatron.model.cache import LayerCache
+
+# FORMAT: norms that the reference builds and never uses. They are not parameters here; a checkpoint may hold them.
+UNUSED_NORM = {Residual.POST_SUBLAYER: "input_layernorm", Residual.PARALLEL_TIED: "post_attention_layernorm"}
+
+
+class TransformerBlock(nn.Module):
+    """Stream -> Stream under one of four residual forms (`Residual`). The class name is matched by `type:transformer`."""
+
+    def __init__(self, spec: BlockSpec, *, tp: Group) -> None:
+        super().__init__()
+        form = spec.residual
+        self.form = form
+        self.dropout = spec.hidden_dropout
+        self.tp = tp
+        # In the parallel forms both sublayers give this rank's share, and one reduce serves their sum.
+        defer = form in (Residual.PARALLEL, Residual.PARALLEL_TIED)
+        if form is not Residual.POST_SUBLAYER:
+            self.input_layernorm = build_norm(spec.norm)
+        self.attention = SelfAttention(spec.attention, tp=tp, defer_reduce=defer)
+        if form is not Residual.PARALLEL_TIED:
+            self.post_attention_layernorm = build_norm(spec.norm)
+        if form is Residual.POST_SUBLAYER:
+            self.post_feedforward_layernorm = build_norm(spec.norm)
+        self.mlp = MLP(spec.mlp, tp=tp, defer_reduce=defer)
+
+    def forward(self, stream: Stream, cache: LayerCache | None = None) -> Stream:
+        """hidden [b, s, h], segments [b, s] -> the same shapes. In place of segments, the `Documents` made of them may come."""
+        hidden, segments = stream
+        if self.form is Residual.SEQUENTIAL:
+            hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), segments, cache))
+            hidden = hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
+        elif self.form is Residual.POST_SUBLAYER:
+            hidden = hidden + self._drop(self.post_attention_layernorm(self.attention(hidden, segments, cache)))
+            hidden = hidden + self._drop(self.post_feedforward_layernorm(self.mlp(hidden)))
+        else:
+            normed = self.input_layernorm(hidden)
+            mlp_input = normed if self.form is Residual.PARALLEL_TIED else self.post_attention_layernorm(hidden)
+            # Dropout before the reduce draws the same mask on every rank of tp, so it drops whole sums.
+            share = self._drop(self.attention(normed, segments, cache)) + self._drop(self.mlp(mlp_input))
+            hidden = hidden + reduce(share, self.tp)
+        return Stream(hidden, segments)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        unused = UNUSED_NORM.get(self.form)
+        for name in [name for name in state_dict if unused is not None and name.startswith(f"{prefix}{unused}.")]:
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout > 0.0 else x
+
+
+def unused_stored_prefixes(module: nn.Module) -> tuple[str, ...]:
+    """Prefixes of state dict names that a reference checkpoint of this model may hold and no module has."""
+    blocks = ((name, child) for name, child in module.named_modules() if isinstance(child, TransformerBlock))
+    return tuple(f"{name}.{UNUSED_NORM[block.form]}." for name, block in blocks if block.form in UNUSED_NORM)

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeoXArgs -> ModelSpec -> Transformer | PipelineModule. The only reader of the model and attention sections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule
+
+from megatron.errors import ConfigError
+from megatron.model.init import Gather
+from megatron.model.pipeline import PipelineChoices, pipeline_module, topology_of
+from megatron.model.spec import (
+    GATED,
+    AttentionSpec,
+    BackendName,
+    BlockSpec,
+    EmbeddingSpec,
+    HeadSpec,
+    InitSpec,
+    MLPSpec,
+    ModelSpec,
+    NormKind,
+    NormSpec,
+    Positions,
+    Residual,
+    RopeScaling,
+    RotarySpec,
+    RpeSpec,
+)
+from megatron.model.transformer import Transformer
+from megatron.mpu.groups import Groups
+from megatron.neox_arguments import NeoXArgs
+
+LITERAL, TWO_THIRDS = "literal", "two_thirds"
+
+
+def build_transformer(
+    args: NeoXArgs,
+    spec: ModelSpec | None = None,
+    *,
+    groups: Groups | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    gather: Gather | None = None,
+) -> Transformer:
+    """The model of `args` in one process, with initial weights (none on device "meta").
+
+    spec:   None = `build_spec(args)`
+    dtype:  of the parameters; None = the `precision` key's, or with `gather` what the enclosing context decides
+    gather: see `Transformer`
+    """
+    model = Transformer(
+        spec or build_spec(args),
+        groups=groups,
+        device=device,
+        dtype=parameter_dtype(args) if dtype is None and gather is None else dtype,
+        checkpointing=args.run.checkpoint_num_layers if args.run.checkpoint_activations else None,
+        seed=args.run.seed,
+        gather=gather,
+    )
+    if args.run.torch_compile:
+        model.compile_blocks()
+    return model
+
+
+def build_pipeline(
+    args: NeoXArgs,
+    spec: ModelSpec | None = None,
+    *,
+    loss_fn: Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor],
+    groups: Groups | None = None,
+    topology: Any = None,
+) -> PipelineModule:
+    """The model of `args` as the pipeline stages of this process; torch.distributed must be initialised.
+
+    spec:     None = `build_spec(args)`
+    loss_fn, topology: see `pipeline_module`; topology None = pipe, data, model axes of the configured sizes
+    """
+    if topology is None:
+        topology = topology_of(args.runtime.pipe_parallel_size, args.data_parallel_size, args.runtime.model_parallel_size)
+    choices = PipelineChoices(
+        partition_method=args.runtime.pipe_partition_method,
+        checkpoint_activations=args.run.checkpoint_activations,
+        compile_blocks=args.run.torch_compile,
+    )
+    return pipeline_module(
+        spec or build_spec(args),
+        topology=topology,
+        loss_fn=loss_fn,
+        tp=(groups or Groups.single()).tp,
+        seed=args.run.seed,
+        dtype=parameter_dtype(args),
+        choices=choices,
+    )
+
+
+def parameter_dtype(args: NeoXArgs) -> torch.dtype:
+    """The `precision` key as a dtype."""
+    return {"fp16": torch.float16, "bfloat16": torch.bfloat16}.get(args.model.precision or "fp32", torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The required sizes, known to be there and to fit together."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    seq_length: int
+    max_positions: int
+    vocab: int
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return self.hidden // self.heads
+
+
+def sizes_of(args: NeoXArgs) -> Sizes:
+    """Raises ConfigError, naming the key, where a size is missing or does not divide another."""
+    model = args.model
+    heads = required(model.num_attention_heads, "num_attention_heads")
+    sizes = Sizes(
+        hidden=required(model.hidden_size, "hidden_size"),
+        layers=required(model.num_layers, "num_layers"),
+        heads=heads,
+        kv_heads=args.attention.num_kv_heads or heads,
+        seq_length=required(model.seq_length, "seq_length"),
+        max_positions=required(model.max_position_embeddings, "max_position_embeddings"),
+        vocab=required(model.padded_vocab_size, "padded_vocab_size"),
+    )
+    if sizes.hidden % heads:
+        raise ConfigError(
+            f"hidden_size {sizes.hidden} is not a multiple of num_attention_heads {heads}",
+            where="hidden_size, num_attention_heads",
+            mend="choose a number of heads that divides hidden_size",
+        )
+    if heads % sizes.kv_heads:
+        raise ConfigError(
+            f"num_kv_heads {sizes.kv_heads} does not divide num_attention_heads {heads}",
+            where="num_kv_heads",
+            mend=f"use one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
+        )
+    if Positions(args.attention.pos_emb) is Positions.LEARNED and sizes.seq_length > sizes.max_positions:
+        raise ConfigError(
+            f"seq_length {sizes.seq_length} is longer than the {sizes.max_positions} learned positions",
+            where="seq_length, max_position_embeddings",
+            mend="raise max_position_embeddings to at least seq_length",
+        )
+    return sizes
+
+
+def required(value: int | None, key: str) -> int:
+    """The value of a key that a model cannot do without."""
+    if value is None:
+        mend = "build the tokenizer first, or set it" if key == "padded_vocab_size" else "set it"
+        raise ConfigError(f"'{key}' is not known", where=key, mend=mend)
+    return value
+
+
+def build_spec(args: NeoXArgs, *, mlp_convention: str | None = None) -> ModelSpec:
+    """What the configuration says the model is.
+
+    mlp_convention: literal | two_thirds, where a checkpoint showed it; wins over `intermediate_size_convention: auto`
+    Raises ConfigError for what this model cannot be, naming the key.
+    """
+    refuse_unbuilt(args)
+    sizes = sizes_of(args)
+    norm = norm_spec(args, sizes.hidden)
+    mlp = mlp_spec(args, mlp_convention)
+    residual = residual_of(args)
+    return ModelSpec(
+        hidden_size=sizes.hidden,
+        seq_length=sizes.seq_length,
+        embedding=embedding_spec(args, sizes),
+        blocks=tuple(
+            BlockSpec(
+                attention=attention_spec(args, sizes, index),
+                mlp=mlp,
+                norm=norm,
+                residual=residual,
+                hidden_dropout=args.model.hidden_dropout,
+            )
+            for index in range(sizes.layers)
+        ),
+        final_norm=norm,
+        head=HeadSpec(hidden_size=sizes.hidden, vocab_size=sizes.vocab, block_rows=args.model.logits_block_rows),
+        tied=not args.model.no_weight_tying,
+        init=InitSpec(method=args.model.init_method, output_method=args.model.output_layer_init_method, std=args.model.init_method_std),
+    )
+
+
+def embedding_spec(args: NeoXArgs, sizes: Sizes) -> EmbeddingSpec:
+    """Token embedding, with the positions that are added to it."""
+    positions = Positions(args.attention.pos_emb)
+    added = positions in (Positions.LEARNED, Positions.SINUSOIDAL)
+    return EmbeddingSpec(
+        vocab_size=sizes.vocab,
+        hidden_size=sizes.hidden,
+        positions=positions if added else Positions.NONE,
+        max_positions=sizes.max_positions if added else 0,
+        position_offset=args.attention.opt_pos_emb_offset if added else 0,
+        dropout=args.model.hidden_dropout,
+        position_multiplier=args.model.mup_rp_embedding_mult,
+    )
+
+
+def refuse_unbuilt(args: NeoXArgs) -> None:
+    """Raise ConfigError for a model that this code cannot build."""
+    model = args.model
+    unbuilt = {
+        "te_columnparallel": model.te_columnparallel,
+        "te_rowparallel": model.te_rowparallel,
+        "te_layernorm_mlp": model.te_layernorm_mlp,
+        "te_mha": model.te_mha,
+        "te_fp8_mha": model.te_fp8_mha,
+        "use_mup": model.use_mup,
+        "moe_num_experts": (model.moe_num_experts or 1) > 1,
+        "soft_prompt_tuning": bool(model.soft_prompt_tuning and model.soft_prompt_tuning.get("enabled")),
+        "norm": model.norm.startswith("te_"),
+    }
+    for key, asked in unbuilt.items():
+        if asked:
+            raise ConfigError(f"'{key}: {getattr(model, key)}' is not supported yet", where=key, mend=f"leave out '{key}'")
+    for name in args.attention.attention_config or []:
+        if name not in ("global", "flash"):  # flash is the same exact attention by a fused kernel
+            raise ConfigError(f"attention type '{name}' is not supported yet", where="attention_config", mend="use global or flash")
+
+
+def norm_spec(args: NeoXArgs, size: int) -> NormSpec:
+    """The model's kind of norm over `size` features."""
+    model = args.model
+    kind = NormKind(model.norm)
+    eps = {NormKind.RMSNORM: model.rms_norm_epsilon, NormKind.SCALENORM: model.scalenorm_epsilon}.get(kind, model.layernorm_epsilon)
+    return NormSpec(kind=kind, size=size, eps=eps, bias=model.use_bias_in_norms)
+
+
+def residual_of(args: NeoXArgs) -> Residual:
+    """How blocks add their sublayers."""
+    model = args.model
+    if model.norm_placement == "post":
+        raise ConfigError("'norm_placement: post' is not supported", where="norm_placement", mend="use pre or olmo3")
+    if model.norm_placement == "olmo3":
+        if model.gpt_j_residual:
+            raise ConfigError(
+                "olmo3 norms and a parallel residual exclude each other",
+                where="norm_placement, gpt_j_residual",
+                mend="set gpt_j_residual: false",
+            )
+        return Residual.POST_SUBLAYER
+    if model.gpt_j_residual:
+        return Residual.PARALLEL_TIED if model.gpt_j_tied else Residual.PARALLEL
+    return Residual.SEQUENTIAL
+
+
+def attention_spec(args: NeoXArgs, sizes: Sizes, index: int) -> AttentionSpec:
+    """Attention of block `index`, counted from 0."""
+    attention = args.attention
+    positions = Positions(attention.pos_emb)
+    pattern = attention.sliding_window_pattern
+    scaled = attention.apply_query_key_layer_scaling
+    return AttentionSpec(
+        hidden_size=sizes.hidden,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        bias=args.model.use_bias_in_attn_linear,
+        rotary=rotary_spec(args, sizes.head_dim) if positions is Positions.ROTARY else None,
+        rpe=RpeSpec(num_buckets=attention.rpe_num_buckets, max_distance=attention.rpe_max_distance) if positions is Positions.RPE else None,
+        alibi=positions is Positions.ALIBI,
+        window=pattern[index % len(pattern)] if pattern else attention.sliding_window_width,
+        dropout=attention.attention_dropout,
+        softmax_in_fp32=attention.attention_softmax_in_fp32 or scaled,
+        logit_divisor=float(index + 1) if scaled else 1.0,
+        qk_norm=qk_norm_spec(args, sizes.head_dim),
+        separate_qk_norms=attention.use_separate_qk_norms,
+        isolated=attention.attention_over_documents == "isolated",
+        backend=BackendName(attention.attention_backend),
+    )
+
+
+def qk_norm_spec(args: NeoXArgs, head_dim: int) -> NormSpec | None:
+    """The norm of queries and keys."""
+    attention = args.attention
+    if attention.use_separate_qk_norms and not attention.use_qk_layernorm:
+        raise ConfigError(
+            "use_separate_qk_norms needs use_qk_layernorm",
+            where="use_separate_qk_norms",
+            mend="set use_qk_layernorm: true, or leave both out",
+        )
+    return norm_spec(args, head_dim) if attention.use_qk_layernorm else None
+
+
+def rotary_spec(args: NeoXArgs, head_dim: int) -> RotarySpec:
+    """Rotary positions on the first rotary_pct of a head."""
+    attention = args.attention
+    dim = int(head_dim * attention.rotary_pct)
+    if dim < 2 or dim % 2:
+        raise ConfigError(
+            f"rotary_pct {attention.rotary_pct} of a head of {head_dim} features gives {dim}, not an even number >= 2",
+            where="rotary_pct",
+            mend="choose another fraction",
+        )
+    scaling = rope_scaling(attention.rope_scaling) if attention.rope_scaling else None
+    return RotarySpec(dim=dim, base=float(attention.rotary_emb_base), scaling=scaling, save_freqs=attention.rotary_save_freqs_buffer)
+
+
+def rope_scaling(given: dict[str, Any]) -> RopeScaling | None:
+    """The `rope_scaling` dict (Hugging Face form). rope_type "default" is no scaling."""
+    values = dict(given)
+    kind = values.pop("rope_type", None) or values.pop("type", None)
+    values.pop("type", None)
+    if kind == "default":
+        return None
+    known = {name for name in RopeScaling.__dataclass_fields__ if name != "kind"}
+    unknown = sorted(set(values) - known)
+    if kind not in ("linear", "ntk", "yarn", "llama3") or unknown:
+        what = f"unknown entry '{unknown[0]}' in rope_scaling" if unknown else f"unknown rope_type '{kind}' in rope_scaling"
+        raise ConfigError(what, where="rope_scaling", mend=f"rope_type: linear, ntk, yarn or llama3; entries: {', '.join(sorted(known))}")
+    return RopeScaling(kind=kind, **values)
+
+
+def mlp_spec(args: NeoXArgs, convention: str | None) -> MLPSpec:
+    """The feed-forward sublayer. bias_gelu_fusion means the tanh form of GELU: FORMAT, NeoX's fused kernel was an approximation."""
+    model = args.model
+    activation = "gelu_tanh" if model.activation == "gelu" and model.bias_gelu_fusion else model.activation
+    hidden = required(model.hidden_size, "hidden_size")
+    return MLPSpec(hidden_size=hidden, width=mlp_width(args, convention), activation=activation, bias=model.use_bias_in_mlp)
+
+
+def mlp_width(args: NeoXArgs, convention: str | None = None) -> int:
+    """Columns of linear2.
+
+    FORMAT: without a gate: intermediate_size, else expansion_factor * h, else 4 h, rounded up to mlp_multiple_of.
+    With a gate: two thirds of that over two matrices, int(w * 2 / 3) // 2 rounded up; but an explicit intermediate_size
+    is the width itself under the literal convention.
+    """
+    model = args.model
+    given = model.intermediate_size
+    wide = given or int((model.expansion_factor or 4) * required(model.hidden_size, "hidden_size"))
+    if model.activation in GATED:
+        meant = model.intermediate_size_convention
+        if given and (convention or LITERAL if meant == "auto" else meant) == LITERAL:
+            return given
+        wide = int(wide * 2 / 3) // 2
+    return -(-wide // model.mlp_multiple_of) * model.mlp_multiple_of
+
+
+def mlp_convention_of(args: NeoXArgs, linear2_columns: int) -> str | None:
+    """Which convention of a gated intermediate_size gives a checkpoint's width; None where neither does.
+
+    linear2_columns: columns of mlp.linear2.weight summed over tensor ranks
+    """
+    for convention in (LITERAL, TWO_THIRDS):
+        if mlp_width(args, convention) == linear2_columns:
+            return convention
+    return None
+
+
+def mlp_convention_of(args: NeoXArgs, linear2_columns: int) -> str | None:
+    """Which reading of intermediate_size gives a checkpoint's width; None where neither does.
+
+    linear2_columns: columns of mlp.linear2.weight summed over tensor ranks
+    """
+    return next((convention for convention in (LITERAL, TWO_THIRDS) if mlp_width(args, convention) == linear2_columns), None)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token embedding and the positions that are added to it. Opens the stream; knows nothing of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.errors import NeoXError
+from megatron.model.attention.masks import document_positions
+from megatron.model.spec import EmbeddingSpec, Positions
+from megatron.model.stream import Stream
+from megatron.mpu.groups import Group
+from megatron.mpu.layers import VocabEmbedding
+
+if TYPE_CHECKING:
+    from megatron.model.cache import LayerCache
+
+
+class Embedding(nn.Module):
+    """Tokens [b, s] -> hidden [b, s, h].
+
+    FORMAT: word_embeddings.weight [v / tp, h]; learned positions position_embeddings.weight [max_positions + offset, h].
+    """
+
+    def __init__(self, spec: EmbeddingSpec, *, tp: Group) -> None:
+        super().__init__()
+        self.spec = spec
+        self.word_embeddings = VocabEmbedding(spec.vocab_size, spec.hidden_size, tp=tp)
+        if spec.positions is Positions.LEARNED:
+            self.position_embeddings = nn.Embedding(spec.max_positions + spec.position_offset, spec.hidden_size)
+
+    def forward(
+        self,
+        stream: Stream,
+        cache: LayerCache | None = None,
+        *,
+        head: Callable[[Embedding, Stream], Any] | None = None,
+    ) -> Any:
+        """stream (tokens [b, s] int64, segments [b, s] int32) -> Stream(hidden [b, s, h], segments).
+
+        cache: of the first block; its length is how many tokens came before
+        head:  a tied head to run on this module in place of the embedding. It runs inside this forward,
+               where ZeRO-3 has the weight whole.
+        """
+        if head is not None:
+            return head(self, stream)
+        tokens, segments = stream
+        spec = self.spec
+        hidden: Tensor = self.word_embeddings(tokens)
+        if spec.multiplier != 1.0:
+            hidden = hidden * spec.multiplier
+        if spec.positions in (Positions.LEARNED, Positions.SINUSOIDAL):
+            before = 0 if cache is None else cache.length
+            added = self._positions(document_positions(segments, before), before + tokens.shape[1])
+            hidden = hidden + added.to(hidden.dtype) * spec.position_multiplier
+        if spec.dropout > 0.0:
+            hidden = F.dropout(hidden, spec.dropout, self.training)
+        return Stream(hidden, segments)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # FORMAT: the reference stores a sinusoidal table's frequencies; they are recomputed.
+        state_dict.pop(f"{prefix}position_embeddings.inv_freq", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _positions(self, positions: Tensor, length: int) -> Tensor:
+        """What is added at positions [b, s] -> [b, s, h]."""
+        if self.spec.positions is Positions.SINUSOIDAL:
+            return sinusoid(positions, self.spec.hidden_size)
+        if length > self.spec.max_positions:
+            raise NeoXError(
+                f"{length} tokens do not fit {self.spec.max_positions} learned positions",
+                where="max_position_embeddings",
+                mend="shorten the input, or train with more positions",
+            )
+        out: Tensor = self.position_embeddings(positions + self.spec.position_offset)
+        return out
+
+
+def sinusoid(positions: Tensor, size: int) -> Tensor:
+    """Sines of size / 2 frequencies, then their cosines (Vaswani et al., arXiv 1706.03762, sec. 3.5); [b, s] -> [b, s, size] fp32."""
+    frequencies = 1.0 / (10000.0 ** (torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size))
+    angles = positions.to(torch.float32)[..., None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)

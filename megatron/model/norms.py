@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisations over the last features, and those over attention heads. Statistics in float32, output in the input's dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.errors import ConfigError
+from megatron.model.spec import NormKind, NormSpec
+from megatron.mpu import comm
+from megatron.mpu.groups import Group
+from megatron.mpu.sharding import Sharding, Split, local_size
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al., arXiv 1607.06450); without weights when not affine."""
+
+    def __init__(self, size: int, eps: float, *, bias: bool = True, affine: bool = True, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.size = size
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, device=device)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(size, device=device)) if affine and bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> same shape."""
+        # The fused kernel keeps mean and variance of 16-bit inputs in float32.
+        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.size = size
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(size, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> same shape."""
+        return rms_norm(x, (self.size,), self.scale, self.eps)
+
+
+class ScaleNorm(nn.Module):
+    """g * x / max(|x|, eps) with one learned length g (Nguyen and Salazar, arXiv 1910.05895)."""
+
+    def __init__(self, eps: float, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.g = nn.Parameter(torch.ones(1, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> same shape."""
+        exact = x.float()
+        length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp(min=self.eps)
+        out: Tensor = exact * (self.g.float() / length)
+        return out.to(x.dtype)
+
+
+def rms_norm(x: Tensor, shape: tuple[int, ...], scale: Tensor | None, eps: float) -> Tensor:
+    """RMS norm over the trailing `shape`; scale of that shape."""
+    if x.dtype in (torch.float16, torch.bfloat16) and x.device.type == "cpu":
+        # The CPU kernel rounds between its steps; the CUDA one does not.
+        return F.rms_norm(x.float(), shape, None if scale is None else scale.float(), eps).to(x.dtype)
+    return F.rms_norm(x, shape, scale, eps)
+
+
+def build_norm(spec: NormSpec, *, device: torch.device | str | None = None) -> nn.Module:
+    """The norm of a spec. FORMAT: parameters weight, bias | scale | g | none."""
+    if spec.kind is NormKind.RMSNORM:
+        return RMSNorm(spec.size, spec.eps, device=device)
+    if spec.kind is NormKind.SCALENORM:
+        return ScaleNorm(spec.eps, device=device)
+    return LayerNorm(spec.size, spec.eps, bias=spec.bias, affine=spec.kind is NormKind.LAYERNORM, device=device)
+
+
+class HeadNorm(nn.Module):
+    """One norm over all heads of queries or keys together, [heads, d] at once, with the heads spread over tp.
+
+    Statistics are taken over every rank's heads, so the model is the same at any tp.
+    FORMAT: weights are [heads / tp, d], or with `flat` [heads * d / tp]. Head by head they are split over tp.
+    Raises ConfigError for ScaleNorm.
+    """
+
+    def __init__(
+        self, spec: NormSpec, heads: int, head_dim: int, *, tp: Group, flat: bool, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        if spec.kind is NormKind.SCALENORM:
+            raise ConfigError("scalenorm cannot normalise queries and keys", where="use_qk_layernorm", mend="use layernorm or rmsnorm")
+        local = local_size(heads, tp.size, "attention heads")
+        shape = (local * head_dim,) if flat else (local, head_dim)
+        self.spec = spec
+        self.tp = tp
+        self.shape = (local, head_dim)
+        self.count = heads * head_dim
+        self.rms = spec.kind is NormKind.RMSNORM
+        affine = spec.kind is not NormKind.NON_PARAMETRIC
+        self.scale = nn.Parameter(torch.ones(shape, device=device)) if affine and self.rms else None
+        self.weight = nn.Parameter(torch.ones(shape, device=device)) if affine and not self.rms else None
+        self.bias = nn.Parameter(torch.zeros(shape, device=device)) if affine and not self.rms and spec.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, heads / tp, d] -> same shape."""
+        learned = self.scale if self.rms else self.weight
+        weight = None if learned is None else learned.view(self.shape)
+        bias = None if self.bias is None else self.bias.view(self.shape)
+        if self.tp.size == 1:
+            if self.rms:
+                return rms_norm(x, self.shape, weight, self.spec.eps)
+            return F.layer_norm(x, self.shape, weight, bias, self.spec.eps)
+        exact = x.float()
+        if not self.rms:
+            exact = exact - comm.mix(exact.sum((-2, -1), keepdim=True), self.tp) / self.count
+        square = comm.mix(exact.square().sum((-2, -1), keepdim=True), self.tp) / self.count
+        out = exact * torch.rsqrt(square + self.spec.eps)
+        out = out if weight is None else out * weight.float()
+        return (out if bias is None else out + bias.float()).to(x.dtype)
+
+    def sharding(self) -> dict[str, Sharding]:
+        """Head by head."""
+        return {name: Split(0) for name, _ in self.named_parameters()}

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model on one page: its layers in order, each with the number it has in a checkpoint. Builds nothing by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.model.block import TransformerBlock
+from megatron.model.embedding import Embedding
+from megatron.model.head import FinalNorm, LMHead, tied_logits
+from megatron.model.init import Initialiser
+from megatron.model.spec import ModelSpec
+from megatron.mpu.groups import Group
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place in the model.
+
+    number: FORMAT: layer number in a NeoX checkpoint
+    layer:  class of the module; None = a gap, a number without a module
+    spec:   its first argument
+    tie:    slots with one key share one module
+    head:   for a tied last slot: what runs on the shared module in place of its own forward
+    """
+
+    number: int
+    layer: type[nn.Module] | None
+    spec: Any = None
+    tie: str | None = None
+    head: Callable[..., Any] | None = None
+
+    @classmethod
+    def gap(cls, number: int) -> Slot:
+        """A number that no module bears."""
+        return cls(number, None)
+
+
+def layer_plan(spec: ModelSpec) -> list[Slot]:
+    """Every slot of the model in order; slot numbers are 0 .. num_layers + 4 without a hole."""
+    count = spec.num_layers
+    if spec.tied:
+        first = Slot(0, Embedding, spec.embedding, tie="embed")
+        last = Slot(count + 4, Embedding, spec.embedding, tie="embed", head=partial(tied_logits, spec=spec.head))
+    else:
+        first = Slot(0, Embedding, spec.embedding)
+        last = Slot(count + 4, LMHead, spec.head)
+    blocks = [Slot(2 + index, TransformerBlock, block) for index, block in enumerate(spec.blocks)]
+    # FORMAT: slots 1 and count + 2 were transposes in NeoX; their numbers stay empty.
+    return [first, Slot.gap(1), *blocks, Slot.gap(count + 2), Slot(count + 3, FinalNorm, spec.final_norm), last]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builder:
+    """Turns slots into modules with weights.
+
+    device: where; torch.device("meta") leaves weights unmade
+    dtype:  of the parameters; None = float32, or what an enclosing context decides
+    """
+
+    initialiser: Initialiser
+    tp: Group
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    def build(self, slot: Slot) -> nn.Module:
+        """The module of a slot that is not a gap."""
+        assert slot.layer is not None
+        if self.device is None:
+            module = slot.layer(slot.spec, tp=self.tp)
+        else:
+            with self.device:
+                module = slot.layer(slot.spec, tp=self.tp)
+        if self.device is None or self.device.type != "meta":
+            self.initialiser(module, str(slot.number), self.tp)
+        return module if self.dtype is None else module.to(self.dtype)
+
+
+def share_position_bias(blocks: list[nn.Module]) -> None:
+    """Let all blocks use the first one's relative position table. FORMAT: a checkpoint holds it once per block."""
+    attentions = [block.attention for block in blocks if isinstance(block, TransformerBlock)]
+    for attention in attentions[1:]:
+        if attention.spec.rpe is not None:
+            attention.rpe = attentions[0].rpe

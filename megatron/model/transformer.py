@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a plan in one process. Knows no engine, no loss and no pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.model.attention.masks import Documents
+from megatron.model.block import TransformerBlock
+from megatron.model.init import Gather, Initialiser
+from megatron.model.plan import Builder, layer_plan, share_position_bias
+from megatron.model.spec import ModelSpec
+from megatron.model.stream import Stream
+from megatron.mpu.groups import Groups
+
+if TYPE_CHECKING:
+    from megatron.model.cache import KVCache
+    from megatron.model.head import Logits
+
+Read = Callable[["Logits"], Any]
+
+
+class Transformer(nn.Module):
+    """The whole model. FORMAT: its state dict has NeoX's names, `sequential.<slot>.<param>`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        groups: Groups | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        checkpointing: int | None = None,
+        seed: int = 1234,
+        gather: Gather | None = None,
+    ) -> None:
+        """Build and initialise.
+
+        device, dtype: of the parameters; device "meta" makes no weights
+        checkpointing: recompute the backward pass's activations in groups of this many blocks; None = keep them
+        seed:   of the initial weights
+        gather: makes parameters whole that were partitioned while being built (deepspeed.zero.Init)
+        """
+        super().__init__()
+        self.spec = spec
+        self.groups = Groups.single() if groups is None else groups
+        self.checkpointing = checkpointing
+        law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed, gather=gather)
+        where = None if device is None else torch.device(device)
+        builder = Builder(initialiser=law, tp=self.groups.tp, device=where, dtype=dtype)
+        self.plan = layer_plan(spec)
+        made = {slot.number: builder.build(slot) for slot in self.plan if slot.layer is not None and slot.head is None}
+        share_position_bias(list(made.values()))
+        self._isolated = any(block.attention.isolated for block in spec.blocks)
+        self.sequential = nn.ModuleDict({str(number): module for number, module in made.items()})
+
+    @property
+    def blocks(self) -> list[TransformerBlock]:
+        """The stack, in order."""
+        return [module for module in self.sequential.values() if isinstance(module, TransformerBlock)]
+
+    def forward(self, tokens: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, read: Read | None = None) -> Any:
+        """tokens [b, s] int64 -> Logits, or what `read` makes of them.
+
+        segments: [b, s] int32 document numbers; None = one document per row
+        cache:    keys and values of earlier tokens; the new ones are appended
+        read:     runs inside the head's forward (where ZeRO-3 has the head's weight whole); its result is returned
+        """
+        if segments is None:
+            segments = torch.zeros_like(tokens, dtype=torch.int32)
+        first, last = self.plan[0], self.plan[-1]
+        stream = Stream(tokens, segments)
+        stream = self.sequential[str(first.number)](stream, None if cache is None else cache.layer(0))
+        stream = self._run_blocks(stream, cache)
+        stream = self.sequential[str(self.plan[-2].number)](stream)
+        if last.head is not None:
+            return self.sequential[str(first.number)](stream, head=partial(last.head, read=read))
+        return self.sequential[str(last.number)](stream, read=read)
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place (torch.compile); names in the state dict do not change."""
+        for block in self.blocks:
+            block.compile()
+
+    def _run_blocks(self, stream: Stream, cache: KVCache | None) -> Stream:
+        blocks = self.blocks
+        if not blocks:
+            return stream
+        if cache is not None:
+            for index, block in enumerate(blocks):
+                stream = block(stream, cache.layer(index))
+            return stream
+        # Where documents lie is found once, not once per block: finding it makes a GPU's host wait.
+        segments = Documents.of(stream.segments) if self._isolated else stream.segments
+        hidden = stream.hidden
+        size = len(blocks) if self.checkpointing is None or not torch.is_grad_enabled() else self.checkpointing
+        for group in chunks(blocks, size):
+            if self.checkpointing is not None and torch.is_grad_enabled():
+                hidden = checkpoint(run_group, group, hidden, segments, use_reentrant=False)
+            else:
+                hidden = run_group(group, hidden, segments)
+        return Stream(hidden, stream.segments)
+
+
+def run_group(blocks: list[TransformerBlock], hidden: Tensor, segments: Tensor | Documents | None) -> Tensor:
+    """hidden [b, s, h] through consecutive blocks -> [b, s, h]."""
+    for block in blocks:
+        hidden, _ = block((hidden, segments))
+    return hidden
+
+
+def chunks(blocks: list[TransformerBlock], size: int) -> Iterator[list[TransformerBlock]]:
+    """Consecutive groups of `size` blocks; the last may be smaller."""
+    for start in range(0, len(blocks), size):
+        yield blocks[start : start + size]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives with gradients over a Group. Each is the identity when the group is one process.
+
+A tensor is either *replicated* (equal on all ranks, as is its gradient) or *split* (each rank has a slice).
+In the table of a pair, the backward pass is the other's forward pass:
+
+    copy    replicated -> input of split work     reduce          partial sums -> replicated
+    scatter replicated -> slice                   gather          slices -> replicated whole
+    spread  slices -> input of split work         reduce_scatter  partial sums -> slices
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.mpu.groups import Group, Groups
+from megatron.mpu.topology import Topology
+
+# ---- without gradients -------------------------------------------------------------------------------------------
+
+
+def all_reduce(x: Tensor, group: Group, *, maximum: bool = False) -> Tensor:
+    """Sum (or maximum) over the group, in a new tensor; x itself when alone."""
+    if group.size == 1:
+        return x
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group.handle)
+    return out
+
+
+def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Concatenation of every rank's x along dim."""
+    if group.size == 1:
+        return x
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size)]
+    dist.all_gather(pieces, x.contiguous(), group=group.handle)
+    return torch.cat(pieces, dim)
+
+
+def own_slice(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's equal part of x along dim."""
+    return x if group.size == 1 else x.chunk(group.size, dim)[group.rank].contiguous()
+
+
+def sum_slice(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's part of the sum over the group."""
+    if group.size == 1:
+        return x
+    if x.device.type == "cpu":  # gloo has no reduce-scatter that serves every dtype
+        return own_slice(all_reduce(x, group), group, dim)
+    pieces = [piece.contiguous() for piece in x.chunk(group.size, dim)]
+    out = torch.empty_like(pieces[group.rank])
+    dist.reduce_scatter(out, pieces, group=group.handle)
+    return out
+
+
+# ---- with gradients ----------------------------------------------------------------------------------------------
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0], ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return own_slice(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return own_slice(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return sum_slice(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return sum_slice(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grads[0], ctx.group, ctx.dim), None, None
+
+
+def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group, *rest: int) -> Tensor:
+    if group.size == 1:
+        return x
+    out: Tensor = function.apply(x, group, *rest)
+    return out
+
+
+def copy(x: Tensor, group: Group) -> Tensor:
+    """Replicated x enters split work; its gradient is summed over the group."""
+    return _apply(_Copy, x, group)
+
+
+def reduce(x: Tensor, group: Group) -> Tensor:
+    """Partial sums of x -> their sum on every rank; the gradient passes as it is."""
+    return _apply(_Reduce, x, group)
+
+
+def scatter(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """Replicated x -> this rank's slice along dim; gradients are gathered."""
+    return _apply(_Scatter, x, group, dim)
+
+
+def gather(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """Slices along dim -> the whole on every rank; the gradient is sliced."""
+    return _apply(_Gather, x, group, dim)
+
+
+def spread(x: Tensor, group: Group, dim: int = 1) -> Tensor:
+    """Slices along dim -> the whole as input of split work; gradients are summed and sliced (sequence parallelism)."""
+    return _apply(_Spread, x, group, dim)
+
+
+def reduce_scatter(x: Tensor, group: Group, dim: int = 1) -> Tensor:
+    """Partial sums -> this rank's slice of the sum; gradients are gathered (sequence parallelism)."""
+    return _apply(_ReduceScatter, x, group, dim)
+
+
+def mix(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group of a statistic that every rank then uses on its own slice; its gradient is summed too."""
+    return copy(reduce(x, group), group)
+
+
+# ---- process groups ----------------------------------------------------------------------------------------------
+
+
+def open_groups(topology: Topology, rank: int) -> Groups:
+    """Create every group of the grid (a collective call of all ranks) and return those of `rank`.
+
+    torch.distributed must be initialised unless the world is one process.
+    """
+
+    def along(axis: str) -> Group:
+        mine = Group.single()
+        for ranks in topology.groups(axis):
+            if len(ranks) == 1:
+                if rank in ranks:
+                    mine = Group(ranks=ranks)
+                continue
+            handle = dist.new_group(list(ranks))
+            if rank in ranks:
+                mine = Group(rank=ranks.index(rank), size=len(ranks), handle=handle, ranks=ranks)
+        return mine
+
+    size = topology.world
+    world = Group(rank=rank, size=size, handle=dist.group.WORLD if size > 1 else None, ranks=tuple(range(size)))
+    return Groups(tp=along("tensor"), pp=along("pipe"), dp=along("data"), world=world)

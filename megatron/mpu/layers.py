@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear and embedding layers that are split over a tensor parallel group and say so. Size 1 is the ordinary case.
+
+Weights are [n_out, n_in] like nn.Linear's. Fresh ones are normal(0, 0.02), biases 0: a model's initialiser overwrites them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.mpu import comm
+from megatron.mpu.groups import Group
+from megatron.mpu.sharding import Replicated, Sharding, Split, Summed, local_size
+
+
+class ColumnLinear(nn.Module):
+    """y = x W^T + b with the outputs spread over tp: W [n_out / tp, n_in], b [n_out / tp] (arXiv 1909.08053, sec. 3).
+
+    parts: global output sizes that are cut each by itself (fused q|k|v, value|gate); they sum to n_out
+    Raises ConfigError when an output part cannot be divided over tp.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        tp: Group,
+        bias: bool = True,
+        parts: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.parts = parts
+        rows = sum(local_size(part, tp.size, "an output of") for part in parts or (n_out,))
+        self.weight = nn.Parameter(torch.empty(rows, n_in, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n_in] replicated -> [..., n_out / tp]."""
+        return F.linear(comm.copy(x, self.tp), self.weight, self.bias)
+
+    def sharding(self) -> dict[str, Sharding]:
+        """Rows, part by part."""
+        how = Split(0, self.parts)
+        return {"weight": how} if self.bias is None else {"weight": how, "bias": how}
+
+
+class RowLinear(nn.Module):
+    """y = x W^T + b with the inputs spread over tp: W [n_out, n_in / tp], b [n_out].
+
+    defer_reduce: give this rank's share of the sum; the caller reduces (once, for several layers)
+    Raises ConfigError when n_in cannot be divided over tp.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        tp: Group,
+        bias: bool = True,
+        defer_reduce: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.defer_reduce = defer_reduce
+        columns = local_size(n_in, tp.size, "an input of")
+        self.weight = nn.Parameter(torch.empty(n_out, columns, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n_in / tp] -> [..., n_out]: replicated, or with defer_reduce a partial sum."""
+        if self.defer_reduce or self.tp.size == 1:
+            # FORMAT: with a deferred reduce every rank adds its bias before the sum, so a checkpoint holds bias / tp.
+            return F.linear(x, self.weight, self.bias)
+        y = comm.reduce(F.linear(x, self.weight), self.tp)
+        return y if self.bias is None else y + self.bias
+
+    def sharding(self) -> dict[str, Sharding]:
+        """Columns; the bias is whole, or with defer_reduce a share."""
+        table: dict[str, Sharding] = {"weight": Split(1)}
+        if self.bias is not None:
+            table["bias"] = Summed() if self.defer_reduce else Replicated()
+        return table
+
+
+class VocabEmbedding(nn.Module):
+    """Embedding table with the vocabulary spread over tp: W [v / tp, h]."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tp: Group,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        rows = local_size(vocab_size, tp.size, "padded vocabulary")
+        self.first = tp.rank * rows
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype, device=device))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [b, s] int64 -> [b, s, h] replicated."""
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.first
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return comm.reduce(found.masked_fill(elsewhere[..., None], 0.0), self.tp)
+
+    def sharding(self) -> dict[str, Sharding]:
+        """Rows."""
+        return {"weight": Split(0)}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arithmetic between a global rank and its place on the (pipe, data, tensor) grid. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron.errors import ConfigError
+
+AXES = ("pipe", "data", "tensor")
+
+
+class Place(NamedTuple):
+    """Coordinates of a rank."""
+
+    pipe: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """A grid of pipe x data x tensor processes; tensor is innermost, so its ranks are neighbours on one node.
+
+    >>> Topology(pipe=2, data=2, tensor=2).place(5)
+    Place(pipe=1, data=0, tensor=1)
+    """
+
+    pipe: int = 1
+    data: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if self.size(axis) < 1:
+                raise ConfigError(f"the {axis} axis has size {self.size(axis)}", mend="every axis of parallelism has size 1 or more")
+
+    @classmethod
+    def of_world(cls, world: int, *, pipe: int = 1, tensor: int = 1) -> Topology:
+        """The grid of `world` processes with as much data parallelism as is left.
+
+        Raises ConfigError when pipe * tensor does not divide the world.
+        """
+        pipe, tensor = max(pipe, 1), max(tensor, 1)
+        if world % (pipe * tensor):
+            raise ConfigError(
+                f"{world} processes cannot be divided into {pipe} pipeline stages of {tensor} tensor parallel ranks",
+                where="pipe_parallel_size, model_parallel_size",
+                mend=f"start a multiple of {pipe * tensor} processes",
+            )
+        return cls(pipe=pipe, data=world // (pipe * tensor), tensor=tensor)
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.pipe * self.data * self.tensor
+
+    def size(self, axis: str) -> int:
+        """Length of an axis."""
+        return {"pipe": self.pipe, "data": self.data, "tensor": self.tensor}[axis]
+
+    def rank(self, place: Place) -> int:
+        """Global rank at a place."""
+        return (place.pipe * self.data + place.data) * self.tensor + place.tensor
+
+    def place(self, rank: int) -> Place:
+        """Place of a global rank."""
+        rest, tensor = divmod(rank, self.tensor)
+        pipe, data = divmod(rest, self.data)
+        return Place(pipe, data, tensor)
+
+    def members(self, axis: str, rank: int) -> tuple[int, ...]:
+        """Ranks that differ from `rank` only along `axis`, in order: its group on that axis.
+
+        >>> Topology(pipe=2, data=2, tensor=2).members("data", 5)
+        (5, 7)
+        """
+        here = self.place(rank)
+        return tuple(self.rank(here._replace(**{axis: index})) for index in range(self.size(axis)))
+
+    def groups(self, axis: str) -> list[tuple[int, ...]]:
+        """All groups of an axis, ordered by their first rank. Every rank is in exactly one."""
+        return sorted({self.members(axis, rank) for rank in range(self.world)})

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers and losses on two tensor parallel ranks equal those on one, forward and in every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron.errors import ConfigError
+from megatron.mpu import comm
+from megatron.mpu.cross_entropy import nll, token_logps
+from megatron.mpu.groups import Group
+from megatron.mpu.layers import ColumnLinear, RowLinear, VocabEmbedding
+from megatron.mpu.random import per_rank
+from megatron.mpu.sharding import sharding_of, split
+from megatron.mpu.topology import Topology
+from support.dist import run_distributed
+
+
+class Net(nn.Module):
+    """Every layer once: embed, up in two parts, down with and without a deferred reduce, logits."""
+
+    def __init__(self, tp: Group) -> None:
+        super().__init__()
+        self.tp = tp
+        self.embed = VocabEmbedding(12, 8, tp=tp)
+        self.up = ColumnLinear(8, 16, tp=tp, parts=(8, 8))
+        self.down = RowLinear(8, 8, tp=tp)
+        self.share = RowLinear(8, 8, tp=tp, defer_reduce=True)
+        self.head = ColumnLinear(8, 12, tp=tp, bias=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.embed(tokens)
+        value, gate = self.up(hidden).chunk(2, dim=-1)
+        inner = value * torch.tanh(gate)
+        hidden = hidden + self.down(inner) + comm.reduce(self.share(inner), self.tp)
+        logits = self.head(hidden)
+        return hidden, logits
+
+
+def results(tp: Group, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients of one fixed loss; weights are whole."""
+    net = Net(tp)
+    table = sharding_of(net)
+    net.load_state_dict({name: split(whole, table[name], tp.rank, tp.size) for name, whole in weights.items()})
+    tokens = torch.tensor([[0, 5, 6, 11, 3], [7, 7, 1, 2, 10]])
+    targets = torch.tensor([[5, 6, 11, 3, 0], [7, 1, 2, 10, 4]])
+    hidden, logits = net(tokens)
+    before = logits.detach().clone()
+    losses = nll(logits, targets, tp)
+    (losses.mean() + 0.1 * token_logps(logits, targets.flip(0), tp).square().sum()).backward()
+    assert torch.equal(before, logits)
+    out = {"hidden": hidden.detach(), "nll": losses.detach(), "logits": comm.gather(logits, tp).detach()}
+    return out | {f"grad {name}": parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def on_two_ranks(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    tp = comm.open_groups(Topology(tensor=world), rank).tp
+    out = results(tp, weights)
+    x = torch.arange(4.0).view(1, 4).requires_grad_()
+    whole = comm.gather(comm.scatter(x, tp), tp)
+    spread = comm.spread(comm.reduce_scatter(x * (rank + 1), tp, dim=1), tp, dim=1)
+    (whole.sum() + (spread * (rank + 1)).sum()).backward()
+    out |= {"round trip": whole.detach(), "summed": spread.detach(), "grad x": x.grad}
+    torch.manual_seed(3)
+    with per_rank(tp, x.device):
+        out["own"] = torch.rand(4)
+    out["common"] = torch.rand(4)
+    return out
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_equal_one() -> None:
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(value) * 0.5 for name, value in Net(Group.single()).state_dict().items()}
+    table = sharding_of(Net(Group.single()))
+    # Under a deferred reduce each rank holds half the bias and sees the gradient of the sum.
+    whole = results(Group.single(), weights)
+    ranks = run_distributed(on_two_ranks, 2, weights=weights)
+    for rank, found in enumerate(ranks):
+        for name, expected in whole.items():
+            if name.startswith("grad ") and name != "grad share.bias":
+                expected = split(expected, table[name[5:]], rank, 2)
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        assert found["round trip"].tolist() == [[0, 1, 2, 3]]
+        assert found["summed"].tolist() == [[0, 3, 6, 9]]
+        assert found["grad x"].tolist() == [[1 + 3 * (rank + 1)] * 4]
+    assert torch.equal(ranks[0]["common"], ranks[1]["common"])
+    assert not torch.equal(ranks[0]["own"], ranks[1]["own"])
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    tp = Group(rank=0, size=2)
+    with pytest.raises(ConfigError, match="padded vocabulary 7"):
+        VocabEmbedding(7, 4, tp=tp)
+    with pytest.raises(ConfigError):
+        ColumnLinear(4, 8, tp=tp, parts=(5, 3))
