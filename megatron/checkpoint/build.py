@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeoXArgs -> what to load, and the model specification that fits it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.neox_store import find_tag, read_weights, saved_steps
+from megatron.checkpoint.resume import COMPARED_ARGS
+from megatron.log import get_logger
+from megatron.model.build import build_spec, mlp_convention_of
+from megatron.model.spec import ModelSpec
+from megatron.neox_arguments import NeoXArgs
+
+log = get_logger(__name__)
+
+
+class Take(Enum):
+    """What is taken from a checkpoint."""
+
+    NOTHING = "nothing"
+    WEIGHTS = "weights"  # finetune: iteration 0, fresh optimizer
+    WEIGHTS_AND_POSITION = "weights and position"  # no_load_optim: iteration, data position and random state too
+    EVERYTHING = "everything"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run starts from."""
+
+    take: Take
+    directory: Path | None = None
+    tag: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The step's folder."""
+        return None if self.directory is None or self.tag is None else self.directory / self.tag
+
+
+def choose_source(args: NeoXArgs) -> Source:
+    """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for.
+
+    A folder without any checkpoint is an error, unless it is also where this run saves: then the run starts there.
+    Raises CheckpointError.
+    """
+    section = args.checkpoint
+    if not section.load:
+        return Source(Take.NOTHING)
+    directory = Path(section.load)
+    if section.save and section.iteration is None and not saved_steps(directory) and not (directory / "latest").exists():
+        if Path(section.save).resolve() == directory.resolve():
+            log.info("no checkpoint in %s yet: starting from the beginning", directory)
+            return Source(Take.NOTHING)
+    tag = find_tag(directory, section.iteration)
+    if section.finetune:
+        return Source(Take.WEIGHTS, directory, tag)
+    return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
+
+
+def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
+    """The model's specification; a checkpoint settles what an explicit gated `intermediate_size` means.
+
+    FORMAT: GPT-NeoX reads `intermediate_size` of a gated MLP as 3/2 of the width, its fork as the width itself.
+    """
+    spec = build_spec(args)
+    if folder is None or not spec.blocks[0].mlp.gated:
+        return spec
+    columns = {tensor.shape[1] for name, tensor in read_weights(folder).items() if name.endswith("mlp.linear2.weight")}
+    width = columns.pop() * args.runtime.model_parallel_size if len(columns) == 1 else spec.blocks[0].mlp.width
+    convention = mlp_convention_of(args, width)
+    if convention is None or width == spec.blocks[0].mlp.width:
+        return spec
+    log.info(
+        "intermediate_size %s is read in the %s sense, MLP width %d, as in the checkpoint %s",
+        args.model.intermediate_size,
+        convention,
+        width,
+        folder,
+    )
+    return build_spec(args, mlp_convention=convention)
+
+
+def compared_args(args: NeoXArgs) -> dict[str, Any]:
+    """What a checkpoint keeps under "args"."""
+    flat = args.to_flat()
+    return {key: flat.get(key) for key in COMPARED_ARGS}

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of configuration fields: our flat keys <-> a Hugging Face config, both ways. Knows no tensor and no family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron.errors import ConfigError
+from megatron.model.spec import ModelSpec
+
+Config = Mapping[str, Any]
+
+
+class ConfigRow(Protocol):
+    """One relation between the two configurations."""
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Our keys. Raises ConfigError for what our model cannot be."""
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their fields. Raises ConfigError, naming the key, for what they cannot express."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same value under two names; `default` is what an absent field means there, `ours` what an absent key means here.
+
+    also: further fields of theirs that must have the same value
+    """
+
+    neox: str
+    hf: str
+    default: Any = None
+    ours: Any = None
+    also: tuple[str, ...] = ()
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Our key."""
+        value = hf.get(self.hf, self.default)
+        for other in self.also:
+            if hf.get(other, self.default) != value:
+                what = f"{self.hf} and {other} differ, and '{self.neox}' stands for both"
+                raise ConfigError(what, where=f"config.json: {other}", mend=f"set both to {value}")
+        return {} if value is None else {self.neox: value}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their fields."""
+        value = neox.get(self.neox)
+        value = self.ours if value is None else value
+        return dict.fromkeys((self.hf, *self.also), value)
+
+
+@dataclass(frozen=True)
+class Not:
+    """Opposite truth values."""
+
+    neox: str
+    hf: str
+    default: bool
+    ours: bool
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Our key."""
+        return {self.neox: not hf.get(self.hf, self.default)}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their field."""
+        return {self.hf: not neox.get(self.neox, self.ours)}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Our key has one value in this family; `ours` is what an absent key means."""
+
+    neox: str
+    value: Any
+    ours: Any
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """That value, unless it is the default."""
+        return {} if self.value == self.ours else {self.neox: self.value}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Nothing, or a refusal."""
+        value = neox.get(self.neox)
+        value = self.ours if value is None else value
+        if value != self.value:
+            what = f"this architecture cannot express '{self.neox}: {value}'"
+            raise ConfigError(what, where=self.neox, mend=f"it needs {self.value}; choose another architecture")
+        return {}
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """Their field has one value that our model can be; `default` is what its absence means."""
+
+    hf: str
+    value: Any
+    default: Any
+    written: bool = False
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Nothing, or a refusal."""
+        found = hf.get(self.hf, self.default)
+        if found != self.value:
+            where = f"config.json: {self.hf}"
+            raise ConfigError(f"'{self.hf}: {found}' is not supported", where=where, mend=f"only {self.value} can be converted")
+        return {}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """The field, where it is worth writing."""
+        return {self.hf: self.value} if self.written else {}
+
+
+@dataclass(frozen=True)
+class Length:
+    """Their position limit is our max_position_embeddings, and our seq_length until somebody sets another."""
+
+    hf: str = "max_position_embeddings"
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Both keys."""
+        return {"max_position_embeddings": hf[self.hf], "seq_length": hf[self.hf]}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their field."""
+        return {self.hf: neox["max_position_embeddings"]}
+
+
+@dataclass(frozen=True)
+class Width:
+    """The MLP's width. Ours goes out as the model has it, whatever convention the key was written in."""
+
+    hf: str = "intermediate_size"
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """An explicit literal width; an absent one means 4 h."""
+        width = hf.get(self.hf)
+        return {} if width is None else {"intermediate_size": width, "intermediate_size_convention": "literal"}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their field."""
+        return {self.hf: spec.blocks[0].mlp.width}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head size: both sides may only have hidden_size / heads."""
+
+    hidden: str = "hidden_size"
+    heads: str = "num_attention_heads"
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Nothing, or a refusal."""
+        size = hf.get("head_dim")
+        if size is not None and size * hf[self.heads] != hf[self.hidden]:
+            what = f"head_dim {size} is not {self.hidden} / {self.heads}"
+            raise ConfigError(what, where="config.json: head_dim", mend="such a model cannot be converted")
+        return {}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Nothing: the field follows from the others."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Act:
+    """The activation. table: our name -> theirs; "gelu_tanh" stands for gelu with bias_gelu_fusion."""
+
+    table: tuple[tuple[str, str], ...]
+    hf: str = "hidden_act"
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Our keys."""
+        name = hf.get(self.hf)
+        for ours, theirs in self.table:
+            if name == theirs:
+                tanh = ours == "gelu_tanh"
+                return {"activation": "gelu" if tanh else ours, "bias_gelu_fusion": tanh}
+        known = ", ".join(theirs for _, theirs in self.table)
+        raise ConfigError(f"activation '{name}' is not supported", where=f"config.json: {self.hf}", mend=f"one of {known}")
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their field."""
+        name = spec.blocks[0].mlp.activation
+        for ours, theirs in self.table:
+            if name == ours:
+                return {self.hf: theirs}
+        known = ", ".join(ours for ours, _ in self.table)
+        raise ConfigError(f"this architecture cannot express 'activation: {name}'", where="activation", mend=f"one of {known}")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sliding window. Theirs counts the tokens seen, ours those behind the current one."""
+
+    hf: str = "sliding_window"
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Our key, one less."""
+        window = hf.get(self.hf)
+        return {} if window is None else {"sliding_window_width": window - 1}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their field, one more; one width for all layers."""
+        windows = {block.attention.window for block in spec.blocks}
+        if len(windows) > 1:
+            what = "this architecture has one window for all layers"
+            raise ConfigError(what, where="sliding_window_pattern", mend="choose another architecture")
+        (window,) = windows
+        return {self.hf: None if window is None else window + 1}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary base, fraction and scaling; their fields moved into `rope_parameters` in transformers 5.
+
+    base, fraction: names of the fields before that; fraction None = the whole head
+    """
+
+    base: str = "rope_theta"
+    fraction: str | None = None
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Our keys."""
+        parameters = dict(hf.get("rope_parameters") or {})
+        base = parameters.pop("rope_theta", None) or hf.get(self.base) or 10000.0
+        fraction = parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+        if self.fraction is not None:
+            fraction = hf.get(self.fraction) or fraction
+        if self.fraction is None and fraction != 1.0:
+            raise ConfigError(f"partial_rotary_factor {fraction} is not supported here", where="config.json: partial_rotary_factor")
+        scaling = dict(hf.get("rope_scaling") or parameters)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            scaling.pop(name, None)
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        base = int(base) if float(base).is_integer() else base
+        keys: dict[str, Any] = {"pos_emb": "rotary", "rotary_pct": fraction, "rotary_emb_base": base}
+        if kind != "default":
+            keys["rope_scaling"] = {name: value for name, value in scaling.items() if value is not None}
+        return keys
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their fields, under the names that both versions read."""
+        rotary = spec.blocks[0].attention.rotary
+        if rotary is None:
+            what = f"this architecture cannot express 'pos_emb: {neox.get('pos_emb')}'"
+            raise ConfigError(what, where="pos_emb", mend="it needs rotary positions")
+        whole = rotary.dim == spec.blocks[0].attention.head_dim
+        if self.fraction is None and not whole:
+            raise ConfigError("this architecture rotates whole heads", where="rotary_pct", mend="choose another architecture")
+        fields: dict[str, Any] = {self.base: rotary.base, "rope_scaling": None}
+        if self.fraction is not None:
+            fields[self.fraction] = neox.get("rotary_pct", 1.0)
+        if rotary.scaling is not None:
+            if rotary.scaling.kind == "ntk":
+                what = "this architecture has no 'ntk' scaling"
+                raise ConfigError(what, where="rope_scaling", mend="raise rotary_emb_base instead, or use yarn")
+            given = dict(neox["rope_scaling"])
+            given["rope_type"] = given.pop("rope_type", None) or given.pop("type", None)
+            given.pop("type", None)
+            fields["rope_scaling"] = given
+        return fields

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face model directory: safetensors, their index, config.json. Knows no names' meaning and no model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron.checkpoint.state import LazyState
+from megatron.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+SHARD_BYTES = 5 * 10**9
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json. Raises CheckpointError when it is missing or damaged."""
+    return read_json(directory / CONFIG, mend="give a folder that a Hugging Face model was saved to")
+
+
+def read_state(directory: Path) -> LazyState:
+    """All tensors, each read from its file on access. Raises CheckpointError when files are missing or damaged."""
+    if (directory / INDEX).is_file():
+        files = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
+    else:
+        files = [WEIGHTS]
+    owners: dict[str, Path] = {}
+    for file in files:
+        path = directory / file
+        if not path.is_file():
+            mend = "copy all files of the model, saved as safetensors (save_pretrained does that)"
+            raise CheckpointError(f"{file} is missing", where=str(directory), mend=mend)
+        try:
+            with safe_open(path, framework="pt") as reader:
+                owners.update(dict.fromkeys(reader.keys(), path))
+        except SafetensorError as error:
+            raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), mend="copy it again") from error
+    return LazyState({name: partial(read_tensor, path, name) for name, path in owners.items()})
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of one file."""
+    with safe_open(path, framework="pt") as reader:
+        tensor: Tensor = reader.get_tensor(name)
+    return tensor
+
+
+def write_model(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors and config, one shard in memory at a time, each file aside and renamed; config.json comes last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = f"tmp.{os.getpid()}"
+    sizes: list[int] = []
+    names: list[list[str]] = []
+    for index, shard in enumerate(shards(state, shard_bytes)):
+        save_file(shard, directory / f"{index}.{aside}", metadata={"format": "pt"})
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in shard.values()))
+        names.append(list(shard))
+    files = [WEIGHTS] if len(names) == 1 else [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
+    for index, file in enumerate(files):
+        (directory / f"{index}.{aside}").replace(directory / file)
+    if len(files) > 1:
+        table = {name: file for file, held in zip(files, names, strict=True) for name in held}
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": table})
+    else:
+        (directory / INDEX).unlink(missing_ok=True)
+    write_json(directory / CONFIG, config)
+
+
+def shards(state: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Tensors in order, in groups of at most `limit` bytes (a larger tensor stands alone)."""
+    held: dict[str, Tensor] = {}
+    size = 0
+    for name in state:
+        tensor = state[name].detach().cpu().clone()  # safetensors refuses views that share memory
+        count = tensor.numel() * tensor.element_size()
+        if held and size + count > limit:
+            yield held
+            held, size = {}, 0
+        held[name] = tensor
+        size += count
+    if held:
+        yield held
+
+
+def read_json(path: Path, mend: str = "copy it again") -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError when it is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.name} is missing", where=str(path.parent), mend=mend) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path.name} is not JSON: {error}", where=str(path), mend=mend) from error
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object, aside and renamed."""
+    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A NeoX checkpoint folder: `latest`, `global_step<N>/`, and the weights inside, in either of their two forms.
+
+FORMAT: pipe_parallel_size 0 keeps all weights in mp_rank_<TT>_model_states.pt under "module" with names
+`sequential.<slot>.<parameter>`; a pipeline keeps one layer_<slot>-model_<TT>-model_states.pt per slot with names
+`<parameter>`. Knows no optimizer and no Hugging Face names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.checkpoint.reading import read_torch_file
+from megatron.errors import CheckpointError
+
+_STEP = re.compile(r"^global_step(\d+)$")
+_LAYER = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
+_RANK = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was read: the folder, the number of tensors and of parameters."""
+
+    path: Path
+    tensors: int
+    parameters: int
+
+
+def step_tag(iteration: int) -> str:
+    """Name of the folder of one step."""
+    return f"global_step{iteration}"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps that have a folder, ascending."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(match.group(1)) for entry in directory.iterdir() if entry.is_dir() and (match := _STEP.match(entry.name)))
+
+
+def find_tag(directory: Path, iteration: int | None = None) -> str:
+    """The folder name to load: of `iteration`, or the one that `latest` names.
+
+    Raises CheckpointError when there is none, listing the steps that are there.
+    """
+    steps = saved_steps(directory)
+    there = f"steps there: {', '.join(map(str, steps))}" if steps else "there is no global_step<N> folder in it"
+    if iteration is not None:
+        if iteration not in steps:
+            raise CheckpointError(
+                f"no checkpoint of iteration {iteration}; {there}", where=str(directory), mend="set `iteration` to one of them"
+            )
+        return step_tag(iteration)
+    latest = directory / "latest"
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+        if (directory / tag).is_dir():
+            return tag
+        raise CheckpointError(
+            f"`latest` names {tag}, which is not there; {there}", where=str(latest), mend="set `iteration` to one of them"
+        )
+    raise CheckpointError(
+        f"no checkpoint found: no file named latest; {there}",
+        where=str(directory),
+        mend="correct `load`, or set `iteration` to a step that is there",
+    )
+
+
+def write_latest(directory: Path, tag: str) -> None:
+    """Point `latest` at `tag`, aside and renamed, flushed to disk."""
+    aside = directory / f"latest.tmp.{os.getpid()}"
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(tag)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(directory / "latest")
+
+
+def model_file(folder: Path, rank: int = 0) -> Path:
+    """The bookkeeping file of a model rank (and, without a pipeline, its weights)."""
+    return folder / f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def bookkeeping(folder: Path, *, deepspeed_types: bool = False) -> dict[str, Any]:
+    """Everything in the first model rank's file but the weights; empty when there is no such file."""
+    path = model_file(folder)
+    if not path.is_file():
+        return {}
+    content = read_torch_file(path, deepspeed_types=deepspeed_types)
+    return {key: value for key, value in content.items() if key not in ("module", "optimizer")}
+
+
+def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
+    """All weights of one tensor rank by canonical name `<slot>.<parameter>`.
+
+    Raises CheckpointError when the folder holds none.
+    """
+    if not folder.is_dir():
+        raise CheckpointError("checkpoint folder is missing", where=str(folder), mend="correct `load` or `iteration`")
+    layers = {int(m.group(1)): entry for entry in folder.iterdir() if (m := _LAYER.match(entry.name)) and int(m.group(2)) == tensor_rank}
+    weights: dict[str, Tensor] = {}
+    for slot, path in sorted(layers.items()):
+        weights.update({f"{slot}.{name}": tensor for name, tensor in read_torch_file(path).items() if isinstance(tensor, Tensor)})
+    if weights:
+        return weights
+    path = model_file(folder, tensor_rank)
+    module = read_torch_file(path, deepspeed_types=_may_hold_deepspeed_types(folder)).get("module")
+    while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
+        module = module["module"]
+    if not isinstance(module, Mapping) or not module:
+        raise CheckpointError("no weights in the checkpoint folder", where=str(folder), mend="check that all its files were copied")
+    return {name.removeprefix("sequential."): tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
+
+
+def tensor_ranks(folder: Path) -> int:
+    """Over how many tensor parallel ranks the weights of a folder are spread."""
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    pieces = {int(m.group(2)) for entry in entries if (m := _LAYER.match(entry.name))}
+    # FORMAT: beside layer files there is a bookkeeping file per pipeline and tensor rank, which says nothing here.
+    return len(pieces) or sum(1 for entry in entries if _RANK.match(entry.name))
+
+
+def _may_hold_deepspeed_types(folder: Path) -> bool:
+    """ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file."""
+    return not any(folder.glob("*zero_pp_rank_*"))
+
+
+def load_module(directory: Path, tag: str | None, module: nn.Module, *, tensor_rank: int = 0) -> LoadReport:
+    """Copy a checkpoint's weights into `module` (names `[sequential.]<slot>.<parameter>`), all or nothing.
+
+    Every parameter and persistent buffer must be in the checkpoint with its shape, and nothing else may be there.
+    Raises CheckpointError naming the tensors otherwise.
+    """
+    folder = directory / (tag if tag is not None else find_tag(directory))
+    return copy_weights(read_weights(folder, tensor_rank), module, folder)
+
+
+def copy_weights(weights: Mapping[str, Tensor], module: nn.Module, folder: Path) -> LoadReport:
+    """Copy weights by canonical name into `module`, all or nothing, as `load_module` does. folder: where they are from"""
+    target = {name.removeprefix("sequential."): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    _check_names(folder, target, weights)
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(weights[name].to(tensor.dtype))
+    return LoadReport(path=folder, tensors=len(target), parameters=sum(t.numel() for t in target.values()))
+
+
+# FORMAT: derived tables some versions keep and none needs.
+_DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|alibi_embed\.slopes|attention\.norm_factor)$")
+
+
+def _is_idle(name: str, target: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor of the checkpoint does nothing in any version of the model."""
+    slot, _, rest = name.partition(".")
+    # FORMAT: blocks that norm their sublayers' outputs carry an input norm that is never applied.
+    unused_norm = rest.startswith("input_layernorm.") and any(other.startswith(f"{slot}.post_feedforward_layernorm.") for other in target)
+    return unused_norm or _DERIVED.search(name) is not None
+
+
+def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    missing = sorted(set(target) - set(weights))
+    surplus = sorted(name for name in set(weights) - set(target) if not _is_idle(name, target))
+    shapes = [
+        f"{name}: model {tuple(target[name].shape)}, checkpoint {tuple(weights[name].shape)}"
+        for name in sorted(set(target) & set(weights))
+        if target[name].shape != weights[name].shape
+    ]
+    if not (missing or surplus or shapes):
+        return
+    parts = [
+        f"{label}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+        for label, names in (("missing in the checkpoint", missing), ("unknown to the model", surplus), ("other shapes", shapes))
+        if names
+    ]
+    raise CheckpointError(
+        "checkpoint and model differ. " + "; ".join(parts),
+        where=str(folder),
+        mend="use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)",
+    )

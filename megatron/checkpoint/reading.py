@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads one torch file without running any code in it. Knows no layout of a checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron.errors import CheckpointError
+
+# Types a NeoX or DeepSpeed checkpoint holds besides tensors: pure data, no behaviour on construction.
+_DATA_TYPES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """What unpickling a numpy array (the RNG state) needs, under the names of numpy 1 and 2."""
+    rebuild = np.ndarray.__reduce__(np.zeros(1))[0]
+    dtypes = [type(np.dtype(kind)) for kind in ("u1", "u4", "u8", "i4", "i8", "f4", "f8")]
+    return [(rebuild, "numpy.core.multiarray._reconstruct"), (rebuild, "numpy._core.multiarray._reconstruct"), np.ndarray, np.dtype, *dtypes]
+
+
+def _deepspeed_globals() -> list[Any]:
+    """DeepSpeed's data types, where this version has them."""
+    found = []
+    for path in _DATA_TYPES:
+        module, _, name = path.rpartition(".")
+        try:
+            found.append(getattr(importlib.import_module(module), name))
+        except (ImportError, AttributeError):
+            continue
+    return found
+
+
+def read_torch_file(path: Path, *, deepspeed_types: bool = False) -> Any:
+    """The content of a `torch.save` file, tensors on the CPU and memory-mapped where the file allows it.
+
+    deepspeed_types: also accept DeepSpeed's optimizer bookkeeping (imports deepspeed)
+
+    Raises CheckpointError when the file is missing, damaged, or holds anything but tensors and plain data.
+    """
+    allowed = _numpy_globals() + (_deepspeed_globals() if deepspeed_types else [])
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except FileNotFoundError as error:
+        raise CheckpointError("checkpoint file is missing", where=str(path), mend="check the folder, or choose another step") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint file is damaged or holds objects that are not plain data: {reason}",
+            where=str(path),
+            mend="use a file written by this project or by GPT-NeoX; nothing in the file was executed",
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint file cannot be read: {error}", where=str(path), mend="copy it again, or choose another step"
+        ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"

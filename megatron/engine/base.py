@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine does: one optimizer step over micro batches, evaluation, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron.data.batch import Batch
+from megatron.mpu.groups import Groups
+from megatron.objectives.base import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    metrics:       name -> value over the global batch ("lm_loss" and the objective's others)
+    learning_rate: of parameter group 0, as used in this step
+    grad_norm:     L2 norm of all gradients before clipping; None where the engine does not know it
+    loss_scale:    fp16 only
+    skipped:       the update was not made (fp16 overflow)
+    seconds:       wall time of the step
+    samples, tokens: consumed over all data ranks
+    """
+
+    metrics: Mapping[str, float]
+    learning_rate: float
+    grad_norm: float | None = None
+    loss_scale: float | None = None
+    skipped: bool = False
+    seconds: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+
+
+class Engine(Protocol):
+    """A model with its optimizer, hidden behind steps."""
+
+    groups: Groups
+    device: torch.device
+
+    def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over this data rank's micro batches."""
+
+    def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
+        """Metrics over all micro batches of all data ranks as one sum, without gradients; the same on every rank."""
+
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """Write weights and optimizer to directory/tag; complete or absent. All ranks call it."""
+
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        """Read weights, optimizer and schedule that `save` wrote; returns the client state. All ranks call it."""
+
+    def set_schedule_step(self, steps: int) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
+
+    def module(self) -> torch.nn.Module:
+        """The model (this stage of it), for inspection."""

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both DeepSpeed engines share: start, save and load of a runner, and its step-wise numbers. Knows no objective."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from torch import Tensor, nn
+
+from megatron.checkpoint.reading import read_torch_file
+from megatron.errors import CheckpointError, TrainingError
+from megatron.mpu.collectives import barrier
+from megatron.mpu.groups import Groups
+from megatron.optim.clipping import GradientClipper
+from megatron.optim.schedules import LRScheduler
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
+    """DeepSpeed's writer with a reader that runs no code found in a file."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Tensors and plain data of one file."""
+        return read_torch_file(Path(path), deepspeed_types=True)
+
+
+class Runner:
+    """A `deepspeed` engine around a model, an optimizer and a schedule.
+
+    clip_here: the optimizer is a plain torch one (float32 without ZeRO), which DeepSpeed clips without telling the norm;
+               a step pre-hook does both then
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        config: Mapping[str, Any],
+        groups: Groups,
+    ) -> None:
+        config = dict(config)
+        self.groups = groups
+        self.schedule = schedule
+        self._clipper: GradientClipper | None = None
+        if _is_plain(config):
+            self._clipper = GradientClipper(model.parameters(), float(config.get("gradient_clipping", 0.0)))
+            optimizer.register_step_pre_hook(self._clipper)
+            config["gradient_clipping"] = 0.0
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+        )
+        self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of parameter group 0, for the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """L2 norm of the last step's gradients before clipping."""
+        if self._clipper is not None:
+            return self._clipper.norm
+        norm = self.deepspeed.get_global_grad_norm()
+        return norm if norm is None or isinstance(norm, Tensor) else torch.tensor(float(norm))
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The loss scale, fp16 only."""
+        return float(self.optimizer.cur_scale) if self.deepspeed.fp16_enabled() and hasattr(self.optimizer, "cur_scale") else None
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step made no update (overflow)."""
+        return not self.deepspeed.was_step_applied()
+
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """Write directory/tag under another name and rename it when all ranks are done."""
+        aside = f"{tag}.partial"
+        if self.groups.world.rank == 0:
+            shutil.rmtree(directory / aside, ignore_errors=True)
+        barrier(self.groups.world)
+        self.deepspeed.save_checkpoint(str(directory), tag=aside, client_state=dict(client_state), save_latest=False)
+        barrier(self.groups.world)
+        if self.groups.world.rank == 0:
+            _publish(directory / aside, directory / tag)
+        barrier(self.groups.world)
+
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        """Read weights, optimizer and schedule; returns the client state.
+
+        Raises CheckpointError when the folder does not fit this layout.
+        """
+        folder = directory / tag
+        try:
+            path, client_state = self.deepspeed.load_checkpoint(str(directory), tag=tag, load_module_strict=True)
+        except (RuntimeError, KeyError, ValueError, AssertionError, FileNotFoundError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"weights and optimizer cannot be resumed: {error}",
+                where=str(folder),
+                mend="resume with the layout it was written with, or take the weights alone with `no_load_optim: true` or `finetune: true`",
+            ) from error
+        if path is None:
+            raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), mend="check that all files were copied")
+        return dict(client_state)
+
+
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    low_precision = any(bool((config.get(key) or {}).get("enabled")) for key in ("fp16", "bf16"))
+    return not low_precision and int((config.get("zero_optimization") or {}).get("stage", 0)) == 0
+
+
+def _publish(aside: Path, final: Path) -> None:
+    """Put a finished folder in its place; one of the same name is removed only afterwards."""
+    if not aside.is_dir():
+        raise TrainingError("the checkpoint was not written", where=str(aside), mend="check the disk")
+    old = final.with_name(f"{final.name}.old.{os.getpid()}")
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

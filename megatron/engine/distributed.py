@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts this process as one rank of the job: who am I, where do we meet, on which device. Knows no model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.errors import BackendError, ConfigError
+from megatron.log import get_logger
+from megatron.mpu.groups import Group, Groups
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """Place of this process in the job and where all of them meet."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int | None = None
+
+
+# Names under which each kind of start hands over rank, local rank and world size; the first complete row wins.
+_SOURCES = {
+    "torchrun, deepspeed": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "mpich": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+}
+
+
+def rendezvous_from(env: Mapping[str, str], *, slurm: bool = False, mpi: bool = False) -> Rendezvous:
+    """Read rank, local rank and world size from the environment of `torchrun`, `deepspeed`, `srun` or `mpirun`.
+
+    slurm, mpi: the job says (`deepspeed_slurm`, `deepspeed_mpi`) that ranks come from there, so their variables must be set
+
+    Raises ConfigError when they are not.
+    """
+    order = ["torchrun, deepspeed"]
+    if slurm:
+        order.insert(0, "slurm")
+    if mpi:
+        order[:0] = ["openmpi", "mpich"]
+    for source in order:
+        names = _SOURCES[source]
+        if all(name in env for name in names):
+            rank, local_rank, world_size = (int(env[name]) for name in names)
+            port = env.get("MASTER_PORT")
+            return Rendezvous(
+                rank=rank,
+                local_rank=local_rank,
+                world_size=world_size,
+                master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+                master_port=int(port) if port else None,
+            )
+    if slurm or mpi:
+        key, names = ("deepspeed_slurm", _SOURCES["slurm"]) if slurm else ("deepspeed_mpi", _SOURCES["openmpi"])
+        raise ConfigError(f"{key} is true, but {', '.join(names)} are not set", where=key, mend="start through srun / mpirun, or unset the key")
+    return Rendezvous()
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """The CUDA device of this local rank where CUDA is, else the CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def start(place: Rendezvous, device: torch.device, *, timeout_minutes: float = 30.0) -> Groups:
+    """Join the job through DeepSpeed and return this rank's groups (data parallel over the whole world for now)."""
+    os.environ.update(
+        RANK=str(place.rank),
+        LOCAL_RANK=str(place.local_rank),
+        WORLD_SIZE=str(place.world_size),
+        MASTER_ADDR=place.master_addr,
+        MASTER_PORT=str(place.master_port or _default_port(place)),
+    )
+    _prepare_deepspeed(device)
+    import deepspeed
+
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    ranks = tuple(range(place.world_size))
+    handle = dist.group.WORLD if place.world_size > 1 else None
+    world = Group(rank=place.rank, size=place.world_size, handle=handle, ranks=ranks)
+    return Groups(dp=world, world=world)
+
+
+def stop() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _default_port(place: Rendezvous) -> int:
+    # A lone process needs no agreed port, and a fixed one would clash with a neighbour on the same host.
+    return free_port() if place.world_size == 1 else 29500
+
+
+def _prepare_deepspeed(device: torch.device) -> None:
+    """Set up DeepSpeed for the device: no compilation at start-up, no chatter below WARNING."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise BackendError("deepspeed is not installed", where=str(error), mend="run setup_uv_env.sh") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
+    # The shared-memory collective is compiled when the process group starts, a minute of work that gloo does without.
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: steps, evaluation, save and load around one way of running micro batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron.data.batch import Batch
+from megatron.engine.accounting import MetricSum, global_denominator
+from megatron.engine.base import StepResult
+from megatron.engine.deepspeed_runner import Runner
+from megatron.objectives.base import LossTerms, Objective
+
+
+class ComputePath(Protocol):
+    """How micro batches run: SequentialPath or PipelinePath."""
+
+    def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
+        """One optimizer step."""
+
+    def terms(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
+        """Loss and metrics of one micro batch without a step."""
+
+
+class TrainEngine:
+    """An `Engine` (see engine/base.py) on DeepSpeed."""
+
+    def __init__(self, runner: Runner, path: ComputePath, device: torch.device) -> None:
+        self.runner = runner
+        self.groups = runner.groups
+        self.device = device
+        self._path = path
+
+    def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over this data rank's micro batches."""
+        started = time.perf_counter()
+        dp = self.groups.dp
+        learning_rate = self.runner.learning_rate
+        denominator = global_denominator(objective, micro_batches, dp, self.device)
+        meter = MetricSum()
+        self.module().train()
+        self._path.step(objective, micro_batches, denominator, meter)
+        metrics, others = meter.reduce(dp, self.device, grad_norm=self.runner.grad_norm)
+        samples = sum(batch.tokens.shape[0] for batch in micro_batches) * dp.size
+        return StepResult(
+            metrics=metrics,
+            learning_rate=learning_rate,
+            grad_norm=others.get("grad_norm"),
+            loss_scale=self.runner.loss_scale,
+            skipped=self.runner.step_was_skipped,
+            seconds=time.perf_counter() - started,
+            samples=samples,
+            tokens=samples * micro_batches[0].tokens.shape[1],
+        )
+
+    def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
+        """Metrics over a stream of micro batches, weighted by what each of them trains; sums over all data ranks."""
+        self.module().eval()
+        meter = MetricSum()
+        one = torch.ones((), dtype=torch.float32, device=self.device)
+        weight = 0.0
+        with torch.no_grad():
+            for batch in micro_batches:
+                meter.add(self._path.terms(objective, batch, one).metrics)
+                weight += objective.denominator(batch)
+        meter.add({"": torch.tensor(weight, device=self.device)})
+        sums, _ = meter.reduce(self.groups.dp, self.device)
+        total = sums.pop("") or 1.0
+        self.module().train()
+        return {name: value / total for name, value in sums.items()}
+
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """Write weights and optimizer to directory/tag; complete or absent."""
+        self.runner.save(directory, tag, client_state)
+
+    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+        """Read weights, optimizer and schedule; returns the client state."""
+        return self.runner.load(directory, tag)
+
+    def set_schedule_step(self, steps: int) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
+        self.runner.schedule.seek(steps)
+
+    def module(self) -> nn.Module:
+        """The model (this stage of it)."""
+        module: nn.Module = self.runner.deepspeed.module
+        return module

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How micro batches run without a pipeline (`pipe_parallel_size: 0`): forward and backward, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.data.batch import Batch
+from megatron.engine.accounting import MetricSum, targets_of
+from megatron.engine.deepspeed_runner import Runner
+from megatron.objectives.base import LossTerms, Objective
+
+
+class SequentialPath:
+    """A plain module under DeepSpeed's engine. The loss is formed inside the head's forward, as ZeRO-3 needs it."""
+
+    def __init__(self, runner: Runner, device: torch.device) -> None:
+        self._runner = runner
+        self._device = device
+
+    def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
+        """One optimizer step; adds the metrics of every micro batch to `meter`."""
+        engine = self._runner.deepspeed
+        for batch in micro_batches:
+            terms = self._terms(engine, objective, batch, denominator)
+            meter.add(terms.metrics)
+            # DeepSpeed averages gradients over data ranks; the denominator has divided by the whole batch already.
+            engine.backward(terms.loss * self._runner.groups.dp.size, scale_wrt_gas=False)
+            engine.step()
+
+    def terms(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
+        """Loss and metrics of one micro batch, for evaluation."""
+        return self._terms(self._runner.deepspeed.module, objective, batch, denominator)
+
+    def _terms(self, model: Any, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
+        targets = targets_of(batch, self._device)
+        terms: LossTerms = model(
+            batch.tokens.to(self._device, non_blocking=True),
+            targets["segments"],
+            read=lambda logits: objective.loss(logits, targets, denominator),
+        )
+        return terms

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation as a person meets it: unconditional, from a file of prompts, interactive. Knows no configuration object.
+
+FORMAT: output is JSON lines with context, text, length, finished, message, duration_seconds and, if asked for, logits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from megatron.errors import DataError
+from megatron.generation.decode import Completion, Scorer, Settings, decode
+from megatron.tokenizer import Tokenizer
+
+ROWS = 16  # texts decoded together at most
+
+Record = dict[str, Any]
+
+
+class TextGenType(str, Enum):
+    """Values of the `text_gen_type` key."""
+
+    UNCONDITIONAL = "unconditional"
+    INPUT_FILE = "input-file"
+    INTERACTIVE = "interactive"
+    PRECOMPUTE = "precompute"
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes: scorer, tokenizer and settings together. seed: the same seed gives the same texts"""
+
+    scorer: Scorer
+    tokenizer: Tokenizer
+    settings: Settings
+    seed: int = 1234
+
+    def ids(self, context: str) -> list[int]:
+        """Ids of a context; an empty one starts, like a document, after an eod."""
+        return self.tokenizer.encode(context) or [self.tokenizer.eod]
+
+    def generator(self, index: int) -> torch.Generator:
+        """The random stream of text number `index`."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
+
+    def write(self, contexts: Sequence[str]) -> list[Record]:
+        """One record per context, in order. A text does not depend on the other contexts, only on its own and its number."""
+        prompts = [self.ids(context) for context in contexts]
+        records: list[Record | None] = [None] * len(contexts)
+        for numbers in self._batches(prompts):
+            start = time.monotonic()
+            batch = torch.tensor([prompts[number] for number in numbers])
+            completions = decode(self.scorer, batch, self.settings, [self.generator(number) for number in numbers])
+            seconds = time.monotonic() - start
+            for number, completion in zip(numbers, completions, strict=True):
+                records[number] = self.record(contexts[number], completion, seconds)
+        return [record if record is not None else self.too_long(contexts[number], prompts[number]) for number, record in enumerate(records)]
+
+    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Numbers of prompts of one length, so that no row needs padding; those that leave no room are left out."""
+        by_length: dict[int, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            if len(prompt) < self.scorer.longest:
+                by_length.setdefault(len(prompt), []).append(number)
+        for numbers in by_length.values():
+            for start in range(0, len(numbers), ROWS):
+                yield numbers[start : start + ROWS]
+
+    def record(self, context: str, completion: Completion, seconds: float) -> Record:
+        """One line of output."""
+        record: Record = {
+            "context": context,
+            "text": self.tokenizer.decode(completion.ids),
+            "length": len(completion.ids),
+            "finished": completion.finished,
+            "message": None,
+            "duration_seconds": seconds,
+        }
+        if self.settings.keep_logits:
+            record["logits"] = [logits.tolist() for logits in completion.logits]
+        return record
+
+    def too_long(self, context: str, prompt: Sequence[int]) -> Record:
+        """The line of a context that leaves no room for a single token."""
+        message = f"WARNING: no text, the context has {len(prompt)} tokens and the model sees {self.scorer.longest}"
+        record: Record = {"context": context, "text": None, "length": 0, "finished": False, "message": message, "duration_seconds": 0.0}
+        return {**record, "logits": []} if self.settings.keep_logits else record
+
+
+def unconditional(writer: Writer, num_samples: int, output: Path) -> list[Record]:
+    """Write `num_samples` texts from nothing to `output`."""
+    records = writer.write([""] * num_samples)
+    write_records(records, output)
+    return records
+
+
+def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | None) -> Path:
+    """Continue every prompt of a file, split at `prompt_end`; returns the output's path, by default `<prompts>.output.jsonl`."""
+    if not prompts.is_file():
+        raise DataError(f"there is no {prompts}", where="sample_input_file", mend="check the path")
+    entries = [entry.strip() for entry in prompts.read_text(encoding="utf-8").split(prompt_end)]
+    contexts = [entry for entry in entries if entry]
+    if not contexts:
+        raise DataError(f"{prompts} holds no prompt", where="sample_input_file", mend=f"prompts end with {prompt_end!r} (prompt_end)")
+    output = output or prompts.with_name(f"{prompts.name}.output.jsonl")
+    write_records(writer.write(contexts), output)
+    return output
+
+
+def interactive(writer: Writer, prompt_end: str, source: TextIO, screen: TextIO) -> None:
+    """Ask for contexts until the input ends; the text appears as it grows."""
+    number = 0
+    while (context := _ask(prompt_end, source, screen)) is not None:
+        prompt = writer.ids(context)
+        if len(prompt) >= writer.scorer.longest:
+            screen.write(f"{writer.too_long(context, prompt)['message']}\n")
+            continue
+        screen.write("Generated Text: ")
+        ids: list[int] = []
+        shown = ""
+
+        def show(_row: int, token: int, ids: list[int] = ids) -> None:
+            nonlocal shown
+            ids.append(token)
+            text = writer.tokenizer.decode(ids)
+            # The last characters may still be half of a character, or the start of a longer one.
+            if not text.endswith("\ufffd"):
+                screen.write(text[len(shown) :])
+                screen.flush()
+                shown = text
+
+        [completion] = decode(writer.scorer, torch.tensor([prompt]), writer.settings, [writer.generator(number)], show)
+        screen.write(writer.tokenizer.decode(completion.ids)[len(shown) :])
+        screen.write("\n<press enter to continue>")
+        screen.flush()
+        if not source.readline():
+            return
+        number += 1
+
+
+def _ask(prompt_end: str, source: TextIO, screen: TextIO) -> str | None:
+    """The next context, without `prompt_end`; None when the input ends."""
+    screen.write("Context prompt >>> ")
+    screen.flush()
+    typed = ""
+    while line := source.readline():
+        typed += line
+        if prompt_end == "\n" or typed.rstrip("\n").endswith(prompt_end):
+            return typed.rstrip("\n").removesuffix(prompt_end).strip()
+    screen.write("\n")
+    return typed.strip() or None
+
+
+def write_records(records: Sequence[Record], path: Path) -> None:
+    """JSON lines, written aside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(json.dumps(record) + "\n")
+    aside.replace(path)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeoXArgs and the parts of a run -> its hooks, in the order in which they act."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from megatron.checkpoint.build import compared_args
+from megatron.engine.base import Engine
+from megatron.engine.persistence import Position, Saver
+from megatron.errors import ConfigError
+from megatron.hooks.base import BaseHook, Hook, TrainState
+from megatron.hooks.checkpointing import CheckpointHook, Save, SavePlan
+from megatron.hooks.console import ConsoleHook, tee_log
+from megatron.hooks.metrics import ClosingHook, MetricsHook
+from megatron.hooks.metrics_file import NAME, MetricsFile
+from megatron.hooks.profiling import ProfilingHook
+from megatron.hooks.sinks import (
+    CometSink,
+    CometSpec,
+    Opener,
+    TensorBoardSink,
+    WandbSink,
+    WandbSpec,
+    require,
+    wandb_key_found,
+    wandb_offline,
+)
+from megatron.hooks.stopping import FiniteHook, StopHook
+from megatron.hooks.throughput import StepFlops
+from megatron.hooks.validation import Evaluate, ValidationHook
+from megatron.log import get_logger
+from megatron.model.flops import reported_flops_per_step
+from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import any_rank
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments import NeoXArgs
+
+log = get_logger(__name__)
+
+KEPT = "tracker_ids"
+"""Key under which checkpoints keep the ids."""
+
+_NOT_BUILT = (
+    "log_grad_pct_zeros",
+    "log_param_norm",
+    "log_grad_norm",
+    "log_optimizer_states",
+    "log_gradient_noise_scale",
+    "memory_profiling",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What hooks need of a run beyond its configuration.
+
+    rank:           global rank
+    hardware_flops: of one optimizer step over all devices, with recomputed forward passes (the reported figure)
+    model_flops:    the same without them
+    devices:        number of devices that share the work (world size)
+    save:           writes a checkpoint of the state; called on all ranks. None = the run keeps none
+    evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
+    splits:         which of "valid", "test" have data
+    any_rank:       "true on any rank?", the same answer on every rank
+    tracker_ids:    the run's ids at its trackers
+    resumed:        whether tracker_ids come from a checkpoint
+    time_limit_s:   stop after this many seconds
+    """
+
+    rank: int = 0
+    hardware_flops: float = 0.0
+    model_flops: float = 0.0
+    devices: int = 1
+    save: Save | None = None
+    evaluate: Evaluate | None = None
+    splits: frozenset[str] = frozenset()
+    any_rank: Callable[[bool], bool] = bool
+    tracker_ids: Mapping[str, str] = field(default_factory=dict)
+    resumed: bool = False
+    time_limit_s: float | None = None
+
+
+def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
+    """Ids of the run at its trackers: those kept in the checkpoint it resumed from, else new ones."""
+    saved = kept.get(KEPT)
+    known = {str(key): str(value) for key, value in saved.items()} if isinstance(saved, Mapping) else {}
+    return {"wandb": uuid4().hex[:8], "comet": uuid4().hex, **known}
+
+
+def build_hooks(
+    args: NeoXArgs,
+    *,
+    engine: Engine,
+    spec: ModelSpec,
+    evaluate: Evaluate,
+    position: Position,
+    splits: frozenset[str] | None = None,
+) -> list[Hook]:
+    """The hooks of a training run. Call on every rank.
+
+    position: where the run starts; what hooks keep in checkpoints is in `position.kept`
+    splits:   which of "valid", "test" have data; None = what the configured paths say
+
+    Raises ConfigError or BackendError when a requested tracker cannot be used.
+    """
+    world, batch = engine.groups.world, args.run.train_batch_size or 0
+    ids = tracker_ids(position.kept)
+    recompute = bool(args.run.checkpoint_activations)
+    parts = RunParts(
+        rank=world.rank,
+        hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
+        model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
+        devices=world.size,
+        save=_save(args, engine, {KEPT: ids}),
+        evaluate=evaluate,
+        splits=_splits(args) if splits is None else splits,
+        any_rank=lambda flag: any_rank(flag, world, engine.device),
+        tracker_ids=ids,
+        resumed=KEPT in position.kept,
+    )
+    return assemble(args, parts)
+
+
+def _save(args: NeoXArgs, engine: Engine, kept: Mapping[str, Any]) -> Save | None:
+    """How a checkpoint of this run is written; None without `save`."""
+    section = args.checkpoint
+    if not section.save:
+        return None
+    saver = Saver(
+        engine=engine,
+        directory=Path(section.save),
+        compared=compared_args(args),
+        configs=args.config_files,
+        rng=not section.no_save_rng,
+        kept=lambda: kept,
+    )
+
+    def save(state: TrainState) -> None:
+        saver.save(state.iteration, state.samples, state.tokens)
+
+    return save
+
+
+def _splits(args: NeoXArgs) -> frozenset[str]:
+    """Which of "valid", "test" have data, going by the configured paths and shares."""
+    section = args.data
+    if section.data_path:
+        shares = [float(share) for share in str(section.split).replace("/", ",").split(",") if share.strip()] + [0.0, 0.0]
+        return frozenset(name for name, share in (("valid", shares[1]), ("test", shares[2])) if share > 0)
+    return frozenset(name for name in ("valid", "test") if any(getattr(section, f"{kind}{name}_data_paths") for kind in ("", "pos_")))
+
+
+def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
+    """The hooks, in the order in which they act; `build_hooks` with the run's parts taken apart already."""
+    logs = args.logs
+    flops = StepFlops(
+        hardware=parts.hardware_flops, model=parts.model_flops, devices=parts.devices, peak_tflops=logs.peak_theoretical_tflops
+    )
+    if logs.log_dir:
+        tee_log(Path(logs.log_dir))
+    _name_what_is_missing(args)
+    metrics = MetricsHook(
+        log_interval=logs.log_interval,
+        flops=flops,
+        file=_metrics_file(args) if parts.rank == 0 else None,
+        openers=_openers(args, parts),
+    )
+    hooks: list[BaseHook] = [metrics]
+    if parts.rank == 0:
+        hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
+    # Before the checkpoint, so that no state is saved after numbers stopped being numbers.
+    hooks.append(FiniteHook())
+    if logs.profile and parts.rank == 0:
+        hooks.append(_profiling(args))
+    if parts.save is not None and args.checkpoint.save:
+        hooks.append(CheckpointHook(plan=_save_plan(args), save=parts.save))
+    validation = _validation(args, parts, metrics)
+    if validation is not None:
+        hooks.append(validation)
+    hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, time_limit_s=parts.time_limit_s, any_rank=parts.any_rank))
+    return [*hooks, ClosingHook(metrics)]
+
+
+def _save_plan(args: NeoXArgs) -> SavePlan:
+    section = args.checkpoint
+    return SavePlan(
+        factor=section.checkpoint_factor,
+        logarithmic=section.checkpoint_scale == "log",
+        extra=frozenset(section.extra_save_iters or ()),
+    )
+
+
+def _validation(args: NeoXArgs, parts: RunParts, metrics: MetricsHook) -> ValidationHook | None:
+    """The evaluation hook, or None when there is nothing to evaluate with."""
+    run = args.run
+    valid = "valid" in parts.splits and run.do_valid is not False and run.eval_iters > 0
+    test = "test" in parts.splits and run.do_test is not False and run.eval_iters > 0
+    if parts.evaluate is None or not (valid or test):
+        return None
+    return ValidationHook(
+        evaluate=parts.evaluate, interval=run.eval_interval or 0, iters=run.eval_iters, valid=valid, test=test, report=metrics.report
+    )
+
+
+def _profiling(args: NeoXArgs) -> ProfilingHook:
+    logs = args.logs
+    place = logs.tensorboard_dir or logs.log_dir or args.checkpoint.save
+    if not place:
+        raise ConfigError("profile needs a folder to write to", where="profile", mend="set tensorboard_dir, log_dir or save")
+    return ProfilingHook(start=logs.profile_step_start, stop=logs.profile_step_stop, directory=Path(place))
+
+
+def _metrics_file(args: NeoXArgs) -> MetricsFile | None:
+    place = args.logs.log_dir or args.checkpoint.save
+    if not place:
+        log.info(f"no {NAME} is written: neither log_dir nor save is set")
+        return None
+    return MetricsFile(Path(place) / NAME)
+
+
+def _openers(args: NeoXArgs, parts: RunParts) -> dict[str, Opener]:
+    """The requested trackers of this rank; their packages are looked for now, they are opened at the start of training."""
+    logs, openers = args.logs, dict[str, Opener]()
+    config = args.to_flat()
+    if logs.tensorboard_dir and parts.rank == 0:
+        require("tensorboard", where="tensorboard_dir")
+        directory = Path(logs.tensorboard_dir)
+        openers["TensorBoard"] = lambda start: TensorBoardSink(directory, config=config, start=start)
+    wandb = _wandb_spec(args, parts)
+    if wandb is not None:
+        openers["Weights & Biases"] = lambda start: WandbSink(wandb, config=config)
+    if logs.use_comet and parts.rank == 0:
+        require("comet_ml", where="use_comet")
+        comet = _comet_spec(args, parts)
+        openers["Comet"] = lambda start: CometSink(comet, config=config)
+    return openers
+
+
+def _wandb_spec(args: NeoXArgs, parts: RunParts) -> WandbSpec | None:
+    """The W&B run of this rank; None when it has none. Unset `use_wandb` means: if a key is found."""
+    logs = args.logs
+    if logs.use_wandb is False or (parts.rank != 0 and not logs.wandb_init_all_ranks):
+        return None
+    if logs.use_wandb is None and not wandb_key_found(logs.wandb_host):
+        return None
+    require("wandb", where="use_wandb")
+    if not wandb_offline() and not wandb_key_found(logs.wandb_host):
+        raise ConfigError(
+            f"use_wandb is set, but no key for {logs.wandb_host} was found",
+            where="use_wandb",
+            mend="run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline",
+        )
+    suffix = f"-rank{parts.rank}" if parts.rank else ""
+    place = logs.log_dir or args.checkpoint.save
+    return WandbSpec(
+        run_id=parts.tracker_ids.get("wandb", uuid4().hex[:8]) + suffix,
+        project=logs.wandb_project,
+        group=logs.wandb_group,
+        name=logs.wandb_run_name + suffix if logs.wandb_run_name else None,
+        team=logs.wandb_team,
+        host=logs.wandb_host,
+        directory=Path(place) if place else None,
+    )
+
+
+def _comet_spec(args: NeoXArgs, parts: RunParts) -> CometSpec:
+    logs = args.logs
+    place = logs.log_dir or args.checkpoint.save
+    return CometSpec(
+        key=parts.tracker_ids.get("comet", uuid4().hex),
+        resumed=parts.resumed,
+        workspace=logs.comet_workspace,
+        project=logs.comet_project,
+        name=logs.comet_experiment_name,
+        tags=tuple(logs.comet_tags or ()),
+        others=dict(logs.comet_others or {}),
+        directory=Path(place) if place else None,
+    )
+
+
+def _name_what_is_missing(args: NeoXArgs) -> None:
+    """One line for requested reports that are not built yet."""
+    names = (
+        "log_grad_pct_zeros",
+        "log_param_norm",
+        "log_grad_norm",
+        "log_optimizer_states",
+        "log_gradient_noise_scale",
+        "memory_profiling",
+    )
+    asked = [name for name in names if getattr(args.logs, name)]
+    if asked:
+        log.warning(f"not built yet, so without effect: {', '.join(asked)}")

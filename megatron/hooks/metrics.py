@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every step's numbers to `metrics.jsonl` and to the trackers. Knows names of metrics, not how a tracker works."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from megatron.engine.base import Engine, StepResult
+from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.metrics_file import MetricsFile
+from megatron.hooks.sinks import Guarded, Opener
+from megatron.hooks.throughput import Interval, StepFlops
+from megatron.log import get_logger
+
+log = get_logger(__name__)
+
+
+class MetricsHook(BaseHook):
+    """Writes a row each step, rates every `log_interval` steps, and evaluations through `report`.
+
+    file:    metrics.jsonl; None = there is no place for it
+    openers: name -> opener of a tracker, opened at the start of training
+    """
+
+    def __init__(
+        self, *, log_interval: int, flops: StepFlops, file: MetricsFile | None, openers: Mapping[str, Opener] | None = None
+    ) -> None:
+        self.log_interval = log_interval
+        self.flops = flops
+        self.file = file
+        self.openers = dict(openers or {})
+        self._interval = Interval()
+        self._sinks: Sequence[Guarded] = ()
+
+    def on_start(self, state: TrainState, engine: Engine) -> None:
+        """Open the trackers."""
+        self._sinks = [Guarded(name, opener(state.iteration)) for name, opener in self.openers.items()]
+
+    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
+        """Write the step's row."""
+        self._interval.add(result)
+        if self.file is not None:
+            self.file.write(self._row(state, result))
+        if self._sinks:
+            values = step_values(result)
+            if state.iteration % self.log_interval == 0:
+                values |= rate_values(self._interval, self.flops)
+            self._send(values, state.iteration)
+        if state.iteration % self.log_interval == 0:
+            self._interval = Interval()
+        return Verdict.CONTINUE
+
+    def report(self, split: str, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Results of an evaluation: split is "valid" or "test"."""
+        if self.file is not None:
+            named = {f"{split}_{name}": value for name, value in metrics.items()}
+            self.file.write({"iteration": state.iteration, **named, "time": time.time()})
+        chart = "validation" if split == "valid" else split
+        self._send({f"{chart}/{_plain(name)}": value for name, value in metrics.items()}, state.iteration)
+
+    def close(self, *, failed: bool) -> None:
+        """Close file and trackers."""
+        for sink in self._sinks:
+            sink.close(failed=failed)
+        self._sinks = ()
+        if self.file is not None:
+            self.file.close()
+
+    def on_error(self, state: TrainState, error: BaseException) -> None:
+        """Close; the run did not end well."""
+        self.close(failed=True)
+
+    def _send(self, values: Mapping[str, float], step: int) -> None:
+        for sink in self._sinks:
+            sink.write(values, step)
+
+    def _row(self, state: TrainState, result: StepResult) -> dict[str, float | int | bool | None]:
+        row: dict[str, float | int | bool | None] = {
+            "iteration": state.iteration,
+            **result.metrics,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": result.tokens / result.seconds if result.seconds > 0 else None,
+            "mfu": self.flops.mfu(result.seconds),
+            "samples": state.samples,
+            "tokens": state.tokens,
+            "seconds": result.seconds,
+            "time": time.time(),
+        }
+        if result.loss_scale is not None:
+            row |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
+        return row
+
+
+class ClosingHook(BaseHook):
+    """Stands last in the list: closes the metrics after the final evaluation has reported."""
+
+    def __init__(self, metrics: MetricsHook) -> None:
+        self.metrics = metrics
+
+    def on_stop(self, state: TrainState, engine: Engine) -> None:
+        """Close file and trackers."""
+        self.metrics.close(failed=False)
+
+
+def step_values(result: StepResult) -> dict[str, float]:
+    """What trackers get every step."""
+    values = {"train/learning_rate": result.learning_rate}
+    values |= {f"train/{_plain(name)}": value for name, value in result.metrics.items()}
+    if result.loss_scale is not None:
+        values["train/loss_scale"] = result.loss_scale
+    if result.grad_norm is not None:
+        values["train/grad_norm"] = result.grad_norm
+    return values
+
+
+def rate_values(interval: Interval, flops: StepFlops) -> dict[str, float]:
+    """What trackers get every `log_interval` steps."""
+    seconds = interval.seconds_per_step
+    values = {
+        "runtime/samples_per_sec": interval.samples_per_second,
+        "runtime/iteration_time": seconds,
+        "runtime/steps_per_sec": 1.0 / seconds if seconds > 0 else 0.0,
+        "runtime/tokens_per_sec": interval.tokens_per_second,
+        "runtime/flops_per_sec_per_gpu": flops.per_device(seconds),
+    }
+    mfu, hfu = flops.mfu(seconds), flops.hfu(seconds)
+    if mfu is not None and hfu is not None:
+        values |= {"runtime/model_flops_utilization": mfu, "runtime/hardware_flops_utilization": hfu}
+    return values
+
+
+def _plain(name: str) -> str:
+    return name.replace(" ", "_")

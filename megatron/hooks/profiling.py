@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch profiler over a few steps, written as a Chrome trace."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megatron.engine.base import Engine, StepResult
+from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.log import get_logger
+
+log = get_logger(__name__)
+
+
+class ProfilingHook(BaseHook):
+    """Profiles the steps after iteration `start` up to and with iteration `stop`.
+
+    directory: receives `trace_rank<r>_iterations<start>-<stop>.json`, for chrome://tracing or Perfetto
+    """
+
+    def __init__(self, *, start: int, stop: int, directory: Path, rank: int = 0) -> None:
+        self.start = start
+        self.stop = stop
+        self.directory = directory
+        self.rank = rank
+        self._profiler: profile | None = None
+
+    def on_start(self, state: TrainState, engine: Engine) -> None:
+        """Begin at once when the run starts inside the window."""
+        if self.start <= state.iteration < self.stop:
+            self._begin()
+
+    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
+        """Begin and end at the window's edges."""
+        if self._profiler is not None and state.iteration >= self.stop:
+            self._end()
+        elif self._profiler is None and state.iteration == self.start < self.stop:
+            self._begin()
+        return Verdict.CONTINUE
+
+    def on_stop(self, state: TrainState, engine: Engine) -> None:
+        """Write what there is when the run ends inside the window."""
+        self._end()
+
+    def _begin(self) -> None:
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+        self._profiler = profile(activities=activities)
+        self._profiler.start()
+
+    def _end(self) -> None:
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"trace_rank{self.rank}_iterations{self.start}-{self.stop}.json"
+        aside = path.with_name(f"{path.name}.tmp.{os.getpid()}.json")
+        self._profiler.export_chrome_trace(str(aside))
+        aside.replace(path)
+        self._profiler = None
+        log.info(f"profile written to {path}")

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the model is evaluated on the validation and test data, and how the result is printed. How, is told by a callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from megatron.engine.base import Engine, StepResult
+from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.log import get_logger
+from megatron.progress import EvaluationBlock, format_evaluation, perplexity
+
+log = get_logger(__name__)
+
+Evaluate = Callable[[str, int], Mapping[str, float]]
+"""(split "valid" | "test", number of batches) -> metrics, the same on every rank. Called on all ranks."""
+
+Report = Callable[[str, TrainState, Mapping[str, float]], None]
+
+
+class ValidationHook(BaseHook):
+    """Evaluates every `interval` steps, and after the last step on both splits.
+
+    interval: steps between passes; 0 = only at the end
+    at_start: also before the first step of a fresh run, so that a run's gain can be told
+    report:   who else wants the results (split, state, metrics)
+    """
+
+    def __init__(
+        self,
+        *,
+        evaluate: Evaluate,
+        interval: int,
+        iters: int,
+        valid: bool,
+        test: bool,
+        at_start: bool = True,
+        report: Report | None = None,
+    ) -> None:
+        self.evaluate = evaluate
+        self.interval = interval
+        self.iters = iters
+        self.valid = valid
+        self.test = test
+        self.at_start = at_start
+        self.report = report
+        self._last: tuple[int, Mapping[str, float]] | None = None
+
+    def on_start(self, state: TrainState, engine: Engine) -> None:
+        """Validate the model as it was initialised or loaded."""
+        if self.valid and self.at_start and self.interval and state.iteration == 0:
+            self._validate(state)
+
+    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
+        """Validate every `interval` steps."""
+        if self.valid and self.interval and state.iteration % self.interval == 0:
+            self._validate(state)
+        return Verdict.CONTINUE
+
+    def on_stop(self, state: TrainState, engine: Engine) -> None:
+        """The final passes; a run that was stopped early leaves at once."""
+        if state.iteration < state.target:
+            return
+        if self.valid:
+            if self._last is None or self._last[0] != state.iteration:
+                self._last = (state.iteration, self._run("valid", state))
+            _show("validation", "the end of training for val data", self._last[1])
+        if self.test:
+            _show("test", "the end of training for test data", self._run("test", state))
+
+    def _validate(self, state: TrainState) -> None:
+        self._last = (state.iteration, self._run("valid", state))
+        _show("validation", f"iteration {state.iteration}", self._last[1])
+
+    def _run(self, split: str, state: TrainState) -> Mapping[str, float]:
+        metrics = with_perplexity(self.evaluate(split, self.iters))
+        if self.report is not None:
+            self.report(split, state, metrics)
+        return metrics
+
+
+def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
+    """lm_loss first, the objective's metrics, then lm_loss_ppl."""
+    if "lm_loss" not in metrics:
+        return dict(metrics)
+    return {"lm_loss": metrics["lm_loss"], **metrics, "lm_loss_ppl": perplexity(metrics["lm_loss"])}
+
+
+def _show(chart: str, prefix: str, metrics: Mapping[str, float]) -> None:
+    for line in format_evaluation(EvaluationBlock(chart, prefix, metrics)).split("\n"):
+        log.info(line)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeoXArgs -> optimizer, schedule and scheduler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from megatron.errors import ConfigError
+from megatron.log import get_logger
+from megatron.optim.groups import parameter_groups
+from megatron.optim.optimizers import make_optimizer
+from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
+
+if TYPE_CHECKING:
+    from megatron.neox_arguments import NeoXArgs
+
+log = get_logger(__name__)
+
+
+def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> Optimizer:
+    """The configured optimizer over the trainable parameters of `module`, decayed group first.
+
+    Raises ConfigError for what is not built, BackendError for what this machine does not have.
+    """
+    section = args.optim
+    if section.use_bnb_optimizer:
+        raise ConfigError("8-bit Adam is not built yet", where="use_bnb_optimizer", mend="set use_bnb_optimizer: false")
+    params = dict(section.optimizer.get("params", {})) if section.optimizer else {}
+    params["lr"] = section.lr
+    groups = parameter_groups(module, float(section.weight_decay))
+    return make_optimizer(section.optimizer_type, params, groups, device)
+
+
+def build_schedule(args: NeoXArgs) -> ScheduleSpec:
+    """The configured schedule. `warmup` is a share of the decay's length; the product need not be whole."""
+    section = args.optim
+    length = section.lr_decay_iters
+    if section.lr is None or length is None:
+        raise ConfigError("the schedule needs lr and lr_decay_iters", where="lr, lr_decay_iters", mend="set train_iters or lr_decay_iters")
+    spec = ScheduleSpec(
+        start_lr=section.lr,
+        decay_style=Decay(section.lr_decay_style),
+        warmup_iter=section.warmup * length,
+        end_iter=length,
+        min_lr=section.min_lr,
+        wsd_decay_fraction=section.wsd_decay_fraction,
+    )
+    log.info(f"> learning rate decay style: {spec.decay_style.value}")
+    return spec
+
+
+def build_scheduler(args: NeoXArgs, optimizer: Optimizer) -> LRScheduler:
+    """The object DeepSpeed steps; it already wrote the first step's rate into `optimizer`."""
+    section = args.optim
+    on_resume = OnResume.COMPARE
+    if section.override_lr_scheduler:
+        on_resume = OnResume.CONFIGURED
+    elif section.use_checkpoint_lr_scheduler:
+        on_resume = OnResume.SAVED
+    return LRScheduler(optimizer, build_schedule(args), on_resume=on_resume)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pretrain(args): puts the parts together and runs the loop. Each part is built elsewhere; nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+
+from megatron.checkpoint.build import Source, Take, choose_source, compared_args
+from megatron.data.batch import Batch
+from megatron.data.build import DataSplits, build_data
+from megatron.engine.base import Engine
+from megatron.engine.build import build_engine, join_job
+from megatron.engine.persistence import Position, resume_everything, resume_position
+from megatron.errors import DataError
+from megatron.hooks.base import Hook, TrainState, Verdict
+from megatron.hooks.build import build_hooks
+from megatron.log import get_logger, setup_logging
+from megatron.mpu.collectives import barrier
+from megatron.neox_arguments import NeoXArgs
+from megatron.objectives.base import Objective
+from megatron.objectives.build import build_objective
+from megatron.tokenizer.build import build_tokenizer, with_vocabulary
+
+log = get_logger(__name__)
+
+
+def pretrain(args: NeoXArgs) -> TrainState:
+    """Train the configured model to `train_iters`; returns the state it ended in.
+
+    Raises NeoXError for everything a user can mend.
+    """
+    setup_logging()
+    groups, device = join_job(args)
+    tokenizer = build_tokenizer(args)
+    args = with_vocabulary(args, tokenizer)
+    objective = build_objective(args, eod=tokenizer.eod)
+    data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size, barrier=lambda: barrier(groups.world))
+    if args.run.train_epochs:
+        args = args.replace(train_iters=data.train_iters, train_epochs=None)
+    source = choose_source(args)
+    engine, spec = build_engine(args, source, groups, device)
+    position = take_up(args, source, engine)
+    state = TrainState(iteration=position.iteration, target=args.run.train_iters, samples=position.samples, tokens=position.tokens)
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluator(args, data, objective, engine), position=position)
+    batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
+    return train(engine, in_steps(batches, args.run.gradient_accumulation_steps), objective, hooks, state)
+
+
+def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
+    """Where the run goes on, after what `source` gives was taken."""
+    if source.directory is None or source.tag is None or source.take in (Take.NOTHING, Take.WEIGHTS):
+        return Position()
+    compared, rng = compared_args(args), not args.checkpoint.no_load_rng
+    batch_size = args.run.train_batch_size
+    if source.take is Take.WEIGHTS_AND_POSITION:
+        return resume_position(engine, source.directory / source.tag, compared=compared, batch_size=batch_size, rng=rng)
+    return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
+
+
+def evaluator(args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine) -> Callable[[str, int], Mapping[str, float]]:
+    """(split, iterations) -> metrics over that many global batches, always from the split's first sample on."""
+
+    def evaluate(split: str, iterations: int) -> Mapping[str, float]:
+        dataset = {"valid": data.valid, "test": data.test}[split]
+        if dataset is None:
+            raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
+        batches = dataset.batches(objective.collate, start_sample=0)
+        return engine.eval_step(objective, islice(batches, iterations * args.run.gradient_accumulation_steps))
+
+    return evaluate
+
+
+def in_steps(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Micro batches -> the lists of `size` that make one optimizer step."""
+    while step := list(islice(batches, size)):
+        yield step
+
+
+def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, hooks: Sequence[Hook], state: TrainState) -> TrainState:
+    """The loop: draw a step's micro batches, step, tell the hooks."""
+    try:
+        for hook in hooks:
+            hook.on_start(state, engine)
+        while state.iteration < state.target:
+            result = engine.train_step(objective, next(steps))
+            state = state.after(samples=result.samples, tokens=result.tokens)
+            verdicts = [hook.after_step(state, result, engine) for hook in hooks]
+            if Verdict.STOP in verdicts:
+                break
+        for hook in hooks:
+            hook.on_stop(state, engine)
+    except BaseException as error:
+        for hook in hooks:
+            hook.on_error(state, error)
+        raise
+    return state

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading torch files: nothing found in a file runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import CheckpointError
+
+
+class Hostile:
+    """Unpickling it would create a file."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_hostile_pickle_never_runs(tmp_path: Path, zipped: bool) -> None:
+    """A file that would run a function is refused, by name, and the function has not run."""
+    import torch
+
+    from megatron.checkpoint.reading import read_torch_file
+
+    path, target = tmp_path / "weights.pt", tmp_path / "made_by_the_pickle"
+    torch.save({"module": Hostile(str(target))}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"not plain data.*mkdir|damaged"):
+        read_torch_file(path)
+    assert not target.exists()
+
+
+def test_tensors_and_random_states_are_read(tmp_path: Path) -> None:
+    """What a checkpoint holds comes back equal."""
+    import torch
+
+    from megatron.checkpoint.reading import read_torch_file
+    from megatron.checkpoint.resume import capture_rng, restore_rng
+
+    state = {"weight": torch.arange(6.0).reshape(2, 3), **capture_rng()}
+    expected = torch.rand(4)
+    torch.save(state, tmp_path / "state.pt")
+    read = read_torch_file(tmp_path / "state.pt")
+    assert torch.equal(read["weight"], state["weight"])
+    restore_rng(read, tmp_path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+    """Truncated and absent files are errors that name the file."""
+    import torch
+
+    from megatron.checkpoint.reading import read_torch_file
+
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:500])
+    for bad in (path, tmp_path / "absent.pt"):
+        with pytest.raises(CheckpointError) as caught:
+            read_torch_file(bad)
+        assert caught.value.where == str(bad)
+        assert caught.value.mend

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding: where a text ends, the cache, and equality with Hugging Face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support.scorers import Counting
+from support.tiny import tiny
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def run(prompts: list[list[int]], longest: int = 32, **options: Any) -> tuple[Any, Counting]:
+    import torch
+
+    from megatron.generation.decode import Settings, decode
+
+    scorer = Counting(longest=longest)
+    return decode(scorer, torch.tensor(prompts), Settings(**options), [torch.Generator()] * len(prompts)), scorer
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 12), limit=st.integers(1, 12), longest=st.integers(2, 16), start=st.integers(1, 15), recompute=st.booleans())
+def test_a_text_ends_at_eod_or_at_its_limit_and_not_a_token_earlier(
+    length: int, limit: int, longest: int, start: int, recompute: bool
+) -> None:
+    prompt = [(start - length + index + 1) % 16 for index in range(length)]
+    [completion], scorer = run([prompt], longest=longest, eod=0, maximum_tokens=limit, recompute=recompute)
+    room = max(0, min(limit, longest - length))
+    until_eod = (16 - start - 1) % 16
+    assert completion.ids == [(start + 1 + index) % 16 for index in range(min(room, until_eod))]
+    assert completion.finished == (until_eod < room)
+    widths = [shape[1] for shape in scorer.seen]
+    assert widths == ([length + step for step in range(len(widths))] if recompute else [length, *[1] * (len(widths) - 1)][: len(widths)])
+
+
+def test_stop_sequences_are_left_out_and_rows_end_apart() -> None:
+    heard: list[tuple[int, int]] = []
+    import torch
+
+    from megatron.generation.decode import Settings, decode
+
+    rules = Settings(eod=0, maximum_tokens=None, stop=((6, 7), (12,)), keep_logits=True)
+    done = decode(Counting(), torch.tensor([[2, 3], [9, 10], [13, 14]]), rules, [], lambda row, token: heard.append((row, token)))
+    assert [completion.ids for completion in done] == [[4, 5], [11], [15]]
+    assert all(completion.finished for completion in done)
+    assert [len(completion.logits) for completion in done] == [2, 1, 1]
+    assert [token for row, token in heard if row == 2] == [15]
+
+
+def loaded(style: str, **overrides: Any) -> Any:
+    """A recorded checkpoint as a scorer: weights that are not symmetric, unlike fresh ones."""
+    from megatron.generation.build import load_model
+    from megatron.generation.decode import ModelScorer
+    from megatron.neox_arguments import NeoXArgs
+
+    folder = GOLDEN / "train" / f"{style}_pp0" / "ckpt"
+    args = NeoXArgs.from_dict(
+        tiny(style, load=str(folder), padded_vocab_size=512, vocab_file=str(GOLDEN / "tokenizer" / "tokenizer.json"), **overrides)
+    )
+    return ModelScorer(load_model(args).model, longest=64, vocab_size=512)
+
+
+@pytest.mark.parametrize("style", ["neox", "gpt2", "llama"])
+def test_cache_changes_nothing_and_neighbours_neither(style: str) -> None:
+    import torch
+
+    from megatron.generation.decode import Settings, decode
+    from megatron.generation.sampling import Sampling
+
+    scorer = loaded(style)
+    prompts = torch.randint(2, 512, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def texts(rows: torch.Tensor, first: int = 0, **options: Any) -> list[Any]:
+        seeds = [torch.Generator().manual_seed(first + row) for row in range(len(rows))]
+        return decode(scorer, rows, Settings(eod=0, keep_logits=True, **options), seeds)
+
+    for sampling in (Sampling(), Sampling(temperature=0.9, top_k=50, top_p=0.95)):
+        cached = texts(prompts, sampling=sampling, maximum_tokens=None)
+        uncached = texts(prompts, sampling=sampling, maximum_tokens=None, recompute=True)
+        assert [one.ids for one in cached] == [one.ids for one in uncached]
+        for one, other in zip(cached, uncached, strict=True):
+            torch.testing.assert_close(torch.stack(one.logits), torch.stack(other.logits), rtol=0, atol=2e-5)
+        assert max(len(one.ids) for one in cached) == 64 - 9
+        alone = [texts(prompts[row : row + 1], first=row, sampling=sampling, maximum_tokens=None)[0] for row in range(3)]
+        assert [one.ids for one in alone] == [one.ids for one in cached]
+
+
+def test_rows_that_pad_the_embedding_are_never_drawn() -> None:
+    import torch
+
+    scorer = loaded("neox")
+    logits = scorer.next_logits(torch.tensor([[5, 6]]), None)
+    scorer.vocab_size = 300
+    assert torch.equal(scorer.next_logits(torch.tensor([[5, 6]]), None), logits[:, :300])
+
+
+def test_greedy_equals_hugging_face() -> None:
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from megatron.generation.decode import Settings, decode
+
+    scorer = loaded("neox")
+    config = GPTNeoXConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, rotary_pct=0.25,
+        max_position_embeddings=64, use_parallel_residual=True, hidden_act="gelu", layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    theirs = GPTNeoXForCausalLM(config).eval()
+    names = {
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "attention.query_key_value": "attention.query_key_value",
+    }
+    names |= {"attention.dense": "attention.dense", "mlp.linear1": "mlp.dense_h_to_4h", "mlp.linear2": "mlp.dense_4h_to_h"}
+    weights = {}
+    for name, tensor in scorer.model.state_dict().items():
+        _, slot, inner = name.split(".", 2)
+        if slot == "0":
+            weights["gpt_neox.embed_in.weight"] = tensor
+        elif slot == "5":
+            weights["gpt_neox.final_layer_norm." + inner.split(".")[-1]] = tensor
+        elif slot == "6":
+            weights["embed_out.weight"] = tensor
+        else:
+            part, kind = inner.rsplit(".", 1)
+            weights[f"gpt_neox.layers.{int(slot) - 2}.{names[part]}.{kind}"] = tensor
+    missing, surplus = theirs.load_state_dict(weights, strict=False)
+    assert not surplus and all("rotary" in name or "attention.bias" in name or "masked_bias" in name for name in missing)
+    prompts = torch.randint(2, 512, (2, 7), generator=torch.Generator().manual_seed(3))
+    reference = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, do_sample=False, pad_token_id=1)
+    for row, completion in enumerate(decode(scorer, prompts, Settings(eod=0, maximum_tokens=40), [])):
+        new = reference[row, 7:].tolist()
+        assert completion.ids == (new[: new.index(0)] if 0 in new else new)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language-model objective against a token-by-token loop and plain cross entropy."""
+
+from __future__ import annotations
+
+import doctest
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron.errors import ConfigError, DataError
+from megatron.objectives import language_model
+from megatron.objectives.language_model import LanguageModel
+from megatron.objectives.logprobs import sequence_logps, token_logps
+from megatron.objectives.registry import objective_class
+
+EOD = 0
+
+
+class DenseLogits:
+    """Stands in for the head's handle: the full matrix, plain formulas."""
+
+    def __init__(self, full: Tensor) -> None:
+        self.full = full
+
+    def token_logps(self, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.log_softmax(self.full.float(), -1).gather(-1, targets[..., None]).squeeze(-1)
+
+    def nll(self, labels: Tensor, weights: Tensor, denominator: Tensor) -> Tensor:
+        return (weights * -self.token_logps(labels)).sum() / denominator
+
+
+def by_hand(text: list[int], label: list[int] | None, isolated: bool, eod_mask: bool) -> tuple[list[int], list[int], list[float]]:
+    """Labels, segments and weights, one position at a time."""
+    labels, segments, weights, document = [], [], [], 0
+    for i in range(len(text) - 1):
+        here, following = text[i], text[i + 1]
+        trained = here >= 0 and following >= 0
+        target = following
+        if label is not None:
+            trained = trained and label[i + 1] >= 0
+            target = label[i + 1] if label[i + 1] >= 0 else following
+        if here == EOD and (isolated or eod_mask):
+            trained = False
+        labels.append(max(target, 0))
+        segments.append(document if isolated else 0)
+        weights.append(float(trained))
+        if here == EOD:
+            document += 1
+    return labels, segments, weights
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]] | None]:
+    length, count = draw(st.integers(2, 12)), draw(st.integers(1, 3))
+    text, label = [], []
+    for _ in range(count):
+        padding = draw(st.integers(0, length - 1))
+        text.append(draw(st.lists(st.integers(0, 4), min_size=length - padding, max_size=length - padding)) + [-1] * padding)
+        label.append([t if draw(st.booleans()) and t >= 0 else -100 for t in text[-1]])
+    return text, label if draw(st.booleans()) else None
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows(), st.booleans(), st.booleans())
+def test_collate_equals_a_loop(data: tuple[list[list[int]], list[list[int]] | None], isolated: bool, eod_mask: bool) -> None:
+    text, label = data
+    objective = LanguageModel(eod=EOD, use_labels=label is not None, isolated=isolated, eod_mask_loss=eod_mask)
+    samples = [{"text": np.array(t)} | ({"label": np.array(label[i])} if label else {}) for i, t in enumerate(text)]
+    batch = objective.collate(samples)
+    for i, row in enumerate(text):
+        labels, segments, weights = by_hand(row, label[i] if label else None, isolated, eod_mask)
+        assert batch.tokens[i].tolist() == [max(t, 0) for t in row[:-1]]
+        assert (batch.labels[i].tolist(), batch.segments[i].tolist(), batch.loss_weight[i].tolist()) == (labels, segments, weights)
+    assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+    assert (batch.loss_weight.dtype, batch.segments.dtype) == (torch.float32, torch.int32)
+    assert objective.denominator(batch) == batch.loss_weight.sum().item()
+
+
+def test_document_numbers_of_the_data_win_over_end_tokens() -> None:
+    # An end token inside a document does not split it, and a document without one ends all the same.
+    row = {"text": np.array([5, EOD, 6, 7, 8, 0]), "segments": np.array([0, 0, 0, 1, 1, 2]), "label": np.array([5, EOD, 6, 7, 8, -100])}
+    batch = LanguageModel(eod=EOD, isolated=True).collate([row])
+    assert batch.segments.tolist() == [[0, 0, 0, 1, 1]]
+    assert batch.loss_weight.tolist() == [[1.0, 1.0, 0.0, 1.0, 0.0]]
+    assert LanguageModel(eod=EOD).collate([row]).segments.tolist() == [[0] * 5]
+
+
+def test_doctests() -> None:
+    found = doctest.testmod(language_model)
+    assert found.attempted > 5 and found.failed == 0
+
+
+def test_loss_does_not_depend_on_the_split_into_micro_batches() -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    objective = LanguageModel(eod=EOD, use_labels=True)
+    text = rng.integers(0, 7, (4, 9))
+    label = np.where(rng.random((4, 9)) < 0.5, text, -100)
+    label[3] = -100  # a row, and so a micro batch, in which nothing is trained
+    samples = [{"text": t, "label": m} for t, m in zip(text, label, strict=True)]
+    weight = torch.randn(8, 7, requires_grad=True)
+
+    def run(parts: list[list[int]]) -> tuple[float, Tensor]:
+        batches = [objective.collate([samples[i] for i in part]) for part in parts]
+        denominator = torch.tensor(sum(objective.denominator(b) for b in batches))
+        weight.grad, total = None, 0.0
+        for b in batches:
+            targets = {"labels": b.labels, "loss_weight": b.loss_weight, "segments": b.segments}
+            terms = objective.loss(DenseLogits(weight[b.tokens]), targets, denominator)  # type: ignore[arg-type]
+            terms.loss.backward()
+            total += terms.metrics["lm_loss"].item()
+        assert weight.grad is not None
+        return total, weight.grad.clone()
+
+    whole, grad = run([[0, 1, 2, 3]])
+    for parts in ([[0, 1], [2, 3]], [[3], [0], [1, 2]], [[0], [1], [2], [3], [3]]):
+        value, other = run(parts)
+        assert value == pytest.approx(whole, rel=1e-6)
+        torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-7)
+    nothing, zero = run([[3]])
+    assert nothing == 0.0 and not zero.any()
+
+
+def test_log_probabilities_of_rows() -> None:
+    torch.manual_seed(0)
+    full, labels = torch.randn(2, 3, 5), torch.tensor([[1, 2, 3], [4, 0, 1]])
+    weights = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    each = -F.cross_entropy(full.flatten(0, 1), labels.flatten(), reduction="none").view(2, 3)
+    logits = DenseLogits(full)
+    torch.testing.assert_close(token_logps(logits, labels, weights), each * weights)  # type: ignore[arg-type]
+    torch.testing.assert_close(sequence_logps(logits, labels, weights), (each * weights).sum(-1))  # type: ignore[arg-type]
+    average = sequence_logps(logits, labels, weights, average=True)  # type: ignore[arg-type]
+    torch.testing.assert_close(average, torch.stack([(each * weights)[0].sum() / 2, torch.tensor(0.0)]))
+
+
+def test_problems_are_named() -> None:
+    with pytest.raises(DataError, match="label"):
+        LanguageModel(eod=EOD, use_labels=True).collate([{"text": np.arange(4)}])
+    with pytest.raises(DataError, match="different lengths"):
+        LanguageModel(eod=EOD).collate([{"text": np.arange(4)}, {"text": np.arange(5)}])
+    with pytest.raises(ConfigError, match="'dpo' is not built yet"):
+        objective_class("dpo")
+    with pytest.raises(ConfigError, match="unknown"):
+        objective_class("magic")
+    assert objective_class("normal") is LanguageModel
+
+
+@pytest.mark.parametrize("attention", ["joined", "isolated"])
+def test_build_reads_the_sections(attention: str) -> None:
+    from megatron.objectives.build import build_objective
+
+    args = SimpleNamespace(
+        objective=SimpleNamespace(train_impl="normal", ga_dataset=None, gd_retain_dataset=None),
+        attention=SimpleNamespace(attention_over_documents=attention),
+        data=SimpleNamespace(train_label_data_paths=["a"], eod_mask_loss=True),
+    )
+    built = build_objective(args, eod=3)  # type: ignore[arg-type]
+    assert isinstance(built, LanguageModel)
+    assert (built.eod, built.streams, built.isolated, built.eod_mask_loss) == (3, ("text", "label"), attention == "isolated", True)
+    args.objective.gd_retain_dataset = "x"
+    with pytest.raises(ConfigError, match="not built yet"):
+        build_objective(args, eod=3)  # type: ignore[arg-type]

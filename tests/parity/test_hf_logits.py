@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random Hugging Face models, their weights through a family's rows into ours: same logits, and the way back gives the same model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.checkpoint.convert import hf_config, load_hf, neox_keys, save_hf
+from megatron.checkpoint.families.registry import family_of
+from megatron.checkpoint.mapping import to_canonical
+from megatron.checkpoint.state import canonical_state, load_canonical
+from megatron.model.build import build_spec
+from megatron.model.transformer import Transformer
+from megatron.neox_arguments import NeoXArgs
+
+TOLERANCE = 1e-5
+RUN = {"train_micro_batch_size_per_gpu": 1, "train_iters": 1, "global_num_gpus": 1, "attention_over_documents": "joined"}
+
+
+def random_model(config: Any) -> Any:
+    """A Hugging Face model in which no weight is at a trivial value."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def check(config: Any, tmp_path: Path, tokens: int = 48) -> None:
+    """Logits agree with ours, in memory and over a saved directory; our directory loads in transformers and agrees again."""
+    from transformers import AutoModelForCausalLM
+
+    hf = random_model(config)
+    ids = torch.randint(0, config.vocab_size, (2, tokens))
+    with torch.no_grad():
+        expected = hf(ids).logits
+
+    # into ours, from files; two rows of padding make no difference to the real ones
+    hf.save_pretrained(tmp_path / "theirs")
+    saved = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    family = family_of(saved)
+    keys = {**neox_keys(family, saved), "padded_vocab_size": config.vocab_size + 2}
+    args = NeoXArgs.from_dict({**RUN, **keys})
+    spec = build_spec(args)
+    model = Transformer(spec).eval()
+    load_hf(tmp_path / "theirs", model, spec)
+    with torch.no_grad():
+        ours = model(ids).full()[..., : config.vocab_size]
+    assert (ours - expected).abs().max() < TOLERANCE
+
+    # the live model's names are the saved ones'
+    again = Transformer(spec)
+    load_canonical(again, to_canonical(family, hf.state_dict(), spec))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+    # and back
+    flat = args.to_flat()
+    save_hf(tmp_path / "ours", family, canonical_state(model), flat, spec, vocab_size=config.vocab_size)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert (back(ids).logits - expected).abs().max() < TOLERANCE
+    keys = {**neox_keys(family, hf_config(family, flat, spec)), "padded_vocab_size": spec.vocab_size}
+    assert build_spec(NeoXArgs.from_dict({**RUN, **keys})) == spec
+
+
+@pytest.mark.timeout(180)
+def test_gpt_neox(tmp_path: Path) -> None:
+    """Parallel and sequential residuals, partial and whole rotary, both GELUs, tied and untied, without attention biases."""
+    from transformers import GPTNeoXConfig
+
+    size = dict(
+        vocab_size=96, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=160, max_position_embeddings=64
+    )
+    cases: list[dict[str, Any]] = [
+        dict(rotary_pct=0.25, use_parallel_residual=True),
+        dict(rotary_pct=0.5, use_parallel_residual=False, hidden_act="gelu_new", tie_word_embeddings=True),
+        dict(rotary_pct=1.0, rotary_emb_base=5000, hidden_act="relu", attention_bias=False, layer_norm_eps=1e-3),
+    ]
+    for index, case in enumerate(cases):
+        check(GPTNeoXConfig(**size, **case), tmp_path / str(index))
+
+
+@pytest.mark.timeout(180)
+def test_gpt2(tmp_path: Path) -> None:
+    """Transposed projections, learned positions, a given and a default width."""
+    from transformers import GPT2Config
+
+    for index, case in enumerate([dict(n_inner=None), dict(n_inner=96, activation_function="gelu", tie_word_embeddings=False)]):
+        check(
+            GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0, **case),
+            tmp_path / str(index),
+        )
+
+
+@pytest.mark.timeout(180)
+def test_llama(tmp_path: Path) -> None:
+    """MHA, GQA and MQA, tied and untied, with biases, and every rope scaling that Hugging Face shares with us."""
+    from transformers import LlamaConfig
+
+    size = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=88, max_position_embeddings=64)
+    llama3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    cases: list[dict[str, Any]] = [
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=2, tie_word_embeddings=True, rope_theta=500000.0, rms_norm_eps=1e-5),
+        dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, hidden_act="gelu"),
+        dict(num_key_value_heads=2, rope_scaling=llama3),
+        dict(num_key_value_heads=2, rope_scaling=dict(rope_type="linear", factor=4.0)),
+        dict(num_key_value_heads=2, rope_scaling=yarn),
+        dict(num_key_value_heads=2, rope_scaling={**yarn, "attention_factor": 0.7, "beta_fast": 16.0, "beta_slow": 2.0}),
+    ]
+    for index, case in enumerate(cases):
+        check(LlamaConfig(**size, **case), tmp_path / str(index))
+
+
+@pytest.mark.timeout(180)
+def test_mistral(tmp_path: Path) -> None:
+    """A window shorter than the row: theirs sees `sliding_window` tokens, ours sliding_window_width + 1."""
+    from transformers import MistralConfig
+
+    size = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=88)
+    for index, window in enumerate([7, None]):
+        check(MistralConfig(**size, max_position_embeddings=64, sliding_window=window), tmp_path / str(index))
