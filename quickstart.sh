@@ -33,6 +33,7 @@ data=data/pydoc
 run=checkpoints/quickstart
 
 step() { printf '\n== %s\n' "$*"; }
+code=0
 trap 'code=$?; [ $code = 0 ] || printf "\nquickstart: stopped in step \"%s\" (exit %d). Call it again to go on from there; --clean starts over.\n" "${now:-setup}" $code >&2' EXIT
 
 if [ "$clean" = 1 ]; then
@@ -73,7 +74,7 @@ fi
 now="sample"
 step "4/5 sample"
 sample=$run/sample.jsonl
-"$python" deepy.py generate.py $config --text_gen_type unconditional --num_samples 1 --maximum_tokens 120 \
+[ "$sample" -nt "$run/latest" ] || "$python" deepy.py generate.py $config --text_gen_type unconditional --num_samples 1 --maximum_tokens 120 \
     --temperature 0.8 --top_k 40 --sample_output_file "$sample" >"$run/generate.log" 2>&1 ||
     { tail -n 20 "$run/generate.log" >&2; exit 1; }
 

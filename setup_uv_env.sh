@@ -95,7 +95,7 @@ install() {
     done
     if [ -z "$uv" ]; then
         say "fetching uv into .bootstrap/"
-        "$base" -m pip install --quiet --target .bootstrap uv >&2 ||
+        PIP_ROOT_USER_ACTION=ignore "$base" -m pip install --quiet --target .bootstrap uv >&2 ||
             { "$base" -m venv .bootstrap && .bootstrap/bin/pip install --quiet uv; } >&2 ||
             die "uv could not be installed with $base" "install it as https://docs.astral.sh/uv says, then run this again"
         uv=.bootstrap/bin/uv

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class NeoXError(Exception):
     """Base of all errors raised on purpose.
@@ -50,3 +54,10 @@ class BackendError(NeoXError):
 
 class TrainingError(NeoXError):
     """Training cannot go on (non-finite loss, lost rank, ...)."""
+
+
+def required(value: T | None, key: str) -> T:
+    """`value`, which must be known by now. Raises ConfigError naming the key."""
+    if value is None:
+        raise ConfigError(f"{key} is not known", where=key, mend=f"set {key}")
+    return value

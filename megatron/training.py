@@ -12,12 +12,13 @@ from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine, join_job
 from megatron.engine.persistence import Position, resume_everything, resume_position
-from megatron.errors import DataError
+from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import build_hooks
 from megatron.log import get_logger, setup_logging
 from megatron.mpu.collectives import barrier
-from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments import ConfigProblems, NeoXArgs
+from megatron.neox_arguments.rules import unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
 from megatron.tokenizer.build import build_tokenizer, with_vocabulary
@@ -31,6 +32,7 @@ def pretrain(args: NeoXArgs) -> TrainState:
     Raises NeoXError for everything a user can mend.
     """
     setup_logging()
+    refuse_unfinished(args)
     groups, device = join_job(args)
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
@@ -41,10 +43,24 @@ def pretrain(args: NeoXArgs) -> TrainState:
     source = choose_source(args)
     engine, spec = build_engine(args, source, groups, device)
     position = take_up(args, source, engine)
-    state = TrainState(iteration=position.iteration, target=args.run.train_iters, samples=position.samples, tokens=position.tokens)
-    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluator(args, data, objective, engine), position=position)
+    target = required(args.run.train_iters, "train_iters")
+    state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
+    splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
+    evaluate = evaluator(args, data, objective, engine)
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits)
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
-    return train(engine, in_steps(batches, args.run.gradient_accumulation_steps), objective, hooks, state)
+    steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
+    return train(engine, steps, objective, hooks, state)
+
+
+def refuse_unfinished(args: NeoXArgs) -> None:
+    """Raise ConfigProblems for features that are not built; name in one line the keys that do nothing."""
+    problems = unfinished(args)
+    if problems:
+        raise ConfigProblems(problems)
+    idle = args.ignored_keys()
+    if idle:
+        log.warning("these keys do nothing: %s", ", ".join(idle))
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
@@ -52,7 +68,7 @@ def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
     if source.directory is None or source.tag is None or source.take in (Take.NOTHING, Take.WEIGHTS):
         return Position()
     compared, rng = compared_args(args), not args.checkpoint.no_load_rng
-    batch_size = args.run.train_batch_size
+    batch_size = required(args.run.train_batch_size, "train_batch_size")
     if source.take is Take.WEIGHTS_AND_POSITION:
         return resume_position(engine, source.directory / source.tag, compared=compared, batch_size=batch_size, rng=rng)
     return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
@@ -60,13 +76,14 @@ def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
 
 def evaluator(args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine) -> Callable[[str, int], Mapping[str, float]]:
     """(split, iterations) -> metrics over that many global batches, always from the split's first sample on."""
+    micro_batches = required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
 
     def evaluate(split: str, iterations: int) -> Mapping[str, float]:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
             raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
         batches = dataset.batches(objective.collate, start_sample=0)
-        return engine.eval_step(objective, islice(batches, iterations * args.run.gradient_accumulation_steps))
+        return engine.eval_step(objective, islice(batches, iterations * micro_batches))
 
     return evaluate
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.reading import read_torch_file
 from megatron.errors import CheckpointError
+from megatron.model.block import unused_stored_prefixes
 
 _STEP = re.compile(r"^global_step(\d+)$")
 _LAYER = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
@@ -146,8 +147,9 @@ def load_module(directory: Path, tag: str | None, module: nn.Module, *, tensor_r
 
 def copy_weights(weights: Mapping[str, Tensor], module: nn.Module, folder: Path) -> LoadReport:
     """Copy weights by canonical name into `module`, all or nothing, as `load_module` does. folder: where they are from"""
-    target = {name.removeprefix("sequential."): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    _check_names(folder, target, weights)
+    own = {_canonical(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    target = {name: tensor for name, tensor in own.items() if not _DERIVED.search(name)}
+    _check_names(folder, target, weights, tuple(_canonical(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(weights[name].to(tensor.dtype))
@@ -158,17 +160,15 @@ def copy_weights(weights: Mapping[str, Tensor], module: nn.Module, folder: Path)
 _DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|alibi_embed\.slopes|attention\.norm_factor)$")
 
 
-def _is_idle(name: str, target: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor of the checkpoint does nothing in any version of the model."""
-    slot, _, rest = name.partition(".")
-    # FORMAT: blocks that norm their sublayers' outputs carry an input norm that is never applied.
-    unused_norm = rest.startswith("input_layernorm.") and any(other.startswith(f"{slot}.post_feedforward_layernorm.") for other in target)
-    return unused_norm or _DERIVED.search(name) is not None
+def _canonical(name: str) -> str:
+    """A name of the module, sequential or pipeline, as `<slot>.<parameter>`."""
+    # DeepSpeed files a shared module under its key; the embedding, slot 0, is the only one.
+    return re.sub(r"^(sequential\.|tied_modules\.embed\.)", lambda match: "" if match.group(1) == "sequential." else "0.", name)
 
 
-def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
     missing = sorted(set(target) - set(weights))
-    surplus = sorted(name for name in set(weights) - set(target) if not _is_idle(name, target))
+    surplus = sorted(name for name in set(weights) - set(target) if not (_DERIVED.search(name) or name.startswith(unused)))
     shapes = [
         f"{name}: model {tuple(target[name].shape)}, checkpoint {tuple(weights[name].shape)}"
         for name in sorted(set(target) & set(weights))

@@ -25,9 +25,15 @@ _DATA_TYPES = (
 
 def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """What unpickling a numpy array (the RNG state) needs, under the names of numpy 1 and 2."""
-    rebuild = np.ndarray.__reduce__(np.zeros(1))[0]
+    rebuild: Any = np.zeros(1).__reduce__()[0]
     dtypes = [type(np.dtype(kind)) for kind in ("u1", "u4", "u8", "i4", "i8", "f4", "f8")]
-    return [(rebuild, "numpy.core.multiarray._reconstruct"), (rebuild, "numpy._core.multiarray._reconstruct"), np.ndarray, np.dtype, *dtypes]
+    return [
+        (rebuild, "numpy.core.multiarray._reconstruct"),
+        (rebuild, "numpy._core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+    ]
 
 
 def _deepspeed_globals() -> list[Any]:

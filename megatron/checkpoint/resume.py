@@ -51,7 +51,9 @@ def restore_rng(client_state: Mapping[str, Any], where: Path) -> None:
     missing = [key for key in ("random_rng_state", "np_rng_state", "torch_rng_state") if client_state.get(key) is None]
     if missing:
         raise CheckpointError(
-            f"no random state in the checkpoint ({', '.join(missing)})", where=str(where), mend="set `no_load_rng: true`, or `finetune: true`"
+            f"no random state in the checkpoint ({', '.join(missing)})",
+            where=str(where),
+            mend="set `no_load_rng: true`, or `finetune: true`",
         )
     version, internal, gauss = client_state["random_rng_state"]
     random.setstate((version, tuple(internal), gauss))
@@ -75,7 +77,9 @@ def compare_args(now: Mapping[str, Any], stored: Mapping[str, Any] | None, where
             log.warning("%s was %r when the checkpoint was written and is %r now", key, before, after)
     if different:
         listed = ", ".join(f"{key}: checkpoint {before!r}, now {after!r}" for key, (before, after) in different.items())
-        raise CheckpointError(f"the checkpoint is of another model ({listed})", where=str(where), mend="use the configuration it was trained with")
+        raise CheckpointError(
+            f"the checkpoint is of another model ({listed})", where=str(where), mend="use the configuration it was trained with"
+        )
 
 
 def write_configs(folder: Path, config_files: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.data.batch import Batch
 from megatron.mpu.collectives import sum_over
 from megatron.mpu.groups import Group
-from megatron.objectives.base import Objective
+from megatron.objectives.base import LossTerms, Objective
 
 
 def global_denominator(objective: Objective, micro_batches: Sequence[Batch], dp: Group, device: torch.device) -> Tensor:
@@ -50,3 +50,26 @@ class MetricSum:
         known = {name: value for name, value in others.items() if value is not None}
         values = torch.cat([sums, *(value.detach().float().reshape(1).to(device) for value in known.values())]).tolist()
         return dict(zip(names, values, strict=False)), dict(zip(known, values[len(names) :], strict=True))
+
+
+def mean_over(
+    objective: Objective,
+    micro_batches: Iterable[Batch],
+    terms: Callable[[Objective, Batch, Tensor], LossTerms],
+    dp: Group,
+    device: torch.device,
+) -> dict[str, float]:
+    """Metrics over a stream of micro batches, weighted by what each of them trains; sums over data ranks, no gradients.
+
+    terms: (objective, batch, denominator) -> LossTerms
+    """
+    meter, weight = MetricSum(), 0.0
+    one = torch.ones((), dtype=torch.float32, device=device)
+    with torch.no_grad():
+        for batch in micro_batches:
+            meter.add(terms(objective, batch, one).metrics)
+            weight += objective.denominator(batch)
+    meter.add({"": torch.tensor(weight, device=device)})
+    sums, _ = meter.reduce(dp, device)
+    total = sums.pop("") or 1.0
+    return {name: value / total for name, value in sums.items()}

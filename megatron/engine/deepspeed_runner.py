@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.reading import read_torch_file
 from megatron.errors import CheckpointError, TrainingError
+from megatron.log import get_logger
 from megatron.mpu.collectives import barrier
 from megatron.mpu.groups import Groups
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.schedules import LRScheduler
+
+log = get_logger(__name__)
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
@@ -99,6 +102,7 @@ class Runner:
         Raises CheckpointError when the folder does not fit this layout.
         """
         folder = directory / tag
+        configured = [{key: group[key] for key in _NUMBERS if key in group} for group in self.optimizer.param_groups]
         try:
             path, client_state = self.deepspeed.load_checkpoint(str(directory), tag=tag, load_module_strict=True)
         except (RuntimeError, KeyError, ValueError, AssertionError, FileNotFoundError, AttributeError, TypeError) as error:
@@ -109,7 +113,30 @@ class Runner:
             ) from error
         if path is None:
             raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), mend="check that all files were copied")
+        self._restore_numbers(configured)
+        # ZeRO loads the optimizer, with the rate it was saved with, after the schedule.
+        self.schedule.apply()
         return dict(client_state)
+
+    def _restore_numbers(self, configured: list[dict[str, Any]]) -> None:
+        """The configuration's optimizer numbers win over the checkpoint's; every change is said once."""
+        changed = {}
+        for group, numbers in zip(self.optimizer.param_groups, configured, strict=False):
+            for key, value in numbers.items():
+                before = group.get(key, value)
+                if before != value and tuple(_listed(before)) != tuple(_listed(value)):
+                    changed[key] = (before, value)
+                group[key] = value
+        for key, (before, value) in changed.items():
+            log.warning("optimizer %s was %s in the checkpoint and is %s now", key, before, value)
+
+
+# Optimizer numbers a configuration gives and torch would silently take from a checkpoint.
+_NUMBERS = ("weight_decay", "betas", "eps", "momentum")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:

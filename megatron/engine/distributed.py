@@ -68,7 +68,9 @@ def rendezvous_from(env: Mapping[str, str], *, slurm: bool = False, mpi: bool = 
             )
     if slurm or mpi:
         key, names = ("deepspeed_slurm", _SOURCES["slurm"]) if slurm else ("deepspeed_mpi", _SOURCES["openmpi"])
-        raise ConfigError(f"{key} is true, but {', '.join(names)} are not set", where=key, mend="start through srun / mpirun, or unset the key")
+        raise ConfigError(
+            f"{key} is true, but {', '.join(names)} are not set", where=key, mend="start through srun / mpirun, or unset the key"
+        )
     return Rendezvous()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, global_denominator
+from megatron.engine.accounting import MetricSum, global_denominator, mean_over
 from megatron.engine.base import StepResult
 from megatron.engine.deepspeed_runner import Runner
 from megatron.objectives.base import LossTerms, Objective
@@ -62,18 +62,9 @@ class TrainEngine:
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         """Metrics over a stream of micro batches, weighted by what each of them trains; sums over all data ranks."""
         self.module().eval()
-        meter = MetricSum()
-        one = torch.ones((), dtype=torch.float32, device=self.device)
-        weight = 0.0
-        with torch.no_grad():
-            for batch in micro_batches:
-                meter.add(self._path.terms(objective, batch, one).metrics)
-                weight += objective.denominator(batch)
-        meter.add({"": torch.tensor(weight, device=self.device)})
-        sums, _ = meter.reduce(self.groups.dp, self.device)
-        total = sums.pop("") or 1.0
+        metrics = mean_over(objective, micro_batches, self._path.terms, self.groups.dp, self.device)
         self.module().train()
-        return {name: value / total for name, value in sums.items()}
+        return metrics
 
     def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
         """Write weights and optimizer to directory/tag; complete or absent."""

@@ -86,7 +86,7 @@ def build_writer(args: NeoXArgs) -> Writer:
         recompute=text.recompute,
         keep_logits=text.return_logits,
     )
-    scorer = ModelScorer(loaded.model, longest=args.model.seq_length, vocab_size=tokenizer.vocab_size)
+    scorer = ModelScorer(loaded.model, longest=loaded.model.spec.seq_length, vocab_size=tokenizer.vocab_size)
     return Writer(scorer, tokenizer, settings, args.run.seed)
 
 
@@ -99,10 +99,6 @@ def mode_of(args: NeoXArgs) -> TextGenType:
     if mode is TextGenType.PRECOMPUTE:
         raise ConfigError(
             "text_gen_type: precompute is not built yet", where="text_gen_type", mend="one of unconditional, input-file, interactive"
-        )
-    if mode is TextGenType.INPUT_FILE and not args.text.sample_input_file:
-        raise ConfigError(
-            "text_gen_type: input-file needs a file of prompts", where="sample_input_file", mend="sample_input_file: prompts.txt"
         )
     return mode
 
@@ -122,7 +118,7 @@ def generate(args: NeoXArgs, source: TextIO, screen: TextIO) -> Path | None:
         interactive(writer, text.prompt_end, source, screen)
         return None
     if mode is TextGenType.INPUT_FILE:
-        return input_file(writer, Path(text.sample_input_file), text.prompt_end, output)
+        return input_file(writer, Path(text.sample_input_file or ""), text.prompt_end, output)
     output = output or Path("samples.txt")
     unconditional(writer, text.num_samples, output)
     return output

@@ -73,4 +73,4 @@ class TransformerBlock(nn.Module):
 def unused_stored_prefixes(module: nn.Module) -> tuple[str, ...]:
     """Prefixes of state dict names that a reference checkpoint of this model may hold and no module has."""
     blocks = ((name, child) for name, child in module.named_modules() if isinstance(child, TransformerBlock))
-    return tuple(f"{name}.{UNUSED_NORM[block.form]}." for name, block in blocks if block.form in UNUSED_NORM)
+    return tuple(f"{name}.{UNUSED_NORM[block.form]}.".removeprefix(".") for name, block in blocks if block.form in UNUSED_NORM)

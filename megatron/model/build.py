@@ -360,11 +360,3 @@ def mlp_convention_of(args: NeoXArgs, linear2_columns: int) -> str | None:
         if mlp_width(args, convention) == linear2_columns:
             return convention
     return None
-
-
-def mlp_convention_of(args: NeoXArgs, linear2_columns: int) -> str | None:
-    """Which reading of intermediate_size gives a checkpoint's width; None where neither does.
-
-    linear2_columns: columns of mlp.linear2.weight summed over tensor ranks
-    """
-    return next((convention for convention in (LITERAL, TWO_THIRDS) if mlp_width(args, convention) == linear2_columns), None)

@@ -74,7 +74,7 @@ class Initialiser:
         if isinstance(how, Split):
             shape[how.dim] *= tp.size
         generator = torch.Generator(parameter.device).manual_seed(seed_of(self.seed, name))
-        whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+        whole = parameter.data.new_empty(shape, dtype=torch.float32)  # not torch.empty: zero.Init changes what that gives
         fill(whole, method, self, generator)
         with torch.no_grad():
             parameter.copy_(split(whole, how, tp.rank, tp.size))

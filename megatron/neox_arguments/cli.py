@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron.errors import ConfigError, NeoXError
@@ -21,6 +22,7 @@ from .deepspeed import deepspeed_config
 from .flags import HELP, INSIDE, Words, sort_words
 from .flat import read_files
 from .neox_args import NeoXArgs
+from .world import visible_devices
 
 MEGATRON_CONFIG = "--megatron_config"
 DEEPSPEED_CONFIG = "--deepspeed_config"
@@ -30,6 +32,8 @@ IGNORED = ("--local_rank", "--local-rank")
 TUNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "autotuning")
 AUTOTUNING_FILE = "ds_config.json"
 INTERRUPTED = 130
+# Flags, each with one value, that belong to a script and are no configuration keys.
+OWN_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType({"logits.py": ("--tokens", "--output", "--rows")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ class Launch:
 
 def consume_deepy_args(argv: Sequence[str]) -> Launch:
     """`SCRIPT [-d DIR] CONF... [flags]` -> what to start. Raises ConfigError for whatever is wrong with it."""
+    own, argv = _split_own(argv)
     words = sort_words(argv)
     if len(words.bare) < 2:
         missing = "script and config files" if not words.bare else "config files"
@@ -57,7 +62,7 @@ def consume_deepy_args(argv: Sequence[str]) -> Launch:
     words.overrides["user_script"] = script
     args = read_config(words, confs)
     debug = "debug" in words.switches
-    return Launch(args=args, script=script, script_args=worker_words(args, debug=debug), dry_run="dry_run" in words.switches, debug=debug)
+    return Launch(args=args, script=script, script_args=(*worker_words(args, debug=debug), *own), dry_run="dry_run" in words.switches, debug=debug)
 
 
 def consume_neox_args(argv: Sequence[str], overwrites: Mapping[str, Any] | None = None) -> NeoXArgs:
@@ -117,6 +122,9 @@ def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, us
         sys.stdout.write(HELP.format(usage=usage, about=about))
         return 0
     setup_logging()
+    # DeepSpeed looks for devices when it is imported, and warns where there are none.
+    if "DS_ACCELERATOR" not in os.environ and not visible_devices(os.environ):
+        os.environ["DS_ACCELERATOR"] = "cpu"
     try:
         return main(list(argv)) or 0
     except NeoXError as error:
@@ -128,6 +136,20 @@ def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, us
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _split_own(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the script's own flags, each with its value, and all other words."""
+    flags = next((OWN_FLAGS[name] for word in argv if (name := Path(word).name) in OWN_FLAGS), ())
+    own: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in flags:
+            own += [word, next(words, "")]
+        else:
+            (own if word.partition("=")[0] in flags else rest).append(word)
+    return own, rest
 
 
 def _split_encoded(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -36,7 +36,7 @@ def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
     """
     _refuse_removed(args)
     config = _batch(args) | _gradients(args) | _precision(args) | _reports(args)
-    config["zero_optimization"] = dict(args.optim.zero_optimization or {"stage": 0})
+    config["zero_optimization"] = _zero(args)
     # Our optimizers are ordinary torch optimizers: DeepSpeed need not know them by name, offloaded or not.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
@@ -107,7 +107,7 @@ def _precision(args: NeoXArgs) -> dict[str, Any]:
         config["fp16"] = _fp16(args)
     elif args.model.precision == "bfloat16":
         config["bf16"] = {**(optim.bf16 or {}), "enabled": True}
-        data_types = _bf16_data_types(args, data_types)
+        data_types = DEFAULT_GRAD_ACCUM | data_types
     if data_types:
         config["data_types"] = data_types
     return config
@@ -126,23 +126,21 @@ def _fp16(args: NeoXArgs) -> dict[str, Any]:
     return {**block, "enabled": True}
 
 
-def _bf16_data_types(args: NeoXArgs, given: dict[str, Any]) -> dict[str, Any]:
-    """bfloat16 gradients are summed over micro batches in fp32 wherever DeepSpeed can (ZeRO 1-3), unless told otherwise."""
-    if (args.optim.zero_optimization or {}).get("stage", 0) > 0:
-        return DEFAULT_GRAD_ACCUM | given
-    if given.get("grad_accum_dtype") not in (None, "bf16"):
-        raise ConfigError(
-            f"data_types.grad_accum_dtype {given['grad_accum_dtype']} with bfloat16 needs ZeRO: stage 0 sums in the model's dtype",
-            where=str(args.origin("data_types")),
-            mend="set zero_optimization: {stage: 1}, or leave data_types out",
-        )
-    return given
+def _zero(args: NeoXArgs) -> dict[str, Any]:
+    """The ZeRO block. bfloat16 at stage 0 runs as stage 1, where DeepSpeed sums gradients in fp32: the same update, less memory."""
+    block = dict(args.optim.zero_optimization or {"stage": 0})
+    keeps_bf16_sums = (args.optim.data_types or {}).get("grad_accum_dtype") == "bf16"
+    if args.model.precision == "bfloat16" and block.get("stage", 0) == 0 and not keeps_bf16_sums:
+        block["stage"] = 1
+    return block
 
 
 def _reports(args: NeoXArgs) -> dict[str, Any]:
     logs = args.logs
+    # The progress line says more than DeepSpeed's, so the latter appears only where it was asked for.
+    asked = logs.wall_clock_breakdown or args.origin("steps_per_print").kind != "default"
     return {
-        "steps_per_print": logs.steps_per_print,
+        "steps_per_print": logs.steps_per_print if asked else None,
         "wall_clock_breakdown": logs.wall_clock_breakdown,
         "dump_state": logs.dump_state,
     }

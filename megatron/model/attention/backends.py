@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,34 +12,9 @@ from torch import Tensor
 from megatron.errors import BackendError
 from megatron.fused_kernels import available
 from megatron.model.attention import flash, varlen
-from megatron.model.attention.masks import Documents, allowed, needs_no_mask
+from megatron.model.attention.masks import allowed, needs_no_mask
+from megatron.model.attention.view import View
 from megatron.model.spec import AttentionSpec, BackendName
-
-BiasOf = Callable[[int, int], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """What queries see and how scores are made.
-
-    documents: packed documents; None = each row is one
-    window:    tokens visible behind the current one; None = all
-    scale:     factor on q k
-    divisor:   scores are held divided by this and multiplied back inside the softmax (numerics of 16-bit scores only)
-    bias:      (s, t) -> [n, s, t] added to the scores, a function of the distance alone; None = nothing
-    slopes:    [n] float32 where that bias is ALiBi, for kernels that make it themselves
-    dropout:   probability of dropping an attention weight
-    fp32:      softmax in float32 whatever the dtype (EAGER; fused kernels always do)
-    """
-
-    documents: Documents | None = None
-    window: int | None = None
-    scale: float
-    divisor: float = 1.0
-    bias: BiasOf | None = None
-    slopes: Tensor | None = None
-    dropout: float = 0.0
-    fp32: bool = True
 
 
 class Attend(Protocol):

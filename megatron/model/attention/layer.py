@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from megatron.errors import ConfigError
 from megatron.model.attention import backends
 from megatron.model.attention.masks import Documents, document_positions
 from megatron.model.attention.qkv import layout
+from megatron.model.attention.view import BiasOf, View
 from megatron.model.cache import LayerCache
 from megatron.model.norms import HeadNorm
 from megatron.model.positions import Alibi, RelativeBias, Rotary, rotate
@@ -67,8 +69,8 @@ class SelfAttention(nn.Module):
         q, k = self._normalise(q, k)
         if self.rotary_emb is not None:
             before = 0 if cache is None else cache.length
-            numbers = hidden.new_zeros((1, s)) if documents is None else documents.segments
-            cos, sin = self.rotary_emb(document_positions(numbers, before))
+            in_row = torch.arange(before, before + s, device=q.device)[None]
+            cos, sin = self.rotary_emb(in_row if documents is None else document_positions(documents.segments))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -88,12 +90,12 @@ class SelfAttention(nn.Module):
     def _dropout(self) -> float:
         return self.spec.dropout if self.training else 0.0
 
-    def _view(self, q: Tensor, documents: Documents | None) -> backends.View:
+    def _view(self, q: Tensor, documents: Documents | None) -> View:
         alibi, rpe = self.alibi_embed, self.rpe
-        bias: backends.BiasOf | None = rpe
+        bias: BiasOf | None = rpe
         if alibi is not None:
             bias = lambda queries, keys: alibi(queries, keys, q.device)  # noqa: E731
-        return backends.View(
+        return View(
             documents=documents,
             window=self.spec.window,
             scale=self.scale,

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from megatron.model.attention.view import View
 from megatron.model.spec import AttentionSpec
-
-if TYPE_CHECKING:
-    from megatron.model.attention.backends import View
 
 
 def refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support.dist import run_distributed
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "train"
 
-CHAT = {
-    f"{split}{label}_data_paths": [f"data/chat{label}_document"]
-    for split in ("train", "valid", "test")
-    for label in ("", "_label")
-}
+CHAT = {f"{split}{label}_data_paths": [f"data/chat{label}_document"] for split in ("train", "valid", "test") for label in ("", "_label")}
 
 
 def losses_of(rank: int, world: int, folder: str, layout: dict[str, Any]) -> list[float]:
@@ -55,7 +52,12 @@ def losses_of(rank: int, world: int, folder: str, layout: dict[str, Any]) -> lis
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     "layout",
-    [{"zero_optimization": {"stage": 0}}, {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}}, {"pipe_parallel_size": 1}],
+    [
+        {"zero_optimization": {"stage": 0}},
+        {"zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 2}},
+        {"pipe_parallel_size": 1},
+    ],
     ids=["zero0", "zero1", "zero2", "pipeline"],
 )
 def test_two_processes_equal_one(tmp_path: Path, layout: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,38 +66,32 @@ def loaded(style: str, **overrides: Any) -> Any:
     return ModelScorer(load_model(args).model, longest=64, vocab_size=512)
 
 
-@pytest.mark.parametrize("style", ["neox", "gpt2", "llama"])
-def test_cache_changes_nothing_and_neighbours_neither(style: str) -> None:
+def test_cache_changes_nothing_and_neighbours_neither() -> None:
     import torch
 
     from megatron.generation.decode import Settings, decode
     from megatron.generation.sampling import Sampling
 
-    scorer = loaded(style)
     prompts = torch.randint(2, 512, (3, 9), generator=torch.Generator().manual_seed(0))
 
-    def texts(rows: torch.Tensor, first: int = 0, **options: Any) -> list[Any]:
+    def texts(scorer: Any, rows: torch.Tensor, first: int = 0, **options: Any) -> list[Any]:
         seeds = [torch.Generator().manual_seed(first + row) for row in range(len(rows))]
-        return decode(scorer, rows, Settings(eod=0, keep_logits=True, **options), seeds)
+        return decode(scorer, rows, Settings(eod=0, keep_logits=True, maximum_tokens=None, **options), seeds)
 
-    for sampling in (Sampling(), Sampling(temperature=0.9, top_k=50, top_p=0.95)):
-        cached = texts(prompts, sampling=sampling, maximum_tokens=None)
-        uncached = texts(prompts, sampling=sampling, maximum_tokens=None, recompute=True)
-        assert [one.ids for one in cached] == [one.ids for one in uncached]
-        for one, other in zip(cached, uncached, strict=True):
-            torch.testing.assert_close(torch.stack(one.logits), torch.stack(other.logits), rtol=0, atol=2e-5)
-        assert max(len(one.ids) for one in cached) == 64 - 9
-        alone = [texts(prompts[row : row + 1], first=row, sampling=sampling, maximum_tokens=None)[0] for row in range(3)]
-        assert [one.ids for one in alone] == [one.ids for one in cached]
-
-
-def test_rows_that_pad_the_embedding_are_never_drawn() -> None:
-    import torch
-
-    scorer = loaded("neox")
+    for style in ("neox", "gpt2", "llama"):
+        scorer = loaded(style)
+        for sampling in (Sampling(), Sampling(temperature=0.9, top_k=50, top_p=0.95)):
+            cached = texts(scorer, prompts, sampling=sampling)
+            uncached = texts(scorer, prompts, sampling=sampling, recompute=True)
+            assert [one.ids for one in cached] == [one.ids for one in uncached], style
+            for one, other in zip(cached, uncached, strict=True):
+                torch.testing.assert_close(torch.stack(one.logits), torch.stack(other.logits), rtol=0, atol=2e-5)
+            assert max(len(one.ids) for one in cached) == 64 - 9
+            alone = [texts(scorer, prompts[row : row + 1], first=row, sampling=sampling)[0] for row in range(3)]
+            assert [one.ids for one in alone] == [one.ids for one in cached], style
     logits = scorer.next_logits(torch.tensor([[5, 6]]), None)
     scorer.vocab_size = 300
-    assert torch.equal(scorer.next_logits(torch.tensor([[5, 6]]), None), logits[:, :300])
+    assert torch.equal(scorer.next_logits(torch.tensor([[5, 6]]), None), logits[:, :300]), "rows that pad the embedding are never drawn"
 
 
 def test_greedy_equals_hugging_face() -> None:

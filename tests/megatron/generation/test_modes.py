@@ -28,6 +28,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_input_file_keeps_order_and_reports_what_did_not_fit(tmp_path: Path) -> None:
+    from megatron.errors import DataError
     from megatron.generation.modes import input_file
 
     prompts = tmp_path / "prompts.txt"
@@ -47,11 +48,6 @@ def test_input_file_keeps_order_and_reports_what_did_not_fit(tmp_path: Path) -> 
     assert [record["context"][:2] for record in lines(elsewhere)] == ["ab", "lo"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "prompts.txt", "prompts.txt.output.jsonl"]
 
-
-def test_prompts_that_are_not_there(tmp_path: Path) -> None:
-    from megatron.errors import DataError
-    from megatron.generation.modes import input_file
-
     with pytest.raises(DataError, match="there is no"):
         input_file(writer(), tmp_path / "absent", "\n", None)
     (tmp_path / "empty").write_text("\n \n", encoding="utf-8")
@@ -59,22 +55,20 @@ def test_prompts_that_are_not_there(tmp_path: Path) -> None:
         input_file(writer(), tmp_path / "empty", "\n", None)
 
 
-def test_unconditional_starts_after_an_eod(tmp_path: Path) -> None:
-    from megatron.generation.modes import unconditional
-
-    unconditional(writer(maximum_tokens=3, keep_logits=True), 20, tmp_path / "samples.txt")
-    records = lines(tmp_path / "samples.txt")
-    assert len(records) == 20 and all(record["context"] == "" and record["text"] == "ijk" for record in records)
-    assert [len(row) for row in records[0]["logits"]] == [512] * 3 and list(records[0]) == [*KEYS, "logits"]
-
-
-def test_samples_differ_and_the_seed_repeats_them() -> None:
+def test_unconditional_starts_after_an_eod_and_the_seed_repeats_it(tmp_path: Path) -> None:
     import torch
 
     from megatron.generation.decode import Settings
-    from megatron.generation.modes import Writer
+    from megatron.generation.modes import Writer, unconditional
     from megatron.generation.sampling import Sampling
     from megatron.tokenizer.others import CharLevelTokenizer
+
+    unconditional(writer(maximum_tokens=3, keep_logits=True), 20, tmp_path / "samples.txt")
+    records = lines(tmp_path / "samples.txt")
+    assert len(records) == 20 and all(
+        record["context"] == "" and record["text"] == "\x02\x03" and record["length"] == 3 for record in records
+    )
+    assert [len(row) for row in records[0]["logits"]] == [512] * 3 and list(records[0]) == [*KEYS, "logits"]
 
     class Even(Counting):
         def next_logits(self, tokens: Any, cache: Any) -> Any:

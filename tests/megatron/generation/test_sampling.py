@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,47 +47,28 @@ def test_probabilities_equal_numpy(seed: int, temperature: float, top_k: int, to
         assert choose(torch.tensor(rows), Sampling(temperature, 1, top_p), torch.rand(3)).tolist() == rows.argmax(1).tolist()
 
 
-def test_ties_with_the_last_kept_token_stay() -> None:
+def test_ties_draws_greedy_and_rows_apart() -> None:
     import torch
 
-    from megatron.generation.sampling import keep_top_k
+    from megatron.generation.sampling import Sampling, choose, keep_top_k, pick
 
     kept = keep_top_k(torch.tensor([[1.0, 3.0, 2.0, 2.0]]), 2)
-    assert torch.isfinite(kept).tolist() == [[False, True, True, True]]
-
-
-def test_draws_follow_the_probabilities_and_never_take_an_impossible_token() -> None:
-    import torch
-
-    from megatron.generation.sampling import pick
+    assert torch.isfinite(kept).tolist() == [[False, True, True, True]], "ties with the last kept token stay"
 
     chances = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     counts = torch.bincount(pick(chances.expand(10_000, 6), uniform), minlength=6) / 10_000
     assert torch.allclose(counts, chances, atol=2e-4)
     edge = torch.tensor([0.0, 1.0 - 2.0**-24])
-    assert pick(chances.expand(2, 6), edge).tolist() == [1, 4]
-
-
-def test_greedy_only_when_all_three_are_zero() -> None:
-    import torch
-
-    from megatron.generation.sampling import Sampling, choose
+    assert pick(chances.expand(2, 6), edge).tolist() == [1, 4], "an impossible token is never drawn"
 
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     assert choose(logits, Sampling()).tolist() == [1]
     assert Sampling().greedy and not Sampling(top_p=0.9).greedy and not Sampling(top_k=2).greedy
     assert choose(logits, Sampling(temperature=1.0), torch.tensor([0.999])).tolist() == [2]
 
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_same_uniform_same_token(seed: int) -> None:
-    import torch
-
-    from megatron.generation.sampling import Sampling, choose
-
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(seed))
-    uniform = torch.rand(4, generator=torch.Generator().manual_seed(seed))
-    together = choose(logits, Sampling(0.8, 20, 0.9), uniform)
-    alone = [choose(logits[row : row + 1], Sampling(0.8, 20, 0.9), uniform[row : row + 1]).item() for row in range(4)]
+    rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    drawn = torch.rand(4, generator=torch.Generator().manual_seed(0))
+    together = choose(rows, Sampling(0.8, 20, 0.9), drawn)
+    alone = [choose(rows[row : row + 1], Sampling(0.8, 20, 0.9), drawn[row : row + 1]).item() for row in range(4)]
     assert together.tolist() == alone

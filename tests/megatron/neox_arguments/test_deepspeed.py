@@ -45,16 +45,16 @@ def test_batch_clipping_and_no_optimizer() -> None:
     assert made["zero_optimization"]["stage"] == 0
 
 
-def test_bfloat16_sums_gradients_in_fp32_where_deepspeed_can() -> None:
-    made = config(precision="bfloat16", zero_optimization={"stage": 1})
-    assert made["bf16"] == {"enabled": True}
-    assert made["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert config(precision="bfloat16", zero_optimization={"stage": 1}, data_types={"grad_accum_dtype": "bf16"})["data_types"] == {
-        "grad_accum_dtype": "bf16"
-    }
-    assert "data_types" not in config(precision="bfloat16")
-    with pytest.raises(ConfigError, match="needs ZeRO"):
-        config(precision="bfloat16", data_types={"grad_accum_dtype": "fp32"})
+def test_bfloat16_sums_gradients_in_fp32() -> None:
+    """Stage 0 has no fp32 sums in DeepSpeed, so it runs as stage 1, unless bf16 sums are asked for."""
+    for stage in (0, 1, 2):
+        made = config(precision="bfloat16", zero_optimization={"stage": stage})
+        assert made["bf16"] == {"enabled": True}
+        assert made["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert made["zero_optimization"]["stage"] == max(stage, 1)
+    kept = config(precision="bfloat16", data_types={"grad_accum_dtype": "bf16"})
+    assert kept["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert kept["zero_optimization"]["stage"] == 0
 
 
 def test_fp16_takes_the_loss_scale_keys_and_the_dict_over_them() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from megatron.errors import BackendError
 from megatron.model.attention import flash, varlen
-from megatron.model.attention.backends import View, eager, pick, refuses, sdpa
+from megatron.model.attention.backends import eager, pick, refuses, sdpa
 from megatron.model.attention.masks import Documents
+from megatron.model.attention.view import View
 from megatron.model.positions import distances
 from megatron.model.spec import AttentionSpec, BackendName, RpeSpec
 
@@ -25,29 +27,31 @@ def ramp(queries: int, keys: int) -> Tensor:
     return torch.linspace(-1, 1, 4)[:, None, None] * (distances(queries, keys, CPU) + 1).clamp(min=1).log()
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("cached", [0, 5])
-@pytest.mark.parametrize("packed", [False, True])
-def test_sdpa_equals_eager_with_gradients(kv_heads: int, cached: int, packed: bool) -> None:
+SEGMENTS = [[0] * 4 + [1] * 5, [3] + [2] * 6 + [3] * 2]
+
+
+@pytest.mark.parametrize("case", ["rows", "cached", "packed"])
+def test_sdpa_equals_eager_with_gradients(case: str) -> None:
+    documents = Documents.of(torch.tensor(SEGMENTS, dtype=torch.int32)) if case == "packed" else None
+    keys = 14 if case == "cached" else 9
+    for kv_heads, window, bias in product((4, 2, 1), (None, 0, 3, 100), (None, ramp)):
+        view = View(documents=documents, window=window, scale=0.4, divisor=1.0 if bias else 3.0, bias=bias)
+        found = []
+        for attend in (eager, sdpa):
+            torch.manual_seed(1)
+            q, k, v = (torch.randn(2, s, n, 4).requires_grad_() for s, n in ((9, 4), (keys, kv_heads), (keys, kv_heads)))
+            out = attend(q, k, v, view)
+            (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+            found.append([out, q.grad, k.grad, v.grad])
+        for ours, reference in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=2e-6)
+
+
+def test_decoding_one_token() -> None:
     torch.manual_seed(0)
-    segments = torch.tensor([[0] * 4 + [1] * 5, [3] + [2] * 6 + [3] * 2], dtype=torch.int32)
-    documents = Documents.of(segments) if packed and not cached else None
-    for window in (None, 0, 3, 100):
-        for bias in (None, ramp):
-            view = View(documents=documents, window=window, scale=0.4, divisor=1.0 if bias else 3.0, bias=bias)
-            found = []
-            for attend in (eager, sdpa):
-                torch.manual_seed(1)
-                q, k, v = (torch.randn(2, s, n, 4) for s, n in ((9, 4), (9 + cached, kv_heads), (9 + cached, kv_heads)))
-                leaves = [x.requires_grad_() for x in (q, k, v)]
-                out = attend(*leaves, view)
-                (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-                found.append([out, *(x.grad for x in leaves)])
-            for ours, reference in zip(found[1], found[0], strict=True):
-                torch.testing.assert_close(ours, reference, rtol=1e-5, atol=2e-6)
-    for window in (None, 2):  # decoding one token
+    for kv_heads, window, bias in product((4, 2, 1), (None, 0, 2, 20), (None, ramp)):
         q, k, v = (torch.randn(2, s, n, 4) for s, n in ((1, 4), (9, kv_heads), (9, kv_heads)))
-        view = View(window=window, scale=0.5)
+        view = View(window=window, scale=0.5, bias=bias)
         torch.testing.assert_close(sdpa(q, k, v, view), eager(q, k, v, view), rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MLP against its formula, whole and in tensor parallel shares."""
+
+import pytest
+import torch
+
+from megatron.model.activations import activation_of
+from megatron.model.mlp import MLP
+from megatron.model.spec import GATED, MLPSpec
+from megatron.mpu.groups import Group
+from megatron.mpu.sharding import sharding_of, split
+
+
+@pytest.mark.parametrize("name", ["gelu", *GATED])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp_is_its_formula(name: str, bias: bool):
+    torch.manual_seed(0)
+    mlp = MLP(MLPSpec(hidden_size=8, width=6, activation=name, bias=bias), tp=Group.single())
+    x = torch.randn(2, 3, 8)
+    inner = x @ mlp.linear1.weight.T + (mlp.linear1.bias if bias else 0)
+    # the first half of the rows is the value, the second the gate
+    inner = inner[..., :6] * activation_of(name)(inner[..., 6:]) if name in GATED else activation_of(name)(inner)
+    torch.testing.assert_close(mlp(x), inner @ mlp.linear2.weight.T + (mlp.linear2.bias if bias else 0))
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu"])
+def test_shares_sum_to_the_whole(name: str):
+    torch.manual_seed(0)
+    spec = MLPSpec(hidden_size=8, width=6, activation=name)
+    whole = MLP(spec, tp=Group.single(), defer_reduce=True)
+    whole.linear1.bias.data.normal_()
+    whole.linear2.bias.data.normal_()
+    x, shares = torch.randn(2, 3, 8), []
+    for rank in range(2):
+        share = MLP(spec, tp=Group(rank=rank, size=2), defer_reduce=True)
+        how = sharding_of(share)
+        share.load_state_dict({key: split(value, how[key], rank, 2) for key, value in whole.state_dict().items()})
+        shares.append(share(x))
+    torch.testing.assert_close(shares[0] + shares[1], whole(x))
