@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import random
@@ -86,6 +87,7 @@ def choose_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
+    keep_freed_memory()
     return torch.device("cpu")
 
 
@@ -123,6 +125,23 @@ def stop() -> None:
 def _default_port(place: Rendezvous) -> int:
     # A lone process needs no agreed port, and a fixed one would clash with a neighbour on the same host.
     return free_port() if place.world_size == 1 else 29500
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of giving it back to the kernel; nothing happens where there is no glibc.
+
+    A training step frees and takes the same large blocks again and again, and fresh pages cost the kernel more than many a product.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in _MALLOPT:
+        mallopt(option, value)
+
+
+# malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX (0 = all from the heap)
+_MALLOPT = ((-1, 2**31 - 1), (-4, 0))
 
 
 def _prepare_deepspeed(device: torch.device) -> None:

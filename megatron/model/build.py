@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.pipe import PipelineModule
+from torch import nn
 
 from megatron.errors import ConfigError
 from megatron.model.init import Gather
@@ -74,8 +74,8 @@ def build_pipeline(
     loss_fn: Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor],
     groups: Groups | None = None,
     topology: Any = None,
-) -> PipelineModule:
-    """The model of `args` as the pipeline stages of this process; torch.distributed must be initialised.
+) -> nn.Module:
+    """The model of `args` as the pipeline stages of this process (a PipelineModule); torch.distributed must be initialised.
 
     spec:     None = `build_spec(args)`
     loss_fn, topology: see `pipeline_module`; topology None = pipe, data, model axes of the configured sizes
@@ -87,7 +87,7 @@ def build_pipeline(
         checkpoint_activations=args.run.checkpoint_activations,
         compile_blocks=args.run.torch_compile,
     )
-    return pipeline_module(
+    module: nn.Module = pipeline_module(
         spec or build_spec(args),
         topology=topology,
         loss_fn=loss_fn,
@@ -96,6 +96,7 @@ def build_pipeline(
         dtype=parameter_dtype(args),
         choices=choices,
     )
+    return module
 
 
 def parameter_dtype(args: NeoXArgs) -> torch.dtype:

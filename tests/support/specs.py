@@ -16,7 +16,6 @@ from megatron.model.spec import (
     NormKind,
     NormSpec,
     Positions,
-    Residual,
     RotarySpec,
     RpeSpec,
 )
@@ -40,31 +39,22 @@ def model_spec(
     *,
     layers: int = 2,
     positions: Positions = Positions.ROTARY,
-    residual: Residual = Residual.SEQUENTIAL,
     tied: bool = False,
-    norm: NormSpec | None = None,
-    mlp: MLPSpec | None = None,
     embedding: dict[str, Any] | None = None,
     attention: dict[str, Any] | None = None,
-    hidden_dropout: float = 0.0,
     init: InitSpec | None = None,
+    **block: Any,
 ) -> ModelSpec:
-    norm = norm or norm_spec()
-    block = BlockSpec(
-        attention=attention_spec(positions, **(attention or {})),
-        mlp=mlp or MLPSpec(hidden_size=HIDDEN, width=48, activation="gelu"),
-        norm=norm,
-        residual=residual,
-        hidden_dropout=hidden_dropout,
-    )
+    """embedding, attention and block change fields of those specs; a block's norm is the final norm too."""
+    given = {"norm": norm_spec(), "mlp": MLPSpec(hidden_size=HIDDEN, width=48, activation="gelu"), **block}
     added = positions in (Positions.LEARNED, Positions.SINUSOIDAL)
-    given = {"positions": positions if added else Positions.NONE, "max_positions": LENGTH if added else 0, **(embedding or {})}
+    opening = {"positions": positions if added else Positions.NONE, "max_positions": LENGTH if added else 0, **(embedding or {})}
     return ModelSpec(
         hidden_size=HIDDEN,
         seq_length=LENGTH,
-        embedding=EmbeddingSpec(vocab_size=VOCAB, hidden_size=HIDDEN, **given),
-        blocks=(block,) * layers,
-        final_norm=norm,
+        embedding=EmbeddingSpec(vocab_size=VOCAB, hidden_size=HIDDEN, **opening),
+        blocks=(BlockSpec(attention=attention_spec(positions, **(attention or {})), **given),) * layers,
+        final_norm=given["norm"],
         head=HeadSpec(hidden_size=HIDDEN, vocab_size=VOCAB),
         tied=tied,
         init=init or InitSpec(std=0.2),

@@ -3,13 +3,13 @@
 
 import pytest
 import torch
-from support.specs import HIDDEN, model_spec
 
 from megatron.model.block import TransformerBlock, unused_stored_prefixes
 from megatron.model.spec import MLPSpec, Residual
 from megatron.model.stream import Stream
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Group
+from support.specs import HIDDEN, model_spec
 
 
 def build(residual: Residual, *, bias: bool = True, dropout: float = 0.0) -> TransformerBlock:

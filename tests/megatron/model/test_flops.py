@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from support.specs import HIDDEN, model_spec, norm_spec
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.model.flops import matmul_flops_per_token, mean_visible, parameter_count, reported_flops_per_step
 from megatron.model.spec import BackendName, MLPSpec, NormKind, Positions, Residual
 from megatron.model.transformer import Transformer
+from support.specs import HIDDEN, model_spec, norm_spec
 
 QK = {"qk_norm": norm_spec(size=8)}
 SPECS = [

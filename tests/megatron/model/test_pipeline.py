@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.dist import run_distributed
-from support.specs import VOCAB, model_spec
 
 from megatron.errors import ConfigError
 from megatron.model.pipeline import PipelineChoices, layers_of, pipeline_module, topology_of
@@ -18,6 +16,8 @@ from megatron.model.plan import Builder
 from megatron.model.spec import Positions, Residual
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Group
+from support.dist import run_distributed
+from support.specs import VOCAB, model_spec
 
 LENGTH, ROWS, ACCUMULATE = 12, 2, 2
 
@@ -42,7 +42,7 @@ def test_class_names_match_the_partition_method():
     assert [bool(re.search("transformer|mlp", name, re.IGNORECASE)) for name in names] == [False] * 2 + [True] * 3 + [False] * 3
 
 
-def train(folder: str, stages: int) -> list[float]:
+def train(rank: int, world: int, folder: str) -> list[float]:
     """Two steps of SGD on one process per stage, for a tied and an untied model; losses, and weights that equal the plain model's."""
     import deepspeed
     import deepspeed.ops
@@ -54,7 +54,7 @@ def train(folder: str, stages: int) -> list[float]:
     for tied in (False, True):
         spec = model_spec(residual=Residual.PARALLEL, tied=tied)
         choices = PipelineChoices(checkpoint_activations=tied)
-        module = pipeline_module(spec, topology=topology_of(stages, 1, 1), loss_fn=loss_of, tp=Group.single(), seed=4, choices=choices)
+        module = pipeline_module(spec, topology=topology_of(world, 1, 1), loss_fn=loss_of, tp=Group.single(), seed=4, choices=choices)
         config = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_accumulation_steps": ACCUMULATE,
@@ -87,9 +87,10 @@ def train(folder: str, stages: int) -> list[float]:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize("stages", [1, 2])
 def test_trains_like_the_plain_model(stages: int, tmp_path: Path):
-    losses = run_distributed(train, world=stages, timeout_s=100.0, folder=str(tmp_path), stages=stages)
+    losses = run_distributed(train, world=stages, timeout_s=100.0, init=False, folder=str(tmp_path))
     assert losses[0] == pytest.approx(losses[-1])
 
 

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors directories: shards, their index, and damage."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.checkpoint.hf_store import read_config, read_state, write_model
+from megatron.errors import CheckpointError
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    base = torch.arange(12.0)
+    # "b" shares memory with "a", which the format refuses unless copied
+    return {"a": base.view(3, 4), "b": base[:4], "c": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def test_round_trip_in_one_file_and_in_shards(tmp_path: Path):
+    for limit, files in ((10**6, 1), (50, 2), (1, 3)):
+        write_model(tmp_path, tensors(), {"model_type": "llama"}, shard_bytes=limit)
+        state = read_state(tmp_path)
+        assert set(state) == {"a", "b", "c"}
+        assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in tensors().items())
+        assert read_config(tmp_path) == {"model_type": "llama"}
+        if files > 1:
+            table = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+            assert len(set(table["weight_map"].values())) == files
+            assert table["metadata"]["total_size"] == 68
+    assert not list(tmp_path.glob("*.tmp.*"))
+
+
+def test_damage_is_named(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+        read_config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing"):
+        read_state(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 9)
+    with pytest.raises(CheckpointError, match="damaged safetensors file"):
+        read_state(tmp_path)
