@@ -31,6 +31,9 @@ import pytest  # noqa: E402
 GRACE_S = 15.0
 """The soft limit (pytest-timeout) raises inside the test; this much later the process is ended from outside Python."""
 
+WORTH_PRELOADING = 8
+"""Fewer tests than this start sooner when each imports what it needs."""
+
 STDERR_FD = pytest.StashKey[int]()
 NO_REASON = ("", "Skipped", "Skipped: ", "unconditional skip")
 ISSUE = re.compile(r"#\d+")
@@ -52,7 +55,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     Imports only: no tensor is touched, so no thread is started. Where CUDA may be opened, tests import for themselves.
     """
     forks = getattr(session.config.option, "forked", False) and not getattr(session.config.option, "numprocesses", None)
-    if not forks or session.config.option.collectonly or os.environ.get("DS_ACCELERATOR") != "cpu":
+    if not forks or len(session.items) < WORTH_PRELOADING or os.environ.get("DS_ACCELERATOR") != "cpu":
         return
     for name in ("torch.fx.experimental.symbolic_shapes", "deepspeed", "transformers.models.gpt_neox.modeling_gpt_neox"):
         importlib.import_module(name)

@@ -62,7 +62,8 @@ def consume_deepy_args(argv: Sequence[str]) -> Launch:
     words.overrides["user_script"] = script
     args = read_config(words, confs)
     debug = "debug" in words.switches
-    return Launch(args=args, script=script, script_args=(*worker_words(args, debug=debug), *own), dry_run="dry_run" in words.switches, debug=debug)
+    passed_on = (*worker_words(args, debug=debug), *own)
+    return Launch(args=args, script=script, script_args=passed_on, dry_run="dry_run" in words.switches, debug=debug)
 
 
 def consume_neox_args(argv: Sequence[str], overwrites: Mapping[str, Any] | None = None) -> NeoXArgs:

@@ -201,7 +201,7 @@ def _worker_env(ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
     env = {"PYTHONPATH": _python_path(environ)}
     if "OMP_NUM_THREADS" not in environ:
         env["OMP_NUM_THREADS"] = str(max(1, _cores() // ranks))
-    if "DS_ACCELERATOR" not in environ and not visible_devices(environ):
+    if environ.get("DS_ACCELERATOR", "cpu") == "cpu" and not visible_devices(environ):
         env["DS_ACCELERATOR"] = "cpu"
     return env
 
