@@ -4,7 +4,8 @@
     python benchmarks/cpu/train_step.py --rounds 7 --threads 1
 
 Each side lives in a process of its own and makes one step in turn, so that both meet the same load. Printed per side: median
-seconds of a step, tokens per second, peak resident memory; then the median of the per-round ratios. Losses must agree.
+seconds of a step, tokens per second, peak resident memory; then the median of the per-round ratios. In fp32 both start from the
+same weights, and the largest difference of their losses is printed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile on our side")
     parser.add_argument("--peer-compile", action="store_true", help="torch.compile on the other side")
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=("ours", "transformers"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -73,6 +76,7 @@ def peer(options: argparse.Namespace) -> Callable[[int], float]:
         use_cache=False,
     )
     model = GPTNeoXForCausalLM(config).train()
+    model.save_pretrained(options.weights)
     run = torch.compile(model) if options.peer_compile else model
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
@@ -97,6 +101,7 @@ def peer(options: argparse.Namespace) -> Callable[[int], float]:
 def ours(options: argparse.Namespace) -> Callable[[int], float]:
     """This project's engine, the one that trains: DeepSpeed, schedule, clipping, metrics."""
     from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.convert import load_hf
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
@@ -132,7 +137,9 @@ def ours(options: argparse.Namespace) -> Callable[[int], float]:
         }
     )
     groups, device = join_job(args)
-    engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+    engine, spec = build_engine(args, Source(Take.NOTHING), groups, device)
+    if options.precision == "fp32":  # DeepSpeed's bf16 masters are copies made at start
+        load_hf(options.weights, engine.module(), spec)
     objective = LanguageModel(eod=VOCAB)
     rows = batches(options)
 
@@ -196,13 +203,18 @@ def main(argv: list[str]) -> int:
         serve(options)
         return 0
     warmup = 2
-    sides = [Side("ours", argv, options.threads), Side("transformers", argv, options.threads)]
-    for index in range(options.rounds + warmup):
+    with tempfile.TemporaryDirectory() as weights:
+        argv = [*argv, "--weights", weights]
+        theirs = Side("transformers", argv, options.threads)
+        theirs.step(0)  # its weights are on disk then
+        mine = Side("ours", argv, options.threads)
+        mine.step(0)
+    sides = [mine, theirs]
+    for index in range(1, options.rounds + warmup):
         for side in sides if index % 2 == 0 else sides[::-1]:
             side.step(index)
     for side in sides:
         side.close()
-    mine, theirs = sides
     tokens = options.rows * options.seq_length
     figures = {
         side.name: {
@@ -219,6 +231,7 @@ def main(argv: list[str]) -> int:
     for key in ("wall", "cpu"):
         figures[f"speed_ratio_{key}"] = statistics.median(theirs.rows[i][key] / mine.rows[i][key] for i in rounds)  # type: ignore[assignment]
     figures["peak_memory_ratio"] = mine.rows[-1]["peak_mb"] / theirs.rows[-1]["peak_mb"]  # type: ignore[assignment]
+    figures["largest_loss_difference"] = max(abs(a["loss"] - b["loss"]) for a, b in zip(mine.rows, theirs.rows, strict=True))  # type: ignore[assignment]
     print(json.dumps(figures, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.data.batch import Batch
-from megatron.mpu.collectives import sum_over
+from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
 from megatron.objectives.base import LossTerms, Objective
 
@@ -20,7 +20,7 @@ def global_denominator(objective: Objective, micro_batches: Sequence[Batch], dp:
     Scalar float32 on `device`; 1 when nothing is trained, so that such a step has loss 0 and no gradient.
     """
     local = sum(objective.denominator(batch) for batch in micro_batches)
-    total = sum_over(torch.tensor(float(local), dtype=torch.float32, device=device), dp)
+    total = all_reduce(torch.tensor(float(local), dtype=torch.float32, device=device), dp)
     return torch.where(total > 0, total, torch.ones_like(total))
 
 
@@ -46,7 +46,7 @@ class MetricSum:
         """Sum over data ranks and bring to the host together with `others` (already equal on all ranks), in one transfer."""
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names]) if names else torch.zeros(0, device=device)
-        sum_over(sums, dp)
+        sums = all_reduce(sums, dp)
         known = {name: value for name, value in others.items() if value is not None}
         values = torch.cat([sums, *(value.detach().float().reshape(1).to(device) for value in known.values())]).tolist()
         return dict(zip(names, values, strict=False)), dict(zip(known, values[len(names) :], strict=True))

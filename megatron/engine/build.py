@@ -16,8 +16,9 @@ from megatron.engine.pipeline import LossOfStep, PipelinePath
 from megatron.engine.sequential import SequentialPath
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
+from megatron.model.attention.backends import refuses
 from megatron.model.build import build_pipeline, build_transformer
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import BackendName, ModelSpec
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed import deepspeed_config
@@ -70,7 +71,18 @@ def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.d
     count = sum(p.numel() for p in model.parameters())
     log.info(" > number of parameters on model parallel rank %d: %d", groups.tp.rank, count)
     log.info(" > total params: %s", f"{count:,}")
+    say_what_serves_flash(spec, device, next(model.parameters()).dtype)
     optimizer = build_optimizer(args, model, device)
     runner = Runner(model, optimizer, build_scheduler(args, optimizer), deepspeed_config(args), groups)
     path = PipelinePath(runner, loss_of_step, device) if pipelined else SequentialPath(runner, device)
     return TrainEngine(runner, path, device), spec
+
+
+def say_what_serves_flash(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """One line where `flash` in attention_config is served without the flash-attn package."""
+    asked = next((block.attention for block in spec.blocks if block.attention.flash), None)
+    if asked is None or asked.backend is not BackendName.AUTO:
+        return
+    reason = refuses(BackendName.FLASH_ATTN, asked, device, dtype)
+    if reason is not None:
+        log.info("attention type flash is exact fused attention by PyTorch here: %s", reason)

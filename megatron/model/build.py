@@ -265,6 +265,7 @@ def attention_spec(args: NeoXArgs, sizes: Sizes, index: int) -> AttentionSpec:
     positions = Positions(attention.pos_emb)
     pattern = attention.sliding_window_pattern
     scaled = attention.apply_query_key_layer_scaling
+    types = attention.attention_config or ["global"]
     return AttentionSpec(
         hidden_size=sizes.hidden,
         num_heads=sizes.heads,
@@ -281,6 +282,7 @@ def attention_spec(args: NeoXArgs, sizes: Sizes, index: int) -> AttentionSpec:
         qk_norm=qk_norm_spec(args, sizes.head_dim),
         separate_qk_norms=attention.use_separate_qk_norms,
         isolated=attention.attention_over_documents == "isolated",
+        flash=types[index % len(types)] == "flash",
         backend=BackendName(attention.attention_backend),
     )
 

@@ -1,20 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectives without gradients: sums, flags and barriers over a Group. Nothing happens when the group is one process."""
+"""Agreement between processes: flags and barriers over a Group. Nothing happens when the group is one process."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
-
-
-def sum_over(tensor: Tensor, group: Group) -> Tensor:
-    """Sum `tensor` over the group in place, on every rank; returns it."""
-    if group.size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group.handle)
-    return tensor
 
 
 def any_rank(flag: bool, group: Group, device: torch.device) -> bool:
@@ -22,8 +15,7 @@ def any_rank(flag: bool, group: Group, device: torch.device) -> bool:
     if group.size == 1:
         return flag
     votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group.handle)
-    return bool(votes.item())
+    return bool(all_reduce(votes, group, maximum=True).item())
 
 
 def barrier(group: Group) -> None:

@@ -92,7 +92,8 @@ def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Atten
     if name is BackendName.AUTO:
         # SDPA has no fast kernel for documents and windows; varlen has.
         gains = device.type == "cuda" and (spec.isolated or spec.window is not None)
-        name = BackendName.VARLEN if gains and refuses(BackendName.VARLEN, spec, device, dtype) is None else BackendName.SDPA
+        wanted = [BackendName.FLASH_ATTN] * spec.flash + [BackendName.VARLEN] * gains
+        name = next((other for other in wanted if refuses(other, spec, device, dtype) is None), BackendName.SDPA)
     reason = refuses(name, spec, device, dtype)
     if reason is not None:
         raise BackendError(

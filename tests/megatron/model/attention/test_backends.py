@@ -78,3 +78,20 @@ def test_an_absent_back_end_is_an_error_that_names_the_reason() -> None:
     for broken in (replace(spec, alibi=True), replace(spec, dropout=0.1)):
         assert varlen.refuses(broken, torch.bfloat16) and flash.refuses(broken, torch.bfloat16) is None
     assert varlen.refuses(spec, torch.float32) and flash.refuses(spec, torch.float32)
+
+
+def test_flash_is_served_by_sdpa_where_the_package_is_absent() -> None:
+    """`flash` in attention_config asks for exact fused attention, not for a package; naming the package as back end does."""
+    from dataclasses import replace
+
+    import torch
+
+    from megatron.errors import BackendError
+    from megatron.model.attention import backends
+    from megatron.model.spec import AttentionSpec, BackendName
+
+    spec = AttentionSpec(hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8, flash=True)
+    here = torch.device("cpu")
+    assert backends.pick(spec, here, torch.bfloat16) is backends.sdpa
+    with pytest.raises(BackendError, match="runs on CUDA"):
+        backends.pick(replace(spec, backend=BackendName.FLASH_ATTN), here, torch.bfloat16)
