@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from pathlib import Path
 
 from megatron.neox_arguments import payload
 from megatron.neox_arguments.cli import consume_deepy_args, run_face
 from megatron.neox_arguments.launch import launcher_command, run
+from megatron.neox_arguments.rules import refuse_unfinished
 
 USAGE = "python deepy.py SCRIPT [-d DIR] CONF [CONF ...] [flags]"
 ABOUT = """\
@@ -20,6 +22,8 @@ The exit status is that of the workers; 2 means that the configuration cannot be
 def main(argv: list[str]) -> int:
     """Start what the command line asks for and wait for it."""
     launch = consume_deepy_args(argv)
+    if Path(launch.script).name == "train.py":
+        refuse_unfinished(launch.args)
     command = launcher_command(launch.args, launch.script, list(launch.script_args), os.environ)
     if launch.dry_run:
         shown = [f"{name}={payload.mask(name, value)}" for name, value in command.env.items()]

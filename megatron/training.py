@@ -17,8 +17,8 @@ from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import build_hooks
 from megatron.log import get_logger, setup_logging
 from megatron.mpu.collectives import barrier
-from megatron.neox_arguments import ConfigProblems, NeoXArgs
-from megatron.neox_arguments.rules import unfinished
+from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.rules import refuse_unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
 from megatron.tokenizer.build import build_tokenizer, with_vocabulary
@@ -33,6 +33,9 @@ def pretrain(args: NeoXArgs) -> TrainState:
     """
     setup_logging()
     refuse_unfinished(args)
+    idle = args.ignored_keys()
+    if idle:
+        log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
@@ -51,16 +54,6 @@ def pretrain(args: NeoXArgs) -> TrainState:
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
     return train(engine, steps, objective, hooks, state)
-
-
-def refuse_unfinished(args: NeoXArgs) -> None:
-    """Raise ConfigProblems for features that are not built; name in one line the keys that do nothing."""
-    problems = unfinished(args)
-    if problems:
-        raise ConfigProblems(problems)
-    idle = args.ignored_keys()
-    if idle:
-        log.warning("these keys do nothing: %s", ", ".join(idle))
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:

@@ -3,6 +3,6 @@
 
 from .rule import Rule
 from .table import RULES, broken_rules
-from .unfinished import UNFINISHED, Unfinished, unfinished
+from .unfinished import UNFINISHED, Unfinished, refuse_unfinished, unfinished
 
-__all__ = ["RULES", "UNFINISHED", "Rule", "Unfinished", "broken_rules", "unfinished"]
+__all__ = ["RULES", "UNFINISHED", "Rule", "Unfinished", "broken_rules", "refuse_unfinished", "unfinished"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..problems import Problem
+from ..problems import ConfigProblems, Problem
 from ..sections import SECTION_OF
 
 
@@ -36,6 +36,13 @@ def unfinished(args: Any) -> list[Problem]:
     """Features a NeoXArgs asks for that cannot run yet; the caller refuses to train when there are any."""
     found = (row.problem(args) for row in UNFINISHED)
     return [problem for problem in found if problem is not None]
+
+
+def refuse_unfinished(args: Any) -> None:
+    """Raise ConfigProblems with every feature asked for that cannot run yet."""
+    problems = unfinished(args)
+    if problems:
+        raise ConfigProblems(problems)
 
 
 def _on(block: Mapping[str, Any] | None) -> bool:
