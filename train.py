@@ -15,10 +15,11 @@ def main(argv: list[str]) -> None:
     """Read the configuration, then train."""
     args = consume_neox_args(argv)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
-    from megatron.engine.distributed import stop
+    from megatron.engine.distributed import naming_lost_ranks, stop
     from megatron.training import pretrain
 
-    pretrain(args)
+    with naming_lost_ranks():
+        pretrain(args)
     stop()
 
 

@@ -56,6 +56,10 @@ class TrainingError(NeoXError):
     """Training cannot go on (non-finite loss, lost rank, ...)."""
 
 
+class LostRankError(TrainingError):
+    """Another rank ended or cannot be reached. What ended it is that rank's report, so this one is told last."""
+
+
 def required(value: T | None, key: str) -> T:
     """`value`, which must be known by now. Raises ConfigError naming the key."""
     if value is None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args
+from megatron.checkpoint.neox_store import bookkeeping
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine, join_job
+from megatron.engine.forward_check import compare_forward, forward_pass
 from megatron.engine.persistence import Position, resume_everything, resume_position
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import build_hooks
+from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.log import get_logger, setup_logging
+from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import barrier
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.rules import refuse_unfinished
@@ -46,14 +51,16 @@ def pretrain(args: NeoXArgs) -> TrainState:
     source = choose_source(args)
     engine, spec = build_engine(args, source, groups, device)
     position = take_up(args, source, engine)
+    check_forward(args, source, engine, spec)
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
-    evaluate = evaluator(args, data, objective, engine)
+    counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
+    evaluate = evaluator(args, data, objective, engine, counting)
     hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits)
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    return train(engine, steps, objective, hooks, state)
+    return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
@@ -67,16 +74,40 @@ def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
     return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
 
 
-def evaluator(args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine) -> Callable[[str, int], Mapping[str, float]]:
-    """(split, iterations) -> metrics over that many global batches, always from the split's first sample on."""
+def check_forward(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> None:
+    """With `checkpoint_validation_with_forward_pass`: compare the model that was read with the one that was saved."""
+    if source.folder is None or not args.checkpoint.checkpoint_validation_with_forward_pass:
+        return
+    logits = forward_pass(engine, vocab_size=spec.vocab_size, seq_length=required(args.model.seq_length, "seq_length"))
+    compare_forward(bookkeeping(source.folder, deepspeed_types=True), logits, source.folder)
+
+
+class Counting(NamedTuple):
+    """What tells how many characters tokens stand for; see Characters."""
+
+    decode: Callable[[list[int]], str]
+    eod: int
+
+
+def evaluator(
+    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, counting: Counting | None = None
+) -> Callable[[str, int], Mapping[str, float]]:
+    """(split, iterations) -> metrics over that many global batches, always from the split's first sample on.
+
+    counting: also give how many tokens stand for one character
+    """
     micro_batches = required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
 
     def evaluate(split: str, iterations: int) -> Mapping[str, float]:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
             raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
-        batches = dataset.batches(objective.collate, start_sample=0)
-        return engine.eval_step(objective, islice(batches, iterations * micro_batches))
+        batches = islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches)
+        if counting is None:
+            return engine.eval_step(objective, batches)
+        characters = Characters(*counting)
+        metrics = engine.eval_step(objective, characters.counted(batches))
+        return {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
 
     return evaluate
 

@@ -104,9 +104,10 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     # Runs in the forked child. A watchdog thread in C: it also ends a test that hangs inside a library.
     if getattr(item.config.option, "forked", False):
         faulthandler.dump_traceback_later(_limit_s(item) + GRACE_S, exit=True, file=item.config.stash[STDERR_FD])
+    yield
+    # Only after pytest's own setup, without which its teardown fails on a test that is skipped.
     if item.get_closest_marker("gpu"):
         _need_cuda()
-    return (yield)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

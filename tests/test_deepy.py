@@ -32,6 +32,7 @@ def stop(signum, frame):
     open(f"stopped{rank}", "w").write(str(signum))
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
 with open(f"rank{rank}.tmp", "w") as out:
     json.dump(told, out)
 os.rename(f"rank{rank}.tmp", f"rank{rank}.json")
@@ -41,6 +42,12 @@ if mode == "fail" and rank == "1":
 if mode == "config error":
     from megatron.errors import ConfigError
     sys.exit(ConfigError("wrong on the worker").exit_code)
+if mode == "same error":
+    from megatron.errors import DataError
+    from megatron.neox_arguments.cli import run_face
+    def fails(argv):
+        raise DataError("wrong everywhere")
+    sys.exit(run_face(fails, [], usage="", about=""))
 if mode == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 if mode in ("fail", "wait"):
@@ -114,6 +121,8 @@ def test_exit_statuses_of_workers_come_through(tmp_path: Path) -> None:
     # The other worker was told to stop, and did so in order.
     assert (tmp_path / "stopped0").read_text() == str(int(signal.SIGTERM))
     assert run(tmp_path, mode="config error").returncode == 2
+    told_once = run(tmp_path, "--global_num_gpus", "2", mode="same error")
+    assert (told_once.returncode, told_once.stdout + told_once.stderr) == (1, "wrong everywhere\n")
     killed = run(tmp_path, mode="killed")
     assert killed.returncode == 128 + signal.SIGKILL
     assert "out of memory" in killed.stdout + killed.stderr
@@ -130,6 +139,9 @@ def test_a_signal_to_the_launcher_stops_every_worker(tmp_path: Path, signum: sig
         process.send_signal(signum)
         assert process.wait(timeout=60) == (-signal.SIGKILL if signum == signal.SIGKILL else 128 + signum)
         await_files(tmp_path, "stopped0", "stopped1")
+        # The signal itself, not the launcher's SIGTERM with a SIGKILL after 30 s: a checkpoint may take longer.
+        expected = signal.SIGTERM if signum == signal.SIGKILL else signum
+        assert {(tmp_path / f"stopped{rank}").read_text() for rank in (0, 1)} == {str(int(expected))}
     finally:
         process.kill()
         process.wait()

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.neox_store import find_tag, read_weights, saved_steps
+from megatron.checkpoint.neox_store import find_tag, named_step, read_weights, saved_steps
 from megatron.checkpoint.resume import COMPARED_ARGS
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
@@ -50,12 +50,12 @@ def choose_source(args: NeoXArgs) -> Source:
     section = args.checkpoint
     if not section.load:
         return Source(Take.NOTHING)
-    directory = Path(section.load)
-    if section.save and section.iteration is None and not saved_steps(directory) and not (directory / "latest").exists():
+    directory, iteration = named_step(Path(section.load), section.iteration)
+    if section.save and iteration is None and not saved_steps(directory) and not (directory / "latest").exists():
         if Path(section.save).resolve() == directory.resolve():
             log.info("no checkpoint in %s yet: starting from the beginning", directory)
             return Source(Take.NOTHING)
-    tag = find_tag(directory, section.iteration)
+    tag = find_tag(directory, iteration)
     if section.finetune:
         return Source(Take.WEIGHTS, directory, tag)
     return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)

@@ -48,6 +48,18 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(match.group(1)) for entry in directory.iterdir() if entry.is_dir() and (match := _STEP.match(entry.name)))
 
 
+def named_step(load: Path, iteration: int | None = None) -> tuple[Path, int | None]:
+    """The folder of checkpoints and the step that `load` and `iteration` mean, where `load` may be one step's own folder.
+
+    >>> named_step(Path("out/global_step20"))[1], named_step(Path("out"), 20)[1]
+    (20, 20)
+    """
+    match = _STEP.match(load.name)
+    if match is None or saved_steps(load) or (load / "latest").exists() or iteration not in (None, int(match.group(1))):
+        return load, iteration
+    return load.parent, int(match.group(1))
+
+
 def find_tag(directory: Path, iteration: int | None = None) -> str:
     """The folder name to load: of `iteration`, or the one that `latest` names.
 
@@ -93,8 +105,10 @@ def model_file(folder: Path, rank: int = 0) -> Path:
 
 def bookkeeping(folder: Path, *, deepspeed_types: bool = False) -> dict[str, Any]:
     """Everything in the first model rank's file but the weights; empty when there is no such file."""
-    path = model_file(folder)
-    if not path.is_file():
+    # FORMAT: under ZeRO-3 every data rank has such a file of its own.
+    paths = (model_file(folder), folder / f"zero_pp_rank_0_{model_file(folder).name}")
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return {}
     content = read_torch_file(path, deepspeed_types=deepspeed_types)
     return {key: value for key, value in content.items() if key not in ("module", "optimizer")}

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ class StepResult:
     skipped:       the update was not made (fp16 overflow)
     seconds:       wall time of the step
     samples, tokens: consumed over all data ranks
+    timings:       phase -> its seconds in this step; empty unless phases are timed
     """
 
     metrics: Mapping[str, float]
@@ -36,6 +37,26 @@ class StepResult:
     seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+
+class Pieces(Protocol):
+    """Parameters, gradients and optimizer state as this rank holds them: flat or in shape, in any precision.
+
+    spread: the pieces of one parameter lie on the data ranks, each entry on one of them; else every data rank has the whole
+    """
+
+    @property
+    def spread(self) -> bool: ...
+
+    def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Of a parameter that is trained."""
+
+    def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """Summed over micro batches and data ranks, not clipped; only inside `Engine.before_update`. None = it took no part."""
+
+    def states(self, parameter: torch.nn.Parameter) -> Mapping[str, torch.Tensor]:
+        """Name of the optimizer's state (exp_avg, ...) -> piece; after the first update."""
 
 
 class Engine(Protocol):
@@ -61,3 +82,9 @@ class Engine(Protocol):
 
     def module(self) -> torch.nn.Module:
         """The model (this stage of it), for inspection."""
+
+    def pieces(self) -> Pieces:
+        """What of each parameter is on this rank."""
+
+    def before_update(self, look: Callable[[], None]) -> None:
+        """Have `look` called on every rank just before each optimizer update, when the gradients are complete."""

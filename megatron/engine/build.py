@@ -14,6 +14,7 @@ from megatron.engine.distributed import choose_device, rendezvous_from, seed_eve
 from megatron.engine.engine import TrainEngine
 from megatron.engine.pipeline import LossOfStep, PipelinePath
 from megatron.engine.sequential import SequentialPath
+from megatron.engine.timers import Timers
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses
@@ -73,9 +74,12 @@ def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.d
     log.info(" > total params: %s", f"{count:,}")
     say_what_serves_flash(spec, device, next(model.parameters()).dtype)
     optimizer = build_optimizer(args, model, device)
-    runner = Runner(model, optimizer, build_scheduler(args, optimizer), deepspeed_config(args), groups)
-    path = PipelinePath(runner, loss_of_step, device) if pipelined else SequentialPath(runner, device)
-    return TrainEngine(runner, path, device), spec
+    runner = Runner(
+        model, optimizer, build_scheduler(args, optimizer), deepspeed_config(args), groups, save_optimizer=not args.checkpoint.no_save_optim
+    )
+    timers = Timers(device, enabled=args.logs.wall_clock_breakdown)
+    path = PipelinePath(runner, loss_of_step, device, timers) if pipelined else SequentialPath(runner, device, timers)
+    return TrainEngine(runner, path, device, timers), spec
 
 
 def say_what_serves_flash(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:

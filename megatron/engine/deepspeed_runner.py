@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from megatron.checkpoint.reading import read_torch_file
+from megatron.engine.base import Pieces
+from megatron.engine.layout import Layout, refuse_other_layout
+from megatron.engine.pieces import pieces_of
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 from megatron.mpu.collectives import barrier
@@ -26,7 +30,22 @@ log = get_logger(__name__)
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's writer with a reader that runs no code found in a file."""
+    """DeepSpeed's writer with a reader that runs no code found in a file.
+
+    optimizer: whether the optimizer's state is written
+    """
+
+    def __init__(self, config: Any, *, optimizer: bool = True) -> None:
+        super().__init__(config)
+        self._optimizer = optimizer
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """One file of a checkpoint."""
+        if self._optimizer:
+            super().save(state_dict, path)
+        # FORMAT: ZeRO keeps the optimizer in files of its own; otherwise it is beside the weights.
+        elif not path.endswith("optim_states.pt"):
+            super().save({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, path)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Tensors and plain data of one file."""
@@ -36,8 +55,8 @@ class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
 class Runner:
     """A `deepspeed` engine around a model, an optimizer and a schedule.
 
-    clip_here: the optimizer is a plain torch one (float32 without ZeRO), which DeepSpeed clips without telling the norm;
-               a step pre-hook does both then
+    A plain torch optimizer (float32 without ZeRO) is clipped by DeepSpeed without telling the norm; a step pre-hook does both here.
+    save_optimizer: whether checkpoints hold the optimizer's state
     """
 
     def __init__(
@@ -47,19 +66,48 @@ class Runner:
         schedule: LRScheduler,
         config: Mapping[str, Any],
         groups: Groups,
+        *,
+        save_optimizer: bool = True,
     ) -> None:
         config = dict(config)
         self.groups = groups
         self.schedule = schedule
+        self._watchers: list[Callable[[], None]] = []
         self._clipper: GradientClipper | None = None
         if _is_plain(config):
+            optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._tell_watchers())
             self._clipper = GradientClipper(model.parameters(), float(config.get("gradient_clipping", 0.0)))
             optimizer.register_step_pre_hook(self._clipper)
             config["gradient_clipping"] = 0.0
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
         )
-        self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config)
+        _forget_rehearsal(self.optimizer)
+        self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config, optimizer=save_optimizer)
+
+    def watch(self, look: Callable[[], None]) -> None:
+        """Have `look` called before each update: by the torch optimizer where it is plain, else through `about_to_update`."""
+        self._watchers.append(look)
+
+    def about_to_update(self) -> None:
+        """The step's last backward pass is done; DeepSpeed's own optimizers tell nobody when they begin."""
+        if self._clipper is None:
+            self._tell_watchers()
+
+    def begin_backward(self) -> None:
+        """What DeepSpeed does when a backward pass begins; among it, 16-bit gradients of the micro batch before are cleared.
+
+        DeepSpeed hangs it on the tensors that the model returns. The last stage of a pipeline returns a handle, so its loss calls this.
+        """
+        self.deepspeed._backward_prologue()
+
+    def _tell_watchers(self) -> None:
+        for look in self._watchers:
+            look()
+
+    def pieces(self) -> Pieces:
+        """What of each parameter is on this rank."""
+        return pieces_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.dp.rank)
 
     @property
     def learning_rate(self) -> float:
@@ -102,7 +150,9 @@ class Runner:
         Raises CheckpointError when the folder does not fit this layout.
         """
         folder = directory / tag
+        refuse_other_layout(folder, self._layout())
         configured = [{key: group[key] for key in _NUMBERS if key in group} for group in self.optimizer.param_groups]
+        kind = {key for group in self.optimizer.param_groups for key in group}
         try:
             path, client_state = self.deepspeed.load_checkpoint(str(directory), tag=tag, load_module_strict=True)
         except (RuntimeError, KeyError, ValueError, AssertionError, FileNotFoundError, AttributeError, TypeError) as error:
@@ -113,10 +163,21 @@ class Runner:
             ) from error
         if path is None:
             raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), mend="check that all files were copied")
+        lacking = sorted({key for key in kind for group in self.optimizer.param_groups if key not in group} - {"name"})
+        if lacking:
+            raise CheckpointError(
+                f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}",
+                where=str(folder),
+                mend="set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`",
+            )
         self._restore_numbers(configured)
         # ZeRO loads the optimizer, with the rate it was saved with, after the schedule.
         self.schedule.apply()
         return dict(client_state)
+
+    def _layout(self) -> Layout:
+        engine = self.deepspeed
+        return Layout(pipelined=bool(engine.pipeline_parallelism), partitions=self.groups.dp.size if engine.zero_optimization() else 0)
 
     def _restore_numbers(self, configured: list[dict[str, Any]]) -> None:
         """The configuration's optimizer numbers win over the checkpoint's; every change is said once."""
@@ -133,6 +194,12 @@ class Runner:
 
 # Optimizer numbers a configuration gives and torch would silently take from a checkpoint.
 _NUMBERS = ("weight_decay", "betas", "eps", "momentum")
+
+
+def _forget_rehearsal(optimizer: Any) -> None:
+    """Without ZeRO, DeepSpeed's 16-bit optimizer makes its state by a step on zero gradients, which Adam's bias correction counts."""
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.optimizer.state.clear()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -7,8 +7,11 @@ import ctypes
 import logging
 import os
 import random
+import re
 import socket
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron.errors import BackendError, ConfigError
+from megatron.errors import BackendError, ConfigError, LostRankError
 from megatron.log import get_logger
 from megatron.mpu.groups import Group, Groups
 
@@ -116,6 +119,25 @@ def start(place: Rendezvous, device: torch.device, *, timeout_minutes: float = 3
     return Groups(dp=world, world=world)
 
 
+# What gloo and NCCL say when the other end of a connection is gone or silent.
+_BROKEN = re.compile(
+    r"connection (closed|reset) by peer|connection was likely closed|broken pipe|timed out waiting|remote process exited", re.IGNORECASE
+)
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Within, a collective that breaks because another rank is gone raises LostRankError, not the transport's own error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistBackendError) or _BROKEN.search(str(error))):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        mend = "see what that rank reported, and its host's log; a rank without any report was killed (out of memory?)"
+        raise LostRankError(f"lost another rank: {reason}", mend=mend) from error
+
+
 def stop() -> None:
     """Leave the job."""
     if dist.is_initialized():
@@ -148,11 +170,16 @@ def _prepare_deepspeed(device: torch.device) -> None:
     """Set up DeepSpeed for the device: no compilation at start-up, no chatter below WARNING."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
+    # Collectives that DeepSpeed calls by their old names; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         import deepspeed
     except ImportError as error:
         raise BackendError("deepspeed is not installed", where=str(error), mend="run setup_uv_env.sh") from error
     logging.getLogger("DeepSpeed").setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
+    # Its bfloat16 optimizer prints the memory in use five times, asked or not.
+    if not log.isEnabledFor(logging.DEBUG):
+        deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     # The shared-memory collective is compiled when the process group starts, a minute of work that gloo does without.
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, global_denominator, mean_over
-from megatron.engine.base import StepResult
+from megatron.engine.base import Pieces, StepResult
 from megatron.engine.deepspeed_runner import Runner
+from megatron.engine.timers import Timers
 from megatron.objectives.base import LossTerms, Objective
 
 
@@ -31,8 +32,9 @@ class ComputePath(Protocol):
 class TrainEngine:
     """An `Engine` (see engine/base.py) on DeepSpeed."""
 
-    def __init__(self, runner: Runner, path: ComputePath, device: torch.device) -> None:
+    def __init__(self, runner: Runner, path: ComputePath, device: torch.device, timers: Timers | None = None) -> None:
         self.runner = runner
+        self.timers = timers or Timers()
         self.groups = runner.groups
         self.device = device
         self._path = path
@@ -57,6 +59,7 @@ class TrainEngine:
             seconds=time.perf_counter() - started,
             samples=samples,
             tokens=samples * micro_batches[0].tokens.shape[1],
+            timings=self.timers.take(),
         )
 
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
@@ -82,3 +85,11 @@ class TrainEngine:
         """The model (this stage of it)."""
         module: nn.Module = self.runner.deepspeed.module
         return module
+
+    def pieces(self) -> Pieces:
+        """What of each parameter is on this rank."""
+        return self.runner.pieces()
+
+    def before_update(self, look: Callable[[], None]) -> None:
+        """Have `look` called on every rank just before each optimizer update, when the gradients are complete."""
+        self.runner.watch(look)

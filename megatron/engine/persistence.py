@@ -8,16 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron.checkpoint.neox_store import bookkeeping, step_tag, write_latest
 from megatron.checkpoint.resume import capture_rng, compare_args, restore_rng, write_configs
+from megatron.checkpoint.retention import prune
 from megatron.engine.base import Engine
+from megatron.engine.distributed import seed_everything
+from megatron.engine.forward_check import STORED
+from megatron.errors import CheckpointError
 from megatron.log import get_logger
-from megatron.mpu.collectives import barrier
+from megatron.mpu.collectives import barrier, of_all_ranks
+from megatron.mpu.groups import Group
 
 log = get_logger(__name__)
 
 OURS = "run_state"
 """Key of what this project keeps beside the reference's client state."""
+
+RNG = "rng_of_data_ranks"
+"""Under OURS: the random states of every data-parallel rank, where there are several. The reference keeps those of the first alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +50,10 @@ class Saver:
     configs:   the YAML files of the run, by name
     rng:       also keep the random states
     kept:      gives what hooks want to find again after a resume (a W&B run id, ...)
+    optimizer: whether the engine writes the optimizer's state
+    forward:   gives the logits of a fixed input, to be kept; called on all ranks
+    keep_last: how many of the newest checkpoints stay; None = all
+    protected: steps that stay in any case
     """
 
     engine: Engine
@@ -47,14 +62,23 @@ class Saver:
     configs: Mapping[str, str]
     rng: bool = True
     kept: Callable[[], Mapping[str, Any]] = dict
+    optimizer: bool = True
+    forward: Callable[[], Tensor] | None = None
+    keep_last: int | None = None
+    protected: frozenset[int] = frozenset()
 
     def save(self, iteration: int, samples: int, tokens: int) -> Path:
         """Write `global_step<iteration>`, then move `latest`; returns the folder. All ranks call it."""
         world = self.engine.groups.world
         client_state: dict[str, Any] = {"iteration": iteration, "args": dict(self.compared)}
-        client_state[OURS] = {"samples": samples, "tokens": tokens, "kept": dict(self.kept())}
+        client_state[OURS] = {"samples": samples, "tokens": tokens, "kept": dict(self.kept()), "optimizer": self.optimizer}
+        if self.forward is not None:
+            client_state[STORED] = self.forward()
         if self.rng:
-            client_state.update(capture_rng())
+            # Only the first data rank writes its client state.
+            states = of_all_ranks(capture_rng(), self.engine.groups.dp)
+            client_state.update(states[0])
+            client_state[OURS].update({RNG: states} if len(states) > 1 else {})
         tag = step_tag(iteration)
         if world.rank == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -64,6 +88,9 @@ class Saver:
             write_configs(self.directory / tag, self.configs)
             write_latest(self.directory, tag)
             log.info("  successfully saved checkpoint at iteration %7d to %s", iteration, self.directory / tag)
+            if self.keep_last is not None:
+                # The step just written stays even where an abandoned attempt left later ones.
+                prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration})
         barrier(world)
         return self.directory / tag
 
@@ -71,25 +98,54 @@ class Saver:
 def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
     """Load weights, optimizer, schedule, position and (rng) random states. All ranks call it."""
     folder = directory / tag
-    compare_args(compared, bookkeeping(folder, deepspeed_types=True).get("args"), folder)
+    stored = bookkeeping(folder, deepspeed_types=True)
+    compare_args(compared, stored.get("args"), folder)
+    if (stored.get(OURS) or {}).get("optimizer") is False:
+        raise CheckpointError(
+            "the checkpoint was written without the optimizer's state (no_save_optim)",
+            where=str(folder),
+            mend="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
+        )
     client_state = engine.load(directory, tag)
-    return _position(client_state, folder, batch_size, rng)
+    if rng:
+        take_up_rng(client_state, engine.groups.dp, folder)
+    return _position(client_state, folder, batch_size)
 
 
 def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
     """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
     client_state = bookkeeping(folder, deepspeed_types=True)
     compare_args(compared, client_state.get("args"), folder)
-    position = _position(client_state, folder, batch_size, rng)
+    if rng:
+        take_up_rng(client_state, engine.groups.dp, folder)
+    position = _position(client_state, folder, batch_size)
     engine.set_schedule_step(position.iteration)
     return position
 
 
-def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int, rng: bool) -> Position:
+def take_up_rng(client_state: Mapping[str, Any], dp: Group, folder: Path) -> None:
+    """Set this rank's random states to what they were.
+
+    Where the checkpoint knows the states of one rank only, or of another number of ranks, the others start streams of their own
+    from it: two ranks with one state would drop the same activations.
+    """
+    states = (client_state.get(OURS) or {}).get(RNG) or []
+    if len(states) == dp.size:
+        restore_rng(states[dp.rank], folder)
+        return
+    restore_rng(client_state, folder)
+    if dp.rank > 0:
+        seed_everything(int(torch.randint(2**62, ())) + dp.rank)
+
+
+def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) -> Position:
     iteration = int(client_state.get("iteration", client_state.get("total_iters", client_state.get("global_steps", 0))))
     ours = client_state.get(OURS) or {}
-    if rng:
-        restore_rng(client_state, folder)
     log.info("Loading checkpoint and starting from iteration %d", iteration)
     samples = int(ours.get("samples", iteration * batch_size))
+    if samples != iteration * batch_size:
+        log.warning(
+            "%d iterations took %d samples so far, %g each, and take %d each now: the data goes on behind the last sample",
+            *(iteration, samples, samples / iteration, batch_size),
+        )
     return Position(iteration=iteration, samples=samples, tokens=int(ours.get("tokens", 0)), kept=dict(ours.get("kept", {})))

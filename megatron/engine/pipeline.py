@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, targets_of
 from megatron.engine.deepspeed_runner import Runner
+from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
 from megatron.objectives.base import LossTerms, Objective
 
@@ -26,6 +27,7 @@ class _Step:
     names: tuple[str, ...]
     factor: float
     meter: MetricSum
+    before_backward: Callable[[], None]
 
 
 class LossOfStep:
@@ -41,14 +43,18 @@ class LossOfStep:
         step = self.current
         terms = step.objective.loss(logits, dict(zip(step.names, targets, strict=True)), step.denominator)
         step.meter.add(terms.metrics)
-        return terms.loss * step.factor
+        loss = terms.loss * step.factor
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: step.before_backward())
+        return loss
 
 
 class PipelinePath:
     """The plan as a DeepSpeed PipelineModule; one optimizer step is one `train_batch`."""
 
-    def __init__(self, runner: Runner, loss_of_step: LossOfStep, device: torch.device) -> None:
+    def __init__(self, runner: Runner, loss_of_step: LossOfStep, device: torch.device, timers: Timers | None = None) -> None:
         self._runner = runner
+        self._timers = timers or Timers()
         self._loss = loss_of_step
         self._device = device
 
@@ -56,10 +62,11 @@ class PipelinePath:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         prepared = [(batch.tokens, targets_of(batch, self._device)) for batch in micro_batches]
         factor = float(len(micro_batches) * self._runner.groups.dp.size)
-        self._loss.current = _Step(objective, denominator, tuple(prepared[0][1]), factor, meter)
+        self._loss.current = _Step(objective, denominator, tuple(prepared[0][1]), factor, meter, self._runner.begin_backward)
         try:
             rows = [((tokens, targets["segments"]), tuple(targets.values())) for tokens, targets in prepared]
-            self._runner.deepspeed.train_batch(data_iter=iter(rows))
+            with self._timers("train_batch"):
+                self._runner.deepspeed.train_batch(data_iter=iter(rows))
         finally:
             self._loss.current = None
 

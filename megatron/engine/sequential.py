@@ -12,25 +12,32 @@ from torch import Tensor
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, targets_of
 from megatron.engine.deepspeed_runner import Runner
+from megatron.engine.timers import Timers
 from megatron.objectives.base import LossTerms, Objective
 
 
 class SequentialPath:
     """A plain module under DeepSpeed's engine. The loss is formed inside the head's forward, as ZeRO-3 needs it."""
 
-    def __init__(self, runner: Runner, device: torch.device) -> None:
+    def __init__(self, runner: Runner, device: torch.device, timers: Timers | None = None) -> None:
         self._runner = runner
         self._device = device
+        self._timers = timers or Timers()
 
     def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         engine = self._runner.deepspeed
-        for batch in micro_batches:
-            terms = self._terms(engine, objective, batch, denominator)
-            meter.add(terms.metrics)
-            # DeepSpeed averages gradients over data ranks; the denominator has divided by the whole batch already.
-            engine.backward(terms.loss * self._runner.groups.dp.size, scale_wrt_gas=False)
-            engine.step()
+        for number, batch in enumerate(micro_batches, start=1):
+            with self._timers("forward"):
+                terms = self._terms(engine, objective, batch, denominator)
+                meter.add(terms.metrics)
+            with self._timers("backward"):
+                # DeepSpeed averages gradients over data ranks; the denominator has divided by the whole batch already.
+                engine.backward(terms.loss * self._runner.groups.dp.size, scale_wrt_gas=False)
+            with self._timers("optimizer"):
+                if number == len(micro_batches):
+                    self._runner.about_to_update()
+                engine.step()
 
     def terms(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
         """Loss and metrics of one micro batch, for evaluation."""

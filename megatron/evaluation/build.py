@@ -17,6 +17,7 @@ from megatron.data.build import build_data
 from megatron.engine.accounting import mean_over, targets_of
 from megatron.errors import ConfigError, required
 from megatron.generation.build import load_model
+from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.validation import with_perplexity
 from megatron.log import get_logger
 from megatron.model.transformer import Transformer
@@ -59,12 +60,17 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
     splits = build_data(args, streams=objective.streams)
     device = next(loaded.model.parameters()).device
     batches = args.run.eval_iters * required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
-    results = {}
+    results, alone = {}, Group.single()
     for name, split in (("validation", splits.valid), ("test", splits.test)):
         if split is None:
             continue
         micro_batches = islice(split.batches(objective.collate, start_sample=0), batches)
-        results[name] = with_perplexity(mean_over(objective, micro_batches, _Terms(loaded.model), Group.single(), device))
+        counting = Characters(tokenizer.decode, tokenizer.eod)
+        seen = counting.counted(micro_batches) if args.run.char_level_ppl else micro_batches
+        metrics = mean_over(objective, seen, _Terms(loaded.model), alone, device)
+        if args.run.char_level_ppl:
+            metrics[PER_CHARACTER] = counting.per_character(alone, device)
+        results[name] = with_perplexity(metrics)
         log.info("%s", json.dumps({name: results[name]}))
     if not results:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import torch
 
-from megatron.checkpoint.neox_store import copy_weights, find_tag
+from megatron.checkpoint.neox_store import copy_weights, find_tag, named_step
 from megatron.checkpoint.whole import join_shards, read_shards, width_over
 from megatron.errors import ConfigError
 from megatron.generation.decode import ModelScorer, Settings
@@ -43,8 +43,8 @@ def load_model(args: NeoXArgs) -> Loaded:
     """
     if not args.checkpoint.load:
         raise ConfigError("no checkpoint is named", where="load", mend="load: <the folder a training run saved to>")
-    directory = Path(args.checkpoint.load)
-    folder = directory / find_tag(directory, args.checkpoint.iteration)
+    directory, iteration = named_step(Path(args.checkpoint.load), args.checkpoint.iteration)
+    folder = directory / find_tag(directory, iteration)
     shards = read_shards(folder)
     if args.model.padded_vocab_size is None:
         args = args.replace(padded_vocab_size=width_over(shards, "word_embeddings.weight", 0))

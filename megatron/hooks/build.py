@@ -12,13 +12,17 @@ from uuid import uuid4
 
 from megatron.checkpoint.build import compared_args
 from megatron.engine.base import Engine
+from megatron.engine.forward_check import forward_pass
 from megatron.engine.persistence import Position, Saver
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, required
 from megatron.hooks.base import BaseHook, Hook, TrainState
 from megatron.hooks.checkpointing import CheckpointHook, Save, SavePlan
 from megatron.hooks.console import ConsoleHook, tee_log
+from megatron.hooks.memory import MemoryHook, require_cuda
 from megatron.hooks.metrics import ClosingHook, MetricsHook
 from megatron.hooks.metrics_file import NAME, MetricsFile
+from megatron.hooks.noise import NoiseScaleHook
+from megatron.hooks.norms import NormsHook, NormsPlan, Send
 from megatron.hooks.profiling import ProfilingHook
 from megatron.hooks.sinks import (
     CometSink,
@@ -40,21 +44,14 @@ from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
 
 KEPT = "tracker_ids"
 """Key under which checkpoints keep the ids."""
-
-_NOT_BUILT = (
-    "log_grad_pct_zeros",
-    "log_param_norm",
-    "log_grad_norm",
-    "log_optimizer_states",
-    "log_gradient_noise_scale",
-    "memory_profiling",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +108,9 @@ def build_hooks(
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
     world, batch = engine.groups.world, args.run.train_batch_size or 0
+    if args.logs.memory_profiling:
+        # Every rank says no: one alone would leave the others waiting.
+        require_cuda(engine.device)
     ids = tracker_ids(position.kept)
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
@@ -118,17 +118,18 @@ def build_hooks(
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        save=_save(args, engine, {KEPT: ids}),
+        save=_save(args, engine, spec, {KEPT: ids}),
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         any_rank=lambda flag: any_rank(flag, world, engine.device),
         tracker_ids=ids,
         resumed=KEPT in position.kept,
+        time_limit_s=None if args.run.exit_duration_in_mins is None else 60.0 * args.run.exit_duration_in_mins,
     )
     return assemble(args, parts)
 
 
-def _save(args: NeoXArgs, engine: Engine, kept: Mapping[str, Any]) -> Save | None:
+def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Save | None:
     """How a checkpoint of this run is written; None without `save`."""
     section = args.checkpoint
     if not section.save:
@@ -140,12 +141,22 @@ def _save(args: NeoXArgs, engine: Engine, kept: Mapping[str, Any]) -> Save | Non
         configs=args.config_files,
         rng=not section.no_save_rng,
         kept=lambda: kept,
+        optimizer=not section.no_save_optim,
+        forward=forward_of(args, engine, spec) if section.checkpoint_validation_with_forward_pass else None,
+        keep_last=section.keep_last_n_checkpoints,
+        protected=frozenset(section.extra_save_iters or ()),
     )
 
     def save(state: TrainState) -> None:
         saver.save(state.iteration, state.samples, state.tokens)
 
     return save
+
+
+def forward_of(args: NeoXArgs, engine: Engine, spec: ModelSpec) -> Callable[[], Tensor]:
+    """Gives the logits of a fixed input, when called on all ranks."""
+    seq_length = required(args.model.seq_length, "seq_length")
+    return lambda: forward_pass(engine, vocab_size=spec.vocab_size, seq_length=seq_length)
 
 
 def _splits(args: NeoXArgs) -> frozenset[str]:
@@ -165,20 +176,23 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     )
     if logs.log_dir:
         tee_log(Path(logs.log_dir))
-    _name_what_is_missing(args)
     metrics = MetricsHook(
         log_interval=logs.log_interval,
         flops=flops,
         file=_metrics_file(args) if parts.rank == 0 else None,
         openers=_openers(args, parts),
     )
-    hooks: list[BaseHook] = [metrics]
+    # What adds to a step's row stands before the row is written.
+    hooks: list[BaseHook] = [*measures(args, metrics.attach), metrics]
     if parts.rank == 0:
         hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
     # Before the checkpoint, so that no state is saved after numbers stopped being numbers.
     hooks.append(FiniteHook())
     if logs.profile and parts.rank == 0:
         hooks.append(_profiling(args))
+    if logs.memory_profiling and parts.rank == 0:
+        place = logs.memory_profiling_path or _place(args, "memory_profiling", "memory_profiling_path")
+        hooks.append(MemoryHook(stop=logs.profile_step_stop, directory=Path(place)))
     if parts.save is not None and args.checkpoint.save:
         hooks.append(CheckpointHook(plan=_save_plan(args), save=parts.save))
     validation = _validation(args, parts, metrics)
@@ -209,12 +223,36 @@ def _validation(args: NeoXArgs, parts: RunParts, metrics: MetricsHook) -> Valida
     )
 
 
+def measures(args: NeoXArgs, send: Send) -> list[BaseHook]:
+    """Hooks that measure gradients and weights on every rank; none unless asked for."""
+    logs, run = args.logs, args.run
+    plan = NormsPlan(
+        parameters=logs.log_param_norm, gradients=logs.log_grad_norm, zeros=logs.log_grad_pct_zeros, states=logs.log_optimizer_states
+    )
+    hooks: list[BaseHook] = [NormsHook(plan=plan, send=send)] if plan.anything else []
+    if logs.log_gradient_noise_scale:
+        hooks.append(
+            NoiseScaleHook(
+                micro_batches=run.gradient_accumulation_steps or 1,
+                batch=run.train_batch_size or 1,
+                steps=logs.gradient_noise_scale_n_batches,
+                send=send,
+            )
+        )
+    return hooks
+
+
+def _place(args: NeoXArgs, key: str, first: str = "tensorboard_dir") -> str:
+    """The folder for what `key` writes. Raises ConfigError when the run has none."""
+    place = args.logs.tensorboard_dir or args.logs.log_dir or args.checkpoint.save
+    if not place:
+        raise ConfigError(f"{key} needs a folder to write to", where=key, mend=f"set {first}, log_dir or save")
+    return place
+
+
 def _profiling(args: NeoXArgs) -> ProfilingHook:
     logs = args.logs
-    place = logs.tensorboard_dir or logs.log_dir or args.checkpoint.save
-    if not place:
-        raise ConfigError("profile needs a folder to write to", where="profile", mend="set tensorboard_dir, log_dir or save")
-    return ProfilingHook(start=logs.profile_step_start, stop=logs.profile_step_stop, directory=Path(place))
+    return ProfilingHook(start=logs.profile_step_start, stop=logs.profile_step_stop, directory=Path(_place(args, "profile")))
 
 
 def _metrics_file(args: NeoXArgs) -> MetricsFile | None:
@@ -283,18 +321,3 @@ def _comet_spec(args: NeoXArgs, parts: RunParts) -> CometSpec:
         others=dict(logs.comet_others or {}),
         directory=Path(place) if place else None,
     )
-
-
-def _name_what_is_missing(args: NeoXArgs) -> None:
-    """One line for requested reports that are not built yet."""
-    names = (
-        "log_grad_pct_zeros",
-        "log_param_norm",
-        "log_grad_norm",
-        "log_optimizer_states",
-        "log_gradient_noise_scale",
-        "memory_profiling",
-    )
-    asked = [name for name in names if getattr(args.logs, name)]
-    if asked:
-        log.warning(f"not built yet, so without effect: {', '.join(asked)}")

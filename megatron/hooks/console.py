@@ -19,7 +19,7 @@ from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.hooks.throughput import Interval, StepFlops
 from megatron.log import ROOT, get_logger
-from megatron.progress import MemoryLine, TrainingLine, format_memory, format_training
+from megatron.progress import MemoryLine, TrainingLine, format_memory, format_times, format_training
 
 log = get_logger(__name__)
 _MIB = 1024.0 * 1024.0
@@ -67,6 +67,9 @@ class ConsoleHook(BaseHook):
             self._bar.update(1)
         if state.iteration % self.log_interval == 0:
             log.info(format_training(self._line(state, result)))
+            times = self._interval.mean_timings()
+            if times:
+                log.info(format_times({name: 1000.0 * seconds for name, seconds in times.items()}))
             self._interval = Interval()
             if not self._memory_shown:
                 log.info(format_memory(memory(state.iteration, engine.device)))

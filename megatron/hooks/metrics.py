@@ -32,6 +32,13 @@ class MetricsHook(BaseHook):
         self.openers = dict(openers or {})
         self._interval = Interval()
         self._sinks: Sequence[Guarded] = ()
+        self._values: dict[str, float] = {}
+        self._columns: dict[str, float] = {}
+
+    def attach(self, values: Mapping[str, float], row: Mapping[str, float]) -> None:
+        """Further numbers of the step under way, from a hook that stands before this one: for the trackers, and for the row."""
+        self._values |= values
+        self._columns |= row
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Open the trackers."""
@@ -40,10 +47,12 @@ class MetricsHook(BaseHook):
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """Write the step's row."""
         self._interval.add(result)
+        attached, self._values = self._values, {}
+        columns, self._columns = self._columns, {}
         if self.file is not None:
-            self.file.write(self._row(state, result))
+            self.file.write(self._row(state, result) | columns)
         if self._sinks:
-            values = step_values(result)
+            values = step_values(result) | timer_values(self._interval) | attached
             if state.iteration % self.log_interval == 0:
                 values |= rate_values(self._interval, self.flops)
             self._send(values, state.iteration)
@@ -90,6 +99,7 @@ class MetricsHook(BaseHook):
         }
         if result.loss_scale is not None:
             row |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
+        row |= {f"seconds_{name.replace(' ', '_')}": seconds for name, seconds in result.timings.items()}
         return row
 
 
@@ -113,6 +123,11 @@ def step_values(result: StepResult) -> dict[str, float]:
     if result.grad_norm is not None:
         values["train/grad_norm"] = result.grad_norm
     return values
+
+
+def timer_values(interval: Interval) -> dict[str, float]:
+    """Seconds per step of each timed phase, over the steps of the interval so far."""
+    return {f"timers/{name}": seconds for name, seconds in interval.mean_timings().items()}
 
 
 def rate_values(interval: Interval, flops: StepFlops) -> dict[str, float]:

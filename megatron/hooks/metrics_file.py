@@ -2,7 +2,8 @@
 """`metrics.jsonl`: one JSON object per line, written and read here. Knows no hook and no tracker.
 
 A training row holds iteration, lm_loss (and the objective's other metrics), learning_rate, grad_norm, tokens_per_second,
-mfu (percent, null without a known peak), samples, tokens, seconds and time (Unix time, s). An evaluation row holds iteration,
+mfu (percent, null without a known peak), samples, tokens, seconds and time (Unix time, s); where asked for, also parameter_norm,
+gradient_norm, pct_grad_zeros, optimizer_state_norm_<state>, noise_scale (samples) and seconds_<phase>. An evaluation row holds iteration,
 valid_<metric> or test_<metric>, and time. What is not finite is null.
 
 The file is only ever appended to. A run that crashed after its last checkpoint leaves rows which the resumed run writes

@@ -53,6 +53,7 @@ class Interval:
     skipped: int = 0
     nan: int = 0
     _sums: dict[str, float] = field(default_factory=dict)
+    _timings: dict[str, float] = field(default_factory=dict)
 
     def add(self, result: StepResult) -> None:
         """Count one step; a skipped step adds its time, but nothing to the means."""
@@ -64,6 +65,12 @@ class Interval:
         self.nan += not all(math.isfinite(value) for value in result.metrics.values())
         for name, value in result.metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + (0.0 if result.skipped else value)
+        for name, seconds in result.timings.items():
+            self._timings[name] = self._timings.get(name, 0.0) + seconds
+
+    def mean_timings(self) -> dict[str, float]:
+        """Phase -> its seconds per step."""
+        return {name: total / max(1, self.steps) for name, total in self._timings.items()}
 
     def means(self) -> dict[str, float]:
         """Name -> mean over the steps that were applied."""

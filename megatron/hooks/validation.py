@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.characters import PER_CHARACTER
 from megatron.log import get_logger
 from megatron.progress import EvaluationBlock, format_evaluation, perplexity
 
@@ -80,10 +81,18 @@ class ValidationHook(BaseHook):
 
 
 def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
-    """lm_loss first, the objective's metrics, then lm_loss_ppl."""
-    if "lm_loss" not in metrics:
-        return dict(metrics)
-    return {"lm_loss": metrics["lm_loss"], **metrics, "lm_loss_ppl": perplexity(metrics["lm_loss"])}
+    """lm_loss first, the objective's metrics, then lm_loss_ppl, and per character where it is known how many tokens stand for one.
+
+    >>> with_perplexity({"lm_loss": 0.0, "tokens_per_char": 0.5})
+    {'lm_loss': 0.0, 'lm_loss_ppl': 1.0, 'lm_loss_char_lvl_ppl': 1.0}
+    """
+    named = {name: value for name, value in metrics.items() if name != PER_CHARACTER}
+    if "lm_loss" not in named:
+        return named
+    found = {"lm_loss": named["lm_loss"], **named, "lm_loss_ppl": perplexity(named["lm_loss"])}
+    if PER_CHARACTER in metrics:
+        found["lm_loss_char_lvl_ppl"] = perplexity(named["lm_loss"] * metrics[PER_CHARACTER])
+    return found
 
 
 def _show(chart: str, prefix: str, metrics: Mapping[str, float]) -> None:

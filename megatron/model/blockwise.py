@@ -3,6 +3,8 @@
 
 For one row with logits z = W x, label y and weight w: loss w (lse z - z_y), d x = w (W^T p - W_y), d W = w (p - e_y) x^T, where
 p = softmax z. Row factors are applied to x and to products, never to the [rows, v] block, which is passed over as seldom as possible.
+p - e_y is formed in float32 and sums over blocks are kept in float32: in 16 bits, a frequent token's gradient would be a long sum of ever
+smaller changes, and p - e_y of a token foretold well the difference of two roundings.
 """
 
 from __future__ import annotations
@@ -21,9 +23,6 @@ from megatron.mpu.groups import Group
 # Elements of one block of logits. A CPU wants it near its last-level cache, a GPU wants large products.
 CPU_BLOCK = 9_700_000
 GPU_BLOCK = 256_000_000
-
-Found = tuple[Tensor, Tensor]
-Target = tuple[Tensor, Tensor | None]
 
 
 def block_rows_for(vocab: int, device: torch.device, wanted: int = 0) -> int:
@@ -44,11 +43,10 @@ class _Softmax:
         exact = weight.dtype == torch.float64 or weight.dtype == torch.float32
         self.probs = torch.empty_like(self.logits, dtype=None if exact else torch.float32)
 
-    def __call__(self, x: Tensor, index: Tensor, elsewhere: Tensor | None, *, probs: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """x [rows, h], index [rows] -> log p(target) [rows] fp32, this rank's softmax [rows, v / tp], and the factor [rows]
-        that makes it the softmax over the whole vocabulary.
+    def __call__(self, x: Tensor, index: Tensor, elsewhere: Tensor | None, *, slope: bool) -> tuple[Tensor, Tensor]:
+        """x [rows, h], index [rows] -> log p(target) [rows] fp32 and this rank's slice of softmax - e_target [rows, v / tp].
 
-        The softmax is a buffer that the next call overwrites; without `probs` it is not what it says.
+        The slice is a buffer that the next call overwrites; without `slope` it is not what it says.
         """
         count = x.shape[0]
         logits = torch.mm(x, self.weight.t(), out=self.logits[:count])
@@ -60,36 +58,49 @@ class _Softmax:
         whole = log_normaliser(lse, self.tp)
         if elsewhere is not None:
             picked = all_reduce(picked.masked_fill(elsewhere, 0.0), self.tp)
-        if probs and soft.dtype != logits.dtype:
-            soft = logits.copy_(soft)  # products run in the model's precision
-        return picked - whole, soft, (lse - whole).exp()
+        if slope:
+            soft = self._minus_target(soft, (lse - whole).exp(), index, elsewhere)
+            soft = soft if soft.dtype == logits.dtype else logits.copy_(soft)  # products run in the model's precision
+        return picked - whole, soft
+
+    def _minus_target(self, soft: Tensor, share: Tensor, index: Tensor, elsewhere: Tensor | None) -> Tensor:
+        """softmax over this rank's slice -> softmax over all - e_target, in place; share [rows]: the slice's part of the whole sum."""
+        hit = soft.new_full(index.shape, -1.0)
+        if elsewhere is not None:
+            soft.mul_(share[:, None])
+            hit.masked_fill_(elsewhere, 0.0)
+        return soft.scatter_add_(1, index[:, None], hit[:, None])
 
 
 class _Gradients:
     """Accumulates d hidden and d weight of sum(factor * -log p) over blocks."""
 
-    def __init__(self, x: Tensor, weight: Tensor, tp: Group, wants: tuple[bool, bool]) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, tp: Group, wants: tuple[bool, bool], *, several: bool) -> None:
+        """several: more than one block comes"""
         self.tp = tp
         self.weight = weight
         self.x = torch.zeros_like(x) if wants[0] else None
-        self.w = torch.zeros_like(weight) if wants[1] else None
+        narrow = weight.dtype in (torch.float16, torch.bfloat16)
+        self.w = torch.zeros_like(weight, dtype=torch.float32 if several and narrow else None) if wants[1] else None
 
-    def add(self, rows: slice | Tensor, x: Tensor, found: Found, target: Target, factor: Tensor) -> None:
-        """rows: where x [rows, h] lies in hidden; found: softmax and its factor; target: index and mask; factor [rows] fp32."""
-        (soft, share), (index, elsewhere) = found, target
-        hit = factor if elsewhere is None else factor.masked_fill(elsewhere, 0.0)
-        spread = (factor * share)[:, None].to(x.dtype)
-        hit = hit[:, None].to(x.dtype)
+    def add(self, rows: slice | Tensor, x: Tensor, slope: Tensor, factor: Tensor) -> None:
+        """rows: where x [rows, h] lies in hidden; slope [rows, v / tp]: softmax - e_target; factor [rows] fp32."""
+        factor = factor[:, None].to(x.dtype)
         if self.x is not None:
-            self.x[rows] = (soft @ self.weight).mul_(spread).sub_(self.weight[index].mul_(hit))
-        if self.w is not None:
-            self.w.addmm_(soft.t(), x * spread)
-            self.w.index_add_(0, index, x * hit, alpha=-1)
+            self.x[rows] = (slope @ self.weight).mul_(factor)
+        if self.w is None:
+            return
+        if self.w.dtype == x.dtype:
+            self.w.addmm_(slope.t(), x * factor)
+        else:
+            self.w.add_(slope.t() @ (x * factor))
 
     def finish(self) -> None:
-        """Complete the gradient of the replicated hidden."""
+        """Complete the gradient of the replicated hidden; give both their tensors' dtype."""
         if self.x is not None:
             self.x = all_reduce(self.x, self.tp)
+        if self.w is not None:
+            self.w = self.w.to(self.weight.dtype)
 
 
 def _blocks(rows: Tensor | None, count: int, size: int) -> Iterator[slice | Tensor]:
@@ -117,20 +128,20 @@ class _NLL(torch.autograd.Function):
         x = hidden.reshape(-1, hidden.shape[-1])
         weights = weights.reshape(-1).float()
         index, elsewhere = local_targets(labels.reshape(-1), weight.shape[0], tp)
-        grads = _Gradients(x, weight, tp, wants)
         rows = _active(weights)
         count = x.shape[0] if rows is None else rows.numel()
         size = min(block_rows_for(weight.shape[0], weight.device, wanted_rows), max(count, 1))
+        grads = _Gradients(x, weight, tp, wants, several=count > size)
         softmax = _Softmax(size, weight, tp)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for at in _blocks(rows, count, size):
             x_at, index_at, factor = x[at], index[at], weights[at]
             away = None if elsewhere is None else elsewhere[at]
-            logps, soft, share = softmax(x_at, index_at, away, probs=any(wants))
+            logps, slope = softmax(x_at, index_at, away, slope=any(wants))
             # 0 * inf is not 0: an unweighted row must not spoil the sum.
             total -= (logps * factor).masked_fill(factor == 0, 0.0).sum()
             if any(wants):
-                grads.add(at, x_at, (soft, share), (index_at, away), factor)
+                grads.add(at, x_at, slope, factor)
         grads.finish()
         ctx.hidden_shape = hidden.shape
         ctx.grads = grads
@@ -159,7 +170,7 @@ class _TokenLogps(torch.autograd.Function):
         softmax = _Softmax(size, weight, tp)
         out = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
         for at in _blocks(rows, count, size):
-            out[at] = softmax(x[at], index[at], None if elsewhere is None else elsewhere[at], probs=False)[0]
+            out[at] = softmax(x[at], index[at], None if elsewhere is None else elsewhere[at], slope=False)[0]
         if mask is not None and rows is None:
             out.masked_fill_(mask.reshape(-1) == 0, 0.0)
         ctx.save_for_backward(hidden, weight, index, elsewhere, rows, mask)
@@ -174,14 +185,13 @@ class _TokenLogps(torch.autograd.Function):
         factors = -upstream[0].reshape(-1).float()
         if mask is not None and rows is None:
             factors = factors.masked_fill(mask.reshape(-1) == 0, 0.0)
-        grads = _Gradients(x, weight, ctx.tp, ctx.needs_input_grad[:2])
-        softmax = _Softmax(ctx.size, weight, ctx.tp)
         count = x.shape[0] if rows is None else rows.numel()
+        grads = _Gradients(x, weight, ctx.tp, ctx.needs_input_grad[:2], several=count > ctx.size)
+        softmax = _Softmax(ctx.size, weight, ctx.tp)
         for at in _blocks(rows, count, ctx.size):
-            x_at, index_at = x[at], index[at]
-            away = None if elsewhere is None else elsewhere[at]
-            _, soft, share = softmax(x_at, index_at, away, probs=True)
-            grads.add(at, x_at, (soft, share), (index_at, away), factors[at])
+            x_at = x[at]
+            _, slope = softmax(x_at, index[at], None if elsewhere is None else elsewhere[at], slope=True)
+            grads.add(at, x_at, slope, factors[at])
         grads.finish()
         return None if grads.x is None else grads.x.view(hidden.shape), grads.w, None, None, None, None
 

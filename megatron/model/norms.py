@@ -120,6 +120,10 @@ class HeadNorm(nn.Module):
         out = out if weight is None else out * weight.float()
         return (out if bias is None else out + bias.float()).to(x.dtype)
 
+    def no_weight_decay(self) -> tuple[str, ...]:
+        """All: what is written as a matrix [heads, d] is still the scale of a norm."""
+        return tuple(name for name, _ in self.named_parameters())
+
     def sharding(self) -> dict[str, Sharding]:
         """Head by head."""
         return {name: Split(0) for name, _ in self.named_parameters()}

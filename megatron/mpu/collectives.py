@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement between processes: flags and barriers over a Group. Nothing happens when the group is one process."""
+"""Agreement between processes: flags, values and barriers over a Group. Nothing happens when the group is one process."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
+
+T = TypeVar("T")
 
 
 def any_rank(flag: bool, group: Group, device: torch.device) -> bool:
@@ -22,3 +26,12 @@ def barrier(group: Group) -> None:
     """Wait until every rank of the group is here."""
     if group.size > 1:
         dist.barrier(group=group.handle)
+
+
+def of_all_ranks(value: T, group: Group) -> list[T]:
+    """Every rank's value (anything that can be pickled), in rank order, on all of them."""
+    if group.size == 1:
+        return [value]
+    values: list[T] = [value] * group.size
+    dist.all_gather_object(values, value, group=group.handle)
+    return values

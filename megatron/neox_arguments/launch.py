@@ -31,7 +31,11 @@ LOCAL_NAMES = ("localhost", "127.0.0.1")
 SHELL_SAFE = re.compile(r"[\w@%+=:,./~-]*")
 # DeepSpeed's local launcher reports a worker that died of signal n as exit status 256 - n.
 LAST_SIGNAL = 31
+# A worker that ends with one of these has told why.
+EXPLAINED = (1, 2)
 KILLED = 128
+# So often a signal is only passed on; then the launcher is told, which kills what does not end by itself.
+PATIENCE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +232,7 @@ def run(command: Command) -> int:
     def forward(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
         for process in running:
-            _send(process, signum, command.signal_group)
+            _send(process, signum, command.signal_group, patient=len(received) <= PATIENCE)
 
     names = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {name: signal.signal(name, forward) for name in names}
@@ -237,7 +241,7 @@ def run(command: Command) -> int:
         process = subprocess.Popen(command.argv, env={**os.environ, **command.env}, start_new_session=True, preexec_fn=_die_with_parent())
         running.append(process)
         for signum in list(received):  # came between the handler and the start
-            _send(process, signum, command.signal_group)
+            _send(process, signum, command.signal_group, patient=True)
         code = process.wait()
     finally:
         for name, handler in before.items():
@@ -245,9 +249,29 @@ def run(command: Command) -> int:
     return _exit_status(code, received)
 
 
-def _send(process: subprocess.Popen[bytes], signum: int, group: bool) -> None:
-    if process.poll() is None:
-        (os.killpg if group else os.kill)(process.pid, signum)
+def _send(process: subprocess.Popen[bytes], signum: int, group: bool, *, patient: bool) -> None:
+    """Hand a signal on to a process group, or to a launcher's workers.
+
+    patient: past the launcher, which on a signal kills its workers after 30 s, be they in the midst of a checkpoint
+    """
+    if process.poll() is not None:
+        return
+    if group:
+        os.killpg(process.pid, signum)
+        return
+    for pid in (_children(process.pid) if patient else []) or [process.pid]:
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            continue
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that `pid` has started, where the system tells (Linux)."""
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _exit_status(code: int, received: list[int]) -> int:
@@ -255,7 +279,7 @@ def _exit_status(code: int, received: list[int]) -> int:
         return KILLED + received[0]
     killed_by = -code if code < 0 else 256 - code
     if not 0 < killed_by <= LAST_SIGNAL:
-        if code:
+        if code and code not in EXPLAINED:
             log.error("a worker ended with exit status %d, so all were stopped", code)
         return code
     hint = ": the machine may have run out of memory" if killed_by == signal.SIGKILL else ""

@@ -125,9 +125,17 @@ def test_wrong_load_is_an_error(tmp_path: Path) -> None:
         run(tmp_path, load=str(tmp_path / "typo"), save=str(tmp_path / "right"))
     assert not (tmp_path / "right").exists()
     with pytest.raises(CheckpointError, match="no checkpoint of iteration 7"):
+        run(tmp_path, load=str(GOLDEN / "neox_pp0" / "ckpt" / "global_step0"), iteration=7, finetune=True)
+    with pytest.raises(CheckpointError, match="no checkpoint of iteration 7"):
         run(tmp_path, load=str(GOLDEN / "neox_pp0" / "ckpt"), iteration=7, finetune=True)
     with pytest.raises(CheckpointError, match="num_layers: checkpoint 2, now 3"):
         run(tmp_path, load=str(GOLDEN / "neox_pp0" / "ckpt"), num_layers=3, attention_config=None)
+    common = {"save": str(tmp_path / "own"), "load": str(tmp_path / "own")}
+    run(tmp_path, train_iters=1, **common)
+    with pytest.raises(CheckpointError, match="of another optimizer"):
+        run(tmp_path, train_iters=2, optimizer={"type": "SGD", "params": {"lr": 0.001}}, override_lr_scheduler=True, **common)
+    with pytest.raises(CheckpointError, match="another layout: pipe_parallel_size 0.* this run has: pipe_parallel_size >= 1"):
+        run(tmp_path, train_iters=2, pipe_parallel_size=1, **common)
 
 
 def test_finetune_takes_the_weights_only(tmp_path: Path) -> None:
@@ -136,6 +144,9 @@ def test_finetune_takes_the_weights_only(tmp_path: Path) -> None:
 
     state = run(tmp_path, load="neox_pp1/ckpt", finetune=True, train_iters=1, extra_save_iters=[0], save=str(tmp_path / "out"))
     assert state.iteration == 1
+    # The step's own folder may be named, too.
+    named = run(tmp_path, load="neox_pp1/ckpt/global_step0", finetune=True, train_iters=1, save=None)
+    assert named.iteration == 1
     from megatron.checkpoint.neox_store import read_weights
 
     started, recorded = read_weights(tmp_path / "out" / "global_step0"), read_weights(GOLDEN / "neox_pp1/ckpt/global_step0")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron.data.batch import Batch
-from megatron.engine.base import StepResult
+from megatron.engine.base import Pieces, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.mpu.groups import Groups
 from megatron.objectives.base import Objective
@@ -44,6 +44,12 @@ class FakeEngine:
     def module(self) -> torch.nn.Module:
         return torch.nn.Identity()
 
+    def pieces(self) -> Pieces:
+        raise NotImplementedError
+
+    def before_update(self, look: Callable[[], None]) -> None:
+        """There are no updates."""
+
 
 def result(loss: float = 2.0, **change: Any) -> StepResult:
     """A step of 0.5 s over 4 samples of 8 tokens."""
@@ -58,9 +64,11 @@ def result(loss: float = 2.0, **change: Any) -> StepResult:
     return StepResult(**{**values, **change})
 
 
-def drive(hooks: Sequence[Hook], results: Sequence[StepResult], *, start: int = 0, target: int | None = None) -> TrainState:
+def drive(
+    hooks: Sequence[Hook], results: Sequence[StepResult], *, start: int = 0, target: int | None = None, engine: FakeEngine | None = None
+) -> TrainState:
     """The training loop without training: returns the state it ended in."""
-    engine = FakeEngine()
+    engine = engine or FakeEngine()
     state = TrainState(iteration=start, target=start + len(results) if target is None else target, samples=4 * start, tokens=32 * start)
     try:
         for hook in hooks:

@@ -94,8 +94,6 @@ UNFINISHED: Final[tuple[Unfinished, ...]] = (
     Unfinished("the sequence-length curriculum", "curriculum_learning", _on),
     Unfinished("autotuning", "autotuning", _on),
     Unfinished("elastic training", "elasticity", _on),
-    Unfinished("the gradient noise scale", "log_gradient_noise_scale"),
     Unfinished("cluster auto-resume", "adlr_autoresume"),
     Unfinished("uploads to S3", "s3_path"),
-    Unfinished("the forward-pass check of checkpoints", "checkpoint_validation_with_forward_pass"),
 )

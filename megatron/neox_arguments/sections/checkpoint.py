@@ -24,11 +24,15 @@ class CheckpointArgs(Section):
         None, description="Steps between two checkpoints (linear, whole, >= 1), or the ratio of their steps (log, > 1)."
     )
     extra_save_iters: list[Whole] | None = Field(None, description="Further steps to save at; 0 saves the initial weights.")
-    no_save_optim: bool = Field(False, description="Leave the optimizer state out of checkpoints.")
+    no_save_optim: bool = Field(
+        False, description="Leave the optimizer state out of checkpoints; reading one then needs no_load_optim or finetune."
+    )
     no_save_rng: bool = Field(False, description="Leave the random state out of checkpoints.")
     no_load_optim: bool = Field(False, description="Do not read the optimizer state.")
     no_load_rng: bool = Field(False, description="Do not read the random state.")
-    keep_last_n_checkpoints: Whole | None = Field(None, ge=1, description="Keep only so many of the newest checkpoints; unset keeps all.")
+    keep_last_n_checkpoints: Whole | None = Field(
+        None, ge=1, description="Keep only so many of the newest checkpoints, and those of extra_save_iters; unset keeps all."
+    )
     checkpoint_validation_with_forward_pass: bool = Field(
         False, description="Store the logits of a fixed input with each checkpoint and compare them after reading it."
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from .base import RUNTIME, Section, Whole
+from .base import NO_EFFECT, RUNTIME, Section, Whole
 
 Block = dict[str, Any] | None
 
@@ -40,12 +40,18 @@ class ServiceKeys(Section):
 class ProfileKeys(Section):
     """Time and memory measurements."""
 
-    memory_profiling: bool = Field(False, description="Record every device allocation and mark phases for NVIDIA's profilers.")
-    memory_profiling_path: str | None = Field(None, description="Folder for the recorded allocations.")
+    memory_profiling: bool = Field(
+        False, description="Record every allocation on the CUDA device up to profile_step_stop, for PyTorch's memory viewer."
+    )
+    memory_profiling_path: str | None = Field(
+        None, description="Folder for mem_snapshot_rank0.pickle; unset takes tensorboard_dir, log_dir or save."
+    )
     profile: bool = Field(False, description="Run the torch profiler over a few steps.")
     profile_step_start: Whole = Field(10, ge=0, description="Step with which profiling begins.")
     profile_step_stop: Whole = Field(12, ge=0, description="Step with which profiling ends.")
-    wall_clock_breakdown: bool = Field(False, description="Let DeepSpeed time the phases of each step.")
+    wall_clock_breakdown: bool = Field(
+        False, description="Time the phases of each step, which then waits for the device after each of them; reported as timers/<phase>."
+    )
     flops_profiler: Block = Field(None, description="Settings of DeepSpeed's FLOPs profiler; needs `enabled`.")
     comms_logger: Block = Field(None, description="Settings of DeepSpeed's log of collective operations.")
     peak_theoretical_tflops: float | None = Field(
@@ -58,12 +64,19 @@ class LogsArgs(ServiceKeys, ProfileKeys):
 
     git_hash: str | None = Field(None, description="Commit of the code, read from the repository; null outside of one.")
     log_interval: Whole = Field(100, ge=1, description="Steps between two progress lines.")
-    log_grad_pct_zeros: bool = Field(False, description="Report for each parameter the share of gradient entries that are 0.")
-    log_param_norm: bool = Field(False, description="Report the norm of each parameter.")
-    log_grad_norm: bool = Field(False, description="Report the norm of each parameter's gradient.")
-    log_optimizer_states: bool = Field(False, description="Report norms of the optimizer's state.")
-    log_gradient_noise_scale: bool = Field(False, description="Report the gradient noise scale (arXiv 1812.06162).")
-    gradient_noise_scale_n_batches: Whole = Field(5, ge=1, description="Batches that form the large batch of the noise scale.")
-    gradient_noise_scale_cpu_offload: bool = Field(False, description="Keep the noise scale's gradient sum in host memory.")
+    log_grad_pct_zeros: bool = Field(
+        False, description="Report each step, for each parameter and over all, the percentage of gradient entries that are 0."
+    )
+    log_param_norm: bool = Field(False, description="Report each step the norm of each parameter and of all.")
+    log_grad_norm: bool = Field(False, description="Report each step the norm of each parameter's gradient, before clipping.")
+    log_optimizer_states: bool = Field(False, description="Report each step norms of the optimizer's state for each parameter.")
+    log_gradient_noise_scale: bool = Field(
+        False,
+        description="Report the gradient noise scale (arXiv 1812.06162), in samples; needs two micro batches per step or more.",
+    )
+    gradient_noise_scale_n_batches: Whole = Field(5, ge=1, description="Steps whose estimates are averaged to one noise scale.")
+    gradient_noise_scale_cpu_offload: bool = Field(
+        False, description="Has no effect: the noise scale is measured without keeping gradients.", json_schema_extra=NO_EFFECT
+    )
     steps_per_print: Whole = Field(10, ge=1, description="Steps between two lines of DeepSpeed's own report.")
     dump_state: bool = Field(False, description="Let DeepSpeed print its settings at start.")

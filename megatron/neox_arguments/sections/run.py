@@ -24,6 +24,9 @@ class RunArgs(Section):
     do_valid: bool | None = Field(None, description="Whether to validate; unset follows from data and eval_iters.")
     do_test: bool | None = Field(None, description="Whether to test after training; unset follows from data and eval_iters.")
     exit_interval: Whole | None = Field(None, ge=1, description="End the run at the first step that is a multiple of this.")
+    exit_duration_in_mins: float | None = Field(
+        None, gt=0, description="End the run, with a checkpoint, at the first step that ends after so many minutes of training."
+    )
     batch_size: Whole | None = Field(None, ge=1, description="Another name of train_micro_batch_size_per_gpu.", json_schema_extra=DERIVED)
     train_batch_size: Whole | None = Field(
         None, ge=1, description="Samples per optimizer step over all ranks = micro batch * accumulation steps * data-parallel ranks."
@@ -48,5 +51,7 @@ class RunArgs(Section):
         description="Schedule of growing sequence lengths: enabled, curriculum_type, min_difficulty, max_difficulty, schedule_type, ...",
     )
     curriculum_seqlen: Whole = Field(0, ge=0, description="Sequence length of the curriculum at this step.", json_schema_extra=RUNTIME)
-    char_level_ppl: bool = Field(False, description="Report perplexity per character beside perplexity per token.")
+    char_level_ppl: bool = Field(
+        False, description="Report validation perplexity per character of the decoded text beside perplexity per token."
+    )
     torch_compile: bool = Field(False, description="Compile the blocks with torch.compile.")

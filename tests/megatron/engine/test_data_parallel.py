@@ -49,6 +49,42 @@ def losses_of(rank: int, world: int, folder: str, layout: dict[str, Any]) -> lis
     return [result.metrics["lm_loss"] for result in results] + [result.grad_norm or 0.0 for result in results]
 
 
+def resumed_and_whole(rank: int, world: int, folder: str) -> dict[str, Any]:
+    """Weights after four steps with dropout, in one run and in two; and this rank's random state at the start of other resumed runs."""
+    import torch
+
+    from megatron.checkpoint.neox_store import read_weights
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.training import pretrain
+
+    os.chdir(GOLDEN)
+    common = {
+        **{"global_num_gpus": world, "train_batch_size": 4, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": None},
+        **{"hidden_dropout": 0.3, "index_map_dir": folder, "extra_save_iters": None, "lr_decay_iters": 8},
+    }
+
+    def run(train_iters: int, name: str, **more: Any) -> torch.Tensor:
+        overwrites = {**common, "train_iters": train_iters, "save": f"{folder}/{name}", "load": f"{folder}/{name}", **more}
+        pretrain(NeoXArgs.from_ymls(["neox_pp0/config.yml"], overwrites=overwrites))
+        return torch.get_rng_state()
+
+    run(4, "whole")
+    run(2, "halves")
+    run(4, "halves")
+    weights = [read_weights(Path(folder) / name / "global_step4") for name in ("whole", "halves")]
+    # The recorded checkpoint knows the random state of one rank.
+    foreign = run(0, "foreign", load="neox_pp0/ckpt", no_load_optim=True, save=None)
+    return {"equal": all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), "foreign": foreign.tolist()}
+
+
+@pytest.mark.timeout(150)
+def test_resume_on_two_ranks_is_exact_and_their_dropout_differs(tmp_path: Path) -> None:
+    """Each rank takes up its own random state; ranks whose state the checkpoint does not know get different ones."""
+    first, second = run_distributed(resumed_and_whole, world=2, timeout_s=120, init=False, folder=str(tmp_path))
+    assert first["equal"] and second["equal"]
+    assert first["foreign"] != second["foreign"]
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     "layout",

@@ -70,6 +70,35 @@ def test_bf16_is_as_exact_as_the_plain_path() -> None:
         assert (x.grad - y.grad).norm() < 0.02 * y.grad.norm()
 
 
+@pytest.mark.parametrize("block", [0, 64], ids=["one block", "many blocks"])
+def test_bf16_gradient_of_a_frequent_token_is_not_rounded_away(block: int) -> None:
+    """Half of the rows ask for one token: its weight's gradient is a sum over thousands of rows, which 16 bits cannot hold."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4096, 8, generator=draw).bfloat16()
+    weight = (torch.randn(40, 8, generator=draw) * 0.3).bfloat16()
+    labels = torch.randint(0, 40, (4096,), generator=draw).masked_fill(torch.rand(4096, generator=draw) < 0.5, 3)
+    exact, ours, logp = leaves(hidden.double(), weight.double()), leaves(hidden, weight), leaves(hidden, weight)
+    F.cross_entropy(F.linear(*exact), labels, reduction="sum").backward()
+    blockwise_nll(*ours, labels, torch.ones(4096), ONE, block).backward()
+    (-blockwise_token_logps(*logp, labels, None, ONE, block).sum()).backward()
+    for found in (ours, logp):
+        for x, y in zip(found, exact, strict=True):
+            assert (x.grad - y.grad).norm() < 0.005 * y.grad.norm()
+        assert (found[1].grad[3] - exact[1].grad[3]).norm() < 0.005 * exact[1].grad[3].norm()
+
+
+def test_bf16_gradient_of_a_certain_token_is_not_the_difference_of_two_roundings() -> None:
+    """p = 0.999: p - 1 is 0.001, smaller than the 0.002 by which p may be rounded in 16 bits."""
+    hidden = torch.zeros(1, 8).index_fill(1, torch.tensor(0), 1.0).bfloat16()
+    weight = torch.zeros(3, 8).bfloat16()
+    weight[1, 0] = 7.5
+    exact, ours = leaves(hidden.double(), weight.double()), leaves(hidden, weight)
+    F.cross_entropy(F.linear(*exact), torch.tensor([1]), reduction="sum").backward()
+    blockwise_nll(*ours, torch.tensor([1]), torch.ones(1), ONE).backward()
+    for x, y in zip(ours, exact, strict=True):
+        assert (x.grad - y.grad).norm() < 0.01 * y.grad.norm()
+
+
 def test_extreme_logits_stay_finite() -> None:
     hidden, weight, labels, weights = inputs()
     ours, theirs = leaves(hidden * 100, weight * 10), leaves(hidden * 100, weight * 10)

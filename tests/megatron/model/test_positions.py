@@ -20,8 +20,9 @@ def test_frequencies_equal_transformers() -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     def theirs(kind: str, length: int | None = None, **scaling: float) -> tuple[torch.Tensor, float]:
+        # transformers 4 reads the base beside rope_scaling, transformers 5 in it.
         config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_theta=5e5, max_position_embeddings=512)
-        config.rope_scaling = {"rope_type": kind, **scaling}
+        config.rope_scaling = {"rope_type": kind, "rope_theta": 5e5, **scaling}
         return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
 
     def ours(kind: str, **scaling: float) -> tuple[torch.Tensor, float]:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model: names, recomputation, caches, documents, tying."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron.model.cache import KVCache
 from megatron.model.plan import layer_plan
-from megatron.model.spec import InitSpec, MLPSpec, NormKind, Positions, Residual
+from megatron.model.spec import BackendName, InitSpec, MLPSpec, ModelSpec, NormKind, Positions, Residual
 from megatron.model.transformer import Transformer
 from support.specs import HIDDEN, VOCAB, model_spec, norm_spec
 
@@ -74,21 +76,81 @@ def test_decoding_with_a_cache_equals_the_whole():
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_documents_of_a_row_do_not_touch(form: str):
-    """A packed row gives each document the logits and gradients it has alone, and a changed neighbour changes nothing."""
-    model = Transformer(FORMS[form])
-    ids, segments = tokens(1, 12), torch.tensor([[0] * 7 + [1] * 5], dtype=torch.int32)
-    packed, alone = model(ids, segments).full(), model(ids[:, 7:]).full()
-    torch.testing.assert_close(packed[:, 7:], alone, rtol=1e-4, atol=1e-5)
-    other = ids.clone()
-    other[:, :7] = (ids[:, :7] + 1) % VOCAB
-    gradients = []
-    for row in (ids, other):
-        logits = model(row, segments).full()[:, 7:]
-        gradients.append((logits, torch.autograd.grad(logits.square().sum(), model.sequential["2"].mlp.linear1.weight)[0]))
-    assert torch.equal(gradients[0][0], gradients[1][0])
-    torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=0, atol=0)
+DOCUMENTS = (0, 7, 8, 15, 20)
+"""Where the documents of the packed row below begin and the last one ends; one is a single token."""
+MIXED = {
+    "gqa, window over documents": model_spec(attention={"num_kv_heads": 2, "window": 3}),
+    "mqa, learned": model_spec(positions=Positions.LEARNED, attention={"num_kv_heads": 1}),
+    "rpe, window": model_spec(positions=Positions.RPE, attention={"window": 4}),
+    "alibi, gqa": model_spec(positions=Positions.ALIBI, attention={"num_kv_heads": 2}),
+}
+
+
+def with_backend(spec: ModelSpec, name: BackendName) -> ModelSpec:
+    blocks = tuple(replace(block, attention=replace(block.attention, backend=name)) for block in spec.blocks)
+    return replace(spec, blocks=blocks)
+
+
+@pytest.mark.parametrize("backend", [BackendName.SDPA, BackendName.EAGER])
+def test_documents_of_a_row_do_not_touch(backend: BackendName):
+    """In a packed row each document has the logits and the gradients of all parameters that it has alone.
+
+    When its neighbours are replaced they change by nothing at all.
+    """
+    for form, spec in {**FORMS, **MIXED}.items():
+        check_documents(form, Transformer(with_backend(spec, backend)))
+
+
+def check_documents(form: str, model: Transformer) -> None:
+    ids = tokens(1, DOCUMENTS[-1])
+    spans = list(zip(DOCUMENTS, DOCUMENTS[1:], strict=False))
+    segments = torch.tensor([[number for number, (start, stop) in enumerate(spans) for _ in range(start, stop)]], dtype=torch.int32)
+
+    def of(row: torch.Tensor, marks: torch.Tensor | None, start: int, stop: int) -> list[torch.Tensor]:
+        """Logits of a document's tokens and every parameter's gradient of its loss."""
+        mask = torch.zeros(row.shape).index_fill(1, torch.arange(start, stop), 1.0)
+        handle = model(row, marks)
+        loss = handle.nll(row.roll(-1, 1), mask, 1.0)
+        return [handle.full()[:, start:stop], *torch.autograd.grad(loss, list(model.parameters()))]
+
+    for start, stop in spans:
+        packed = of(ids, segments, start, stop)
+        # The last token's label is the next document's first; alone it must be the same.
+        alone_row = ids[:, start:stop]
+        other = (ids + 1 + torch.arange(ids.shape[1]) % 5) % VOCAB
+        other[:, start:stop] = alone_row
+        other[:, stop % ids.shape[1]] = ids[:, stop % ids.shape[1]]
+        for before, after in zip(packed, of(other, segments, start, stop), strict=True):
+            assert torch.equal(before, after), f"{form}: document {start}:{stop} knows its neighbours"
+        longer = torch.cat((alone_row, ids[:, stop % ids.shape[1]][:, None]), dim=1)
+        alone = of(longer, torch.tensor([[0] * (stop - start) + [1]], dtype=torch.int32), 0, stop - start)
+        for before, after in zip(packed, alone, strict=True):
+            torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5, msg=lambda text, at=f"{form} {start}:{stop}": f"{at}: {text}")
+
+
+def test_packed_documents_equal_separate_rows():
+    """Loss and all gradients of a batch are the same whether its documents are packed into one row or padded into rows of their own."""
+    for spec in {**FORMS, **MIXED}.values():
+        model = Transformer(spec)
+        ids = tokens(1, DOCUMENTS[-1])
+        spans = list(zip(DOCUMENTS, DOCUMENTS[1:], strict=False))
+        lengths = [stop - start for start, stop in spans]
+        segments = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))[None].int()
+        rows, labels, weights, marks = (
+            torch.zeros(len(spans), max(lengths), dtype=kind) for kind in (torch.int64, torch.int64, torch.float32, torch.int32)
+        )
+        wanted = torch.ones(ids.shape)
+        for number, (start, stop) in enumerate(spans):
+            wanted[0, stop - 1] = 0.0  # nothing foretells the next document
+            rows[number, : stop - start] = ids[0, start:stop]
+            labels[number, : stop - start - 1] = ids[0, start + 1 : stop]
+            weights[number, : stop - start - 1] = 1.0
+            marks[number, stop - start :] = 1
+        packed = model(ids, segments).nll(ids.roll(-1, 1), wanted, wanted.sum())
+        separate = model(rows, marks).nll(labels, weights, weights.sum())
+        torch.testing.assert_close(packed, separate)
+        for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (packed, separate)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_recomputation_changes_nothing():

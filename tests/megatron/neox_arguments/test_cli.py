@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def test_long_configs_are_compressed_and_broken_ones_named() -> None:
 
 def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
 
     def fails(argv: list[str]) -> None:
         raise ConfigError("it is wrong", where="a.yml:1", mend="do right")
@@ -198,5 +201,6 @@ def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == "[rank 3] it is wrong\n  where: a.yml:1\n  mend:  do right\n"
     assert run_face(fails, ["--debug"], usage="u", about="a") == 2
     assert "Traceback" in capsys.readouterr().err
+    assert len(waits) == 2  # rank 0 speaks first
     assert run_face(fails, ["--help"], usage="how", about="what") == 0
     assert "usage: how" in capsys.readouterr().out

@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron.model.attention.layer import SelfAttention
+from megatron.model.spec import AttentionSpec, NormKind, NormSpec
+from megatron.mpu.groups import Group
 from megatron.optim.groups import parameter_groups
 
 
@@ -24,6 +27,16 @@ class Block(nn.Module):
 
     def no_weight_decay(self) -> tuple[str, ...]:
         return ("state",)
+
+
+def test_norms_of_queries_and_keys_do_not_decay() -> None:
+    """Their scale is a matrix [heads, d]; it is a norm's all the same."""
+    kind = NormSpec(kind=NormKind.LAYERNORM, size=8, eps=1e-5)
+    spec = AttentionSpec(hidden_size=8, num_heads=2, num_kv_heads=2, head_dim=4, qk_norm=kind)
+    layer = SelfAttention(spec, tp=Group.single())
+    decay, plain = parameter_groups(layer, 0.1)
+    assert names(layer, decay) == {"query_key_value.weight", "dense.weight"}
+    assert names(layer, plain) == {"query_key_value.bias", "dense.bias", "qk_layernorm.weight", "qk_layernorm.bias"}
 
 
 def names(module: nn.Module, group: dict[str, object]) -> set[str]:

@@ -194,7 +194,7 @@ def test_equals_transformers_llama() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        rope_scaling=scaling,
+        rope_scaling=dict(scaling),  # transformers 5 writes into it
         attn_implementation="eager",
     )
     theirs = LlamaAttention(config, 0)

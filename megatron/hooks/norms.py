@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms of every parameter, its gradient and its optimizer state, and the share of zero gradients. Knows no optimizer by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron.engine.base import Engine, Pieces, StepResult
+from megatron.errors import TrainingError
+from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.mpu.comm import all_reduce
+
+Send = Callable[[Mapping[str, float], Mapping[str, float]], None]
+"""(values for the trackers, values for the row of metrics.jsonl) of the step under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormsPlan:
+    """What is asked for."""
+
+    parameters: bool = False
+    gradients: bool = False
+    zeros: bool = False
+    states: bool = False
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to do."""
+        return self.parameters or self.gradients or self.zeros or self.states
+
+    @property
+    def before_update(self) -> bool:
+        """Whether gradients have to be seen, which do not outlive the update."""
+        return self.gradients or self.zeros
+
+
+PARAMETERS, GRADIENTS, ZEROS, STATES = "parameter_norms", "gradient_norms", "pct_grad_zeros", "optimizer_state_norms"
+
+
+class NormsHook(BaseHook):
+    """Measures on every rank, each rank its pieces; one sum over the data ranks and one transfer to the host per step.
+
+    Trackers get one number per parameter, the row of metrics.jsonl one per kind: the norm over all parameters, or the share
+    of zeros among all entries. Gradients are those before clipping, parameters and states those after the update.
+    Must stand before the metrics in the list.
+    """
+
+    def __init__(self, *, plan: NormsPlan, send: Send) -> None:
+        self.plan = plan
+        self.send = send
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._pieces: Pieces | None = None
+        self._seen: dict[tuple[str, str], Tensor] = {}
+
+    def on_start(self, state: TrainState, engine: Engine) -> None:
+        """Look at the trained parameters from now on."""
+        self._parameters = {name: p for name, p in engine.module().named_parameters() if p.requires_grad}
+        self._pieces = engine.pieces()
+        if self.plan.before_update:
+            engine.before_update(self._look_at_gradients)
+
+    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
+        """Measure what outlives the update, and send everything."""
+        pieces = engine.pieces() if self._pieces is None else self._pieces
+        sums = dict(self._seen)
+        self._seen = {}
+        if self.plan.before_update and not sums:
+            raise TrainingError(
+                "the engine updated the weights without showing the gradients",
+                where="log_grad_norm, log_grad_pct_zeros",
+                mend="set pipe_parallel_size: 0, or remove these keys",
+            )
+        with torch.no_grad():
+            if self.plan.parameters:
+                sums |= {(PARAMETERS, name): square(pieces.weight(p)) for name, p in self._parameters.items()}
+            if self.plan.states:
+                sums |= self._states(pieces)
+        self._send(self._total(sums, pieces.spread, engine))
+        return Verdict.CONTINUE
+
+    def _look_at_gradients(self) -> None:
+        if self._pieces is None:
+            return
+        for name, parameter in self._parameters.items():
+            gradient = self._pieces.gradient(parameter)
+            # A parameter that took no part has a gradient of zeros.
+            if gradient is None:
+                gradient = torch.zeros_like(self._pieces.weight(parameter))
+            if self.plan.gradients:
+                self._seen[GRADIENTS, name] = square(gradient)
+            if self.plan.zeros:
+                self._seen[ZEROS, name] = (gradient == 0).sum().double()
+
+    def _states(self, pieces: Pieces) -> dict[tuple[str, str], Tensor]:
+        found = {name: pieces.states(p) for name, p in self._parameters.items()}
+        kinds = sorted({kind for states in found.values() for kind in states})
+        none = torch.zeros(0)
+        # Every rank measures the same list: a rank with no piece of a parameter adds 0.
+        return {(f"{STATES}/{kind}", name): square(found[name].get(kind, none)) for kind in kinds for name in found}
+
+    def _total(self, sums: Mapping[tuple[str, str], Tensor], spread: bool, engine: Engine) -> dict[tuple[str, str], float]:
+        if not sums:
+            return {}
+        vector = torch.stack([value.to(engine.device) for value in sums.values()])
+        if spread:
+            vector = all_reduce(vector, engine.groups.dp)
+        return dict(zip(sums, vector.tolist(), strict=True))
+
+    def _send(self, sums: Mapping[tuple[str, str], float]) -> None:
+        values: dict[str, float] = {}
+        totals: dict[str, float] = {}
+        entries = {name: entries_of(p) for name, p in self._parameters.items()}
+        for (kind, name), amount in sums.items():
+            totals[kind] = totals.get(kind, 0.0) + amount
+            if kind == ZEROS:
+                values[f"{kind}/{name}"] = 100.0 * amount / max(1, entries[name])
+            elif kind.startswith(STATES):
+                values[f"{STATES}/{name}_{kind.removeprefix(f'{STATES}/')}"] = math.sqrt(amount)
+            else:
+                values[f"{kind}/{name}"] = math.sqrt(amount)
+        everything = max(1, sum(entries.values()))
+        row = {
+            _ROW.get(kind, f"optimizer_state_norm_{kind.rpartition('/')[2]}"): 100.0 * total / everything
+            if kind == ZEROS
+            else math.sqrt(total)
+            for kind, total in totals.items()
+        }
+        self.send(values, row)
+
+
+_ROW: dict[str, str] = {PARAMETERS: "parameter_norm", GRADIENTS: "gradient_norm", ZEROS: "pct_grad_zeros"}
+
+
+def square(tensor: Tensor) -> Tensor:
+    """Sum of squares: a float64 scalar, which a sum over many parameters and ranks keeps exact enough."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    return norm.double().square()
+
+
+def entries_of(parameter: nn.Parameter) -> int:
+    """Number of entries, also of a parameter that ZeRO-3 has put away."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

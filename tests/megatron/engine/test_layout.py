@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint whose optimizer is spread otherwise is refused before anything is read, with both layouts named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron.engine.layout import Layout, refuse_other_layout, stored_layout
+from megatron.errors import CheckpointError
+
+PLAIN = ["mp_rank_00_model_states.pt"]
+ZERO = [*PLAIN, "zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+ZERO_3 = [name.replace("optim", "model") for name in ZERO[1:]] + ZERO[1:]
+PIPE = [*PLAIN, "layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+
+
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [(PLAIN, Layout()), (ZERO, Layout(partitions=2)), (ZERO_3, Layout(partitions=2)), (PIPE, Layout(pipelined=True, partitions=1))],
+)
+def test_layouts_are_told_from_file_names(tmp_path: Path, names: list[str], layout: Layout) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert stored_layout(tmp_path) == layout
+    refuse_other_layout(tmp_path, layout)
+    with pytest.raises(CheckpointError, match=r"another layout: .*; this run has: .*7 partitions.*"):
+        refuse_other_layout(tmp_path, Layout(partitions=7))
