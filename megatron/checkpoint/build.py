@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.neox_store import find_tag, named_step, read_weights, saved_steps
+from megatron.checkpoint.neox_store import find_tag, named_step, read_weights, saved_steps, zero3_partitioned
 from megatron.checkpoint.resume import COMPARED_ARGS
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
@@ -67,7 +67,7 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     FORMAT: GPT-NeoX reads `intermediate_size` of a gated MLP as 3/2 of the width, its fork as the width itself.
     """
     spec = build_spec(args)
-    if folder is None or not spec.blocks[0].mlp.gated:
+    if folder is None or not spec.blocks[0].mlp.gated or zero3_partitioned(folder):
         return spec
     columns = {tensor.shape[1] for name, tensor in read_weights(folder).items() if name.endswith("mlp.linear2.weight")}
     width = columns.pop() * args.runtime.model_parallel_size if len(columns) == 1 else spec.blocks[0].mlp.width

@@ -128,6 +128,12 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
     if weights:
         return weights
     path = model_file(folder, tensor_rank)
+    if not path.exists() and zero3_partitioned(folder):
+        raise CheckpointError(
+            "the weights are spread over data-parallel ranks (ZeRO-3), which only a run of the same layout can read",
+            where=str(folder),
+            mend="resume with `zero_optimization: {stage: 3}` and as many ranks, optimizer included",
+        )
     module = read_torch_file(path, deepspeed_types=_may_hold_deepspeed_types(folder)).get("module")
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
@@ -142,6 +148,11 @@ def tensor_ranks(folder: Path) -> int:
     pieces = {int(m.group(2)) for entry in entries if (m := _LAYER.match(entry.name))}
     # FORMAT: beside layer files there is a bookkeeping file per pipeline and tensor rank, which says nothing here.
     return len(pieces) or sum(1 for entry in entries if _RANK.match(entry.name))
+
+
+def zero3_partitioned(folder: Path) -> bool:
+    """Whether no file of the folder holds a whole weight, as ZeRO-3 writes it."""
+    return any(folder.glob("zero_pp_rank_*_model_states.pt"))
 
 
 def _may_hold_deepspeed_types(folder: Path) -> bool:

@@ -32,7 +32,8 @@ class SequentialPath:
                 terms = self._terms(engine, objective, batch, denominator)
                 meter.add(terms.metrics)
             with self._timers("backward"):
-                # DeepSpeed averages gradients over data ranks; the denominator has divided by the whole batch already.
+                # DeepSpeed averages gradients over data ranks; the denominator has divided by the whole batch already. The product must be
+                # made on one rank, too: on the very tensor that forward returned, DeepSpeed would divide by the accumulation steps.
                 engine.backward(terms.loss * self._runner.groups.dp.size, scale_wrt_gas=False)
             with self._timers("optimizer"):
                 if number == len(micro_batches):

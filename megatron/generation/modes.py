@@ -107,7 +107,10 @@ def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | No
     """Continue every prompt of a file, split at `prompt_end`; returns the output's path, by default `<prompts>.output.jsonl`."""
     if not prompts.is_file():
         raise DataError(f"there is no {prompts}", where="sample_input_file", mend="check the path")
-    entries = [entry.strip() for entry in prompts.read_text(encoding="utf-8").split(prompt_end)]
+    try:
+        entries = [entry.strip() for entry in prompts.read_text(encoding="utf-8").split(prompt_end)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{prompts} is not UTF-8 text: {error.reason} at byte {error.start}", where="sample_input_file") from error
     contexts = [entry for entry in entries if entry]
     if not contexts:
         raise DataError(f"{prompts} holds no prompt", where="sample_input_file", mend=f"prompts end with {prompt_end!r} (prompt_end)")

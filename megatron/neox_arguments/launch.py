@@ -259,9 +259,11 @@ def _send(process: subprocess.Popen[bytes], signum: int, group: bool, *, patient
     if group:
         os.killpg(process.pid, signum)
         return
-    for pid in (_children(process.pid) if patient else []) or [process.pid]:
+    workers = _children(process.pid) if patient else []
+    # SIGTERM is what the launcher understands at any time; a SIGINT during its start would end in a traceback.
+    for pid, number in [(worker, signum) for worker in workers] or [(process.pid, signal.SIGTERM)]:
         try:
-            os.kill(pid, signum)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue
 

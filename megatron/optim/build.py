@@ -48,6 +48,7 @@ def build_schedule(args: NeoXArgs) -> ScheduleSpec:
         end_iter=length,
         min_lr=section.min_lr,
         wsd_decay_fraction=section.wsd_decay_fraction,
+        warmup_from_zero=section.warmup_from_zero,
     )
     log.info(f"> learning rate decay style: {spec.decay_style.value}")
     return spec

@@ -41,6 +41,7 @@ class ScheduleSpec:
     end_iter:     step at which the decay ends
     min_lr:       lowest rate after warm-up
     wsd_decay_fraction: share of end_iter over which `wsd` decays
+    warmup_from_zero: step 0 runs at a rate of 0
     """
 
     start_lr: float
@@ -49,16 +50,18 @@ class ScheduleSpec:
     warmup_iter: float = 0.0
     min_lr: float = 0.0
     wsd_decay_fraction: float = 0.1
+    warmup_from_zero: bool = False
 
 
 def lr_at(step: int, spec: ScheduleSpec) -> float:
     """The learning rate used in step `step`, counted from 0.
 
-    Warm-up is start_lr * max(1, step) / warmup_iter: the first two steps share a rate, so that none is spent at 0.
+    Warm-up is start_lr * max(1, step) / warmup_iter: the first two steps share a rate, so that none is spent at 0
+    (unless warmup_from_zero).
     """
     # FORMAT: the step at which warm-up ends belongs to it, and step 0 counts as 1, as in recorded runs.
     if spec.warmup_iter > 0 and step <= spec.warmup_iter:
-        return spec.start_lr * min(1.0, max(1, step) / spec.warmup_iter)
+        return spec.start_lr * min(1.0, max(0 if spec.warmup_from_zero else 1, step) / spec.warmup_iter)
     return max(spec.min_lr, _LAWS[spec.decay_style](step, spec))
 
 
@@ -183,10 +186,10 @@ def spec_from_state(state: Mapping[str, Any], default: ScheduleSpec) -> Schedule
 
 
 def _plain(spec: ScheduleSpec) -> dict[str, Any]:
-    """Field name -> plain value; the WSD field only where it has a meaning."""
-    # FORMAT: exactly the reference's keys for the styles it knows.
-    left_out = () if spec.decay_style is Decay.WSD else ("wsd_decay_fraction",)
-    state = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in left_out}
+    """Field name -> plain value; the two fields of ours only where they mean something."""
+    # FORMAT: exactly the reference's keys for the schedules it knows.
+    ours = {"wsd_decay_fraction": spec.decay_style is Decay.WSD, "warmup_from_zero": spec.warmup_from_zero}
+    state = {f.name: getattr(spec, f.name) for f in fields(spec) if ours.get(f.name, True)}
     return {**state, "decay_style": spec.decay_style.value}
 
 
@@ -198,6 +201,7 @@ _KEYS: Mapping[str, str] = MappingProxyType(
         "warmup_iter": "warmup (steps)",
         "min_lr": "min_lr",
         "wsd_decay_fraction": "wsd_decay_fraction",
+        "warmup_from_zero": "warmup_from_zero",
     }
 )
 

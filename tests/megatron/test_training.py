@@ -103,6 +103,37 @@ def test_cut_of_the_batch_does_not_matter(tmp_path: Path) -> None:
             torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_position_is_a_count_of_samples(tmp_path: Path) -> None:
+    """A run that goes on with another batch size goes on behind the samples it has seen."""
+    save = str(tmp_path / "out")
+    run(tmp_path, save=save, load=save, train_iters=2)
+    state = run(tmp_path, save=save, load=save, train_iters=3, gradient_accumulation_steps=1)
+    assert (state.iteration, state.samples) == (3, 2 * 4 + 2)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_override_lr_scheduler_wins_over_the_checkpoint(tmp_path: Path, stage: int) -> None:
+    """ZeRO restores the optimizer, with the rate it was saved with, after the schedule."""
+    save = str(tmp_path / "out")
+    common = {"save": save, "load": save, "zero_optimization": {"stage": stage}, "lr_decay_style": "constant", "warmup": 0.0}
+    run(tmp_path, train_iters=2, **common)
+    changed = {"optimizer": {"type": "Adam", "params": {"lr": 0.003}}, "override_lr_scheduler": True}
+    run(tmp_path, train_iters=4, **common, **changed)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows if "lm_loss" in row] == pytest.approx([0.001, 0.001, 0.003, 0.003])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_optimizer_numbers_of_the_configuration_win_over_the_checkpoint(tmp_path: Path, stage: int) -> None:
+    """With a decay of 100 and a rate of 0.001, a step takes a tenth of a matrix away."""
+    common = {"zero_optimization": {"stage": stage}, "lr_decay_style": "constant", "warmup": 0.0}
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(tmp_path, train_iters=2, save=str(first), **common)
+    run(tmp_path, train_iters=3, save=str(second), load=str(first), weight_decay=100.0, **common)
+    name = "0.word_embeddings.weight"
+    assert float(weights(second)[name].norm() / weights(first)[name].norm()) == pytest.approx(0.9, abs=0.02)
+
+
 def test_clipping_clips(tmp_path: Path) -> None:
     """With SGD the size of one step is learning rate times clipped norm, for both engines."""
     import torch

@@ -28,6 +28,9 @@ class ScheduleKeys(Section):
         None, ge=1, description="Step at which the decay has reached min_lr; unset follows lr_decay_fraction, else train_iters."
     )
     lr_decay_fraction: float | None = Field(None, gt=0, le=1, description="lr_decay_iters as a fraction of train_iters.")
+    warmup_from_zero: bool = Field(
+        False, description="Begin warm-up at a rate of 0, as one fork of GPT-NeoX does; the first step then changes no weight."
+    )
     wsd_decay_fraction: float = Field(0.1, gt=0, le=1, description="Last part of lr_decay_iters in which lr_decay_style wsd decays.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay and ever after.")
     warmup: float = Field(0.01, ge=0, le=1, description="Part of lr_decay_iters in which the learning rate rises.")

@@ -79,3 +79,6 @@ def test_empty_folder_is_an_error(tmp_path: Path) -> None:
         read_weights(tmp_path)
     with pytest.raises(CheckpointError, match="folder is missing"):
         read_weights(tmp_path / "nowhere")
+    (tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    with pytest.raises(CheckpointError, match="ZeRO-3"):
+        read_weights(tmp_path)

@@ -53,6 +53,9 @@ def test_input_file_keeps_order_and_reports_what_did_not_fit(tmp_path: Path) -> 
     (tmp_path / "empty").write_text("\n \n", encoding="utf-8")
     with pytest.raises(DataError, match="holds no prompt"):
         input_file(writer(), tmp_path / "empty", "\n", None)
+    (tmp_path / "latin").write_bytes("\u00e9t\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8 text.* at byte 0"):
+        input_file(writer(), tmp_path / "latin", "\n", None)
 
 
 def test_unconditional_starts_after_an_eod_and_the_seed_repeats_it(tmp_path: Path) -> None:

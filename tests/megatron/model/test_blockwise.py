@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.errors import TrainingError
+from megatron.model import blockwise
 from megatron.model.blockwise import blockwise_nll, blockwise_token_logps
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
@@ -54,6 +55,18 @@ def check_block(block: int) -> None:
         torch.testing.assert_close(loss, expected)
         for x, y in zip(got, theirs, strict=True):
             torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_weight_are_left_out_where_rows_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU all rows are computed, since counting would make the host wait; the weights and the mask still decide."""
+    monkeypatch.setattr(blockwise, "_active", lambda weights: None)
+    check_block(4)
+    hidden, weight, labels, weights = inputs()
+    ours, theirs = leaves(hidden, weight), leaves(hidden, weight)
+    blockwise_token_logps(*ours, labels, weights != 0, ONE, 4).sum().backward()
+    plain_logps(*theirs, labels)[weights != 0].sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_bf16_is_as_exact_as_the_plain_path() -> None:

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.neox_arguments import ConfigProblems, NeoXArgs
 
+ROOT = Path(__file__).resolve().parents[3]
 BASE = """\
 num_layers: 4
 hidden_size: 64
@@ -206,6 +210,21 @@ def test_every_bad_config_is_refused_with_place_and_mend(tmp_path):
         place = f"bad.yml:{case.line}" if case.line else "bad.yml"
         assert re.search(re.escape(place) + r"(?!\d)", caught.value.problems[0].where), f"{case.name}:\n{report}"
         assert "pydantic" not in report and "Traceback" not in report and "type=" not in report, case.name
+
+
+def test_the_launcher_refuses_them_before_it_starts_anything(tmp_path):
+    """As real commands: one fault of each kind."""
+    wanted = ("unknown key", "twice in one file", "yaml bracket", "batch without solution", "kv heads")
+    (tmp_path / "script.py").write_text(f"open({str(tmp_path / 'started')!r}, 'w')\n")
+    for case in (case for case in CASES if case.name in wanted):
+        folder = tmp_path / case.name.replace(" ", "_")
+        folder.mkdir()
+        command = [sys.executable, str(ROOT / "deepy.py"), str(tmp_path / "script.py"), *write(folder, case.text)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (2, ""), case.name
+        assert f"bad.yml:{case.line}" in done.stderr and case.says in re.sub(r" +", " ", done.stderr), done.stderr
+        assert "mend:" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "started").exists()
 
 
 def test_all_problems_are_reported_at_once(tmp_path):

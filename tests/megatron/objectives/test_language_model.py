@@ -167,3 +167,11 @@ def test_build_reads_the_sections(attention: str) -> None:
     args.objective.gd_retain_dataset = "x"
     with pytest.raises(ConfigError, match="not built yet"):
         build_objective(args, eod=3)  # type: ignore[arg-type]
+
+
+def test_what_is_trained_is_the_label_not_the_text() -> None:
+    """A label stream may ask for another token than the text goes on with."""
+    row = {"text": np.array([5, 6, 7, 8, 9]), "label": np.array([5, -100, 7, 4, 9])}
+    batch = LanguageModel(eod=0, use_labels=True).collate([row])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8]]
+    assert [label for label, weight in zip(batch.labels[0].tolist(), batch.loss_weight[0].tolist(), strict=True) if weight] == [7, 4, 9]

@@ -147,6 +147,7 @@ def arguments(**change: Any) -> Any:
         "warmup": 0.25,
         "min_lr": 1e-4,
         "wsd_decay_fraction": 0.1,
+        "warmup_from_zero": False,
         "override_lr_scheduler": False,
         "use_checkpoint_lr_scheduler": False,
     }
