@@ -18,8 +18,12 @@ def main(argv: list[str]) -> None:
     from megatron.engine.distributed import naming_lost_ranks, stop
     from megatron.training import pretrain
 
-    with naming_lost_ranks():
-        pretrain(args)
+    try:
+        with naming_lost_ranks():
+            pretrain(args)
+    except BaseException:
+        stop(failed=True)
+        raise
     stop()
 
 

@@ -138,9 +138,13 @@ def naming_lost_ranks() -> Iterator[None]:
         raise LostRankError(f"lost another rank: {reason}", mend=mend) from error
 
 
-def stop() -> None:
-    """Leave the job."""
-    if dist.is_initialized():
+def stop(*, failed: bool = False) -> None:
+    """Leave the job.
+
+    failed: this rank ends by an error. gloo's threads must end all the same, or they can abort the process at its end; NCCL, which
+            would wait for ranks that may be gone, is left as it is.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 

@@ -132,9 +132,8 @@ def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, us
         return main(list(argv)) or 0
     except NeoXError as error:
         rank = os.environ.get("RANK", "0")
-        if rank != "0" or isinstance(error, LostRankError):
-            # What is wrong on all ranks is told once, by rank 0: its end stops the others. Whoever is still here then has news.
-            time.sleep(PATIENCE_S)
+        # What is wrong on all ranks is told once, by rank 0: its end stops the others. Whoever is still here then has news.
+        time.sleep(PATIENCE_S * ((rank != "0") + 2 * isinstance(error, LostRankError)))
         if "--debug" in argv:
             traceback.print_exc()
         sys.stderr.write((f"[rank {rank}] " if rank != "0" else "") + error.report() + "\n")

@@ -50,9 +50,11 @@ def run(folder: Path, rank: int, world: int) -> None:
     temporary = folder / f"rank{rank}.result.tmp"
     temporary.write_bytes(pickle.dumps(result))
     temporary.rename(folder / f"rank{rank}.result")
-    if task["init"]:
-        torch.distributed.barrier()  # nobody leaves while another still talks to it
-        torch.distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        # Nobody leaves while another still talks to it, nor with gloo's threads running, which can abort the process at its end.
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def main() -> None:
