@@ -23,6 +23,7 @@ from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import barrier
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
@@ -37,6 +38,8 @@ def pretrain(args: NeoXArgs) -> TrainState:
     Raises NeoXError for everything a user can mend.
     """
     setup_logging()
+    for line in argument_lines(args):
+        log.info(line)
     refuse_unfinished(args)
     idle = args.ignored_keys()
     if idle:

@@ -53,6 +53,17 @@ def show(args: NeoXArgs, *, every: bool = False) -> str:
     return "\n".join(lines[1:]) + "\n"
 
 
+def argument_lines(args: NeoXArgs) -> Iterator[str]:
+    """What the user set, one `  name .... value....updated` line a key between two rulers: the head of a training log."""
+    given = set(args.given())
+    yield "-------------------- arguments --------------------"
+    for section in SECTIONS:
+        for key, value in _values(args, section):
+            if key in given and key != "config_files":
+                yield f"  {key} {'.' * max(4, 40 - len(key))} {_masked(key, value)}{'.' * 8}updated"
+    yield "---------------- end of arguments ----------------"
+
+
 def explain(key: str, args: NeoXArgs | None = None) -> str:
     """One key: what it is for, what may be written, its default; with `args` also its value here and where that came from."""
     field, name = field_of(key), key.replace("-", "_")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.__main__ import main
-from megatron.neox_arguments.document import diff, document, explain, schema, show
+from megatron.neox_arguments.document import argument_lines, diff, document, explain, schema, show
 from megatron.neox_arguments.sections import SECTION_OF
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -77,3 +77,13 @@ def test_the_command_answers_with_its_exit_status() -> None:
         )
         assert (done.returncode, done.stdout) == (2, "")
         assert told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_head_of_a_training_log_names_what_was_set() -> None:
+    """Consumers grep the save path there; defaults would bury it."""
+    args = NeoXArgs.from_ymls([QUICKSTART], overwrites={"save": "runs/model_organisms/a", "load": None, "rotary_pct": 0.5})
+    lines = list(argument_lines(args))
+    assert lines[0] == "-------------------- arguments --------------------"
+    assert lines[-1] == "---------------- end of arguments ----------------"
+    assert any(line.startswith("  save ....") and "runs/model_organisms/a" in line and line.endswith("....updated") for line in lines)
+    assert not any(line.startswith("  rope_scaling ") for line in lines)
