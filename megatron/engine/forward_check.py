@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.engine.base import Engine
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 from megatron.model.head import Logits
 from megatron.objectives.base import LossTerms, Sample
@@ -41,7 +41,7 @@ class LogitsProbe:
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """There is no data."""
-        raise NotImplementedError
+        raise TrainingError("the forward check has a fixed input and no data", mend="call forward_pass")
 
     def denominator(self, batch: Batch) -> float:
         """No token counts."""
