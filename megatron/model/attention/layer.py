@@ -19,7 +19,7 @@ from megatron.model.positions import Alibi, RelativeBias, Rotary, rotate
 from megatron.model.spec import AttentionSpec
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import ColumnLinear, RowLinear
-from megatron.mpu.random import per_rank
+from megatron.mpu.random import head_seeds
 
 
 class SelfAttention(nn.Module):
@@ -62,10 +62,10 @@ class SelfAttention(nn.Module):
         segments: document numbers, or the Documents made of them once for all layers; with a cache a row is one document
         cache:    keys and values of earlier tokens; the new ones are appended
         """
-        b, s = hidden.shape[:2]
         isolated = self.spec.isolated and cache is None
         documents = Documents.of(segments) if isolated else None
         q, k, v = self.layout.split(self.query_key_value(hidden))
+        b, s = q.shape[:2]
         q, k = self._normalise(q, k)
         if self.rotary_emb is not None:
             before = 0 if cache is None else cache.length
@@ -74,9 +74,8 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
-        attend = backends.pick(self.spec, q.device, q.dtype)
-        with per_rank(self.tp if self._dropout() > 0.0 else Group.single(), q.device):
-            context = attend(q, k, v, self._view(q, documents))
+        attend = backends.pick(self.spec, q.device, q.dtype, dropout=self._dropout() > 0.0)
+        context = attend(q, k, v, self._view(q, documents))
         out: Tensor = self.dense(context.reshape(b, s, -1))
         return out
 
@@ -103,5 +102,6 @@ class SelfAttention(nn.Module):
             bias=bias,
             slopes=None if alibi is None else alibi.slopes(q.device),
             dropout=self._dropout(),
+            seeds=head_seeds(self.layout.heads, self.tp) if self._dropout() > 0.0 else (),
             fp32=self.spec.softmax_in_fp32,
         )
