@@ -7,6 +7,7 @@ The one file that names deepspeed.sequence.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -34,9 +35,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, plan: ContextPlan, inner
             where="context_parallel_size",
             mend="start the processes through train.py or deepy.py",
         )
-    exchange = DistributedAttention(inner, plan.group.handle, scatter_idx=2, gather_idx=1)
+    mine = partial(inner, view=own_heads(view, q.shape[2], plan.group))
+    exchange = DistributedAttention(mine, plan.group.handle, scatter_idx=2, gather_idx=1)
     with per_rank(plan.group if view.dropout > 0.0 else Group.single(), q.device):
-        out: Tensor = exchange(q, k, v, 0, own_heads(view, q.shape[2], plan.group))
+        out: Tensor = exchange(q, k, v, batch_dim_idx=0)
     return out
 
 
