@@ -21,7 +21,7 @@ from megatron.mpu.ring import Shift, shift
 
 # A piece of scores has at most about this many numbers, and few enough queries that little is computed above the diagonal.
 SCORES = 2**24
-QUERIES = 512
+QUERIES = 256
 
 
 def refuses(spec: AttentionSpec) -> str | None:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 
 from megatron.errors import ConfigError
+from megatron.mpu import context
 from megatron.mpu.context import ContextKind, ContextPlan
 from megatron.mpu.groups import Group
 
@@ -41,3 +44,7 @@ def test_the_choice_and_refusals() -> None:
     with pytest.raises(ConfigError, match="12 tokens cannot be cut into 8 equal chunks"):
         ContextPlan(Group(0, 4), ContextKind.RING).rows(12)
     assert len(ContextPlan(Group(0, 4), ContextKind.ULYSSES).rows(12)) == 3
+
+
+def test_the_worked_example() -> None:
+    assert doctest.testmod(context) == (0, 2)
