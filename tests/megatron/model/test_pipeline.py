@@ -15,7 +15,7 @@ from megatron.model.pipeline import PipelineChoices, layers_of, pipeline_module,
 from megatron.model.plan import Builder
 from megatron.model.spec import Positions, Residual
 from megatron.model.transformer import Transformer
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Groups
 from support.dist import run_distributed
 from support.specs import VOCAB, model_spec
 
@@ -54,7 +54,7 @@ def train(rank: int, world: int, folder: str) -> list[float]:
     for tied in (False, True):
         spec = model_spec(residual=Residual.PARALLEL, tied=tied)
         choices = PipelineChoices(checkpoint_activations=tied)
-        module = pipeline_module(spec, topology=topology_of(world, 1, 1), loss_fn=loss_of, tp=Group.single(), seed=4, choices=choices)
+        module = pipeline_module(spec, topology=topology_of(world, 1, 1), loss_fn=loss_of, groups=Groups.single(), seed=4, choices=choices)
         config = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_accumulation_steps": ACCUMULATE,
@@ -97,4 +97,4 @@ def test_trains_like_the_plain_model(stages: int, tmp_path: Path):
 def test_a_shared_position_table_stays_on_one_stage():
     assert "RANK" not in os.environ
     with pytest.raises(ConfigError, match="relative position table"):
-        pipeline_module(model_spec(positions=Positions.RPE), topology=topology_of(2, 1, 1), loss_fn=loss_of, tp=Group.single())
+        pipeline_module(model_spec(positions=Positions.RPE), topology=topology_of(2, 1, 1), loss_fn=loss_of, groups=Groups.single())
