@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs cells of the compatibility matrix and judges them against one process. Imports no torch; writes no document."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from support.matrix_cells import STEPS, Cell, refusal
+from support.matrix_pool import Job, Pool
+from support.matrix_rank import Outcome, Task, run_rank
+from support.matrix_server import Failure
+
+WORKS, REFUSED, FAILED = "works", "refused", "failed"
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """How far a cell may be from one process.
+
+    loss:  relative, of every step's loss and of the evaluation after them
+    norm:  relative, of every step's gradient norm
+    drift: see Outcome
+    """
+
+    loss: float
+    norm: float
+    drift: float
+
+
+BANDS = {
+    "fp32": Band(loss=1e-6, norm=1e-5, drift=1e-5),
+    "bf16": Band(loss=1e-2, norm=1e-1, drift=1.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of a cell.
+
+    state:  WORKS, REFUSED or FAILED
+    reason: why it was refused, or how it failed
+    loss, norm, drift: as in Band, the largest
+    """
+
+    cell: Cell
+    state: str
+    reason: str = ""
+    loss: float = 0.0
+    norm: float = 0.0
+    drift: float = 0.0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        numbers = f"loss {self.loss:.1e} norm {self.norm:.1e} drift {self.drift:.1e} {self.seconds:.1f} s"
+        return f"{self.state:7} {self.cell}: {numbers if self.state == WORKS else self.reason}"
+
+
+def relative(a: Sequence[float], b: Sequence[float]) -> float:
+    """Largest difference, relative to b."""
+    return max(abs(x - y) / abs(y) if y else abs(x) for x, y in zip(a, b, strict=True))
+
+
+def judge(cell: Cell, outcome: Outcome | Failure, reference: Outcome | Failure) -> Result:
+    """Compare what a cell's rank 0 saw with what one process saw."""
+    if isinstance(reference, Failure):
+        return Result(cell=cell, state=FAILED, reason=f"there is no reference: {reference}")
+    if isinstance(outcome, Failure):
+        return Result(cell=cell, state=FAILED, reason=str(outcome))
+    faults = []
+    if len(outcome.norms) != len(reference.norms):
+        faults.append(f"{len(outcome.norms)} of {len(reference.norms)} steps told a gradient norm")
+    if outcome.initial != reference.initial:
+        names = [name for name in sorted({*outcome.initial, *reference.initial}) if outcome.initial.get(name) != reference.initial.get(name)]
+        faults.append(f"other initial weights: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+    found = Band(
+        loss=relative((*outcome.losses, outcome.evaluation), (*reference.losses, reference.evaluation)),
+        norm=relative(outcome.norms, reference.norms) if not faults else float("nan"),
+        drift=outcome.drift,
+    )
+    for name, limit in vars(BANDS[cell.precision]).items():
+        if not getattr(found, name) <= limit:
+            faults.append(f"{name} is off by {getattr(found, name):.2e}, more than {limit:g}")
+    state = FAILED if faults else WORKS
+    return Result(cell=cell, state=state, reason="; ".join(faults), seconds=outcome.seconds, **vars(found))
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    *,
+    servers: int = 2,
+    timeout_s: float = TIMEOUT_S,
+    told: Callable[[Result], None] = lambda result: None,
+    faults: dict[Cell, str] | None = None,
+) -> list[Result]:
+    """Refuse or run every cell; results in the cells' order.
+
+    servers: jobs at a time
+    told:    called with each result as it comes
+    faults:  see support.matrix_rank.FAULTS
+    """
+    results: dict[Cell, Result] = {}
+    for cell in cells:
+        if (reason := refusal(cell)) is not None:
+            results[cell] = Result(cell=cell, state=REFUSED, reason=reason)
+            told(results[cell])
+    runnable = [cell for cell in cells if cell not in results]
+    with tempfile.TemporaryDirectory(prefix="matrix-data-") as folder, Pool(servers) as pool:
+        job = _Jobs(Path(folder), timeout_s, faults or {})
+        references = sorted({cell.reference for cell in runnable})
+        # The first one alone: it indexes the data, which the others find.
+        answers: dict[Cell, Any] = {}
+        for batch in (references[:1], references[1:]):
+            for index, answer in pool.run([job.reference(cell) for cell in batch]):
+                answers[batch[index]] = answer
+        for index, answer in pool.run([job.cell(cell) for cell in runnable]):
+            cell = runnable[index]
+            results[cell] = judge(cell, answer, answers[cell.reference])
+            told(results[cell])
+    return [results[cell] for cell in cells]
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    folder: Path
+    timeout_s: float
+    faults: dict[Cell, str]
+
+    def reference(self, cell: Cell) -> Job:
+        """A cell in one process, whose weights are kept."""
+        return self._job(cell, alone=True)
+
+    def cell(self, cell: Cell) -> Job:
+        """A cell as it is."""
+        return self._job(cell, alone=False)
+
+    def _job(self, cell: Cell, *, alone: bool) -> Job:
+        world = 1 if alone else cell.world
+        task = Task(
+            flat=cell.flat(alone=alone, index_map_dir=str(self.folder)),
+            world=world,
+            steps=STEPS,
+            weights=str(self.folder / f"{cell.style}-{cell.precision}.npz"),
+            is_reference=alone,
+            fault=None if alone else self.faults.get(cell),
+        )
+        return Job(run_rank, task, world, self.timeout_s)
+
+
+def shared(result: Result, cell: Cell) -> Result:
+    """The result of the same job for another cell."""
+    return replace(result, cell=cell)
