@@ -49,6 +49,9 @@ def join_job(args: NeoXArgs) -> tuple[Groups, torch.device]:
     device = choose_device(place.local_rank)
     if device.type == "cpu" and args.model.precision == "fp16":
         raise BackendError("fp16 does not run on a CPU", where="precision", mend="use bfloat16 or fp32")
+    if device.type == "cpu" and ((args.optim.zero_optimization or {}).get("offload_optimizer") or {}).get("super_offload"):
+        where = "zero_optimization.offload_optimizer.super_offload"
+        raise BackendError("SuperOffload needs CUDA", where=where, mend="remove super_offload: on a CPU there is nothing to offload to")
     shape = Shape(
         pipe=runtime.pipe_parallel_size,
         tensor=runtime.model_parallel_size,

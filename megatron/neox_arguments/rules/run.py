@@ -39,6 +39,25 @@ def _offload(v: Values) -> Iterable[Problem]:
             )
 
 
+def _superoffload(v: Values) -> Iterable[Problem]:
+    part = v["zero_optimization"].get("offload_optimizer")
+    if not isinstance(part, dict) or not part.get("super_offload"):
+        return
+    key = "zero_optimization.offload_optimizer.super_offload"
+    if _stage(v) != 3 or part.get("device") != "cpu":
+        yield Problem(
+            f"{key} works with ZeRO stage 3 and offload_optimizer.device cpu, not with stage {_stage(v)} and {part.get('device')}",
+            mend="set stage: 3 and device: cpu, or remove super_offload",
+            keys=(key, "zero_optimization.stage"),
+        )
+    if v["optimizer_type"] not in ("adam", "adamw", "cpu_adam"):
+        yield Problem(
+            f"{key} has an Adam of its own on the host, so optimizer {v['optimizer_type']} would not be used",
+            mend="set optimizer.type: adam, or remove super_offload",
+            keys=(key, "optimizer.type"),
+        )
+
+
 def _iterations(v: Values) -> Iterable[Problem]:
     if v["train_iters"] is None and v["train_epochs"] is None:
         yield Problem(
@@ -95,6 +114,7 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     Rule("length", (), _iterations),
     Rule("zero-stage", ("zero_optimization",), _stage_range),
     Rule("zero-offload", ("zero_optimization",), _offload),
+    Rule("zero-superoffload", ("zero_optimization",), _superoffload),
     Rule("when-to-save", (), _checkpoint_factor),
     Rule("extra-saves", ("extra_save_iters",), _extra_saves),
     Rule("extra-args", ("deepspeed_extra_args",), _extra_args),

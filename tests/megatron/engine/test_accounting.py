@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, add_terms, global_denominator, weighted_mean
+from megatron.engine.accounting import MetricSum, add_terms, digest_of, global_denominator, require_same_batch, weighted_mean
+from megatron.errors import TrainingError
 from megatron.mpu.groups import Group, Groups
 from megatron.objectives.base import LossTerms
 from megatron.objectives.language_model import LanguageModel
+from support.dist import run_distributed
 
 CPU, ONE = torch.device("cpu"), Group.single()
 NLL = torch.arange(12.0).view(3, 1, 4)
@@ -44,3 +46,25 @@ def test_evaluation_weighs_micro_batches_by_their_trained_tokens() -> None:
 def test_denominator_of_a_step() -> None:
     assert float(global_denominator(LanguageModel(eod=0), batches(), ONE, CPU)) == 5.0
     assert float(global_denominator(LanguageModel(eod=0), batches()[1:2], ONE, CPU)) == 1.0
+
+
+def on_two_ranks(rank: int, world: int) -> list[str]:
+    from megatron.mpu.comm import open_groups
+    from megatron.mpu.topology import Topology
+
+    groups = open_groups(Topology(tensor=world), rank)
+    require_same_batch(batches(), groups)
+    other = batches()
+    other[2].segments[0, rank] += 1
+    with pytest.raises(TrainingError) as caught:
+        require_same_batch(other, groups)
+    digests = {digest_of(batches()), digest_of(batches()[:2]), digest_of(other)}
+    return [str(caught.value), str(len(digests))]
+
+
+@pytest.mark.dist
+def test_ranks_that_read_different_samples_are_named() -> None:
+    """Any difference counts, here one document number."""
+    for said, different in run_distributed(on_two_ranks, 2):
+        assert "rank 1 reads other samples than rank 0, which is in its tensor parallel group" in said
+        assert different == "3"
