@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def all_cells() -> list[Cell]:
     return [Cell(**dict(zip(AXES, values, strict=True))) for values in product(*AXES.values())]
 
 
+@cache
 def refusal(cell: Cell) -> str | None:
     """Why the configuration is refused, before anything is started; None when it is not."""
     try:

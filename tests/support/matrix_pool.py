@@ -11,27 +11,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from support.dist import ROOT
-from support.matrix_server import Failure
+from support.matrix_job import Failure, Job
 
 START_S = 120.0
 GRACE_S = 10.0
 """The server ends a job at its limit; so much later the server itself is ended."""
-
-
-class Job(NamedTuple):
-    """A call of `function(task, rank)` in `world` processes."""
-
-    function: Callable[[Any, int], Any]
-    task: Any
-    world: int
-    timeout_s: float
 
 
 class Server:

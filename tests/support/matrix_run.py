@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from support.matrix_cells import STEPS, Cell, refusal
-from support.matrix_pool import Job, Pool
+from support.matrix_job import Failure, Job
+from support.matrix_pool import Pool
 from support.matrix_rank import Outcome, Task, run_rank
-from support.matrix_server import Failure
 
 WORKS, REFUSED, FAILED = "works", "refused", "failed"
 TIMEOUT_S = 60.0
@@ -34,7 +35,7 @@ class Band:
 
 BANDS = {
     "fp32": Band(loss=1e-6, norm=1e-5, drift=1e-5),
-    "bf16": Band(loss=1e-2, norm=1e-1, drift=1.0),
+    "bf16": Band(loss=2e-3, norm=1e-2, drift=5e-2),
 }
 
 
@@ -61,8 +62,9 @@ class Result:
 
 
 def relative(a: Sequence[float], b: Sequence[float]) -> float:
-    """Largest difference, relative to b."""
-    return max(abs(x - y) / abs(y) if y else abs(x) for x, y in zip(a, b, strict=True))
+    """Largest difference, relative to b; infinite where a number is not finite."""
+    found = [abs(x - y) / abs(y) if y else abs(x) for x, y in zip(a, b, strict=True)]
+    return max(found) if all(map(math.isfinite, found)) else math.inf
 
 
 def judge(cell: Cell, outcome: Outcome | Failure, reference: Outcome | Failure) -> Result:
@@ -75,7 +77,9 @@ def judge(cell: Cell, outcome: Outcome | Failure, reference: Outcome | Failure) 
     if len(outcome.norms) != len(reference.norms):
         faults.append(f"{len(outcome.norms)} of {len(reference.norms)} steps told a gradient norm")
     if outcome.initial != reference.initial:
-        names = [name for name in sorted({*outcome.initial, *reference.initial}) if outcome.initial.get(name) != reference.initial.get(name)]
+        names = [
+            name for name in sorted({*outcome.initial, *reference.initial}) if outcome.initial.get(name) != reference.initial.get(name)
+        ]
         faults.append(f"other initial weights: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
     found = Band(
         loss=relative((*outcome.losses, outcome.evaluation), (*reference.losses, reference.evaluation)),
@@ -149,8 +153,3 @@ class _Jobs:
             fault=None if alone else self.faults.get(cell),
         )
         return Job(run_rank, task, world, self.timeout_s)
-
-
-def shared(result: Result, cell: Cell) -> Result:
-    """The result of the same job for another cell."""
-    return replace(result, cell=cell)

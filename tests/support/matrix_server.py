@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from support.dist import free_port
+from support.matrix_job import Failure
 from support.rank import die_with_parent
 from support.tiny import tiny
 
@@ -38,6 +39,7 @@ PRELOADED = (
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.pipe.engine",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.stage3",
     "megatron.checkpoint.build",
     "megatron.checkpoint.whole",
@@ -46,17 +48,6 @@ PRELOADED = (
     "megatron.objectives.build",
     "support.matrix_rank",
 )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What went wrong, with the traceback or the end of the logs."""
-
-    reason: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason}\n{self.detail}".rstrip()
 
 
 @dataclass
