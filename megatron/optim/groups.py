@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters decay. Decided by a parameter's shape and by what its module says, never by its name."""
+"""Which parameters decay, and at which share of the rate they learn. Decided by a parameter's role, never by its name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+from megatron.mpu.roles import dimensions, exempt_from_decay
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -15,26 +17,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     parameters of its own by defining `no_weight_decay() -> tuple[local parameter name, ...]`.
     Tied parameters count once. With weight_decay 0 there is one group.
     """
-    exempt = _exempt(module)
+    exempt = exempt_from_decay(module)
     trained = [p for p in module.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": trained, "weight_decay": 0.0}] if trained else []
-    decay = [p for p in trained if _dimensions(p) > 1 and id(p) not in exempt]
-    plain = [p for p in trained if _dimensions(p) <= 1 or id(p) in exempt]
+    decay = [p for p in trained if dimensions(p) > 1 and id(p) not in exempt]
+    plain = [p for p in trained if dimensions(p) <= 1 or id(p) in exempt]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _exempt(module: nn.Module) -> set[int]:
-    """Identities of the parameters that their modules exempt."""
-    found: set[int] = set()
-    for part in module.modules():
-        names = getattr(part, "no_weight_decay", None)
-        if callable(names):
-            found.update(id(getattr(part, name)) for name in names())
-    return found
-
-
-def _dimensions(parameter: nn.Parameter) -> int:
-    """Number of dimensions of the whole parameter; under ZeRO-3 what is left here is an empty vector."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
