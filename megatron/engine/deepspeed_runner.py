@@ -193,7 +193,7 @@ class Runner:
 
 
 # Optimizer numbers a configuration gives and torch would silently take from a checkpoint.
-_NUMBERS = ("weight_decay", "betas", "eps", "momentum")
+_NUMBERS = ("weight_decay", "betas", "eps", "momentum", "lr_mult")
 
 
 def _forget_rehearsal(optimizer: Any) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.optim.groups import parameter_groups
+from megatron.optim.groups import groups_by_role, parameter_groups
 from megatron.optim.optimizers import make_optimizer
+from megatron.optim.rates import mup_rates
 from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
 
 if TYPE_CHECKING:
@@ -31,8 +32,15 @@ def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> 
         raise ConfigError("8-bit Adam is not built yet", where="use_bnb_optimizer", mend="set use_bnb_optimizer: false")
     params = dict(section.optimizer.get("params", {})) if section.optimizer else {}
     params["lr"] = section.lr
-    groups = parameter_groups(module, float(section.weight_decay))
-    return make_optimizer(section.optimizer_type, params, groups, device)
+    return make_optimizer(section.optimizer_type, params, build_groups(args, module), device)
+
+
+def build_groups(args: NeoXArgs, module: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters of `module` as the configured optimizer's groups."""
+    section, decay = args.optim, float(args.optim.weight_decay)
+    if args.model.use_mup:
+        return groups_by_role(module, decay, mup_rates(section.optimizer_type, args.model.width_mult))
+    return parameter_groups(module, decay)
 
 
 def build_schedule(args: NeoXArgs) -> ScheduleSpec:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters decay, and at which share of the rate they learn. Decided by a parameter's role, never by its name."""
+"""Parameters as optimizer groups: which decay, and at which share of the rate they learn. Decided by role, never by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from megatron.mpu.roles import dimensions, exempt_from_decay
+from megatron.mpu.roles import Role, dimensions, exempt_from_decay, roles_of
+from megatron.optim.rates import Rates
+
+LR_MULT = "lr_mult"
+"""Key of a group whose rate is not the schedule's: what the schedule's is multiplied by."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -25,3 +29,26 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     plain = [p for p in trained if dimensions(p) <= 1 or id(p) in exempt]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def groups_by_role(module: nn.Module, weight_decay: float, rates: Rates) -> list[dict[str, Any]]:
+    """The trainable parameters as one optimizer group per role: {params, weight_decay, lr_mult}.
+
+    rates: what the rate of each role is multiplied by
+    Rate times decay is the same for all matrices, so that a width changes how they learn but not how they are forgotten.
+    Groups at the plain rate come first: the first group's rate is the one that is reported.
+    """
+    roles = roles_of(module)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = []
+    for role in sorted(Role, key=lambda role: rates[role] != 1.0):
+        decay = 0.0 if role is Role.VECTOR else weight_decay / rates[role]
+        members = [p for p in trained if roles[id(p)] is role]
+        if members:
+            groups.append({"params": members, "weight_decay": decay, LR_MULT: rates[role]})
+    return groups
+
+
+def rate_of(group: dict[str, Any], rate: float) -> float:
+    """The rate of a group when the schedule says `rate`."""
+    return rate * float(group.get(LR_MULT, 1.0))

@@ -152,7 +152,7 @@ def arguments(**change: Any) -> Any:
         "override_lr_scheduler": False,
         "use_checkpoint_lr_scheduler": False,
     }
-    return SimpleNamespace(optim=SimpleNamespace(**{**section, **change}))
+    return SimpleNamespace(optim=SimpleNamespace(**{**section, **change}), model=SimpleNamespace(use_mup=False))
 
 
 def test_build_reads_the_section() -> None:
