@@ -146,22 +146,6 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("zero_optimization.stage", "attention_config"),
     ),
     simple(
-        "onebitadam-length",
-        ("optimizer_type",),
-        lambda v: v["optimizer_type"] == "onebitadam" and v["train_iters"] is None,
-        "onebitadam plans its phases by train_iters, which is not set",
-        "set train_iters",
-        ("train_iters", "optimizer.type"),
-    ),
-    simple(
-        "mup-and-optimizer",
-        ("use_mup", "optimizer_type"),
-        lambda v: v["use_mup"] and v["optimizer_type"] == "madgrad_wd",
-        "muP has no law for the learning rate of {optimizer_type}",
-        "use another optimizer, such as adam, or remove use_mup",
-        ("optimizer.type", "use_mup"),
-    ),
-    simple(
         "one-mixed-precision",
         ("amp",),
         lambda v: v["amp"].get("enabled") and v["precision"] != "fp32",

@@ -87,7 +87,6 @@ UNFINISHED: Final[tuple[Unfinished, ...]] = (
     Unfinished("precomputed reference log-probabilities", "precompute_model_name"),
     Unfinished("the weight server", "serve_model_weights"),
     Unfinished("8-bit optimizers", "use_bnb_optimizer"),
-    Unfinished("this optimizer", "optimizer_type", _among("onebitadam", "sm3", "madgrad_wd", "muon")),
     Unfinished("the sequence-length curriculum", "curriculum_learning", _on),
     Unfinished("autotuning", "autotuning", _on),
     Unfinished("elastic training", "elasticity", _on),
