@@ -15,7 +15,7 @@ EVEN: Rates = MappingProxyType(dict.fromkeys(Role, 1.0))
 """One rate for all parameters."""
 
 # The size of an update does not depend on that of the gradient.
-BY_ENTRY = ("adam", "adamw", "cpu_adam", "cpu_torch_adam", "onebitadam", "lion", "sm3")
+BY_ENTRY = ("adam", "adamw", "cpu_adam", "cpu_torch_adam", "lion", "sm3")
 BY_GRADIENT = ("sgd",)
 BY_SPECTRUM = ("muon",)
 

@@ -84,11 +84,11 @@ OPTIMIZER_RULES: Final[tuple[Rule, ...]] = (
     ),
     simple(
         "muon-and-zero-3",
-        ("optimizer_type",),
-        lambda v: _is(v, "muon") and _stage(v) >= 3,
-        "muon works with ZeRO stage 0, 1 and 2: at stage 3 no rank has a whole matrix",
-        "set zero_optimization.stage: 2",
-        ZERO,
+        ("optimizer_type", "zero_optimization"),
+        lambda v: _is(v, "muon") and _stage(v) >= 3 and v["zero_optimization"].get("reduce_scatter", True),
+        "at ZeRO stage 3 muon needs whole gradients, but zero_optimization.reduce_scatter is on",
+        "set zero_optimization.reduce_scatter: false, or stage: 2",
+        ("zero_optimization.reduce_scatter", *ZERO),
     ),
     simple(
         "muon-and-offload",

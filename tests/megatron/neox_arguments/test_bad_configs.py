@@ -112,8 +112,8 @@ CASES = (
         "Muon under ZeRO 3",
         "gradient_clipping: 0.0\nzero_optimization: {stage: 3}\noptimizer: {type: Muon}",
         3,
-        "stage 0, 1 and 2",
-        "zero_optimization.stage: 2",
+        "reduce_scatter is on",
+        "reduce_scatter: false",
     ),
     Bad(
         "Muon with offload",
