@@ -41,6 +41,12 @@ def test_sgd() -> None:
     assert growing["block"] > 0.4, growing
 
 
+def test_muon() -> None:
+    """Its updates have one spectral norm at every width."""
+    flat = last_slopes("llama", optimizer={"type": "Muon", "params": {"lr": 0.02, "muon_lr": 0.05}}, **MUP)
+    assert max(flat.values()) < 0.2, flat
+
+
 def test_a_model_that_diverges_is_an_error() -> None:
     with pytest.raises(TrainingError, match="not finite at hidden_size"):
         last_slopes("llama", **{**SGD, "optimizer": {"type": "SGD", "params": {"lr": 1e6}}}, **PLAIN)
