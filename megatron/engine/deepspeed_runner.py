@@ -162,7 +162,7 @@ class Runner:
         folder = directory / tag
         refuse_other_layout(folder, self._layout())
         configured = [{key: group[key] for key in _NUMBERS if key in group} for group in self.optimizer.param_groups]
-        kind = {key for group in self.optimizer.param_groups for key in group}
+        kinds = [set(group) for group in self.optimizer.param_groups]
         try:
             path, client_state = self.deepspeed.load_checkpoint(str(directory), tag=tag, load_module_strict=True)
         except (RuntimeError, KeyError, ValueError, AssertionError, FileNotFoundError, AttributeError, TypeError) as error:
@@ -173,7 +173,8 @@ class Runner:
             ) from error
         if path is None:
             raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), mend="check that all files were copied")
-        lacking = sorted({key for key in kind for group in self.optimizer.param_groups if key not in group} - {"name"})
+        groups = zip(kinds, self.optimizer.param_groups, strict=False)
+        lacking = sorted({key for kind, group in groups for key in kind if key not in group} - {"name"})
         if lacking:
             raise CheckpointError(
                 f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}",
@@ -205,7 +206,7 @@ class Runner:
 
 
 # Optimizer numbers a configuration gives and torch would silently take from a checkpoint.
-_NUMBERS = ("weight_decay", "betas", "eps", "momentum")
+_NUMBERS = ("weight_decay", "betas", "eps", "momentum", "lr_mult")
 
 
 def _forget_rehearsal(optimizer: Any) -> None:

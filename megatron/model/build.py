@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron.errors import ConfigError
 from megatron.model.init import Gather
+from megatron.model.mup import Mup, with_mup
 from megatron.model.pipeline import PipelineChoices, pipeline_module, topology_of
 from megatron.model.spec import (
     GATED,
@@ -178,7 +179,7 @@ def build_spec(args: NeoXArgs, *, mlp_convention: str | None = None) -> ModelSpe
     norm = norm_spec(args, sizes.hidden)
     mlp = mlp_spec(args, mlp_convention)
     residual = residual_of(args)
-    return ModelSpec(
+    spec = ModelSpec(
         hidden_size=sizes.hidden,
         seq_length=sizes.seq_length,
         embedding=embedding_spec(args, sizes),
@@ -196,6 +197,22 @@ def build_spec(args: NeoXArgs, *, mlp_convention: str | None = None) -> ModelSpe
         head=HeadSpec(hidden_size=sizes.hidden, vocab_size=sizes.vocab, block_rows=args.model.logits_block_rows),
         tied=not args.model.no_weight_tying,
         init=InitSpec(method=args.model.init_method, output_method=args.model.output_layer_init_method, std=args.model.init_method_std),
+    )
+    mup = mup_of(args)
+    return spec if mup is None else with_mup(spec, mup)
+
+
+def mup_of(args: NeoXArgs) -> Mup | None:
+    """The muP keys; None without use_mup."""
+    model = args.model
+    if not model.use_mup:
+        return None
+    return Mup(
+        width_mult=model.width_mult,
+        init_scale=model.mup_init_scale,
+        attn_temp=model.mup_attn_temp,
+        output_temp=model.mup_output_temp,
+        embedding_mult=model.mup_embedding_mult,
     )
 
 
@@ -223,7 +240,6 @@ def refuse_unbuilt(args: NeoXArgs) -> None:
         "te_layernorm_mlp": model.te_layernorm_mlp,
         "te_mha": model.te_mha,
         "te_fp8_mha": model.te_fp8_mha,
-        "use_mup": model.use_mup,
         "moe_num_experts": (model.moe_num_experts or 1) > 1,
         "soft_prompt_tuning": bool(model.soft_prompt_tuning and model.soft_prompt_tuning.get("enabled")),
         "norm": model.norm.startswith("te_"),

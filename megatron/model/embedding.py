@@ -67,6 +67,10 @@ class Embedding(nn.Module):
             hidden = hidden + own_part(added.to(hidden.dtype), self.tp) * spec.position_multiplier
         return Stream(dropout(hidden, spec.dropout, self.tp, training=self.training), segments)
 
+    def tables(self) -> tuple[str, ...]:
+        """Learned positions; the token embedding speaks for itself."""
+        return ("position_embeddings.weight",) if self.spec.positions is Positions.LEARNED else ()
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # FORMAT: the reference stores a sinusoidal table's frequencies; they are recomputed.
         state_dict.pop(f"{prefix}position_embeddings.inv_freq", None)

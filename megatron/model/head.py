@@ -78,6 +78,10 @@ class LMHead(nn.Module):
         """hidden [b, s, h] -> Logits, or what `read` makes of them while this forward runs (ZeRO-3 has the weight whole only then)."""
         return _finish(stream, self.final_linear.weight, self.final_linear.tp, self.spec, read)
 
+    def tables(self) -> tuple[str, ...]:
+        """The head: one side is the vocabulary."""
+        return ("final_linear.weight",)
+
 
 def tied_logits(embedding: Any, stream: Stream, spec: HeadSpec | None = None, read: Read | None = None) -> Any:
     """The head of a model whose embedding table is its head: `embedding.word_embeddings` is a VocabEmbedding."""

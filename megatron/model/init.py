@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How weights start. Every weight is drawn whole from a generator of its own name, then cut: results do not depend on tp or pp."""
+"""How weights start. Rows are drawn in blocks, each from a generator of its own: results do not depend on tp, pp or padding."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,31 @@ from megatron.model.positions import RelativeBias
 from megatron.model.spec import InitSpec
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import RowLinear
-from megatron.mpu.sharding import Sharding, Split, sharding_of, split
+from megatron.mpu.roles import Role, roles_of
+from megatron.mpu.sharding import Sharding, Split, local_size, sharding_of, split
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
+
+BLOCK_ROWS = 256
+"""Rows that one generator draws. A change here changes every run's initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """How the entries of one matrix are drawn, independently of each other.
+
+    size: standard deviation, or with `uniform` the bound b of [-b, b)
+    """
+
+    size: float
+    uniform: bool = False
+
+    def draw(self, block: Tensor, generator: torch.Generator) -> None:
+        """Fill `block` in place."""
+        if self.uniform:
+            block.uniform_(-self.size, self.size, generator=generator)
+        else:
+            block.normal_(0.0, self.size, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +67,7 @@ class Initialiser:
 
         name: unique over the model, stable over tp and pp (the slot number)
         """
-        shardings = sharding_of(layer)
+        shardings, roles = sharding_of(layer), roles_of(layer)
         for prefix, module in layer.named_modules():
             method = self.method_of(module)
             if method is None:
@@ -54,8 +76,9 @@ class Initialiser:
                 if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:  # ds_shape: partitioned by ZeRO-3
                     continue
                 full_name = f"{prefix}.{local}" if prefix else local
+                hidden = roles[id(parameter)] is Role.HIDDEN
                 with nullcontext() if self.gather is None else self.gather([parameter]):
-                    self._write(parameter, method, f"{name}.{full_name}", shardings[full_name], tp)
+                    self._write(parameter, method, f"{name}.{full_name}", Place(shardings[full_name], tp), hidden=hidden)
 
     def method_of(self, module: nn.Module) -> str | None:
         """Name of the law for a module's matrices; None for norms, whose constructor already set them."""
@@ -67,26 +90,88 @@ class Initialiser:
             return "xavier_normal"
         return self.spec.method
 
-    def _write(self, parameter: nn.Parameter, method: str, name: str, how: Sharding, tp: Group) -> None:
+    def _write(self, parameter: nn.Parameter, method: str, name: str, place: Place, *, hidden: bool) -> None:
         if parameter.is_meta:
             return
-        shape = list(parameter.shape)
-        if isinstance(how, Split):
-            shape[how.dim] *= tp.size
-        generator = torch.Generator(parameter.device).manual_seed(seed_of(self.seed, name))
-        whole = parameter.data.new_empty(shape, dtype=torch.float32)  # not torch.empty: zero.Init changes what that gives
-        fill(whole, method, self, generator)
+        shape = place.whole_shape(parameter)
+        law = law_of(method, shape, self, hidden=hidden)
         with torch.no_grad():
-            parameter.copy_(split(whole, how, tp.rank, tp.size))
+            if law is None:
+                self._write_orthogonal(parameter, method, name, place)
+                return
+            # Not torch.empty: zero.Init changes what that gives.
+            block = parameter.data.new_empty((BLOCK_ROWS, *shape[1:]), dtype=torch.float32)
+            drawn = -1
+            for number, within, first, count in place.pieces(shape[0]):
+                if number != drawn:
+                    # Always a whole block: how many rows are drawn at once can change the numbers.
+                    law.draw(block, torch.Generator(parameter.device).manual_seed(seed_of(self.seed, f"{name}:{number}")))
+                    drawn = number
+                parameter[first : first + count].copy_(place.columns(block[within : within + count]))
+
+    def _write_orthogonal(self, parameter: nn.Parameter, method: str, name: str, place: Place) -> None:
+        """Rows depend on each other, so every rank draws the whole matrix."""
+        gains = {"orthogonal": 1.0, "scaled_orthogonal": math.sqrt(2.0 / self.num_layers)}
+        if method not in gains:
+            raise ConfigError(f"unknown initialiser '{method}'", where="init_method, output_layer_init_method")
+        whole = parameter.data.new_empty(place.whole_shape(parameter), dtype=torch.float32)
+        generator = torch.Generator(parameter.device).manual_seed(seed_of(self.seed, name))
+        nn.init.orthogonal_(whole, gain=gains[method] * self.spec.scale, generator=generator)
+        parameter.copy_(split(whole, place.how, place.tp.rank, place.tp.size))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of a whole matrix a rank holds."""
+
+    how: Sharding
+    tp: Group
+
+    def whole_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Shape of the matrix over all ranks."""
+        shape = list(parameter.shape)
+        if isinstance(self.how, Split):
+            shape[self.how.dim] *= self.tp.size
+        return tuple(shape)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """What of whole rows [n, ...] is held."""
+        by_rows = isinstance(self.how, Split) and self.how.dim == 0
+        return rows if by_rows else split(rows, self.how, self.tp.rank, self.tp.size)
+
+    def pieces(self, rows: int) -> Iterator[tuple[int, int, int, int]]:
+        """The rows held, of `rows` in all, cut at the borders of blocks: block, its first row in it, first row here, count.
+
+        >>> list(Place(Split(0), Group(rank=1, size=2)).pieces(600))
+        [(1, 44, 0, 212), (2, 0, 212, 88)]
+        """
+        here = 0
+        for start, count in self._ranges(rows):
+            while count > 0:
+                number, within = divmod(start, BLOCK_ROWS)
+                taken = min(count, BLOCK_ROWS - within)
+                yield number, within, here, taken
+                start, here, count = start + taken, here + taken, count - taken
+
+    def _ranges(self, rows: int) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of every stretch that is held."""
+        if not isinstance(self.how, Split) or self.how.dim != 0:
+            yield 0, rows
+            return
+        start = 0
+        for part in self.how.parts or (rows,):
+            step = local_size(part, self.tp.size, "a dimension of")
+            yield start + self.tp.rank * step, step
+            start += part
 
 
 def seed_of(seed: int, name: str) -> int:
-    """A generator seed from the run's seed and a parameter's name, the same in every process."""
+    """A generator seed from the run's seed and a name, the same in every process."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def normal_std(method: str, *, std: float, hidden_size: int, num_layers: int) -> float | None:
+def normal_std(method: str, *, std: float, hidden_size: float, num_layers: int) -> float | None:
     """Standard deviation of the methods that draw from a plain normal; None for the others.
 
     small_init: Nguyen and Salazar, arXiv 1910.05895, sec. 2.2. wang_init: 2 / (L sqrt(h)), as in GPT-J.
@@ -101,18 +186,21 @@ def normal_std(method: str, *, std: float, hidden_size: int, num_layers: int) ->
     return laws.get(method)
 
 
-def fill(weight: Tensor, method: str, law: Initialiser, generator: torch.Generator) -> None:
-    """Draw `weight` [out, in] in place by the named method. Raises ConfigError for an unknown name."""
-    std = normal_std(method, std=law.spec.std, hidden_size=law.hidden_size, num_layers=law.num_layers)
+def law_of(method: str, shape: Sequence[int], start: Initialiser, *, hidden: bool) -> Law | None:
+    """The law of a matrix [out, in] whose entries are independent; None for other methods.
+
+    muP (Yang et al., arXiv 2203.03466, table 8): the method says the spread at the base width. From there that of a hidden matrix
+    falls with the square root of its inputs; that of a table stays, so that an embedding can be the head, too.
+    xavier (Glorot and Bengio, 2010, eq. 16) reads the whole shape, for a vocabulary with its padding.
+    """
+    mult = start.spec.width_mult
+    factor = start.spec.scale / (math.sqrt(mult) if hidden else 1.0)
+    std = normal_std(method, std=start.spec.std, hidden_size=start.hidden_size / mult, num_layers=start.num_layers)
     if std is not None:
-        nn.init.normal_(weight, 0.0, std, generator=generator)
-    elif method == "xavier_uniform":
-        nn.init.xavier_uniform_(weight, generator=generator)
-    elif method == "xavier_normal":
-        nn.init.xavier_normal_(weight, generator=generator)
-    elif method == "orthogonal":
-        nn.init.orthogonal_(weight, generator=generator)
-    elif method == "scaled_orthogonal":
-        nn.init.orthogonal_(weight, gain=math.sqrt(2.0 / law.num_layers), generator=generator)
-    else:
-        raise ConfigError(f"unknown initialiser '{method}'", where="init_method, output_layer_init_method")
+        return Law(size=std * factor)
+    if method not in ("xavier_uniform", "xavier_normal"):
+        return None
+    field = math.prod(shape[2:])
+    fan_out, fan_in = shape[0] / (mult if hidden else 1.0) * field, shape[1] / mult * field
+    std = math.sqrt(2.0 / (fan_in + fan_out)) * factor
+    return Law(size=std * math.sqrt(3.0), uniform=True) if method == "xavier_uniform" else Law(size=std)

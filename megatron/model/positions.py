@@ -175,6 +175,10 @@ class RelativeBias(nn.Module):
         bucket = torch.where(behind < exact, behind, wide.clamp(max=self.spec.num_buckets - 1))
         return (self.weight[bucket] * self.factor).permute(2, 0, 1)
 
+    def tables(self) -> tuple[str, ...]:
+        """The biases: one side is the buckets."""
+        return ("weight",)
+
     def sharding(self) -> dict[str, Sharding]:
         """Heads."""
         return {"weight": Split(1)}

@@ -170,11 +170,17 @@ class HeadSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class InitSpec:
-    """How weights start. `method` for inputs of sublayers, `output_method` for attention.dense and mlp.linear2."""
+    """How weights start. `method` for inputs of sublayers, `output_method` for attention.dense and mlp.linear2.
+
+    width_mult: muP: hidden_size over the base width, at which the methods are meant; 1 = no muP
+    scale:      further factor on every weight that is drawn
+    """
 
     method: str = "normal"
     output_method: str = "scaled_normal"
     std: float = 0.02
+    width_mult: float = 1.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

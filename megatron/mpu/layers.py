@@ -124,3 +124,7 @@ class VocabEmbedding(nn.Module):
     def sharding(self) -> dict[str, Sharding]:
         """Rows."""
         return {"weight": Split(0)}
+
+    def tables(self) -> tuple[str, ...]:
+        """The embedding: one side is the vocabulary."""
+        return ("weight",)

@@ -37,7 +37,9 @@ INTERRUPTED = 130
 PATIENCE_S = 4.0
 SPINS = "2000"
 # Flags, each with one value, that belong to a script and are no configuration keys.
-OWN_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType({"logits.py": ("--tokens", "--output", "--rows")})
+OWN_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"logits.py": ("--tokens", "--output", "--rows"), "coord_check.py": ("--widths", "--steps", "--max_slope", "--output")}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,6 @@ REMOVED = {
     "sparse_attention": ("attention", "use attention_config and sparsity_config"),
     "sparse_gradients": ("optim", "leave it out: embedding gradients are reduced dense"),
 }
-# Optimizers that exist only inside DeepSpeed, so DeepSpeed has to build them; name there.
-BUILT_BY_DEEPSPEED = {"onebitadam": "OneBitAdam"}
 # Always sent, whether the user said them or not.
 DEFAULT_GRAD_ACCUM = {"grad_accum_dtype": "fp32"}
 
@@ -30,7 +28,7 @@ DEFAULT_GRAD_ACCUM = {"grad_accum_dtype": "fp32"}
 def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
     """DeepSpeed's JSON as a dict for `deepspeed.initialize(config=...)`.
 
-    Optimizer and schedule are built by us and handed over as objects; only one-bit Adam is left to DeepSpeed.
+    Optimizer and schedule are built by us and handed over as objects.
     Raises ConfigError where `deepspeed_extra_args` says something else than our own keys, and where DeepSpeed
     has no implementation of the combination asked for.
     """
@@ -46,7 +44,7 @@ def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
     checkpointing = _activation_checkpointing(args)
     if checkpointing:
         config["activation_checkpointing"] = checkpointing
-    config |= _given(args.optim, PASSED_ON) | _given(args.logs, PASSED_ON_LOGS) | _optimizer(args)
+    config |= _given(args.optim, PASSED_ON) | _given(args.logs, PASSED_ON_LOGS)
     return _with_extra(config, args)
 
 
@@ -57,6 +55,9 @@ def _refuse_removed(args: NeoXArgs) -> None:
         value = getattr(getattr(args, section), key)
         if value and not (isinstance(value, dict) and value.get("enabled") is False):
             problems.append(Problem(f"DeepSpeed no longer has {key}", where=str(args.origin(key)), mend=mend, keys=(key,)))
+    if args.optim.optimizer_type == "onebitadam":
+        where = str(args.origin("optimizer.type"))
+        problems.append(Problem("DeepSpeed no longer has OneBitAdam", where=where, mend="use type: Adam", keys=("optimizer.type",)))
     if problems:
         raise ConfigProblems(problems)
 
@@ -166,20 +167,6 @@ def _activation_checkpointing(args: NeoXArgs) -> dict[str, Any]:
         return {}
     if run.contiguous_checkpointing:
         block["number_checkpoints"] = -(-(args.model.num_layers or 1) // run.checkpoint_num_layers)
-    return block
-
-
-def _optimizer(args: NeoXArgs) -> dict[str, Any]:
-    """Optimizer and scheduler blocks, for those optimizers only that DeepSpeed has to build."""
-    name = BUILT_BY_DEEPSPEED.get(args.optim.optimizer_type)
-    if name is None:
-        return {}
-    params = dict((args.optim.optimizer or {}).get("params", {}))
-    params.setdefault("lr", args.optim.lr)
-    params.setdefault("weight_decay", args.optim.weight_decay)
-    block: dict[str, Any] = {"optimizer": {"type": name, "params": params}}
-    if args.optim.scheduler is not None:
-        block["scheduler"] = dict(args.optim.scheduler)
     return block
 
 

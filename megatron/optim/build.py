@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,14 +11,20 @@ from torch.optim import Optimizer
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.optim.groups import parameter_groups
+from megatron.neox_arguments.deepspeed import deepspeed_config
+from megatron.optim.groups import groups_by_role, parameter_groups, slow_shares
+from megatron.optim.muon import muon_groups
 from megatron.optim.optimizers import make_optimizer
+from megatron.optim.rates import mup_rates
 from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
 
 if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
+
+MUON_RATES = ("muon_lr", "adam_lr")
+"""Keys of Muon's parameters: the rate of hidden matrices, and that of all others, where it is not `lr`."""
 
 
 def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> Optimizer:
@@ -31,8 +37,34 @@ def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> 
         raise ConfigError("8-bit Adam is not built yet", where="use_bnb_optimizer", mend="set use_bnb_optimizer: false")
     params = dict(section.optimizer.get("params", {})) if section.optimizer else {}
     params["lr"] = section.lr
-    groups = parameter_groups(module, float(section.weight_decay))
-    return make_optimizer(section.optimizer_type, params, groups, device)
+    name: str = section.optimizer_type
+    if name == "muon":
+        for rate in MUON_RATES:
+            params.pop(rate, None)
+        name = "zero_muon" if zero_stage(args) else name
+    return make_optimizer(name, params, build_groups(args, module), device)
+
+
+def build_groups(args: NeoXArgs, module: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters of `module` as the configured optimizer's groups."""
+    ranks = 1 if args.optim.summed_bias_full_lr else args.runtime.model_parallel_size
+    return slow_shares(_groups(args, module), module, ranks)
+
+
+def _groups(args: NeoXArgs, module: nn.Module) -> list[dict[str, Any]]:
+    section, decay = args.optim, float(args.optim.weight_decay)
+    if section.optimizer_type == "muon":
+        params = section.optimizer.get("params", {}) if section.optimizer else {}
+        matrix, other = (params[rate] / section.lr if params.get(rate) and section.lr else 1.0 for rate in MUON_RATES)
+        return muon_groups(module, decay, matrix_mult=matrix, other_mult=other)
+    if args.model.use_mup:
+        return groups_by_role(module, decay, mup_rates(section.optimizer_type, args.model.width_mult))
+    return parameter_groups(module, decay)
+
+
+def zero_stage(args: NeoXArgs) -> int:
+    """The ZeRO stage that DeepSpeed is told; bfloat16 has one where the configuration says none."""
+    return int(deepspeed_config(args)["zero_optimization"].get("stage", 0))
 
 
 def build_schedule(args: NeoXArgs) -> ScheduleSpec:

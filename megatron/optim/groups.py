@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters decay. Decided by a parameter's shape and by what its module says, never by its name."""
+"""Parameters as optimizer groups: which decay, and at which share of the rate they learn. Decided by role, never by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+from megatron.mpu.roles import Role, dimensions, exempt_from_decay, roles_of
+from megatron.mpu.sharding import Summed, sharding_of
+from megatron.optim.rates import Rates
+
+LR_MULT = "lr_mult"
+"""Key of a group whose rate is not the schedule's: what the schedule's is multiplied by."""
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -15,26 +22,54 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     parameters of its own by defining `no_weight_decay() -> tuple[local parameter name, ...]`.
     Tied parameters count once. With weight_decay 0 there is one group.
     """
-    exempt = _exempt(module)
+    exempt = exempt_from_decay(module)
     trained = [p for p in module.parameters() if p.requires_grad]
     if weight_decay == 0:
         return [{"params": trained, "weight_decay": 0.0}] if trained else []
-    decay = [p for p in trained if _dimensions(p) > 1 and id(p) not in exempt]
-    plain = [p for p in trained if _dimensions(p) <= 1 or id(p) in exempt]
+    decay = [p for p in trained if dimensions(p) > 1 and id(p) not in exempt]
+    plain = [p for p in trained if dimensions(p) <= 1 or id(p) in exempt]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def _exempt(module: nn.Module) -> set[int]:
-    """Identities of the parameters that their modules exempt."""
-    found: set[int] = set()
-    for part in module.modules():
-        names = getattr(part, "no_weight_decay", None)
-        if callable(names):
-            found.update(id(getattr(part, name)) for name in names())
-    return found
+def groups_by_role(module: nn.Module, weight_decay: float, rates: Rates) -> list[dict[str, Any]]:
+    """The trainable parameters as one optimizer group per role: {params, weight_decay, lr_mult}.
+
+    rates: what the rate of each role is multiplied by
+    Rate times decay is the same for all matrices, so that a width changes how they learn but not how they are forgotten.
+    Groups at the plain rate come first: the first group's rate is the one that is reported.
+    """
+    roles = roles_of(module)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = []
+    for role in sorted(Role, key=lambda role: rates[role] != 1.0):
+        decay = 0.0 if role is Role.VECTOR else weight_decay / rates[role]
+        members = [p for p in trained if roles[id(p)] is role]
+        if members:
+            groups.append({"params": members, "weight_decay": decay, LR_MULT: rates[role]})
+    return groups
 
 
-def _dimensions(parameter: nn.Parameter) -> int:
-    """Number of dimensions of the whole parameter; under ZeRO-3 what is left here is an empty vector."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def slow_shares(groups: list[dict[str, Any]], module: nn.Module, ranks: int) -> list[dict[str, Any]]:
+    """`groups` with parameters of which each of `ranks` tensor ranks holds a share (Summed) in groups of their own, last, at 1 / ranks.
+
+    Every share has the gradient of the sum that it is a part of. At the plain rate the sum would learn `ranks` times as fast as the one
+    bias that it stands for; so it learns the same at any number of ranks.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    shares = {id(parameters[name]) for name, how in sharding_of(module).items() if isinstance(how, Summed) and name in parameters}
+    if ranks == 1 or not shares:
+        return groups
+    parts = []
+    for slow in (False, True):
+        for group in groups:
+            members = [p for p in group["params"] if (id(p) in shares) is slow]
+            rate = {LR_MULT: group.get(LR_MULT, 1.0) / ranks} if slow else {}
+            if members:
+                parts.append({**group, "params": members, **rate})
+    return parts
+
+
+def rate_of(group: dict[str, Any], rate: float) -> float:
+    """The rate of a group when the schedule says `rate`."""
+    return rate * float(group.get(LR_MULT, 1.0))

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from megatron.optim.step import GroupwiseOptimizer
 
 
-class Lion(Optimizer):
+class Lion(GroupwiseOptimizer):
     """Evolved sign momentum (Chen et al., arXiv 2302.06675, alg. 2).
 
     u = sign(beta1 * m + (1 - beta1) * g);  w <- w - lr * (u + weight_decay * w);  m <- beta2 * m + (1 - beta2) * g
@@ -21,23 +21,6 @@ class Lion(Optimizer):
 
     def __init__(self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._update(group)
-        return loss
 
     def _update(self, group: dict[str, Any]) -> None:
         """One update of a group, all its tensors in one call each."""

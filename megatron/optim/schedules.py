@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from megatron.errors import ConfigError
+from megatron.optim.groups import rate_of
 
 
 class Decay(str, Enum):
@@ -123,7 +124,7 @@ class _HasGroups(Protocol):
 
 
 class LRScheduler:
-    """Writes lr_at(number of steps done) into every group of an optimizer.
+    """Writes lr_at(number of steps done), times a group's `lr_mult`, into every group of an optimizer.
 
     optimizer: the one whose `param_groups` the engine steps (the innermost)
     on_resume: what `load_state_dict` does with another schedule than the configured one
@@ -140,7 +141,7 @@ class LRScheduler:
         """Write the current rate again; needed after the optimizer's own state was loaded."""
         rate = lr_at(self.num_iters, self.spec)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate_of(group, rate)
 
     def step(self) -> None:
         """One optimizer step was made."""

@@ -56,8 +56,12 @@ def _in_golden(monkeypatch: pytest.MonkeyPatch) -> None:
         {"pipe_parallel_size": 1},
         {"precision": "bfloat16", "zero_optimization": {"stage": 1}},
         {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"stage": 1}, "use_mup": True, "mup_base_hidden_size": 16},
+        {"optimizer": {"type": "SM3", "params": {"lr": 0.001, "momentum": 0.9}}},
+        {"optimizer": {"type": "madgrad_wd", "params": {"lr": 0.001}}, "zero_optimization": {"stage": 1}},
+        {"optimizer": {"type": "Muon", "params": {"lr": 0.001, "muon_lr": 0.02}}},
     ],
-    ids=["sequential", "pipeline", "bf16_zero1", "zero2"],
+    ids=["sequential", "pipeline", "bf16_zero1", "zero2", "mup", "sm3", "madgrad_zero1", "muon"],
 )
 def test_resume_is_exact(tmp_path: Path, layout: dict[str, Any]) -> None:
     """Two runs of two steps give bit for bit the weights of one run of four, dropout included."""

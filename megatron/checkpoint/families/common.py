@@ -25,6 +25,7 @@ COMMON: tuple[ConfigRow, ...] = (
     Fixed("norm_placement", "pre", "pre"),
     Fixed("use_qk_layernorm", False, False),
     Fixed("opt_pos_emb_offset", 0, 0),
+    Fixed("use_mup", False, False),
     Fixed("mup_rp_embedding_mult", 1.0, 1.0),
     Fixed("moe_num_experts", 1, 1),
     Theirs("quantization_config", None, None),

@@ -166,14 +166,6 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("zero_optimization.stage", "attention_config"),
     ),
     simple(
-        "onebitadam-length",
-        ("optimizer_type",),
-        lambda v: v["optimizer_type"] == "onebitadam" and v["train_iters"] is None,
-        "onebitadam plans its phases by train_iters, which is not set",
-        "set train_iters",
-        ("train_iters", "optimizer.type"),
-    ),
-    simple(
         "one-mixed-precision",
         ("amp",),
         lambda v: v["amp"].get("enabled") and v["precision"] != "fp32",

@@ -9,11 +9,12 @@ from typing import Any, Final, Protocol
 from ..problems import Problem
 from .data import DATA_RULES
 from .model import MODEL_RULES
+from .optimizers import OPTIMIZER_RULES
 from .reports import REPORT_RULES
 from .rule import Rule
 from .run import RUN_RULES
 
-RULES: Final[tuple[Rule, ...]] = (*MODEL_RULES, *RUN_RULES, *DATA_RULES, *REPORT_RULES)
+RULES: Final[tuple[Rule, ...]] = (*MODEL_RULES, *RUN_RULES, *OPTIMIZER_RULES, *DATA_RULES, *REPORT_RULES)
 
 
 class Findings(Protocol):

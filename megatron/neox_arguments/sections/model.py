@@ -117,3 +117,8 @@ class ModelArgs(SizeKeys, NormKeys, MixerKeys, TransformerEngineKeys, MupKeys, M
     )
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability after the embedding and after each sublayer.")
     onnx_safe: bool = Field(False, description="Write GELU with erf, in a form that ONNX export understands.")
+
+    @property
+    def width_mult(self) -> float:
+        """How many times wider the model is than the one its hyper-parameters were found on; 1 without muP."""
+        return self.hidden_size / self.mup_base_hidden_size if self.use_mup and self.hidden_size and self.mup_base_hidden_size else 1.0

@@ -81,6 +81,11 @@ class OptimArgs(ScheduleKeys, PrecisionKeys, ZeroKeys):
     weight_decay: float = Field(
         0.1, ge=0, description="Decay of matrices; norms and biases have none. The same as optimizer.params.weight_decay."
     )
+    summed_bias_full_lr: bool = Field(
+        False,
+        description="With gpt_j_residual, each tensor-parallel rank holds a share of a block's output biases. True: every share learns at the"
+        " full rate, so their sum learns model_parallel_size times as fast, as in GPT-NeoX. False: the size makes no difference.",
+    )
     gradient_clipping: float = Field(
         1.0, ge=0, description="Largest norm of the whole gradient; a longer one is scaled down to it, 0 is off."
     )

@@ -87,6 +87,9 @@ def test_a_checkpoint_shows_the_convention():
 REFUSED: list[dict[str, Any]] = [
     {"te_mha": True},
     {"use_mup": True},
+    {"use_mup": True, "mup_base_hidden_size": 64, "init_method": "orthogonal"},
+    {"use_mup": True, "mup_base_hidden_size": 64, "pos_emb": "rpe"},
+    {"coord_check": True},
     {"norm": "te_rmsnorm"},
     {"attention_config": [[["mamba"], 2]]},
     {"attention_config": [[["bigbird"], 2]]},

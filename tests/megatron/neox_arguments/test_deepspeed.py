@@ -114,10 +114,10 @@ def test_what_deepspeed_took_out_is_refused_before_a_start() -> None:
     assert "amp" not in caught.value.report()
 
 
-def test_only_one_bit_adam_is_built_by_deepspeed() -> None:
-    made = config(optimizer={"type": "OneBitAdam", "params": {"lr": 2e-3, "freeze_step": 5}}, weight_decay=0.2)
-    assert made["optimizer"] == {"type": "OneBitAdam", "params": {"lr": 2e-3, "freeze_step": 5, "weight_decay": 0.2}}
-    assert made["scheduler"]["type"] == "WarmupDecayLR"
+def test_one_bit_adam_went_out_of_deepspeed() -> None:
+    with pytest.raises(ConfigError, match="DeepSpeed no longer has OneBitAdam"):
+        config(optimizer={"type": "OneBitAdam", "params": {"lr": 2e-3, "freeze_step": 5}})
+    assert "optimizer" not in config() and "scheduler" not in config()
 
 
 def test_deepspeed_reads_every_kind_of_it() -> None:

@@ -100,7 +100,7 @@ def test_there_is_work_only_where_there_is_data():
             "precision": st.sampled_from(["fp16", "bfloat16", "fp32", None]),
             "fp16": st.sampled_from([None, {"enabled": False}]),
             "zero_stage": st.sampled_from([None, 0, 1]),
-            "optimizer": st.sampled_from([None, {"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.2}}, {"type": "SM3"}]),
+            "optimizer": st.sampled_from([None, {"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.2}}, {"type": "madgrad_wd"}]),
             "lr_decay_fraction": st.sampled_from([None, 0.3]),
             "attention_config": st.sampled_from([None, [[["global", "flash"], "all"]]]),
             "train_data_paths": st.sampled_from([None, ["a"]]),

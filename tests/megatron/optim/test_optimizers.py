@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.errors import BackendError, ConfigError
+from megatron.errors import ConfigError
 from megatron.optim.build import build_optimizer, build_schedule, build_scheduler
-from megatron.optim.optimizers import NOT_BUILT, make_optimizer
+from megatron.optim.optimizers import make_optimizer
 from megatron.optim.schedules import Decay, OnResume, ScheduleSpec
+from support.tiny import tiny
 
 CPU = torch.device("cpu")
 Step = Callable[[np.ndarray, np.ndarray, float, int], np.ndarray]
@@ -117,23 +118,16 @@ def test_fused_adam_goes_on_from_the_state_of_plain_adamw() -> None:
 
 def test_refusals_name_the_alternative() -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}]
-    for name in NOT_BUILT:
-        with pytest.raises(ConfigError, match="comes with the parallelism work.*\n(.*\n)?.*adam, adamw"):
-            make_optimizer(name, {"lr": 0.1}, groups, CPU)
+    with pytest.raises(ConfigError, match="DeepSpeed no longer has OneBitAdam.*\n(.*\n)?.*adam, adamw"):
+        make_optimizer("onebitadam", {"lr": 0.1}, groups, CPU)
+    with pytest.raises(ConfigError, match="ns_method 'cubic'"):
+        make_optimizer("muon", {"lr": 0.1, "ns_method": "cubic"}, groups, CPU)
     with pytest.raises(ConfigError, match="no parameter beta1"):
         make_optimizer("adam", {"lr": 0.1, "beta1": 0.9}, groups, CPU)
     with pytest.raises(ConfigError, match="two numbers"):
         make_optimizer("adam", {"lr": 0.1, "betas": [0.9, 1.5]}, groups, CPU)
     with pytest.raises(ConfigError, match="adam_w_mode"):
         make_optimizer("adamw", {"lr": 0.1, "adam_w_mode": False}, groups, CPU)
-
-
-def test_cpu_adam_is_never_compiled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed import git_version_info as version
-
-    monkeypatch.setitem(version.installed_ops, "cpu_adam", False)
-    with pytest.raises(BackendError, match="was not compiled"):
-        make_optimizer("cpu_adam", {"lr": 0.1}, [{"params": [nn.Parameter(torch.zeros(2))]}], CPU)
 
 
 def arguments(**change: Any) -> Any:
@@ -152,7 +146,37 @@ def arguments(**change: Any) -> Any:
         "override_lr_scheduler": False,
         "use_checkpoint_lr_scheduler": False,
     }
-    return SimpleNamespace(optim=SimpleNamespace(**{**section, **change}))
+    return SimpleNamespace(optim=SimpleNamespace(**{**section, **change}), model=SimpleNamespace(use_mup=False))
+
+
+def test_every_configured_name_gives_its_optimizer_with_its_numbers() -> None:
+    def groups(**extra: Any) -> list[dict[str, Any]]:
+        return [{"params": [nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.5, **extra}]
+
+    sm3 = make_optimizer("sm3", {"lr": 0.1, "momentum": 0.9, "beta": 0.5, "eps": 1e-20}, groups(), CPU)
+    assert {key: sm3.param_groups[0][key] for key in ("momentum", "beta", "eps", "weight_decay")} == {
+        "momentum": 0.9, "beta": 0.5, "eps": 1e-20, "weight_decay": 0.5,
+    }  # fmt: skip
+    madgrad = make_optimizer("madgrad_wd", {"lr": 0.1, "momentum": 0.8}, groups(), CPU)
+    assert (type(madgrad).__name__, madgrad.param_groups[0]["momentum"]) == ("MADGRADW", 0.8)
+    muon = make_optimizer("muon", {"lr": 0.1, "ns_steps": 7, "ns_method": "gram"}, groups(use_muon=True), CPU)
+    assert (type(muon).__name__, muon.param_groups[0]["ns_steps"]) == ("Muon", 7)
+
+
+def test_muon_is_deepspeeds_where_parameters_come_in_pieces() -> None:
+    from megatron.model.build import build_transformer
+    from megatron.neox_arguments import NeoXArgs
+
+    def built(**keys: Any) -> torch.optim.Optimizer:
+        optimizer = {"type": "Muon", "params": {"lr": 0.001, "muon_lr": 0.02, "betas": [0.9, 0.95]}}
+        args = NeoXArgs.from_dict(tiny("llama", padded_vocab_size=64, optimizer=optimizer, gradient_clipping=0.0, min_lr=0.0, **keys))
+        return build_optimizer(args, build_transformer(args), CPU)
+
+    for keys in ({"zero_optimization": {"stage": 1}}, {"precision": "bfloat16"}):
+        assert type(built(**keys)).__name__ == "MuonWithAuxAdam"
+    whole = built()
+    assert type(whole).__name__ == "Muon"
+    assert [(group["use_muon"], group["lr_mult"]) for group in whole.param_groups] == [(False, 1.0), (False, 1.0), (True, 20.0)]
 
 
 def test_build_reads_the_section() -> None:

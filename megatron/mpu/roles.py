@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters are hidden matrices, vectors, or tables: said by their modules and by their shape, never by a name."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+
+class Role(Enum):
+    """What a parameter is to its model.
+
+    HIDDEN: a matrix from features to features; both sides grow with the width of the model
+    TABLE:  a matrix one side of which is a count of things: token embedding, vocabulary head, learned positions
+    VECTOR: biases, scales of norms, and whatever else a module exempts from decay
+    """
+
+    HIDDEN = "hidden"
+    TABLE = "table"
+    VECTOR = "vector"
+
+
+@runtime_checkable
+class StatesTables(Protocol):
+    """A module that has tables."""
+
+    def tables(self) -> tuple[str, ...]:
+        """Local names of the matrices that are tables; a dot leads into a submodule."""
+
+
+def exempt_from_decay(module: nn.Module) -> set[int]:
+    """Identities of the parameters that their modules exempt by `no_weight_decay() -> tuple[local parameter name, ...]`."""
+    found: set[int] = set()
+    for part in module.modules():
+        names = getattr(part, "no_weight_decay", None)
+        if callable(names):
+            found.update(id(part.get_parameter(name)) for name in names())
+    return found
+
+
+def roles_of(module: nn.Module) -> dict[int, Role]:
+    """Role of each parameter of a module tree, by the parameter's identity."""
+    exempt = exempt_from_decay(module)
+    tables: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, StatesTables):
+            tables.update(id(part.get_parameter(name)) for name in part.tables())
+
+    def role(parameter: nn.Parameter) -> Role:
+        if dimensions(parameter) <= 1 or id(parameter) in exempt:
+            return Role.VECTOR
+        return Role.TABLE if id(parameter) in tables else Role.HIDDEN
+
+    return {id(parameter): role(parameter) for parameter in module.parameters()}
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Number of dimensions of the whole parameter; under ZeRO-3 what is left here is an empty vector."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's Adam for CPUs. Compiles its operator where it is not installed, and never waits for a compile that has died."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from megatron.errors import BackendError, ConfigError
+from megatron.log import get_logger
+
+log = get_logger(__name__)
+
+STALE_AFTER_S = 900.0
+"""A compile takes a minute, on a busy machine six; a lock this old has been left behind by a process that was killed."""
+
+MEND = "use type: Adam (fused on CPU too) or cpu_torch_adam, or reinstall DeepSpeed with DS_BUILD_CPU_ADAM=1"
+
+
+def cpu_adam(groups: list[dict[str, Any]], numbers: dict[str, Any]) -> Optimizer:
+    """The optimizer over `groups`, its operator compiled in this process where DeepSpeed was installed without it.
+
+    Raises ConfigError for what it does not offer, BackendError where the operator cannot be compiled.
+    """
+    if numbers.pop("amsgrad", False):
+        raise ConfigError("cpu_adam has no amsgrad", where="optimizer.params.amsgrad", mend="remove the key")
+    if "adam_w_mode" in numbers:
+        numbers["adamw_mode"] = numbers.pop("adam_w_mode")
+    try:
+        from deepspeed.git_version_info import installed_ops
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+    except ImportError as error:
+        raise BackendError(f"cpu_adam needs deepspeed: {error}", where="optimizer.type", mend="use type: Adam") from error
+    if not installed_ops.get("cpu_adam", False):
+        compile_operator(CPUAdamBuilder())
+    made: Optimizer = DeepSpeedCPUAdam(groups, **numbers)
+    return made
+
+
+def compile_operator(builder: Any) -> None:
+    """Compile or find DeepSpeed's operator, one process of this machine after the other. Raises BackendError with the reason."""
+    from torch.utils import cpp_extension
+
+    if not builder.is_compatible(verbose=False):
+        raise BackendError(f"cpu_adam cannot be compiled here: {builder.error_log or 'no reason given'}", where="optimizer.type", mend=MEND)
+    folder = Path(cpp_extension._get_build_directory(builder.name, False))
+    built = (folder / f"{builder.name}.so").exists()
+    log.info("cpu_adam: %s DeepSpeed's operator in %s", "loading" if built else "compiling (a minute or more)", folder)
+    with alone_in(folder):
+        await_lock(folder / "lock")
+        try:
+            builder.load(verbose=False)
+        except Exception as error:  # whatever a compiler says
+            raise BackendError(f"cpu_adam's operator could not be compiled: {error}", where="optimizer.type", mend=MEND) from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes of this project. The system lets go of it when a process dies, however it dies."""
+    with (folder / "megatron.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def await_lock(path: Path, *, stale_after_s: float = STALE_AFTER_S) -> None:
+    """Wait for another program's compile, whose lock is the existence of a file; one that is older than a compile takes is removed."""
+    while (held_s := _age_s(path)) is not None:
+        if held_s > stale_after_s:
+            log.warning("cpu_adam: removing %s, left %.0f minutes ago by a compile that was killed", path, held_s / 60)
+            path.unlink(missing_ok=True)
+            return
+        time.sleep(0.5)
+
+
+def _age_s(path: Path) -> float | None:
+    """Seconds since a file was made; None = there is none."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
