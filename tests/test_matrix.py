@@ -141,6 +141,7 @@ def test_judge_sees_what_differs():
         "1 of 2 steps": replace(truth, norms=(2.0,)),
         "other initial weights: a": replace(truth, initial={"a": "2"}),
         "other initial weights: b": replace(truth, initial={"a": "1", "b": "1"}),
+        "different copies of a": replace(truth, unequal=("a",)),
         "not done": Failure("not done"),
     }
     for text, outcome in wrong.items():

@@ -40,6 +40,7 @@ class Outcome:
     losses, norms: per step; the norm before clipping
     evaluation:    loss of one more pass without a step
     initial:       weights before the first step, name -> digest of the whole tensor
+    unequal:       weights of which ranks that should hold the same bits did not, before or after
     drift:         distance of the last weights from the reference's / length of the way these went; 0 for a reference
     """
 
@@ -47,6 +48,7 @@ class Outcome:
     norms: tuple[float, ...]
     evaluation: float
     initial: dict[str, str]
+    unequal: tuple[str, ...] = ()
     drift: float
     seconds: float
 
@@ -68,18 +70,19 @@ def run_rank(task: Task, rank: int) -> Outcome:
     objective = build_objective(args, eod=0)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size)
     engine, spec = build_engine(args, Source(Take.NOTHING), groups, device)
-    first = whole_weights(engine, spec, groups)
+    first, unequal = whole_weights(engine, spec, groups)
     batches = data.train.batches(objective.collate, start_sample=0)
     accumulate = args.run.gradient_accumulation_steps or 1
     results = [engine.train_step(objective, list(islice(batches, accumulate))) for _ in range(task.steps)]
     held_out = data.valid.batches(objective.collate, start_sample=0)
     evaluation = engine.eval_step(objective, islice(held_out, (args.run.train_batch_size or 1) // args.data_parallel_size))
-    last = whole_weights(engine, spec, groups)
+    last, unequal_later = whole_weights(engine, spec, groups)
     outcome = Outcome(
         losses=tuple(result.metrics["lm_loss"] for result in results),
         norms=tuple(float(result.grad_norm) for result in results if result.grad_norm is not None),
         evaluation=evaluation["lm_loss"],
         initial={name: hashlib.sha256(value.tobytes()).hexdigest()[:16] for name, value in first.items()},
+        unequal=tuple(sorted(unequal | unequal_later)),
         drift=_drift(task, first, last) if rank == 0 else 0.0,
         seconds=time.perf_counter() - started,
     )
@@ -89,11 +92,10 @@ def run_rank(task: Task, rank: int) -> Outcome:
     return outcome
 
 
-def whole_weights(engine: Any, spec: Any, groups: Any) -> dict[str, Any]:
-    """Every weight of the whole model as a float32 array by canonical name, on global rank 0; elsewhere nothing.
+def whole_weights(engine: Any, spec: Any, groups: Any) -> tuple[dict[str, Any], set[str]]:
+    """Every weight of the whole model as a float32 array by canonical name, and the names of those whose copies are not equal.
 
-    Raises RuntimeError where ranks that should hold the same differ in any bit: replicas, stages that share a weight, and tensor
-    ranks for weights that are not split.
+    Both on global rank 0 only. Copies are those of replicas, of stages that share a weight, and of tensor ranks that do not split it.
     """
     import deepspeed
     import torch.distributed as dist
@@ -104,13 +106,13 @@ def whole_weights(engine: Any, spec: Any, groups: Any) -> dict[str, Any]:
     with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
         mine = {_canonical(name): parameter.detach().float().numpy().copy() for name, parameter in engine.module().named_parameters()}
     if groups.world.size == 1:
-        return mine
+        return mine, set()
     everybody: list[Any] = [None] * groups.world.size
     dist.all_gather_object(everybody, (groups.tp.rank, mine))
-    return _joined(everybody, spec, groups.tp.size) if groups.world.rank == 0 else {}
+    return _joined(everybody, spec, groups.tp.size) if groups.world.rank == 0 else ({}, set())
 
 
-def _joined(everybody: list[tuple[int, dict[str, Any]]], spec: Any, tensor_ranks: int) -> dict[str, Any]:
+def _joined(everybody: list[tuple[int, dict[str, Any]]], spec: Any, tensor_ranks: int) -> tuple[dict[str, Any], set[str]]:
     import torch
 
     from megatron.checkpoint.whole import shardings_of
@@ -118,19 +120,19 @@ def _joined(everybody: list[tuple[int, dict[str, Any]]], spec: Any, tensor_ranks
 
     table = shardings_of(spec, tensor_ranks)
     shards: dict[str, dict[int, Any]] = {}
+    unequal = set()
     for tensor_rank, weights in everybody:
         for name, value in weights.items():
             known = shards.setdefault(name, {}).setdefault(tensor_rank, value)
             if known.tobytes() != value.tobytes():
-                raise RuntimeError(f"two ranks that should hold the same {name} do not")
+                unequal.add(name)
     whole = {}
     for name, parts in shards.items():
-        how = table[name]
         ordered = [parts[rank] for rank in range(tensor_ranks)]
-        if isinstance(how, Replicated) and any(part.tobytes() != ordered[0].tobytes() for part in ordered):
-            raise RuntimeError(f"tensor ranks hold different {name}, which is not split")
-        whole[name] = join([torch.from_numpy(part) for part in ordered], how).numpy()
-    return whole
+        if isinstance(table[name], Replicated) and any(part.tobytes() != ordered[0].tobytes() for part in ordered):
+            unequal.add(name)
+        whole[name] = join([torch.from_numpy(part) for part in ordered], table[name]).numpy()
+    return whole, unequal
 
 
 def _drift(task: Task, first: Mapping[str, Any], last: Mapping[str, Any]) -> float:
@@ -188,16 +190,12 @@ def _forget_input_gradients(rank: int) -> None:
     comm._Copy.backward = staticmethod(lambda ctx, *grads: (grads[0], None))  # type: ignore[method-assign]
 
 
-def _half_the_gradient(rank: int) -> None:
+def _halve_the_gradient(rank: int) -> None:
     """The mean over two replicas where the sum belongs."""
-    from megatron.engine import sequential
+    import deepspeed
 
-    whole = sequential.SequentialPath.step
-
-    def step(self: Any, objective: Any, micro_batches: Any, denominator: Any, meter: Any) -> None:
-        whole(self, objective, micro_batches, denominator * 2, meter)
-
-    sequential.SequentialPath.step = step  # type: ignore[method-assign]
+    whole = deepspeed.DeepSpeedEngine.backward
+    deepspeed.DeepSpeedEngine.backward = lambda self, loss, **rest: whole(self, loss / 2, **rest)
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
@@ -206,6 +204,6 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "die": _die,
     "no tensor sums": _forget_tensor_sums,
     "no input gradient sums": _forget_input_gradients,
-    "half the gradient": _half_the_gradient,
+    "half the gradient": _halve_the_gradient,
 }
 """Faults of a rank's, set before it joins the job, with which the tests show that they are noticed."""
