@@ -8,8 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.neox_store import find_tag, named_step, read_weights, saved_steps, zero3_partitioned
+from megatron.checkpoint.neox_store import find_tag, named_step, saved_steps, zero3_partitioned
 from megatron.checkpoint.resume import COMPARED_ARGS
+from megatron.checkpoint.whole import read_shards, width_over
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec
@@ -69,8 +70,7 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     spec = build_spec(args)
     if folder is None or not spec.blocks[0].mlp.gated or zero3_partitioned(folder):
         return spec
-    columns = {tensor.shape[1] for name, tensor in read_weights(folder).items() if name.endswith("mlp.linear2.weight")}
-    width = columns.pop() * args.runtime.model_parallel_size if len(columns) == 1 else spec.blocks[0].mlp.width
+    width = width_over(read_shards(folder), "mlp.linear2.weight", 1) or spec.blocks[0].mlp.width
     convention = mlp_convention_of(args, width)
     if convention is None or width == spec.blocks[0].mlp.width:
         return spec

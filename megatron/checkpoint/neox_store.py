@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,25 +161,42 @@ def _may_hold_deepspeed_types(folder: Path) -> bool:
     return not any(folder.glob("*zero_pp_rank_*"))
 
 
-def load_module(directory: Path, tag: str | None, module: nn.Module, *, tensor_rank: int = 0) -> LoadReport:
-    """Copy a checkpoint's weights into `module` (names `[sequential.]<slot>.<parameter>`), all or nothing.
+Gather = Callable[[Any], AbstractContextManager[Any]]
+"""(list of parameters) -> within, they are whole where ZeRO-3 has partitioned them; what was written is spread again."""
 
-    Every parameter and persistent buffer must be in the checkpoint with its shape, and nothing else may be there.
-    Raises CheckpointError naming the tensors otherwise.
+
+def copy_weights(
+    weights: Mapping[str, Tensor], module: nn.Module, folder: Path, *, elsewhere: Collection[int] = (), gather: Gather | None = None
+) -> LoadReport:
+    """Copy weights by canonical name `<slot>.<parameter>` into `module`.
+
+    Every parameter and persistent buffer must be among them with its shape, and nothing else may be there.
+
+    folder:    where they are from
+    elsewhere: slots that other pipeline stages may hold; those of them that `module` lacks are passed over
+    Raises CheckpointError naming the tensors that do not fit; then nothing was copied.
     """
-    folder = directory / (tag if tag is not None else find_tag(directory))
-    return copy_weights(read_weights(folder, tensor_rank), module, folder)
-
-
-def copy_weights(weights: Mapping[str, Tensor], module: nn.Module, folder: Path) -> LoadReport:
-    """Copy weights by canonical name into `module`, all or nothing, as `load_module` does. folder: where they are from"""
     own = {_canonical(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     target = {name: tensor for name, tensor in own.items() if not _DERIVED.search(name)}
-    _check_names(folder, target, weights, tuple(_canonical(prefix) for prefix in unused_stored_prefixes(module)))
+    here = {_slot(name) for name in own}
+    wanted = [name for name in weights if _slot(name) in here or _slot(name) not in elsewhere]
+    shapes = {name: weights[name].shape for name in wanted}
+    _check_names(folder, target, shapes, tuple(_canonical(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
         for name, tensor in target.items():
-            tensor.copy_(weights[name].to(tensor.dtype))
-    return LoadReport(path=folder, tensors=len(target), parameters=sum(t.numel() for t in target.values()))
+            with nullcontext() if gather is None else gather([tensor]):
+                tensor.copy_(weights[name].to(tensor.dtype))
+    return LoadReport(path=folder, tensors=len(target), parameters=sum(_whole_shape(t).numel() for t in target.values()))
+
+
+def _slot(name: str) -> int:
+    number = name.partition(".")[0]
+    return int(number) if number.isdecimal() else -1
+
+
+def _whole_shape(tensor: Tensor) -> torch.Size:
+    """Also of a parameter that ZeRO-3 has partitioned."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 # FORMAT: derived tables some versions keep and none needs.
@@ -191,13 +209,13 @@ def _canonical(name: str) -> str:
     return re.sub(r"^(sequential\.|tied_modules\.embed\.)", lambda match: "" if match.group(1) == "sequential." else "0.", name)
 
 
-def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, Tensor], unused: tuple[str, ...]) -> None:
+def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, torch.Size], unused: tuple[str, ...]) -> None:
     missing = sorted(set(target) - set(weights))
     surplus = sorted(name for name in set(weights) - set(target) if not (_DERIVED.search(name) or name.startswith(unused)))
     shapes = [
-        f"{name}: model {tuple(target[name].shape)}, checkpoint {tuple(weights[name].shape)}"
+        f"{name}: model {tuple(_whole_shape(target[name]))}, checkpoint {tuple(weights[name])}"
         for name in sorted(set(target) & set(weights))
-        if target[name].shape != weights[name].shape
+        if _whole_shape(target[name]) != weights[name]
     ]
     if not (missing or surplus or shapes):
         return

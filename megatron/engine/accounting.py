@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron.data.batch import Batch
+from megatron.errors import TrainingError
+from megatron.mpu.collectives import of_all_ranks, of_last_rank
 from megatron.mpu.comm import all_reduce
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Groups
 from megatron.objectives.base import LossTerms, Objective
 
 
@@ -42,34 +45,65 @@ class MetricSum:
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def reduce(self, dp: Group, device: torch.device, **others: Tensor | None) -> tuple[dict[str, float], dict[str, float]]:
-        """Sum over data ranks and bring to the host together with `others` (already equal on all ranks), in one transfer."""
+    def reduce(self, groups: Groups, device: torch.device, **others: Tensor | None) -> tuple[dict[str, float], dict[str, float]]:
+        """Sum over replicas and bring to the host together with `others` (already equal on all ranks), in one transfer.
+
+        The sums of the last pipeline stage, which alone sees the loss, are everybody's.
+        """
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names]) if names else torch.zeros(0, device=device)
-        sums = all_reduce(sums, dp)
+        sums = all_reduce(sums, groups.replicas) if names else sums
         known = {name: value for name, value in others.items() if value is not None}
         values = torch.cat([sums, *(value.detach().float().reshape(1).to(device) for value in known.values())]).tolist()
-        return dict(zip(names, values, strict=False)), dict(zip(known, values[len(names) :], strict=True))
+        metrics = of_last_rank(dict(zip(names, values, strict=False)), groups.pp)
+        return metrics, dict(zip(known, values[len(names) :], strict=True))
 
 
-def mean_over(
-    objective: Objective,
-    micro_batches: Iterable[Batch],
-    terms: Callable[[Objective, Batch, Tensor], LossTerms],
-    dp: Group,
-    device: torch.device,
-) -> dict[str, float]:
-    """Metrics over a stream of micro batches, weighted by what each of them trains; sums over data ranks, no gradients.
+Terms = Callable[[Objective, Batch, Tensor], LossTerms]
+"""(objective, batch, denominator) -> loss and metrics of one micro batch."""
 
-    terms: (objective, batch, denominator) -> LossTerms
-    """
-    meter, weight = MetricSum(), 0.0
+
+def add_terms(objective: Objective, micro_batches: Iterable[Batch], terms: Terms, meter: MetricSum, device: torch.device) -> float:
+    """Add the metrics of every micro batch, with denominator 1, to `meter`; returns what all of them train."""
+    weight = 0.0
     one = torch.ones((), dtype=torch.float32, device=device)
     with torch.no_grad():
         for batch in micro_batches:
             meter.add(terms(objective, batch, one).metrics)
             weight += objective.denominator(batch)
-    meter.add({"": torch.tensor(weight, device=device)})
-    sums, _ = meter.reduce(dp, device)
-    total = sums.pop("") or 1.0
-    return {name: value / total for name, value in sums.items()}
+    return weight
+
+
+def weighted_mean(meter: MetricSum, weight: float, groups: Groups, device: torch.device) -> dict[str, float]:
+    """Metrics that were summed with denominator 1, divided by what the micro batches of all data ranks train.
+
+    weight: what those of this data rank train
+    """
+    total = float(all_reduce(torch.tensor(weight, dtype=torch.float32, device=device), groups.dp).item())
+    metrics, _ = meter.reduce(groups, device)
+    return {name: value / (total or 1.0) for name, value in metrics.items()}
+
+
+def require_same_batch(micro_batches: Sequence[Batch], groups: Groups) -> None:
+    """Raise TrainingError when the ranks that must train on the same samples do not: those of one tensor and pipeline grid.
+
+    They read the samples each for itself, so nothing but this compares them; it makes the host wait, so it is for debugging.
+    """
+    for axis, group in (("tensor", groups.tp), ("pipeline", groups.pp), ("context", groups.cp)):
+        digests = of_all_ranks(digest_of(micro_batches), group)
+        odd = [group.ranks[place] for place, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise TrainingError(
+                f"rank {odd[0]} reads other samples than rank {group.ranks[0]}, which is in its {axis} parallel group",
+                where="data paths",
+                mend="check that all hosts see the same data files and index maps (index_map_dir, use_shared_fs)",
+            )
+
+
+def digest_of(micro_batches: Sequence[Batch]) -> str:
+    """A fingerprint of everything in the batches."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in micro_batches:
+        for tensor in (batch.tokens, *targets_of(batch, torch.device("cpu")).values()):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -8,18 +8,22 @@ import os
 import torch
 
 from megatron.checkpoint.build import Source, Take, spec_for
-from megatron.checkpoint.neox_store import load_module
+from megatron.checkpoint.neox_store import copy_weights
+from megatron.checkpoint.whole import read_shards, shard_for
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.distributed import choose_device, rendezvous_from, seed_everything, start
+from megatron.engine.distributed import Shape, choose_device, rendezvous_from, seed_everything, start
 from megatron.engine.engine import TrainEngine
+from megatron.engine.grid import counted_here, entries_of, mark_split
+from megatron.engine.partitioning import Partitioning
 from megatron.engine.pipeline import LossOfStep, PipelinePath
 from megatron.engine.sequential import SequentialPath
 from megatron.engine.timers import Timers
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses
-from megatron.model.build import build_pipeline, build_transformer
+from megatron.model.build import build_pipeline, build_transformer, parameter_dtype
 from megatron.model.spec import BackendName, ModelSpec
+from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed import deepspeed_config
@@ -41,45 +45,69 @@ def join_job(args: NeoXArgs) -> tuple[Groups, torch.device]:
             where="global_num_gpus",
             mend=f"set global_num_gpus to {place.world_size}, or start {runtime.global_num_gpus} processes",
         )
-    if runtime.model_parallel_size > 1 or runtime.pipe_parallel_size > 1:
-        raise ConfigError(
-            f"model_parallel_size {runtime.model_parallel_size}, pipe_parallel_size {runtime.pipe_parallel_size}: not built yet",
-            where="model_parallel_size, pipe_parallel_size",
-            mend="use model_parallel_size 1 and pipe_parallel_size 0 or 1; data parallelism and ZeRO are available",
-        )
     device = choose_device(place.local_rank)
     if device.type == "cpu" and args.model.precision == "fp16":
         raise BackendError("fp16 does not run on a CPU", where="precision", mend="use bfloat16 or fp32")
-    groups = start(place, device)
-    seed_everything(args.run.seed + groups.dp.rank)
+    shape = Shape(
+        pipe=runtime.pipe_parallel_size,
+        tensor=runtime.model_parallel_size,
+        context=runtime.context_parallel_size,
+        sequence=runtime.sequence_parallel,
+    )
+    groups = start(place, device, shape)
+    # Tensor ranks draw alike (mpu/random.py); replicas and stages do not.
+    seed_everything(args.run.seed + groups.replicas.rank + STAGE_SEEDS * groups.pp.rank)
     return groups, device
+
+
+STAGE_SEEDS = 100_003
+"""Distance between the seeds of two pipeline stages; more than there are replicas."""
 
 
 def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.device) -> tuple[TrainEngine, ModelSpec]:
     """The engine, with the weights of `source` in it, and what its model is."""
     spec = spec_for(args, source.folder)
     pipelined = args.runtime.pipe_parallel_size >= 1
+    config = deepspeed_config(args)
+    partitioning = Partitioning(config, groups)
     loss_of_step = LossOfStep()
     model: torch.nn.Module
     if pipelined:
-        model = build_pipeline(args, spec, loss_fn=loss_of_step)
+        model = build_pipeline(args, spec, loss_fn=loss_of_step, groups=groups).to(device)
     else:
-        model = build_transformer(args, spec, groups=groups)
-    model = model.to(device)
-    if source.directory is not None and source.take in (Take.WEIGHTS, Take.WEIGHTS_AND_POSITION):
-        report = load_module(source.directory, source.tag, model)
+        with partitioning.building():
+            model = build_transformer(args, spec, groups=groups, gather=partitioning.gather)
+        model = model if partitioning.active else model.to(device)
+    if source.folder is not None and source.take in (Take.WEIGHTS, Take.WEIGHTS_AND_POSITION):
+        shard = shard_for(read_shards(source.folder), spec, groups.tp)
+        slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
+        report = copy_weights(shard, model, source.folder, elsewhere=slots, gather=partitioning.gather)
         log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(entries_of(p) for p in model.parameters())
     log.info(" > number of parameters on model parallel rank %d: %d", groups.tp.rank, count)
-    log.info(" > total params: %s", f"{count:,}")
-    say_what_serves_flash(spec, device, next(model.parameters()).dtype)
+    log.info(" > total params: %s", f"{total_parameters(model, groups, device):,}")
+    say_what_serves_flash(spec, device, parameter_dtype(args))
     optimizer = build_optimizer(args, model, device)
     runner = Runner(
-        model, optimizer, build_scheduler(args, optimizer), deepspeed_config(args), groups, save_optimizer=not args.checkpoint.no_save_optim
+        model,
+        optimizer,
+        build_scheduler(args, optimizer),
+        config,
+        groups,
+        pipelined=pipelined,
+        save_optimizer=not args.checkpoint.no_save_optim,
     )
     timers = Timers(device, enabled=args.logs.wall_clock_breakdown)
     path = PipelinePath(runner, loss_of_step, device, timers) if pipelined else SequentialPath(runner, device, timers)
     return TrainEngine(runner, path, device, timers), spec
+
+
+def total_parameters(model: torch.nn.Module, groups: Groups, device: torch.device) -> int:
+    """Number of the whole model's parameters; a collective call of all ranks."""
+    mark_split(model)
+    counted = counted_here(groups.tp)
+    own = torch.tensor(sum(entries_of(p) for p in model.parameters() if counted(p)), dtype=torch.int64, device=device)
+    return int(all_reduce(all_reduce(own, groups.tp), groups.pp).item())
 
 
 def say_what_serves_flash(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:

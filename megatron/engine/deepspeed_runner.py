@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.reading import read_torch_file
 from megatron.engine.base import Pieces
+from megatron.engine.grid import counted_here, grid_of, mark_split
 from megatron.engine.layout import Layout, refuse_other_layout
 from megatron.engine.pieces import pieces_of
 from megatron.errors import CheckpointError, TrainingError
@@ -56,6 +57,7 @@ class Runner:
     """A `deepspeed` engine around a model, an optimizer and a schedule.
 
     A plain torch optimizer (float32 without ZeRO) is clipped by DeepSpeed without telling the norm; a step pre-hook does both here.
+    pipelined:      the model is a pipeline module
     save_optimizer: whether checkpoints hold the optimizer's state
     """
 
@@ -67,6 +69,7 @@ class Runner:
         config: Mapping[str, Any],
         groups: Groups,
         *,
+        pipelined: bool = False,
         save_optimizer: bool = True,
     ) -> None:
         config = dict(config)
@@ -76,11 +79,18 @@ class Runner:
         self._clipper: GradientClipper | None = None
         if _is_plain(config):
             optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._tell_watchers())
-            self._clipper = GradientClipper(model.parameters(), float(config.get("gradient_clipping", 0.0)))
+            limit, counted = float(config.get("gradient_clipping", 0.0)), counted_here(groups.tp)
+            self._clipper = GradientClipper(model.parameters(), limit, over=(groups.tp, groups.pp), counted=counted)
             optimizer.register_step_pre_hook(self._clipper)
             config["gradient_clipping"] = 0.0
+        mark_split(model)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=config, dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=config,
+            dist_init_required=False,
+            mpu=None if pipelined else grid_of(groups),  # the pipeline engine takes its module's
         )
         _forget_rehearsal(self.optimizer)
         self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config, optimizer=save_optimizer)
@@ -107,7 +117,7 @@ class Runner:
 
     def pieces(self) -> Pieces:
         """What of each parameter is on this rank."""
-        return pieces_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.dp.rank)
+        return pieces_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.replicas.rank)
 
     @property
     def learning_rate(self) -> float:
@@ -177,7 +187,9 @@ class Runner:
 
     def _layout(self) -> Layout:
         engine = self.deepspeed
-        return Layout(pipelined=bool(engine.pipeline_parallelism), partitions=self.groups.dp.size if engine.zero_optimization() else 0)
+        return Layout(
+            pipelined=bool(engine.pipeline_parallelism), partitions=self.groups.replicas.size if engine.zero_optimization() else 0
+        )
 
     def _restore_numbers(self, configured: list[dict[str, Any]]) -> None:
         """The configuration's optimizer numbers win over the checkpoint's; every change is said once."""

@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 from megatron.errors import BackendError, ConfigError, LostRankError
 from megatron.log import get_logger
-from megatron.mpu.groups import Group, Groups
+from megatron.mpu.comm import open_groups
+from megatron.mpu.groups import Groups
+from megatron.mpu.topology import Topology
 
 log = get_logger(__name__)
 
@@ -35,6 +37,16 @@ class Rendezvous:
     world_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How processes share the work: sizes of the axes beside data parallelism, and whether tensor ranks spread the sequence."""
+
+    pipe: int = 1
+    tensor: int = 1
+    context: int = 1
+    sequence: bool = False
 
 
 # Names under which each kind of start hands over rank, local rank and world size; the first complete row wins.
@@ -94,8 +106,13 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def start(place: Rendezvous, device: torch.device, *, timeout_minutes: float = 30.0) -> Groups:
-    """Join the job through DeepSpeed and return this rank's groups (data parallel over the whole world for now)."""
+def start(place: Rendezvous, device: torch.device, shape: Shape | None = None, *, timeout_minutes: float = 30.0) -> Groups:
+    """Join the job through DeepSpeed and return this rank's groups.
+
+    Raises ConfigError when the job's processes cannot be shared out as `shape` asks.
+    """
+    shape = shape or Shape()
+    topology = Topology.of_world(place.world_size, pipe=shape.pipe, tensor=shape.tensor, context=shape.context)
     os.environ.update(
         RANK=str(place.rank),
         LOCAL_RANK=str(place.local_rank),
@@ -113,10 +130,7 @@ def start(place: Rendezvous, device: torch.device, *, timeout_minutes: float = 3
             verbose=False,
             timeout=timedelta(minutes=timeout_minutes),
         )
-    ranks = tuple(range(place.world_size))
-    handle = dist.group.WORLD if place.world_size > 1 else None
-    world = Group(rank=place.rank, size=place.world_size, handle=handle, ranks=ranks)
-    return Groups(dp=world, world=world)
+    return open_groups(topology, place.rank, sequence=shape.sequence)
 
 
 # What gloo and NCCL say when the other end of a connection is gone or silent.

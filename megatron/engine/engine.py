@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, global_denominator, mean_over
+from megatron.engine.accounting import MetricSum, global_denominator, require_same_batch, weighted_mean
 from megatron.engine.base import Pieces, StepResult
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.timers import Timers
-from megatron.objectives.base import LossTerms, Objective
+from megatron.log import get_logger
+from megatron.objectives.base import Objective
+
+log = get_logger(__name__)
 
 
 class ComputePath(Protocol):
@@ -25,8 +29,8 @@ class ComputePath(Protocol):
     def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
         """One optimizer step."""
 
-    def terms(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
-        """Loss and metrics of one micro batch without a step."""
+    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> float:
+        """Add the metrics of all micro batches, without a step and with denominator 1, to `meter`; returns what they train."""
 
 
 class TrainEngine:
@@ -42,14 +46,16 @@ class TrainEngine:
     def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over this data rank's micro batches."""
         started = time.perf_counter()
-        dp = self.groups.dp
+        groups = self.groups
         learning_rate = self.runner.learning_rate
-        denominator = global_denominator(objective, micro_batches, dp, self.device)
+        if log.isEnabledFor(logging.DEBUG):
+            require_same_batch(micro_batches, groups)
+        denominator = global_denominator(objective, micro_batches, groups.dp, self.device)
         meter = MetricSum()
         self.module().train()
         self._path.step(objective, micro_batches, denominator, meter)
-        metrics, others = meter.reduce(dp, self.device, grad_norm=self.runner.grad_norm)
-        samples = sum(batch.tokens.shape[0] for batch in micro_batches) * dp.size
+        metrics, others = meter.reduce(groups, self.device, grad_norm=self.runner.grad_norm)
+        samples = sum(batch.tokens.shape[0] for batch in micro_batches) * groups.dp.size
         return StepResult(
             metrics=metrics,
             learning_rate=learning_rate,
@@ -65,7 +71,9 @@ class TrainEngine:
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         """Metrics over a stream of micro batches, weighted by what each of them trains; sums over all data ranks."""
         self.module().eval()
-        metrics = mean_over(objective, micro_batches, self._path.terms, self.groups.dp, self.device)
+        meter = MetricSum()
+        weight = self._path.evaluate(objective, micro_batches, meter)
+        metrics = weighted_mean(meter, weight, self.groups, self.device)
         self.module().train()
         return metrics
 

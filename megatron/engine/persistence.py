@@ -76,7 +76,7 @@ class Saver:
             client_state[STORED] = self.forward()
         if self.rng:
             # Only the first data rank writes its client state.
-            states = of_all_ranks(capture_rng(), self.engine.groups.dp)
+            states = of_all_ranks(capture_rng(), self.engine.groups.replicas)
             client_state.update(states[0])
             client_state[OURS].update({RNG: states} if len(states) > 1 else {})
         tag = step_tag(iteration)
@@ -108,7 +108,7 @@ def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Ma
         )
     client_state = engine.load(directory, tag)
     if rng:
-        take_up_rng(client_state, engine.groups.dp, folder)
+        take_up_rng(client_state, engine.groups.replicas, folder)
     return _position(client_state, folder, batch_size)
 
 
@@ -117,7 +117,7 @@ def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any]
     client_state = bookkeeping(folder, deepspeed_types=True)
     compare_args(compared, client_state.get("args"), folder)
     if rng:
-        take_up_rng(client_state, engine.groups.dp, folder)
+        take_up_rng(client_state, engine.groups.replicas, folder)
     position = _position(client_state, folder, batch_size)
     engine.set_schedule_step(position.iteration)
     return position

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from megatron.engine.accounting import MetricSum, targets_of
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
-from megatron.objectives.base import LossTerms, Objective
+from megatron.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class _Step:
     objective: Objective
     denominator: Tensor
     names: tuple[str, ...]
-    factor: float
     meter: MetricSum
-    before_backward: Callable[[], None]
+    factor: float = 1.0
+    before_backward: Callable[[], None] = lambda: None
 
 
 class LossOfStep:
@@ -50,28 +52,57 @@ class LossOfStep:
 
 
 class PipelinePath:
-    """The plan as a DeepSpeed PipelineModule; one optimizer step is one `train_batch`."""
+    """The plan as a DeepSpeed PipelineModule; one optimizer step is one `train_batch`.
+
+    The objective runs on the last stage alone, and adds its metrics there.
+    """
 
     def __init__(self, runner: Runner, loss_of_step: LossOfStep, device: torch.device, timers: Timers | None = None) -> None:
         self._runner = runner
         self._timers = timers or Timers()
         self._loss = loss_of_step
         self._device = device
+        self._shape: tuple[int, ...] | None = None
 
     def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         prepared = [(batch.tokens, targets_of(batch, self._device)) for batch in micro_batches]
-        factor = float(len(micro_batches) * self._runner.groups.dp.size)
-        self._loss.current = _Step(objective, denominator, tuple(prepared[0][1]), factor, meter, self._runner.begin_backward)
+        factor = float(len(micro_batches) * self._runner.groups.replicas.size)
+        step = _Step(objective, denominator, tuple(prepared[0][1]), meter, factor, self._runner.begin_backward)
+        with self._during(step), self._timers("train_batch"):
+            self._fit_buffers(prepared[0][0])
+            self._runner.deepspeed.train_batch(data_iter=iter(rows_of(prepared)))
+
+    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> float:
+        """Add the metrics of all micro batches to `meter`; returns what they train. Stages work on several micro batches at a time."""
+        weight = 0.0
+        one = torch.ones((), dtype=torch.float32, device=self._device)
+        batches = iter(micro_batches)
+        while group := list(islice(batches, self._runner.groups.pp.size * 2)):
+            prepared = [(batch.tokens, targets_of(batch, self._device)) for batch in group]
+            with self._during(_Step(objective, one, tuple(prepared[0][1]), meter)):
+                self._fit_buffers(prepared[0][0])
+                self._runner.deepspeed.eval_batch(
+                    iter(rows_of(prepared)), reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
+                )
+            weight += sum(objective.denominator(batch) for batch in group)
+        return weight
+
+    @contextmanager
+    def _during(self, step: _Step) -> Iterator[None]:
+        self._loss.current = step
         try:
-            rows = [((tokens, targets["segments"]), tuple(targets.values())) for tokens, targets in prepared]
-            with self._timers("train_batch"):
-                self._runner.deepspeed.train_batch(data_iter=iter(rows))
+            yield
         finally:
             self._loss.current = None
 
-    def terms(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
-        """Loss and metrics of one micro batch, for evaluation (the whole model is on this stage)."""
-        targets = targets_of(batch, self._device)
-        logits = self._runner.deepspeed.module((batch.tokens.to(self._device), targets["segments"]))
-        return objective.loss(logits, targets, denominator)
+    def _fit_buffers(self, tokens: Tensor) -> None:
+        """What stages send to each other has the shape of the first micro batch; forget that where another one comes."""
+        if self._shape not in (None, tuple(tokens.shape)):
+            self._runner.deepspeed.reset_activation_shape()
+        self._shape = tuple(tokens.shape)
+
+
+def rows_of(prepared: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> list[tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]]:
+    """Micro batches in the form that DeepSpeed wants: (input of the first stage, targets of the last)."""
+    return [((tokens, targets["segments"]), tuple(targets.values())) for tokens, targets in prepared]

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, targets_of
+from megatron.engine.accounting import MetricSum, add_terms, targets_of
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.timers import Timers
 from megatron.objectives.base import LossTerms, Objective
@@ -32,17 +33,17 @@ class SequentialPath:
                 terms = self._terms(engine, objective, batch, denominator)
                 meter.add(terms.metrics)
             with self._timers("backward"):
-                # DeepSpeed averages gradients over data ranks; the denominator has divided by the whole batch already. The product must be
+                # DeepSpeed averages gradients over replicas; the denominator has divided by the whole batch already. The product must be
                 # made on one rank, too: on the very tensor that forward returned, DeepSpeed would divide by the accumulation steps.
-                engine.backward(terms.loss * self._runner.groups.dp.size, scale_wrt_gas=False)
+                engine.backward(terms.loss * self._runner.groups.replicas.size, scale_wrt_gas=False)
             with self._timers("optimizer"):
                 if number == len(micro_batches):
                     self._runner.about_to_update()
                 engine.step()
 
-    def terms(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
-        """Loss and metrics of one micro batch, for evaluation."""
-        return self._terms(self._runner.deepspeed.module, objective, batch, denominator)
+    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> float:
+        """Add the metrics of all micro batches to `meter`; returns what they train."""
+        return add_terms(objective, micro_batches, partial(self._terms, self._runner.deepspeed.module), meter, self._device)
 
     def _terms(self, model: Any, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
         targets = targets_of(batch, self._device)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
-from megatron.engine.accounting import mean_over, targets_of
+from megatron.engine.accounting import MetricSum, add_terms, targets_of, weighted_mean
 from megatron.errors import ConfigError, required
 from megatron.generation.build import load_model
 from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.validation import with_perplexity
 from megatron.log import get_logger
 from megatron.model.transformer import Transformer
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.objectives.base import LossTerms, Objective
 from megatron.objectives.build import build_objective
@@ -37,7 +37,7 @@ class _Terms:
     model: Transformer
 
     def __call__(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
-        """See `mean_over`."""
+        """See `Terms` of engine/accounting.py."""
         device = denominator.device
         targets = targets_of(batch, device)
         logits = self.model(batch.tokens.to(device), targets["segments"])
@@ -60,16 +60,18 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
     splits = build_data(args, streams=objective.streams)
     device = next(loaded.model.parameters()).device
     batches = args.run.eval_iters * required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
-    results, alone = {}, Group.single()
+    results, alone = {}, Groups.single()
     for name, split in (("validation", splits.valid), ("test", splits.test)):
         if split is None:
             continue
         micro_batches = islice(split.batches(objective.collate, start_sample=0), batches)
         counting = Characters(tokenizer.decode, tokenizer.eod)
         seen = counting.counted(micro_batches) if args.run.char_level_ppl else micro_batches
-        metrics = mean_over(objective, seen, _Terms(loaded.model), alone, device)
+        meter = MetricSum()
+        weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+        metrics = weighted_mean(meter, weight, alone, device)
         if args.run.char_level_ppl:
-            metrics[PER_CHARACTER] = counting.per_character(alone, device)
+            metrics[PER_CHARACTER] = counting.per_character(alone.dp, device)
         results[name] = with_perplexity(metrics)
         log.info("%s", json.dumps({name: results[name]}))
     if not results:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.engine.base import Engine, Pieces, StepResult
+from megatron.engine.grid import entries_of
 from megatron.errors import TrainingError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.mpu.comm import all_reduce
@@ -140,8 +141,3 @@ def square(tensor: Tensor) -> Tensor:
     """Sum of squares: a float64 scalar, which a sum over many parameters and ranks keeps exact enough."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
     return norm.double().square()
-
-
-def entries_of(parameter: nn.Parameter) -> int:
-    """Number of entries, also of a parameter that ZeRO-3 has put away."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.model.attention.layer import SelfAttention
 from megatron.model.mlp import MLP
-from megatron.model.norms import build_norm
+from megatron.model.norms import ALONE, build_norm
 from megatron.model.spec import BlockSpec, Residual
 from megatron.model.stream import Stream
-from megatron.mpu.comm import reduce
+from megatron.mpu.comm import leave
 from megatron.mpu.groups import Group
+from megatron.mpu.random import dropout
 
 if TYPE_CHECKING:
     from megatron.model.cache import LayerCache
@@ -35,16 +35,19 @@ class TransformerBlock(nn.Module):
         # In the parallel forms both sublayers give this rank's share, and one reduce serves their sum.
         defer = form in (Residual.PARALLEL, Residual.PARALLEL_TIED)
         if form is not Residual.POST_SUBLAYER:
-            self.input_layernorm = build_norm(spec.norm)
+            self.input_layernorm = build_norm(spec.norm, tp=tp)
         self.attention = SelfAttention(spec.attention, tp=tp, defer_reduce=defer)
         if form is not Residual.PARALLEL_TIED:
-            self.post_attention_layernorm = build_norm(spec.norm)
+            self.post_attention_layernorm = build_norm(spec.norm, tp=tp)
         if form is Residual.POST_SUBLAYER:
-            self.post_feedforward_layernorm = build_norm(spec.norm)
+            self.post_feedforward_layernorm = build_norm(spec.norm, tp=tp)
         self.mlp = MLP(spec.mlp, tp=tp, defer_reduce=defer)
 
     def forward(self, stream: Stream, cache: LayerCache | None = None) -> Stream:
-        """hidden [b, s, h], segments [b, s] -> the same shapes. In place of segments, the `Documents` made of them may come."""
+        """hidden [b, s, h], segments [b, s] -> the same shapes. In place of segments, the `Documents` made of them may come.
+
+        Where tp spreads the sequence, hidden is this rank's [b, s / tp, h].
+        """
         hidden, segments = stream
         if self.form is Residual.SEQUENTIAL:
             hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), segments, cache))
@@ -55,9 +58,9 @@ class TransformerBlock(nn.Module):
         else:
             normed = self.input_layernorm(hidden)
             mlp_input = normed if self.form is Residual.PARALLEL_TIED else self.post_attention_layernorm(hidden)
-            # Dropout before the reduce draws the same mask on every rank of tp, so it drops whole sums.
-            share = self._drop(self.attention(normed, segments, cache)) + self._drop(self.mlp(mlp_input))
-            hidden = hidden + reduce(share, self.tp)
+            # Dropout before the sum draws the same mask of the whole sequence on every rank of tp, so it drops whole sums.
+            share = self._drop_whole(self.attention(normed, segments, cache)) + self._drop_whole(self.mlp(mlp_input))
+            hidden = hidden + leave(share, self.tp)
         return Stream(hidden, segments)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -67,7 +70,10 @@ class TransformerBlock(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout > 0.0 else x
+        return dropout(x, self.dropout, self.tp, training=self.training)
+
+    def _drop_whole(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout, ALONE, training=self.training)
 
 
 def unused_stored_prefixes(module: nn.Module) -> tuple[str, ...]:

@@ -82,7 +82,10 @@ def build_pipeline(
     loss_fn, topology: see `pipeline_module`; topology None = pipe, data, model axes of the configured sizes
     """
     if topology is None:
-        topology = topology_of(args.runtime.pipe_parallel_size, args.data_parallel_size, args.runtime.model_parallel_size)
+        runtime = args.runtime
+        # DeepSpeed counts the ranks that share a sequence among those with the same weights, which they have.
+        replicas = args.data_parallel_size * runtime.context_parallel_size
+        topology = topology_of(runtime.pipe_parallel_size, replicas, runtime.model_parallel_size)
     choices = PipelineChoices(
         partition_method=args.runtime.pipe_partition_method,
         recompute=recompute_of(args),

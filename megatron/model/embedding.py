@@ -7,22 +7,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.errors import NeoXError
 from megatron.model.attention.masks import document_positions
 from megatron.model.spec import EmbeddingSpec, Positions
 from megatron.model.stream import Stream
+from megatron.mpu.comm import own_part
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import VocabEmbedding
+from megatron.mpu.random import dropout
 
 if TYPE_CHECKING:
     from megatron.model.cache import LayerCache
 
 
 class Embedding(nn.Module):
-    """Tokens [b, s] -> hidden [b, s, h].
+    """Tokens [b, s] -> hidden [b, s, h], or this rank's [b, s / tp, h] where tp spreads the sequence.
 
     FORMAT: word_embeddings.weight [v / tp, h]; learned positions position_embeddings.weight [max_positions + offset, h].
     """
@@ -30,6 +31,7 @@ class Embedding(nn.Module):
     def __init__(self, spec: EmbeddingSpec, *, tp: Group) -> None:
         super().__init__()
         self.spec = spec
+        self.tp = tp
         self.word_embeddings = VocabEmbedding(spec.vocab_size, spec.hidden_size, tp=tp)
         if spec.positions is Positions.LEARNED:
             self.position_embeddings = nn.Embedding(spec.max_positions + spec.position_offset, spec.hidden_size)
@@ -57,10 +59,8 @@ class Embedding(nn.Module):
         if spec.positions in (Positions.LEARNED, Positions.SINUSOIDAL):
             before = 0 if cache is None else cache.length
             added = self._positions(document_positions(segments, before), before + tokens.shape[1])
-            hidden = hidden + added.to(hidden.dtype) * spec.position_multiplier
-        if spec.dropout > 0.0:
-            hidden = F.dropout(hidden, spec.dropout, self.training)
-        return Stream(hidden, segments)
+            hidden = hidden + own_part(added.to(hidden.dtype), self.tp) * spec.position_multiplier
+        return Stream(dropout(hidden, spec.dropout, self.tp, training=self.training), segments)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         # FORMAT: the reference stores a sinusoidal table's frequencies; they are recomputed.

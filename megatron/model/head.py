@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.model.blockwise import blockwise_nll, blockwise_token_logps
-from megatron.model.norms import build_norm
+from megatron.model.norms import ALONE, build_norm
 from megatron.model.spec import HeadSpec, NormSpec
 from megatron.model.stream import Stream
 from megatron.mpu import comm
@@ -56,9 +56,9 @@ Read = Callable[[Logits], Any]
 class FinalNorm(nn.Module):
     """The norm before the head. FORMAT: norm.weight, norm.bias | norm.scale | norm.g."""
 
-    def __init__(self, spec: NormSpec, *, tp: Group | None = None) -> None:
+    def __init__(self, spec: NormSpec, *, tp: Group = ALONE) -> None:
         super().__init__()
-        self.norm = build_norm(spec)
+        self.norm = build_norm(spec, tp=tp)
 
     def forward(self, stream: Stream) -> Stream:
         """hidden [b, s, h] -> [b, s, h]."""
@@ -86,7 +86,7 @@ def tied_logits(embedding: Any, stream: Stream, spec: HeadSpec | None = None, re
 
 
 def _finish(stream: Stream, weight: Tensor, tp: Group, spec: HeadSpec | None, read: Read | None) -> Any:
-    hidden, _ = stream
+    hidden = comm.whole_sequence(stream[0], tp)
     if spec is not None and spec.multiplier != 1.0:
         hidden = hidden * spec.multiplier
     logits = Logits(hidden=hidden, weight=weight, tp=tp, block_rows=0 if spec is None else spec.block_rows)

@@ -13,50 +13,57 @@ from megatron.mpu import comm
 from megatron.mpu.groups import Group
 from megatron.mpu.sharding import Sharding, Split, local_size
 
+ALONE = Group.single()
+
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al., arXiv 1607.06450); without weights when not affine."""
 
-    def __init__(self, size: int, eps: float, *, bias: bool = True, affine: bool = True, device: torch.device | str | None = None) -> None:
+    def __init__(self, size: int, eps: float, *, tp: Group = ALONE, bias: bool = True, affine: bool = True) -> None:
         super().__init__()
+        self.tp = tp
         self.size = size
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, device=device)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(size, device=device)) if affine and bias else None
+        self.weight = nn.Parameter(torch.ones(size)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(size)) if affine and bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> same shape."""
+        weight = None if self.weight is None else comm.whole_weight(self.weight, self.tp)
+        bias = None if self.bias is None else comm.whole_weight(self.bias, self.tp)
         # The fused kernel keeps mean and variance of 16-bit inputs in float32.
-        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+        return F.layer_norm(x, (self.size,), weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich, arXiv 1910.07467)."""
 
-    def __init__(self, size: int, eps: float, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, size: int, eps: float, *, tp: Group = ALONE) -> None:
         super().__init__()
+        self.tp = tp
         self.size = size
         self.eps = eps
-        self.scale = nn.Parameter(torch.ones(size, device=device))
+        self.scale = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> same shape."""
-        return rms_norm(x, (self.size,), self.scale, self.eps)
+        return rms_norm(x, (self.size,), comm.whole_weight(self.scale, self.tp), self.eps)
 
 
 class ScaleNorm(nn.Module):
     """g * x / max(|x|, eps) with one learned length g (Nguyen and Salazar, arXiv 1910.05895)."""
 
-    def __init__(self, eps: float, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, eps: float, *, tp: Group = ALONE) -> None:
         super().__init__()
+        self.tp = tp
         self.eps = eps
-        self.g = nn.Parameter(torch.ones(1, device=device))
+        self.g = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> same shape."""
         exact = x.float()
         length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp(min=self.eps)
-        out: Tensor = exact * (self.g.float() / length)
+        out: Tensor = exact * (comm.whole_weight(self.g, self.tp).float() / length)
         return out.to(x.dtype)
 
 
@@ -68,13 +75,16 @@ def rms_norm(x: Tensor, shape: tuple[int, ...], scale: Tensor | None, eps: float
     return F.rms_norm(x, shape, scale, eps)
 
 
-def build_norm(spec: NormSpec, *, device: torch.device | str | None = None) -> nn.Module:
-    """The norm of a spec. FORMAT: parameters weight, bias | scale | g | none."""
+def build_norm(spec: NormSpec, *, tp: Group = ALONE) -> nn.Module:
+    """The norm of a spec. FORMAT: parameters weight, bias | scale | g | none.
+
+    tp: where its ranks spread the sequence, the norm sees this rank's part of it
+    """
     if spec.kind is NormKind.RMSNORM:
-        return RMSNorm(spec.size, spec.eps, device=device)
+        return RMSNorm(spec.size, spec.eps, tp=tp)
     if spec.kind is NormKind.SCALENORM:
-        return ScaleNorm(spec.eps, device=device)
-    return LayerNorm(spec.size, spec.eps, bias=spec.bias, affine=spec.kind is NormKind.LAYERNORM, device=device)
+        return ScaleNorm(spec.eps, tp=tp)
+    return LayerNorm(spec.size, spec.eps, tp=tp, bias=spec.bias, affine=spec.kind is NormKind.LAYERNORM)
 
 
 class HeadNorm(nn.Module):
@@ -85,9 +95,7 @@ class HeadNorm(nn.Module):
     Raises ConfigError for ScaleNorm.
     """
 
-    def __init__(
-        self, spec: NormSpec, heads: int, head_dim: int, *, tp: Group, flat: bool, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, spec: NormSpec, heads: int, head_dim: int, *, tp: Group, flat: bool) -> None:
         super().__init__()
         if spec.kind is NormKind.SCALENORM:
             raise ConfigError("scalenorm cannot normalise queries and keys", where="use_qk_layernorm", mend="use layernorm or rmsnorm")
@@ -99,9 +107,9 @@ class HeadNorm(nn.Module):
         self.count = heads * head_dim
         self.rms = spec.kind is NormKind.RMSNORM
         affine = spec.kind is not NormKind.NON_PARAMETRIC
-        self.scale = nn.Parameter(torch.ones(shape, device=device)) if affine and self.rms else None
-        self.weight = nn.Parameter(torch.ones(shape, device=device)) if affine and not self.rms else None
-        self.bias = nn.Parameter(torch.zeros(shape, device=device)) if affine and not self.rms and spec.bias else None
+        self.scale = nn.Parameter(torch.ones(shape)) if affine and self.rms else None
+        self.weight = nn.Parameter(torch.ones(shape)) if affine and not self.rms else None
+        self.bias = nn.Parameter(torch.zeros(shape)) if affine and not self.rms and spec.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, heads / tp, d] -> same shape."""

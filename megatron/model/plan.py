@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding
 from megatron.model.head import FinalNorm, LMHead, tied_logits
 from megatron.model.init import Initialiser
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import ModelSpec, Positions
 from megatron.mpu.groups import Group
 
 
@@ -47,7 +47,9 @@ def layer_plan(spec: ModelSpec) -> list[Slot]:
     count = spec.num_layers
     if spec.tied:
         first = Slot(0, Embedding, spec.embedding, tie="embed")
-        last = Slot(count + 4, Embedding, spec.embedding, tie="embed", head=partial(tied_logits, spec=spec.head))
+        # On a stage of its own the head needs no positions; where both are on one stage, they are the first slot's module.
+        table = replace(spec.embedding, positions=Positions.NONE)
+        last = Slot(count + 4, Embedding, table, tie="embed", head=partial(tied_logits, spec=spec.head))
     else:
         first = Slot(0, Embedding, spec.embedding)
         last = Slot(count + 4, LMHead, spec.head)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,8 @@ def rotary_frequencies(spec: RotarySpec) -> tuple[Tensor, float]:
     if scaling is not None and scaling.kind == "ntk":
         # NTK-aware: raise the base so that the slowest pair is interpolated by `factor` and the fastest not at all.
         base = base * scaling.factor ** (spec.dim / (spec.dim - 2))
-    plain = 1.0 / base ** (torch.arange(0, spec.dim, 2, dtype=torch.float32, device="cpu") / spec.dim)
+    # Integers first: while ZeRO-3 partitions what is built, torch makes floats in the model's precision.
+    plain = 1.0 / base ** (torch.arange(0, spec.dim, 2, device="cpu").to(torch.float32) / spec.dim)
     if scaling is None or scaling.kind in ("ntk", "default"):
         return plain, 1.0
     if scaling.kind == "linear":
@@ -63,7 +65,7 @@ def _yarn(plain: Tensor, spec: RotarySpec, scaling: RopeScaling) -> Tensor:
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), spec.dim - 1)
-    index = torch.arange(spec.dim // 2, dtype=torch.float32, device="cpu")
+    index = torch.arange(spec.dim // 2, device="cpu").to(torch.float32)
     interpolated = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
     return plain / scaling.factor * interpolated + plain * (1 - interpolated)
 
@@ -202,7 +204,7 @@ class Alibi(_Derived):
         super().__init__()
         local = local_size(heads, tp.size, "attention heads")
         mine = alibi_slopes(heads)[tp.rank * local : (tp.rank + 1) * local]
-        self.per_head = torch.tensor(mine, dtype=torch.float32, device="cpu")
+        self.per_head = torch.from_numpy(np.array(mine, np.float32))  # not torch.tensor: see rotary_frequencies
 
     def forward(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """Bias [n, s, t] float32 for the last `queries` of `keys` positions."""

@@ -35,3 +35,12 @@ def of_all_ranks(value: T, group: Group) -> list[T]:
     values: list[T] = [value] * group.size
     dist.all_gather_object(values, value, group=group.handle)
     return values
+
+
+def of_last_rank(value: T, group: Group) -> T:
+    """The last rank's value (anything that can be pickled), on all of them."""
+    if group.size == 1:
+        return value
+    box: list[T] = [value]
+    dist.broadcast_object_list(box, src=group.ranks[-1], group=group.handle)
+    return box[0]

@@ -11,6 +11,7 @@ In the table of a pair, the backward pass is the other's forward pass:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.mpu.groups import Group, Groups
-from megatron.mpu.topology import Topology
+from megatron.mpu.topology import AXES, Topology
 
 # ---- without gradients -------------------------------------------------------------------------------------------
 
@@ -168,27 +169,64 @@ def mix(x: Tensor, group: Group) -> Tensor:
     return copy(reduce(x, group), group)
 
 
+# ---- where split layers begin and end ----------------------------------------------------------------------------
+
+
+def enter(x: Tensor, tp: Group) -> Tensor:
+    """Input of a layer that is split over tp: x [b, s, ...], or where the sequence is spread its part of it -> [b, s, ...]."""
+    return spread(x, tp) if tp.sequence else copy(x, tp)
+
+
+def leave(x: Tensor, tp: Group) -> Tensor:
+    """Partial sums of a layer that is split over tp, [b, s, ...] -> their sum, or where the sequence is spread this rank's part of it."""
+    return reduce_scatter(x, tp) if tp.sequence else reduce(x, tp)
+
+
+def whole_weight(weight: Tensor, tp: Group) -> Tensor:
+    """A replicated weight that works on this rank's part of the sequence: its gradient is summed over tp."""
+    return copy(weight, tp) if tp.sequence else weight
+
+
+def own_part(x: Tensor, tp: Group) -> Tensor:
+    """What is equal on all ranks of tp, [b, s, ...] -> the part this rank works on, [b, s / tp, ...] where the sequence is spread."""
+    return scatter(x, tp, 1) if tp.sequence else x
+
+
+def whole_sequence(x: Tensor, tp: Group) -> Tensor:
+    """The inverse of `own_part`; what follows is the same work on every rank."""
+    return gather(x, tp, 1) if tp.sequence else x
+
+
 # ---- process groups ----------------------------------------------------------------------------------------------
 
 
-def open_groups(topology: Topology, rank: int) -> Groups:
+def open_groups(topology: Topology, rank: int, *, sequence: bool = False) -> Groups:
     """Create every group of the grid (a collective call of all ranks) and return those of `rank`.
 
+    sequence: tensor parallel ranks spread activations along the sequence between their split layers
     torch.distributed must be initialised unless the world is one process.
     """
 
-    def along(axis: str) -> Group:
-        mine = Group.single()
-        for ranks in topology.groups(axis):
-            if len(ranks) == 1:
-                if rank in ranks:
-                    mine = Group(ranks=ranks)
-                continue
-            handle = dist.new_group(list(ranks))
-            if rank in ranks:
-                mine = Group(rank=ranks.index(rank), size=len(ranks), handle=handle, ranks=ranks)
-        return mine
+    several = topology.world > 1
+    # Groups of one have a handle, too: to torch and DeepSpeed, none would mean everybody.
+    alone = dist.new_group([rank], use_local_synchronization=True) if several else None
 
-    size = topology.world
-    world = Group(rank=rank, size=size, handle=dist.group.WORLD if size > 1 else None, ranks=tuple(range(size)))
-    return Groups(tp=along("tensor"), pp=along("pipe"), dp=along("data"), world=world)
+    def along(*axes: str) -> Group:
+        mine = topology.members(axes, rank)
+        handle = alone
+        if len(mine) == topology.world:
+            handle = dist.group.WORLD if several else None
+        elif len(mine) > 1:
+            made = {ranks: dist.new_group(list(ranks)) for ranks in topology.groups(axes)}
+            handle = made[mine]
+        return Group(rank=mine.index(rank), size=len(mine), handle=handle, ranks=mine)
+
+    tp = along("tensor")
+    return Groups(
+        tp=replace(tp, sequence=sequence and tp.size > 1),
+        pp=along("pipe"),
+        dp=along("data"),
+        cp=along("context"),
+        replicas=along("data", "context"),
+        world=along(*AXES),
+    )

@@ -15,13 +15,16 @@ class Group:
     """One axis of parallelism as seen by this rank.
 
     rank, size: this process within the group
-    handle:     the torch process group; None when size == 1
+    handle:     the torch process group; None without torch.distributed
+    ranks:      global ranks of the members, in order
+    sequence:   tensor group only: between split layers activations lie spread along the sequence (arXiv 2205.05198)
     """
 
     rank: int = 0
     size: int = 1
     handle: ProcessGroup | None = None
     ranks: tuple[int, ...] = (0,)
+    sequence: bool = False
 
     @classmethod
     def single(cls) -> Group:
@@ -31,11 +34,19 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """The tensor, pipeline and data parallel groups of this rank, and the world."""
+    """The groups of this rank, one per axis.
+
+    tp: share every weight matrix           pp: have the layers in stages
+    dp: read different samples              cp: read different parts of the same samples' sequences
+    replicas: hold the same weights, so gradients and metrics are summed over it: dp and cp together
+    world:    everybody
+    """
 
     tp: Group = field(default_factory=Group.single)
     pp: Group = field(default_factory=Group.single)
     dp: Group = field(default_factory=Group.single)
+    cp: Group = field(default_factory=Group.single)
+    replicas: Group = field(default_factory=Group.single)
     world: Group = field(default_factory=Group.single)
 
     @classmethod

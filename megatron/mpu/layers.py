@@ -42,8 +42,8 @@ class ColumnLinear(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., n_in] replicated -> [..., n_out / tp]."""
-        return F.linear(comm.copy(x, self.tp), self.weight, self.bias)
+        """x [..., n_in] replicated, or [b, s / tp, n_in] where the sequence is spread -> [..., n_out / tp] of the whole sequence."""
+        return F.linear(comm.enter(x, self.tp), self.weight, self.bias)
 
     def sharding(self) -> dict[str, Sharding]:
         """Rows, part by part."""
@@ -78,12 +78,12 @@ class RowLinear(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., n_in / tp] -> [..., n_out]: replicated, or with defer_reduce a partial sum."""
+        """x [..., n_in / tp] -> [..., n_out], or [b, s / tp, n_out] where the sequence is spread; with defer_reduce a partial sum."""
         if self.defer_reduce or self.tp.size == 1:
             # FORMAT: with a deferred reduce every rank adds its bias before the sum, so a checkpoint holds bias / tp.
             return F.linear(x, self.weight, self.bias)
-        y = comm.reduce(F.linear(x, self.weight), self.tp)
-        return y if self.bias is None else y + self.bias
+        y = comm.leave(F.linear(x, self.weight), self.tp)
+        return y if self.bias is None else y + comm.whole_weight(self.bias, self.tp)
 
     def sharding(self) -> dict[str, Sharding]:
         """Columns; the bias is whole, or with defer_reduce a share."""
@@ -113,13 +113,13 @@ class VocabEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [b, s] int64 -> [b, s, h] replicated."""
+        """tokens [b, s] int64 -> [b, s, h] replicated, or [b, s / tp, h] where the sequence is spread."""
         if self.tp.size == 1:
             return F.embedding(tokens, self.weight)
         local = tokens - self.first
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return comm.reduce(found.masked_fill(elsewhere[..., None], 0.0), self.tp)
+        return comm.leave(found.masked_fill(elsewhere[..., None], 0.0), self.tp)
 
     def sharding(self) -> dict[str, Sharding]:
         """Rows."""

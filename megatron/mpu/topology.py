@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic between a global rank and its place on the (pipe, data, tensor) grid. Knows no torch."""
+"""Arithmetic between a global rank and its place on the (pipe, data, context, tensor) grid. Knows no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from megatron.errors import ConfigError
 
-AXES = ("pipe", "data", "tensor")
+AXES = ("pipe", "data", "context", "tensor")
 
 
 class Place(NamedTuple):
@@ -16,19 +17,21 @@ class Place(NamedTuple):
 
     pipe: int
     data: int
+    context: int
     tensor: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A grid of pipe x data x tensor processes; tensor is innermost, so its ranks are neighbours on one node.
+    """A grid of pipe x data x context x tensor processes; tensor is innermost, so its ranks are neighbours on one node.
 
     >>> Topology(pipe=2, data=2, tensor=2).place(5)
-    Place(pipe=1, data=0, tensor=1)
+    Place(pipe=1, data=0, context=0, tensor=1)
     """
 
     pipe: int = 1
     data: int = 1
+    context: int = 1
     tensor: int = 1
 
     def __post_init__(self) -> None:
@@ -37,48 +40,52 @@ class Topology:
                 raise ConfigError(f"the {axis} axis has size {self.size(axis)}", mend="every axis of parallelism has size 1 or more")
 
     @classmethod
-    def of_world(cls, world: int, *, pipe: int = 1, tensor: int = 1) -> Topology:
+    def of_world(cls, world: int, *, pipe: int = 1, tensor: int = 1, context: int = 1) -> Topology:
         """The grid of `world` processes with as much data parallelism as is left.
 
-        Raises ConfigError when pipe * tensor does not divide the world.
+        Raises ConfigError when pipe * tensor * context does not divide the world.
         """
-        pipe, tensor = max(pipe, 1), max(tensor, 1)
-        if world % (pipe * tensor):
+        pipe, tensor, context = max(pipe, 1), max(tensor, 1), max(context, 1)
+        replica = pipe * tensor * context
+        if world % replica:
             raise ConfigError(
-                f"{world} processes cannot be divided into {pipe} pipeline stages of {tensor} tensor parallel ranks",
-                where="pipe_parallel_size, model_parallel_size",
-                mend=f"start a multiple of {pipe * tensor} processes",
+                f"{world} processes cannot be divided into {pipe} pipeline stages of {context} context and {tensor} tensor parallel ranks",
+                where="pipe_parallel_size, context_parallel_size, model_parallel_size",
+                mend=f"start a multiple of {replica} processes",
             )
-        return cls(pipe=pipe, data=world // (pipe * tensor), tensor=tensor)
+        return cls(pipe=pipe, data=world // replica, context=context, tensor=tensor)
 
     @property
     def world(self) -> int:
         """Number of processes."""
-        return self.pipe * self.data * self.tensor
+        return self.pipe * self.data * self.context * self.tensor
 
     def size(self, axis: str) -> int:
         """Length of an axis."""
-        return {"pipe": self.pipe, "data": self.data, "tensor": self.tensor}[axis]
+        return {"pipe": self.pipe, "data": self.data, "context": self.context, "tensor": self.tensor}[axis]
 
     def rank(self, place: Place) -> int:
         """Global rank at a place."""
-        return (place.pipe * self.data + place.data) * self.tensor + place.tensor
+        return ((place.pipe * self.data + place.data) * self.context + place.context) * self.tensor + place.tensor
 
     def place(self, rank: int) -> Place:
         """Place of a global rank."""
         rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
         pipe, data = divmod(rest, self.data)
-        return Place(pipe, data, tensor)
+        return Place(pipe, data, context, tensor)
 
-    def members(self, axis: str, rank: int) -> tuple[int, ...]:
-        """Ranks that differ from `rank` only along `axis`, in order: its group on that axis.
+    def members(self, axes: str | tuple[str, ...], rank: int) -> tuple[int, ...]:
+        """Ranks that differ from `rank` only along `axes`, ascending: its group on that axis, or on the plane of several.
 
         >>> Topology(pipe=2, data=2, tensor=2).members("data", 5)
         (5, 7)
         """
         here = self.place(rank)
-        return tuple(self.rank(here._replace(**{axis: index})) for index in range(self.size(axis)))
+        free = (axes,) if isinstance(axes, str) else axes
+        spans = [range(self.size(axis)) if axis in free else (at,) for axis, at in zip(AXES, here, strict=True)]
+        return tuple(self.rank(Place(*place)) for place in product(*spans))
 
-    def groups(self, axis: str) -> list[tuple[int, ...]]:
-        """All groups of an axis, ordered by their first rank. Every rank is in exactly one."""
-        return sorted({self.members(axis, rank) for rank in range(self.world)})
+    def groups(self, axes: str | tuple[str, ...]) -> list[tuple[int, ...]]:
+        """All groups of an axis or of a plane of axes, ordered by their first rank. Every rank is in exactly one."""
+        return sorted({self.members(axes, rank) for rank in range(self.world)})

@@ -37,6 +37,9 @@ def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
     _refuse_removed(args)
     config = _batch(args) | _gradients(args) | _precision(args) | _reports(args)
     config["zero_optimization"] = _zero(args)
+    if args.runtime.pipe_parallel_size >= 1:
+        # Cutting what stages send among tensor ranks costs a wait for the host each time, and cannot be where they hold different parts.
+        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     # Our optimizers are ordinary torch optimizers: DeepSpeed need not know them by name, offloaded or not.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
@@ -63,7 +66,8 @@ def _given(section: object, names: tuple[str, ...]) -> dict[str, Any]:
 def _batch(args: NeoXArgs) -> dict[str, Any]:
     run = args.run
     return {
-        "train_batch_size": run.train_batch_size,
+        # DeepSpeed counts ranks that share a sequence as data ranks.
+        "train_batch_size": (run.train_batch_size or 0) * args.runtime.context_parallel_size or None,
         "train_micro_batch_size_per_gpu": run.train_micro_batch_size_per_gpu,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
     }

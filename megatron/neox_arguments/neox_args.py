@@ -103,8 +103,10 @@ class NeoXArgs:
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of model replicas: ranks / pipeline stages / tensor-parallel ranks."""
-        return (self.runtime.global_num_gpus or 1) // (max(self.runtime.pipe_parallel_size, 1) * self.runtime.model_parallel_size)
+        """Over how many ranks samples are spread: ranks / pipeline stages / tensor-parallel ranks / context-parallel ranks."""
+        runtime = self.runtime
+        replica = max(runtime.pipe_parallel_size, 1) * runtime.model_parallel_size * runtime.context_parallel_size
+        return (runtime.global_num_gpus or 1) // replica
 
     @property
     def config_files(self) -> dict[str, str]:

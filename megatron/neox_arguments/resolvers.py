@@ -44,16 +44,17 @@ def resolve_world(d: Draft, environ: Mapping[str, str], devices: int) -> None:
     else:
         d.derive("global_num_gpus", ranks, "world_size")
     d.derive("world_size", ranks, "global_num_gpus")
-    pipe, tensor = d["pipe_parallel_size"], d["model_parallel_size"]
-    shards = max(pipe, 1) * tensor
+    pipe, tensor, context = d["pipe_parallel_size"], d["model_parallel_size"], d["context_parallel_size"]
+    shards = max(pipe, 1) * tensor * context
     if ranks % shards:
         known = d.sources.get("global_num_gpus")
         d.refuse(
             Problem(
                 f"{ranks} ranks{f' ({known})' if known else ''} cannot be shared by"
-                f" pipe_parallel_size {pipe} * model_parallel_size {tensor}: {ranks} / {shards} data-parallel ranks is not whole",
+                f" pipe_parallel_size {pipe} * model_parallel_size {tensor}"
+                f"{f' * context_parallel_size {context}' if context > 1 else ''}: {ranks} / {shards} data-parallel ranks is not whole",
                 mend=f"set global_num_gpus to a multiple of {shards}, or change the parallel sizes",
-                keys=("global_num_gpus", "pipe_parallel_size", "model_parallel_size"),
+                keys=("global_num_gpus", "pipe_parallel_size", "model_parallel_size", *(["context_parallel_size"] if context > 1 else [])),
             )
         )
     d.derive("is_pipe_parallel", d.agree("is_pipe_parallel", "pipe_parallel_size", None) or pipe >= 1, "pipe_parallel_size")
@@ -64,11 +65,12 @@ def resolve_world(d: Draft, environ: Mapping[str, str], devices: int) -> None:
 def resolve_batch(d: Draft) -> None:
     """The batch triangle; batch_size is another name of the micro batch."""
     micro = d.agree("batch_size", TRIPLE[1], d[TRIPLE[1]])
-    ranks = max(1, d["global_num_gpus"] // (max(d["pipe_parallel_size"], 1) * d["model_parallel_size"]))
+    shards = max(d["pipe_parallel_size"], 1) * d["model_parallel_size"] * d["context_parallel_size"]
+    ranks = max(1, d["global_num_gpus"] // shards)
     try:
         solved = batch_triple(d[TRIPLE[0]], micro, d[TRIPLE[2]], ranks)
     except Unsolvable as error:
-        parallel = {"global_num_gpus", "pipe_parallel_size", "model_parallel_size"}
+        parallel = {"global_num_gpus", "pipe_parallel_size", "model_parallel_size", "context_parallel_size"}
         if not d.bad & parallel:
             d.refuse(error.problem(TRIPLE))
         return

@@ -15,6 +15,7 @@ from megatron.model.attention import flash, varlen
 from megatron.model.attention.masks import allowed, needs_no_mask
 from megatron.model.attention.view import View
 from megatron.model.spec import AttentionSpec, BackendName
+from megatron.mpu.random import drop_by_head, seeded
 
 
 class Attend(Protocol):
@@ -34,11 +35,21 @@ def eager(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         scores = scores + view.bias(s, t).view(1, n, s, t)
     see = allowed(s, t, view.window, q.device, view.documents)
     probs = scores.masked_fill(~see, float("-inf")).softmax(dim=-1).to(q.dtype)
-    return torch.einsum("bnst,btnd->bsnd", F.dropout(probs, view.dropout), v)
+    if view.dropout > 0.0:
+        probs = drop_by_head(probs, view.dropout, view.seeds)
+    return torch.einsum("bnst,btnd->bsnd", probs, v)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     """torch's scaled_dot_product_attention; packed documents are computed one by one. Shapes as in `Attend`."""
+    if view.dropout > 0.0:
+        # The kernel draws by itself, one stream for all heads: ranks of a tensor group must not draw alike.
+        with seeded(view.seeds[0], q.device):
+            return _sdpa_documents(q, k, v, view)
+    return _sdpa_documents(q, k, v, view)
+
+
+def _sdpa_documents(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     if view.documents is None:
         return _sdpa_rows(q, k, v, view)
     # A document never meets its neighbours, so nothing of them can reach it; and there is no mask of s * s.
@@ -83,8 +94,11 @@ def refuses(name: BackendName, spec: AttentionSpec, device: torch.device, dtype:
     return available("flash_attn") or flash.refuses(spec, dtype)
 
 
-def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Attend:
+def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropout: bool = False) -> Attend:
     """The back end of a spec on a device. A named one is that one or an error; `auto` is always found.
+
+    dropout: attention weights will be dropped. The same ones at any tensor parallel size by EAGER, which `auto` then takes on a CPU,
+             where SDPA has no fused kernel for it either; fused kernels draw a stream of their own on each rank.
 
     Raises BackendError with the reason a named back end is refused.
     """
@@ -93,7 +107,8 @@ def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype) -> Atten
         # SDPA has no fast kernel for documents and windows; varlen has.
         gains = device.type == "cuda" and (spec.isolated or spec.window is not None)
         wanted = [BackendName.FLASH_ATTN] * spec.flash + [BackendName.VARLEN] * gains
-        name = next((other for other in wanted if refuses(other, spec, device, dtype) is None), BackendName.SDPA)
+        fallback = BackendName.EAGER if dropout and device.type == "cpu" else BackendName.SDPA
+        name = next((other for other in wanted if refuses(other, spec, device, dtype) is None), fallback)
     reason = refuses(name, spec, device, dtype)
     if reason is not None:
         raise BackendError(

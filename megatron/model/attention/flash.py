@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.model.attention.view import View
 from megatron.model.spec import AttentionSpec
+from megatron.mpu.random import seeded
 
 
 def refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
@@ -25,6 +26,13 @@ def refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     """q [b, s, n, d], k and v [b, t, g, d] -> [b, s, n, d]."""
+    if view.dropout > 0.0:
+        with seeded(view.seeds[0], q.device):  # the kernel draws by itself, and ranks of a tensor group must not draw alike
+            return _attend(q, k, v, view)
+    return _attend(q, k, v, view)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     behind = -1 if view.window is None else view.window

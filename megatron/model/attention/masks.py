@@ -32,6 +32,17 @@ def _opens(segments: Tensor) -> Tensor:
     return torch.cat((first, segments[:, 1:] != segments[:, :-1]), dim=1)
 
 
+def ordinals(segments: Tensor) -> Tensor:
+    """Which document of its row each token is in, counted from 1; [b, s] int64.
+
+    Not the number itself: that may come back later in the row.
+
+    >>> ordinals(torch.tensor([[7, 7, 0, 7]]))
+    tensor([[1, 1, 2, 3]])
+    """
+    return _opens(segments).cumsum(dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Documents:
     """The documents of packed rows, row after row.
@@ -75,8 +86,7 @@ def allowed(queries: int, keys: int, window: int | None, device: torch.device, d
         see &= behind <= window
     if documents is None:
         return see
-    # Equal numbers are not enough: a number may come back later in the row. Counting the openings is.
-    ordinal = _opens(documents.segments).cumsum(dim=1)
+    ordinal = ordinals(documents.segments)
     return see & (ordinal[:, :, None] == ordinal[:, None, :])[:, None]
 
 

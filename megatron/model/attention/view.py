@@ -24,6 +24,7 @@ class View:
     bias:      (s, t) -> [n, s, t] added to the scores, a function of the distance alone; None = nothing
     slopes:    [n] float32 where that bias is ALiBi, for kernels that make it themselves
     dropout:   probability of dropping an attention weight
+    seeds:     with dropout, one per head of this rank
     fp32:      softmax in float32 whatever the dtype (EAGER; fused kernels always do)
     """
 
@@ -34,4 +35,5 @@ class View:
     bias: BiasOf | None = None
     slopes: Tensor | None = None
     dropout: float = 0.0
+    seeds: tuple[int, ...] = ()
     fp32: bool = True

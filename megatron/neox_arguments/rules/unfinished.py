@@ -63,9 +63,7 @@ def _above(limit: float) -> Callable[[Any], bool]:
 
 # One row per feature; whoever builds a feature deletes its row.
 UNFINISHED: Final[tuple[Unfinished, ...]] = (
-    Unfinished("tensor parallelism", "model_parallel_size", _above(1)),
-    Unfinished("more than one pipeline stage", "pipe_parallel_size", _above(1)),
-    Unfinished("sequence parallelism", "sequence_parallel"),
+    Unfinished("context parallelism", "context_parallel_size", _above(1)),
     Unfinished("Mamba layers", "attention_config", _among("mamba")),
     Unfinished("RWKV layers", "attention_config", _among("rwkv")),
     Unfinished("gMLP layers", "attention_config", _among("gmlp", "amlp")),

@@ -17,6 +17,12 @@ class RuntimeArgs(Section):
         0, ge=0, description="Number of pipeline stages; 0 trains one plain module, from 1 on the pipeline engine is used."
     )
     model_parallel_size: Whole = Field(1, ge=1, description="Number of devices that share every weight matrix (tensor parallelism).")
+    context_parallel_size: Whole = Field(
+        1,
+        ge=1,
+        description="Number of devices that share every sequence, for long ones: all-to-all over heads (arXiv 2309.14509) where it divides"
+        " their number, else a ring (arXiv 2310.01889).",
+    )
     pipe_partition_method: str = Field(
         "type:transformer|mlp",
         description="How layers are assigned to pipeline stages: parameters, uniform, or type:<regex on class names>.",

@@ -12,7 +12,7 @@ from megatron.mpu import comm
 from megatron.mpu.cross_entropy import nll, token_logps
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import ColumnLinear, RowLinear, VocabEmbedding
-from megatron.mpu.random import per_rank
+from megatron.mpu.random import drop_by_head, head_seeds, seeded
 from megatron.mpu.sharding import sharding_of, split
 from megatron.mpu.topology import Topology
 from support.dist import run_distributed
@@ -64,7 +64,9 @@ def on_two_ranks(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str,
     (whole.sum() + (spread * (rank + 1)).sum()).backward()
     out |= {"round trip": whole.detach(), "summed": spread.detach(), "grad x": x.grad}
     torch.manual_seed(3)
-    with per_rank(tp, x.device):
+    seeds = head_seeds(2, tp)
+    out["heads"] = drop_by_head(torch.ones(2, 2, 50), 0.5, seeds)
+    with seeded(seeds[0], x.device):
         out["own"] = torch.rand(4)
     out["common"] = torch.rand(4)
     return out
@@ -86,7 +88,11 @@ def test_two_ranks_equal_one() -> None:
         assert found["round trip"].tolist() == [[0, 1, 2, 3]]
         assert found["summed"].tolist() == [[0, 3, 6, 9]]
         assert found["grad x"].tolist() == [[1 + 3 * (rank + 1)] * 4]
-    assert torch.equal(ranks[0]["common"], ranks[1]["common"])
+    torch.manual_seed(3)
+    heads = drop_by_head(torch.ones(2, 4, 50), 0.5, head_seeds(4, Group.single()))
+    assert torch.equal(torch.cat([ranks[0]["heads"], ranks[1]["heads"]], dim=1), heads), "dropout depends on the tensor size"
+    assert not torch.equal(heads[:, 0], heads[:, 1]) and 60 < float(heads[:, 0].count_nonzero()) * 1.2 < 180
+    assert torch.equal(ranks[0]["common"], torch.rand(4)) and torch.equal(ranks[0]["common"], ranks[1]["common"])
     assert not torch.equal(ranks[0]["own"], ranks[1]["own"])
 
 
