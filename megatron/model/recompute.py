@@ -129,7 +129,8 @@ class Kept(NamedTuple):
 
 def moved_inputs(recompute: Recompute, tp: Group) -> AbstractContextManager[Any]:
     """Within, what autograd saves is put away as asked. `checkpoint` saves nothing but the inputs of its span."""
-    sliced = recompute.partitioned and tp.size > 1
+    # Where the sequence is spread over tp, what comes in is this rank's part already.
+    sliced = recompute.partitioned and tp.size > 1 and not tp.sequence
     if not (sliced or recompute.on_host):
         return nullcontext()
     group = tp if sliced else Group.single()

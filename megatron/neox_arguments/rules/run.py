@@ -140,14 +140,6 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("checkpoint_granularity", "zero_optimization.stage"),
     ),
     simple(
-        "partition-and-sequence",
-        ("partition_activations",),
-        lambda v: v["checkpoint_activations"] and v["partition_activations"] and v["sequence_parallel"],
-        "partition_activations has nothing to divide where sequence_parallel has divided it already",
-        "remove partition_activations",
-        ("partition_activations", "sequence_parallel"),
-    ),
-    simple(
         "min-lr",
         ("min_lr", "lr"),
         lambda v: v["min_lr"] > v["lr"],

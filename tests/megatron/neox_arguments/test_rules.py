@@ -21,7 +21,6 @@ TINY = {
 
 
 SELECTIVE = {"checkpoint_activations": True, "checkpoint_granularity": "selective"}
-TWO = {"global_num_gpus": 2, "model_parallel_size": 2}
 
 
 def test_rules_have_names_and_read_keys_that_exist():
@@ -109,10 +108,6 @@ def test_a_plain_model_asks_for_nothing_unbuilt():
         ({**SELECTIVE, "torch_compile": True}, {"checkpoint_granularity", "torch_compile"}),
         ({**SELECTIVE, "checkpoint_in_cpu": True}, {"checkpoint_granularity", "checkpoint_in_cpu"}),
         ({**SELECTIVE, "activation_checkpointing": {"partition_activations": True}}, {"partition_activations"}),
-        (
-            {**TWO, "sequence_parallel": True, "checkpoint_activations": True, "partition_activations": True},
-            {"partition_activations", "sequence_parallel"},
-        ),
         (
             {"deepspeed_extra_args": {"activation_checkpointing": {"cpu_checkpointing": True}}},
             {"deepspeed_extra_args.activation_checkpointing"},
