@@ -31,7 +31,7 @@ class Granularity(str, Enum):
     """What is recomputed; values are the `checkpoint_granularity` key's."""
 
     FULL = "full"  # everything between the first and the last of a span (Chen et al., arXiv 1604.06174)
-    SELECTIVE = "selective"  # all but what is dear: weight products, fused attention (Korthikanti et al., arXiv 2205.05198, sec. 5)
+    SELECTIVE = "selective"  # what is cheap; weight products, fused attention and sums stay (Korthikanti et al., arXiv 2205.05198, sec. 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +95,14 @@ _ATTENTION = frozenset(
         "flash_attn::_flash_attn_varlen_forward",
     }
 )
-# Collectives in their functional form. Those that write into their argument have no result to keep and run again.
-_COLLECTIVES = frozenset({"_c10d_functional::all_reduce", "_c10d_functional::all_gather_into_tensor", "_c10d_functional::reduce_scatter_tensor"})
+# Sums over ranks, so none is made twice. What is gathered is gathered again: kept, every rank would hold whole sequences (ibid.).
+_SUMS = frozenset({"_c10d_functional::all_reduce", "_c10d_functional::reduce_scatter_tensor"})
 
 
 def keeps(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """torch's question for every operation of a selective span: whether its result is kept."""
     name = op.name().partition(".")[0]
-    if name in _PRODUCTS or name in _COLLECTIVES or (name in _ATTENTION and not draws(op, args, kwargs)):
+    if name in _PRODUCTS or name in _SUMS or (name in _ATTENTION and not draws(op, args, kwargs)):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -58,7 +58,9 @@ class RunArgs(Section):
         False, description="Has no effect: PyTorch's allocator needs no buffer against fragmentation.", json_schema_extra=NO_EFFECT
     )
     synchronize_each_layer: bool = Field(
-        False, description="Has no effect: recomputation is ordered by the device's stream and needs no waiting.", json_schema_extra=NO_EFFECT
+        False,
+        description="Has no effect: recomputation is ordered by the device's stream and needs no waiting.",
+        json_schema_extra=NO_EFFECT,
     )
     profile_backward: bool = Field(
         False, description="Has no effect: the profiler (profile: true) shows recomputation.", json_schema_extra=NO_EFFECT
