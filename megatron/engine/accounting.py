@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from megatron.data.batch import Batch
 from megatron.errors import TrainingError
 from megatron.mpu.collectives import of_all_ranks, of_last_rank
 from megatron.mpu.comm import all_reduce
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group, Groups
 from megatron.objectives.base import LossTerms, Objective
 
@@ -31,6 +33,14 @@ def targets_of(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Everything an objective's loss reads, on `device`, in a fixed order."""
     named = {"labels": batch.labels, "loss_weight": batch.loss_weight, "segments": batch.segments, **batch.extras}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
+
+
+def part_of(batch: Batch, context: ContextPlan) -> Batch:
+    """This context rank's part of a batch; `segments` stay those of whole rows. The batch itself without context parallelism."""
+    if context.size == 1:
+        return batch
+    own = context.own
+    return replace(batch, tokens=own(batch.tokens), labels=own(batch.labels), loss_weight=own(batch.loss_weight))
 
 
 class MetricSum:
@@ -64,7 +74,7 @@ Terms = Callable[[Objective, Batch, Tensor], LossTerms]
 
 
 def add_terms(objective: Objective, micro_batches: Iterable[Batch], terms: Terms, meter: MetricSum, device: torch.device) -> float:
-    """Add the metrics of every micro batch, with denominator 1, to `meter`; returns what all of them train."""
+    """Add the metrics of every micro batch, with denominator 1, to `meter`; returns how much they train."""
     weight = 0.0
     one = torch.ones((), dtype=torch.float32, device=device)
     with torch.no_grad():

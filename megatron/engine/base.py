@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron.data.batch import Batch
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.objectives.base import Objective
 
@@ -64,6 +65,7 @@ class Engine(Protocol):
 
     groups: Groups
     device: torch.device
+    context: ContextPlan
 
     def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:
         """One optimizer step over this data rank's micro batches."""

@@ -22,6 +22,7 @@ from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses
 from megatron.model.build import build_pipeline, build_transformer, parameter_dtype
+from megatron.model.plan import context_plan
 from megatron.model.spec import BackendName, ModelSpec
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Groups
@@ -99,7 +100,7 @@ def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.d
     )
     timers = Timers(device, enabled=args.logs.wall_clock_breakdown)
     path = PipelinePath(runner, loss_of_step, device, timers) if pipelined else SequentialPath(runner, device, timers)
-    return TrainEngine(runner, path, device, timers), spec
+    return TrainEngine(runner, path, device, timers, context_plan(spec, groups)), spec
 
 
 def total_parameters(model: torch.nn.Module, groups: Groups, device: torch.device) -> int:

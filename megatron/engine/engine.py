@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, global_denominator, require_same_batch, weighted_mean
+from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, weighted_mean
 from megatron.engine.base import Pieces, StepResult
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.timers import Timers
 from megatron.log import get_logger
+from megatron.mpu.context import ContextPlan
 from megatron.objectives.base import Objective
 
 log = get_logger(__name__)
@@ -29,15 +30,21 @@ class ComputePath(Protocol):
     def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
         """One optimizer step."""
 
-    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> float:
-        """Add the metrics of all micro batches, without a step and with denominator 1, to `meter`; returns what they train."""
+    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:
+        """Add the metrics of all micro batches, without a step and with denominator 1, to `meter`."""
 
 
 class TrainEngine:
-    """An `Engine` (see engine/base.py) on DeepSpeed."""
+    """An `Engine` (see engine/base.py) on DeepSpeed.
 
-    def __init__(self, runner: Runner, path: ComputePath, device: torch.device, timers: Timers | None = None) -> None:
+    context: how a batch's sequences are spread over ranks
+    """
+
+    def __init__(
+        self, runner: Runner, path: ComputePath, device: torch.device, timers: Timers | None = None, context: ContextPlan | None = None
+    ) -> None:
         self.runner = runner
+        self.context = ContextPlan() if context is None else context
         self.timers = timers or Timers()
         self.groups = runner.groups
         self.device = device
@@ -53,7 +60,7 @@ class TrainEngine:
         denominator = global_denominator(objective, micro_batches, groups.dp, self.device)
         meter = MetricSum()
         self.module().train()
-        self._path.step(objective, micro_batches, denominator, meter)
+        self._path.step(objective, [part_of(batch, self.context) for batch in micro_batches], denominator, meter)
         metrics, others = meter.reduce(groups, self.device, grad_norm=self.runner.grad_norm)
         samples = sum(batch.tokens.shape[0] for batch in micro_batches) * groups.dp.size
         return StepResult(
@@ -72,8 +79,16 @@ class TrainEngine:
         """Metrics over a stream of micro batches, weighted by what each of them trains; sums over all data ranks."""
         self.module().eval()
         meter = MetricSum()
-        weight = self._path.evaluate(objective, micro_batches, meter)
-        metrics = weighted_mean(meter, weight, self.groups, self.device)
+        trained = 0.0
+
+        def parts() -> Iterator[Batch]:
+            nonlocal trained
+            for batch in micro_batches:
+                trained += objective.denominator(batch)
+                yield part_of(batch, self.context)
+
+        self._path.evaluate(objective, parts(), meter)
+        metrics = weighted_mean(meter, trained, self.groups, self.device)
         self.module().train()
         return metrics
 

@@ -15,6 +15,8 @@ from megatron.engine.base import Engine
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 from megatron.model.head import Logits
+from megatron.mpu.collectives import of_all_ranks, of_last_rank
+from megatron.mpu.context import ContextPlan
 from megatron.objectives.base import LossTerms, Sample
 
 log = get_logger(__name__)
@@ -60,9 +62,20 @@ def forward_pass(engine: Engine, *, vocab_size: int, seq_length: int) -> Tensor:
     nothing = torch.zeros(1, length)
     probe = LogitsProbe()
     engine.eval_step(probe, [Batch(tokens=tokens, labels=tokens, loss_weight=nothing, segments=nothing.int())])
-    if probe.logits is None:
+    logits = of_last_rank(probe.logits, engine.groups.pp)
+    if logits is None:
         raise CheckpointError("the engine showed no logits of the fixed input", where="checkpoint_validation_with_forward_pass")
-    return probe.logits
+    return in_order(logits, engine.context)
+
+
+def in_order(own: Tensor, context: ContextPlan) -> Tensor:
+    """Every context rank's rows [1, s / cp, v] -> all of them [1, s, v], in the order of the sequence."""
+    if context.size == 1:
+        return own
+    parts = of_all_ranks(own, context.group)
+    length = own.shape[1] * context.size
+    places = torch.cat([context.rows(length, rank=rank) for rank in range(context.size)])
+    return torch.cat(parts, dim=1)[:, places.argsort()]
 
 
 def compare_forward(stored: Mapping[str, Any], now: Tensor, folder: Path) -> None:

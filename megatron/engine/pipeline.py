@@ -73,9 +73,8 @@ class PipelinePath:
             self._fit_buffers(prepared[0][0])
             self._runner.deepspeed.train_batch(data_iter=iter(rows_of(prepared)))
 
-    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> float:
-        """Add the metrics of all micro batches to `meter`; returns what they train. Stages work on several micro batches at a time."""
-        weight = 0.0
+    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:
+        """Add the metrics of all micro batches to `meter`. Stages work on several micro batches at a time."""
         one = torch.ones((), dtype=torch.float32, device=self._device)
         batches = iter(micro_batches)
         while group := list(islice(batches, self._runner.groups.pp.size * 2)):
@@ -85,8 +84,6 @@ class PipelinePath:
                 self._runner.deepspeed.eval_batch(
                     iter(rows_of(prepared)), reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
                 )
-            weight += sum(objective.denominator(batch) for batch in group)
-        return weight
 
     @contextmanager
     def _during(self, step: _Step) -> Iterator[None]:

@@ -41,9 +41,9 @@ class SequentialPath:
                     self._runner.about_to_update()
                 engine.step()
 
-    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> float:
-        """Add the metrics of all micro batches to `meter`; returns what they train."""
-        return add_terms(objective, micro_batches, partial(self._terms, self._runner.deepspeed.module), meter, self._device)
+    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:
+        """Add the metrics of all micro batches to `meter`."""
+        add_terms(objective, micro_batches, partial(self._terms, self._runner.deepspeed.module), meter, self._device)
 
     def _terms(self, model: Any, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
         targets = targets_of(batch, self._device)

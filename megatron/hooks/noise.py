@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from megatron.engine.base import Engine, StepResult
+from megatron.engine.grid import counted_here
 from megatron.errors import ConfigError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.hooks.norms import Send, square
@@ -64,7 +65,8 @@ class NoiseScaleHook(BaseHook):
                 where="log_gradient_noise_scale",
                 mend="set gradient_accumulation_steps to 2 or more, or use more data ranks",
             )
-        self._handles = [p.register_hook(self._add) for p in engine.module().parameters() if p.requires_grad]
+        counted = counted_here(engine.groups.tp)
+        self._handles = [p.register_hook(self._add) for p in engine.module().parameters() if p.requires_grad and counted(p)]
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """Form this step's estimates, and every `steps` steps the ratio."""
@@ -72,7 +74,7 @@ class NoiseScaleHook(BaseHook):
         if result.skipped or result.grad_norm is None or seen is None:
             return Verdict.CONTINUE
         dp = engine.groups.dp
-        total = float(all_reduce(seen, dp).item())
+        total = float(all_reduce(all_reduce(seen, dp), engine.groups.tp).item())
         parts = self.micro_batches * dp.size
         # What a rank sees of a micro batch is dp.size (the later mean over ranks) times the loss scale times its share of the sum
         # that is the whole gradient; times `parts`, the share is the micro batch's own gradient.

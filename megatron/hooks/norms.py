@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from megatron.engine.base import Engine, Pieces, StepResult
-from megatron.engine.grid import entries_of
+from megatron.engine.grid import TIED_AGAIN, counted_here, entries_of
 from megatron.errors import TrainingError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.mpu.collectives import of_all_ranks
 from megatron.mpu.comm import all_reduce
+from megatron.mpu.sharding import Split, Summed, sharding_of
 
 Send = Callable[[Mapping[str, float], Mapping[str, float]], None]
 """(values for the trackers, values for the row of metrics.jsonl) of the step under way."""
@@ -44,7 +46,7 @@ PARAMETERS, GRADIENTS, ZEROS, STATES = "parameter_norms", "gradient_norms", "pct
 
 
 class NormsHook(BaseHook):
-    """Measures on every rank, each rank its pieces; one sum over the data ranks and one transfer to the host per step.
+    """Measures on every rank, each rank its pieces; one sum over the ranks that share them and one transfer to the host per step.
 
     Trackers get one number per parameter, the row of metrics.jsonl one per kind: the norm over all parameters, or the share
     of zeros among all entries. Gradients are those before clipping, parameters and states those after the update.
@@ -57,11 +59,13 @@ class NormsHook(BaseHook):
         self._parameters: dict[str, nn.Parameter] = {}
         self._pieces: Pieces | None = None
         self._seen: dict[tuple[str, str], Tensor] = {}
+        self._census = Census()
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Look at the trained parameters from now on."""
         self._parameters = {name: p for name, p in engine.module().named_parameters() if p.requires_grad}
         self._pieces = engine.pieces()
+        self._census = census_of(self._parameters, engine)
         if self.plan.before_update:
             engine.before_update(self._look_at_gradients)
 
@@ -107,15 +111,19 @@ class NormsHook(BaseHook):
     def _total(self, sums: Mapping[tuple[str, str], Tensor], spread: bool, engine: Engine) -> dict[tuple[str, str], float]:
         if not sums:
             return {}
+        groups = engine.groups
         vector = torch.stack([value.to(engine.device) for value in sums.values()])
         if spread:
-            vector = all_reduce(vector, engine.groups.dp)
-        return dict(zip(sums, vector.tolist(), strict=True))
+            vector = all_reduce(vector, groups.replicas)
+        if groups.tp.size > 1:
+            vector = all_reduce(vector * vector.new_tensor([self._census.share(*key, groups.tp.size) for key in sums]), groups.tp)
+        own = {key: value for key, value in zip(sums, vector.tolist(), strict=True) if key[1] not in self._census.again}
+        return {key: value for stage in of_all_ranks(own, groups.pp) for key, value in stage.items()}
 
     def _send(self, sums: Mapping[tuple[str, str], float]) -> None:
         values: dict[str, float] = {}
         totals: dict[str, float] = {}
-        entries = {name: entries_of(p) for name, p in self._parameters.items()}
+        entries = self._census.entries
         for (kind, name), amount in sums.items():
             totals[kind] = totals.get(kind, 0.0) + amount
             if kind == ZEROS:
@@ -141,3 +149,41 @@ def square(tensor: Tensor) -> Tensor:
     """Sum of squares: a float64 scalar, which a sum over many parameters and ranks keeps exact enough."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
     return norm.double().square()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Census:
+    """How the parameters of the whole model lie over tensor and pipeline ranks.
+
+    entries: of every parameter of all stages, whole
+    counted: parameters of which this rank's piece enters a sum over tensor ranks
+    summed:  parameters of which each tensor rank has a share, all alike: the sum of them is the parameter
+    again:   parameters that an earlier stage has, too
+    """
+
+    entries: Mapping[str, int] = field(default_factory=dict)
+    counted: frozenset[str] = frozenset()
+    summed: frozenset[str] = frozenset()
+    again: frozenset[str] = frozenset()
+
+    def share(self, kind: str, name: str, ranks: int) -> float:
+        """What a sum of squares on this rank counts for in the sum over `ranks` tensor ranks."""
+        if name not in self.counted:
+            return 0.0
+        # The gradient of every share, and the state made of it, is that of the whole already.
+        return float(ranks**2) if kind == PARAMETERS and name in self.summed else 1.0
+
+
+def census_of(parameters: Mapping[str, nn.Parameter], engine: Engine) -> Census:
+    """A collective call of all ranks."""
+    groups, table = engine.groups, sharding_of(engine.module())
+    counted = counted_here(groups.tp)
+    whole = {name: entries_of(p) * (groups.tp.size if isinstance(table.get(name), Split) else 1) for name, p in parameters.items()}
+    again = frozenset(name for name, p in parameters.items() if getattr(p, TIED_AGAIN, False))
+    stages = of_all_ranks({name: size for name, size in whole.items() if name not in again}, groups.pp)
+    return Census(
+        entries={name: size for stage in stages for name, size in stage.items()},
+        counted=frozenset(name for name, p in parameters.items() if counted(p)),
+        summed=frozenset(name for name in parameters if isinstance(table.get(name), Summed)),
+        again=again,
+    )

@@ -13,6 +13,7 @@ from megatron.model.norms import ALONE, build_norm
 from megatron.model.spec import BlockSpec, Residual
 from megatron.model.stream import Stream
 from megatron.mpu.comm import leave
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 from megatron.mpu.random import dropout
 
@@ -26,7 +27,7 @@ UNUSED_NORM = {Residual.POST_SUBLAYER: "input_layernorm", Residual.PARALLEL_TIED
 class TransformerBlock(nn.Module):
     """Stream -> Stream under one of four residual forms (`Residual`). The class name is matched by `type:transformer`."""
 
-    def __init__(self, spec: BlockSpec, *, tp: Group) -> None:
+    def __init__(self, spec: BlockSpec, *, tp: Group, context: ContextPlan | None = None) -> None:
         super().__init__()
         form = spec.residual
         self.form = form
@@ -36,7 +37,7 @@ class TransformerBlock(nn.Module):
         defer = form in (Residual.PARALLEL, Residual.PARALLEL_TIED)
         if form is not Residual.POST_SUBLAYER:
             self.input_layernorm = build_norm(spec.norm, tp=tp)
-        self.attention = SelfAttention(spec.attention, tp=tp, defer_reduce=defer)
+        self.attention = SelfAttention(spec.attention, tp=tp, defer_reduce=defer, context=context)
         if form is not Residual.PARALLEL_TIED:
             self.post_attention_layernorm = build_norm(spec.norm, tp=tp)
         if form is Residual.POST_SUBLAYER:
@@ -46,7 +47,7 @@ class TransformerBlock(nn.Module):
     def forward(self, stream: Stream, cache: LayerCache | None = None) -> Stream:
         """hidden [b, s, h], segments [b, s] -> the same shapes. In place of segments, the `Documents` made of them may come.
 
-        Where tp spreads the sequence, hidden is this rank's [b, s / tp, h].
+        Of hidden this rank has its part: s is divided by the context ranks, and by the tensor ranks where they spread the sequence.
         """
         hidden, segments = stream
         if self.form is Residual.SEQUENTIAL:

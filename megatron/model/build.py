@@ -95,7 +95,7 @@ def build_pipeline(
         spec or build_spec(args),
         topology=topology,
         loss_fn=loss_fn,
-        tp=(groups or Groups.single()).tp,
+        groups=groups or Groups.single(),
         seed=args.run.seed,
         dtype=parameter_dtype(args),
         choices=choices,

@@ -14,6 +14,7 @@ from megatron.model.attention.masks import document_positions
 from megatron.model.spec import EmbeddingSpec, Positions
 from megatron.model.stream import Stream
 from megatron.mpu.comm import own_part
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import VocabEmbedding
 from megatron.mpu.random import dropout
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
 class Embedding(nn.Module):
     """Tokens [b, s] -> hidden [b, s, h], or this rank's [b, s / tp, h] where tp spreads the sequence.
 
+    context: how whole rows are spread; then s tokens are this rank's part of them
+
     FORMAT: word_embeddings.weight [v / tp, h]; learned positions position_embeddings.weight [max_positions + offset, h].
     """
 
-    def __init__(self, spec: EmbeddingSpec, *, tp: Group) -> None:
+    def __init__(self, spec: EmbeddingSpec, *, tp: Group, context: ContextPlan | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.context = ContextPlan() if context is None else context
         self.tp = tp
         self.word_embeddings = VocabEmbedding(spec.vocab_size, spec.hidden_size, tp=tp)
         if spec.positions is Positions.LEARNED:
@@ -43,7 +47,7 @@ class Embedding(nn.Module):
         *,
         head: Callable[[Embedding, Stream], Any] | None = None,
     ) -> Any:
-        """stream (tokens [b, s] int64, segments [b, s] int32) -> Stream(hidden [b, s, h], segments).
+        """stream (tokens [b, s] int64, segments of whole rows, int32) -> Stream(hidden [b, s, h], segments).
 
         cache: of the first block; its length is how many tokens came before
         head:  a tied head to run on this module in place of the embedding. It runs inside this forward,
@@ -58,7 +62,8 @@ class Embedding(nn.Module):
             hidden = hidden * spec.multiplier
         if spec.positions in (Positions.LEARNED, Positions.SINUSOIDAL):
             before = 0 if cache is None else cache.length
-            added = self._positions(document_positions(segments, before), before + tokens.shape[1])
+            positions = self.context.own(document_positions(segments, before))
+            added = self._positions(positions, before + segments.shape[1])
             hidden = hidden + own_part(added.to(hidden.dtype), self.tp) * spec.position_multiplier
         return Stream(dropout(hidden, spec.dropout, self.tp, training=self.training), segments)
 

@@ -19,11 +19,11 @@ from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
-from megatron.model.plan import Builder, Slot, layer_plan, share_position_bias
+from megatron.model.plan import Builder, Slot, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
 from megatron.model.stream import Stream
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Groups
 
 log = get_logger(__name__)
 
@@ -69,7 +69,7 @@ class TiedSlotLayer(TiedLayerSpec):  # type: ignore[misc]  # deepspeed is untype
 
     def build(self, log: bool = False) -> nn.Module:
         """The shared module with initial weights, drawn under the name of the first slot on every stage."""
-        return self.builder.build(Slot(0, self.slot.layer, self.slot.spec))
+        return self.builder.build(Slot(0, self.slot.layer, self.slot.spec, placed=True))
 
 
 class Stages(PipelineModule):  # type: ignore[misc]  # deepspeed is untyped
@@ -136,7 +136,7 @@ def pipeline_module(
     *,
     topology: Any,
     loss_fn: Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor],
-    tp: Group,
+    groups: Groups,
     seed: int = 1234,
     dtype: torch.dtype | None = None,
     choices: PipelineChoices | None = None,
@@ -157,13 +157,13 @@ def pipeline_module(
             mend="set pipe_parallel_size to 0 or 1, or use another pos_emb",
         )
     law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed)
-    builder = Builder(initialiser=law, tp=tp, dtype=dtype)
+    builder = Builder(initialiser=law, tp=groups.tp, context=context_plan(spec, groups), dtype=dtype)
     chatter = StringIO()
     # DeepSpeed prints the partition, and broadcasts tied weights as if a gradient were wanted.
     with redirect_stdout(chatter), torch.no_grad():
         module = Stages(
             recompute=choices.recompute,
-            tp=tp,
+            tp=groups.tp,
             layers=layers_of(spec, builder),
             topology=topology,
             loss_fn=loss_fn,

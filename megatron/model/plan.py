@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,8 @@ from megatron.model.embedding import Embedding
 from megatron.model.head import FinalNorm, LMHead, tied_logits
 from megatron.model.init import Initialiser
 from megatron.model.spec import ModelSpec, Positions
-from megatron.mpu.groups import Group
+from megatron.mpu.context import ContextPlan
+from megatron.mpu.groups import Group, Groups
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Slot:
     layer:  class of the module; None = a gap, a number without a module
     spec:   its first argument
     tie:    slots with one key share one module
+    placed: whether what it does depends on the place of a row in the sequence
     head:   for a tied last slot: what runs on the shared module in place of its own forward
     """
 
@@ -34,6 +37,7 @@ class Slot:
     layer: type[nn.Module] | None
     spec: Any = None
     tie: str | None = None
+    placed: bool = False
     head: Callable[..., Any] | None = None
 
     @classmethod
@@ -46,14 +50,14 @@ def layer_plan(spec: ModelSpec) -> list[Slot]:
     """Every slot of the model in order; slot numbers are 0 .. num_layers + 4 without a hole."""
     count = spec.num_layers
     if spec.tied:
-        first = Slot(0, Embedding, spec.embedding, tie="embed")
+        first = Slot(0, Embedding, spec.embedding, tie="embed", placed=True)
         # On a stage of its own the head needs no positions; where both are on one stage, they are the first slot's module.
         table = replace(spec.embedding, positions=Positions.NONE)
         last = Slot(count + 4, Embedding, table, tie="embed", head=partial(tied_logits, spec=spec.head))
     else:
-        first = Slot(0, Embedding, spec.embedding)
+        first = Slot(0, Embedding, spec.embedding, placed=True)
         last = Slot(count + 4, LMHead, spec.head)
-    blocks = [Slot(2 + index, TransformerBlock, block) for index, block in enumerate(spec.blocks)]
+    blocks = [Slot(2 + index, TransformerBlock, block, placed=True) for index, block in enumerate(spec.blocks)]
     # FORMAT: slots 1 and count + 2 were transposes in NeoX; their numbers stay empty.
     return [first, Slot.gap(1), *blocks, Slot.gap(count + 2), Slot(count + 3, FinalNorm, spec.final_norm), last]
 
@@ -62,26 +66,33 @@ def layer_plan(spec: ModelSpec) -> list[Slot]:
 class Builder:
     """Turns slots into modules with weights.
 
+    tp:     over which weights are split
+    context: how sequences are spread over ranks
     device: where; torch.device("meta") leaves weights unmade
     dtype:  of the parameters; None = float32, or what an enclosing context decides
     """
 
     initialiser: Initialiser
     tp: Group
+    context: ContextPlan = ContextPlan()
     device: torch.device | None = None
     dtype: torch.dtype | None = None
 
     def build(self, slot: Slot) -> nn.Module:
         """The module of a slot that is not a gap."""
         assert slot.layer is not None
-        if self.device is None:
-            module = slot.layer(slot.spec, tp=self.tp)
-        else:
-            with self.device:
-                module = slot.layer(slot.spec, tp=self.tp)
+        place = {"context": self.context} if slot.placed else {}
+        with nullcontext() if self.device is None else self.device:
+            module = slot.layer(slot.spec, tp=self.tp, **place)
         if self.device is None or self.device.type != "meta":
             self.initialiser(module, str(slot.number), self.tp)
         return module if self.dtype is None else module.to(self.dtype)
+
+
+def context_plan(spec: ModelSpec, groups: Groups) -> ContextPlan:
+    """How sequences of this model are spread over the context group: the same for all layers."""
+    attention, tp = spec.blocks[0].attention, groups.tp.size
+    return ContextPlan.choose(groups.cp, heads=attention.num_heads // tp, kv_heads=attention.num_kv_heads // tp)
 
 
 def share_position_bias(blocks: list[nn.Module]) -> None:

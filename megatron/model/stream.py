@@ -14,6 +14,8 @@ class Stream(NamedTuple):
     hidden   [b, s, h] activations (the first layer takes token ids [b, s] int64 in its place)
     segments [b, s]    int32 document number within the row; attention never crosses a change.
                        All zero when documents are joined.
+
+    A rank may have a part of the sequence's hidden states (sequence and context parallelism); segments are always of whole rows.
     """
 
     hidden: Tensor

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Gather, Initialiser
-from megatron.model.plan import Builder, layer_plan, share_position_bias
+from megatron.model.plan import Builder, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
 from megatron.model.stream import Stream
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Transformer(nn.Module):
         self.recompute = recompute
         law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed, gather=gather)
         where = None if device is None else torch.device(device)
-        builder = Builder(initialiser=law, tp=self.groups.tp, device=where, dtype=dtype)
+        self.context = context_plan(spec, self.groups) if spec.blocks else ContextPlan()
+        builder = Builder(initialiser=law, tp=self.groups.tp, context=self.context, device=where, dtype=dtype)
         self.plan = layer_plan(spec)
         made = {slot.number: builder.build(slot) for slot in self.plan if slot.layer is not None and slot.head is None}
         share_position_bias(list(made.values()))
@@ -66,12 +68,12 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, read: Read | None = None) -> Any:
         """tokens [b, s] int64 -> Logits, or what `read` makes of them.
 
-        segments: [b, s] int32 document numbers; None = one document per row
+        segments: [b, s] int32 document numbers, of whole rows where tokens are this rank's part of them; None = one document per row
         cache:    keys and values of earlier tokens; the new ones are appended
         read:     runs inside the head's forward (where ZeRO-3 has the head's weight whole); its result is returned
         """
         if segments is None:
-            segments = torch.zeros_like(tokens, dtype=torch.int32)
+            segments = tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
         first, last = self.plan[0], self.plan[-1]
         stream = Stream(tokens, segments)
         stream = self.sequential[str(first.number)](stream, None if cache is None else cache.layer(0))

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.dist import run_distributed
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "train"
 TOLERANCE = 1e-5  # relative
@@ -15,6 +18,7 @@ TOLERANCE = 1e-5  # relative
 SEQUENTIAL = ("neox_pp0", "neox_rpe", "neox_scalenorm", "neox_seq_norpl_gelu", "neox_bias_gelu_fusion", "neox_pp0_eval")
 FAMILIES = ("gpt2_pp0", "llama_pp0", "llama_i768_pp0", "fork_neox_pp0")
 PIPELINED = ("neox_pp1", "neox_pp1_gas1", "llama_pp1", "fork_neox_pp1")
+PARALLEL = ("neox_tp2", "neox_pp2", "neox_dp2", "neox_dp2_zero1")
 POST_NORM = ("fork_olmo3_mha_pp1", "fork_olmo3_gqa_flash_pp1")
 
 
@@ -54,7 +58,7 @@ def replay(run: str, maps: Path, **overrides: Any) -> tuple[list[float], list[fl
     )
     groups, device = join_job(args)
     objective = build_objective(args, eod=0)
-    data = build_data(args, streams=objective.streams, rank=0, size=1)
+    data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size)
     engine, _ = build_engine(args, Source(Take.WEIGHTS, start.parent, start.name), groups, device)
     batches = data.train.batches(objective.collate, start_sample=0)
     losses, norms, used = [], [], []
@@ -84,6 +88,22 @@ def test_curves_of_the_reference(group: tuple[str, ...], tmp_path: Path, monkeyp
     monkeypatch.chdir(GOLDEN)
     for run in group:
         assert_replays(run, tmp_path)
+
+
+def on_a_rank(rank: int, world: int, run: str, maps: str, **overrides: Any) -> tuple[list[float], list[float], list[float]]:
+    """One rank of a recorded run of several."""
+    os.chdir(GOLDEN)
+    return replay(run, Path(maps), **overrides)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("run", PARALLEL)
+@pytest.mark.timeout(150)
+def test_curves_of_the_reference_at_their_own_layout(run: str, tmp_path: Path) -> None:
+    """The recorded weights of every rank are read in place, and every recorded iteration's loss is met within 1e-5 on every rank."""
+    for losses, _, used in run_distributed(on_a_rank, 2, 120, init=False, run=run, maps=str(tmp_path)):
+        assert losses == pytest.approx([step["lm_loss"] for step in recorded(run)], rel=TOLERANCE)
+        assert used == pytest.approx(rates(run), rel=1e-9)
 
 
 @pytest.mark.parametrize(

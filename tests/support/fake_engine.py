@@ -13,6 +13,7 @@ import torch
 from megatron.data.batch import Batch
 from megatron.engine.base import Pieces, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.objectives.base import Objective
 
@@ -23,6 +24,7 @@ class FakeEngine:
 
     groups: Groups = field(default_factory=Groups.single)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    context: ContextPlan = field(default_factory=ContextPlan)
     saved: list[str] = field(default_factory=list)
 
     def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:

@@ -9,7 +9,6 @@ from typing import Final
 from ..problems import Problem
 from .rule import Rule, Values, simple
 
-_NORMS: Final = ("log_param_norm", "log_grad_norm", "log_grad_pct_zeros", "log_optimizer_states")
 _GRADIENTS: Final = ("log_grad_norm", "log_grad_pct_zeros")
 
 
@@ -27,14 +26,14 @@ def _asked(v: Values, keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(key for key in keys if v[key])
 
 
-def _one_model_rank(v: Values) -> Iterable[Problem]:
-    keys = _asked(v, (*_NORMS, "log_gradient_noise_scale"))
-    sizes = {"model_parallel_size": v["model_parallel_size"], "pipe_parallel_size": v["pipe_parallel_size"]}
-    if keys and max(sizes.values()) > 1:
+def _whole_gradients(v: Values) -> Iterable[Problem]:
+    sizes = {key: v[key] for key in ("pipe_parallel_size", "context_parallel_size") if v[key] > 1}
+    if v["log_gradient_noise_scale"] and sizes:
         yield Problem(
-            f"{', '.join(keys)} would measure the part of the model on one rank only ({', '.join(f'{k} {n}' for k, n in sizes.items())})",
-            mend="remove these keys, or use data parallelism and ZeRO alone",
-            keys=(*keys, *sizes),
+            "log_gradient_noise_scale needs the gradient of a micro batch on one rank, where stages and context ranks have parts of it"
+            f" ({', '.join(f'{k} {n}' for k, n in sizes.items())})",
+            mend="remove it, or set these sizes to 1",
+            keys=("log_gradient_noise_scale", *sizes),
         )
 
 
@@ -59,7 +58,7 @@ def _states_in_sight(v: Values) -> Iterable[Problem]:
 
 
 def _several_gradients(v: Values) -> Iterable[Problem]:
-    model_ranks = max(v["pipe_parallel_size"], 1) * v["model_parallel_size"]
+    model_ranks = max(v["pipe_parallel_size"], 1) * v["model_parallel_size"] * v["context_parallel_size"]
     parts = (v["gradient_accumulation_steps"] or 1) * ((v["global_num_gpus"] or 1) // model_ranks)
     if v["log_gradient_noise_scale"] and parts < 2:
         yield Problem(
@@ -70,7 +69,7 @@ def _several_gradients(v: Values) -> Iterable[Problem]:
 
 
 REPORT_RULES: Final[tuple[Rule, ...]] = (
-    Rule("norms-of-one-model-rank", (*_NORMS, "model_parallel_size", "pipe_parallel_size"), _one_model_rank),
+    Rule("noise-scale-of-whole-gradients", ("log_gradient_noise_scale",), _whole_gradients),
     Rule("gradients-in-sight", (*_GRADIENTS, "pipe_parallel_size", "precision"), _gradients_in_sight),
     Rule("states-in-sight", ("log_optimizer_states", "precision"), _states_in_sight),
     Rule("noise-scale-of-several", ("log_gradient_noise_scale",), _several_gradients),
@@ -88,12 +87,5 @@ REPORT_RULES: Final[tuple[Rule, ...]] = (
         "no_save_optim: ZeRO stage 3 keeps the weights with the optimizer's state, so a checkpoint without it holds no model",
         "set zero_optimization.stage to 2 or less, or remove no_save_optim",
         ("no_save_optim", "zero_optimization.stage"),
-    ),
-    simple(
-        "forward-pass-on-one-stage",
-        ("checkpoint_validation_with_forward_pass", "pipe_parallel_size", "model_parallel_size"),
-        lambda v: v["checkpoint_validation_with_forward_pass"] and max(v["pipe_parallel_size"], v["model_parallel_size"]) > 1,
-        "checkpoint_validation_with_forward_pass needs the whole model on each rank",
-        "remove it, or set pipe_parallel_size to 0 or 1 and model_parallel_size to 1",
     ),
 )

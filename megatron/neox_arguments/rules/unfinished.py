@@ -63,7 +63,6 @@ def _above(limit: float) -> Callable[[Any], bool]:
 
 # One row per feature; whoever builds a feature deletes its row.
 UNFINISHED: Final[tuple[Unfinished, ...]] = (
-    Unfinished("context parallelism", "context_parallel_size", _above(1)),
     Unfinished("Mamba layers", "attention_config", _among("mamba")),
     Unfinished("RWKV layers", "attention_config", _among("rwkv")),
     Unfinished("gMLP layers", "attention_config", _among("gmlp", "amlp")),

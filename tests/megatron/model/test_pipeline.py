@@ -16,7 +16,7 @@ from megatron.model.plan import Builder
 from megatron.model.recompute import Recompute
 from megatron.model.spec import Positions, Residual
 from megatron.model.transformer import Transformer
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Groups
 from support.dist import run_distributed
 from support.specs import VOCAB, model_spec
 
@@ -55,7 +55,7 @@ def train(rank: int, world: int, folder: str) -> list[float]:
     for tied in (False, True):
         spec = model_spec(residual=Residual.PARALLEL, tied=tied)
         choices = PipelineChoices(recompute=Recompute() if tied else None)
-        module = pipeline_module(spec, topology=topology_of(world, 1, 1), loss_fn=loss_of, tp=Group.single(), seed=4, choices=choices)
+        module = pipeline_module(spec, topology=topology_of(world, 1, 1), loss_fn=loss_of, groups=Groups.single(), seed=4, choices=choices)
         config = {
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_accumulation_steps": ACCUMULATE,
@@ -98,4 +98,4 @@ def test_trains_like_the_plain_model(stages: int, tmp_path: Path):
 def test_a_shared_position_table_stays_on_one_stage():
     assert "RANK" not in os.environ
     with pytest.raises(ConfigError, match="relative position table"):
-        pipeline_module(model_spec(positions=Positions.RPE), topology=topology_of(2, 1, 1), loss_fn=loss_of, tp=Group.single())
+        pipeline_module(model_spec(positions=Positions.RPE), topology=topology_of(2, 1, 1), loss_fn=loss_of, groups=Groups.single())

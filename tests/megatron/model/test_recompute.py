@@ -253,7 +253,7 @@ def staged(rank: int, world: int) -> list[list[torch.Tensor]]:
             spec_of("llama"),
             topology=topology_of(world, 1, 1),
             loss_fn=loss_of,
-            tp=Group.single(),
+            groups=Groups.single(),
             choices=PipelineChoices(recompute=how),
         )
         engine, *_ = deepspeed.initialize(model=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.2), config=config)
