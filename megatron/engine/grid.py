@@ -73,8 +73,8 @@ class Grid:
 
 
 def grid_of(groups: Groups) -> Grid | None:
-    """The grid of a job; none for a process alone, where DeepSpeed needs no telling."""
-    return None if groups.world.size == 1 else Grid(groups)
+    """The grid of a job; none where every rank has the same weights, which is what DeepSpeed expects untold."""
+    return None if groups.tp.size == 1 else Grid(groups)
 
 
 def mark_split(module: nn.Module) -> None:

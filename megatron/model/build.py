@@ -14,6 +14,7 @@ from megatron.errors import ConfigError
 from megatron.model.init import Gather
 from megatron.model.mup import Mup, with_mup
 from megatron.model.pipeline import PipelineChoices, pipeline_module, topology_of
+from megatron.model.recompute import Granularity, Recompute
 from megatron.model.spec import (
     GATED,
     AttentionSpec,
@@ -59,7 +60,7 @@ def build_transformer(
         groups=groups,
         device=device,
         dtype=parameter_dtype(args) if dtype is None and gather is None else dtype,
-        checkpointing=args.run.checkpoint_num_layers if args.run.checkpoint_activations else None,
+        recompute=recompute_of(args),
         seed=args.run.seed,
         gather=gather,
     )
@@ -88,7 +89,7 @@ def build_pipeline(
         topology = topology_of(runtime.pipe_parallel_size, replicas, runtime.model_parallel_size)
     choices = PipelineChoices(
         partition_method=args.runtime.pipe_partition_method,
-        checkpoint_activations=args.run.checkpoint_activations,
+        recompute=recompute_of(args),
         compile_blocks=args.run.torch_compile,
     )
     module: nn.Module = pipeline_module(
@@ -101,6 +102,19 @@ def build_pipeline(
         choices=choices,
     )
     return module
+
+
+def recompute_of(args: NeoXArgs) -> Recompute | None:
+    """The activation checkpointing keys; None = off."""
+    run = args.run
+    if not run.checkpoint_activations:
+        return None
+    return Recompute(
+        num_layers=run.checkpoint_num_layers,
+        granularity=Granularity(run.checkpoint_granularity),
+        on_host=run.checkpoint_in_cpu,
+        partitioned=run.partition_activations,
+    )
 
 
 def parameter_dtype(args: NeoXArgs) -> torch.dtype:

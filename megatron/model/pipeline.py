@@ -6,23 +6,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from io import StringIO
+from itertools import groupby
 from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
 from megatron.model.plan import Builder, Slot, context_plan, layer_plan, share_position_bias
+from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
-from megatron.mpu.groups import Groups
+from megatron.model.stream import Stream
+from megatron.mpu.groups import Group, Groups
 
 log = get_logger(__name__)
 
@@ -34,13 +35,13 @@ class PipelineChoices:
     """How the plan is cut and run.
 
     partition_method:  DeepSpeed's: type:REGEX on class names | parameters | uniform
-    checkpoint_activations: recompute them in the backward pass, block by block (DeepSpeed would count groups from slot 0)
+    recompute:         how the backward pass gets the blocks' activations; None = the forward pass keeps them
     dynamic_shape:     micro batches of changing shape (curriculum, evaluation on other lengths)
     compile_blocks:    torch.compile each block
     """
 
     partition_method: str = "type:transformer|mlp"
-    checkpoint_activations: bool = False
+    recompute: Recompute | None = None
     dynamic_shape: bool = False
     compile_blocks: bool = False
 
@@ -69,6 +70,35 @@ class TiedSlotLayer(TiedLayerSpec):  # type: ignore[misc]  # deepspeed is untype
     def build(self, log: bool = False) -> nn.Module:
         """The shared module with initial weights, drawn under the name of the first slot on every stage."""
         return self.builder.build(Slot(0, self.slot.layer, self.slot.spec, placed=True))
+
+
+class Stages(PipelineModule):  # type: ignore[misc]  # deepspeed is untyped
+    """DeepSpeed's module with another way to run a stage's layers: spans of recomputation count blocks, from the stage's first one.
+
+    DeepSpeed counts every layer from the stage's beginning, so a span could reach into the head. `seed_layers` is not offered.
+    """
+
+    def __init__(self, *, recompute: Recompute | None, tp: Group, **deepspeeds: Any) -> None:
+        super().__init__(**deepspeeds)
+        self.recompute = recompute
+        self.tp = tp
+
+    def forward(self, forward_input: Any) -> Any:
+        """What the stage before sends (the first stage: the inputs of a micro batch) through all layers of this stage."""
+        self.micro_offset += 1
+        flow = forward_input
+        for are_blocks, layers in groupby(self.forward_funcs, key=is_block):
+            if are_blocks:
+                flow = run_blocks(list(layers), Stream(*flow), self.recompute, tp=self.tp)
+                continue
+            for layer in layers:
+                flow = layer(flow)
+        return flow
+
+
+def is_block(layer: Any) -> bool:
+    """Whether a layer of a stage is one of the stack, whatever its mixer."""
+    return isinstance(layer, TransformerBlock)
 
 
 def call_head(head: Callable[..., Any]) -> Callable[[nn.Module, Any], Any]:
@@ -131,14 +161,13 @@ def pipeline_module(
     chatter = StringIO()
     # DeepSpeed prints the partition, and broadcasts tied weights as if a gradient were wanted.
     with redirect_stdout(chatter), torch.no_grad():
-        module = PipelineModule(
+        module = Stages(
+            recompute=choices.recompute,
+            tp=groups.tp,
             layers=layers_of(spec, builder),
             topology=topology,
             loss_fn=loss_fn,
             partition_method=choices.partition_method,
-            activation_checkpoint_interval=int(choices.checkpoint_activations),
-            activation_checkpoint_func=partial(checkpoint, use_reentrant=False),
-            checkpointable_layers=[TransformerBlock.__name__],
             dynamic_shape=choices.dynamic_shape,
         )
     log.debug(chatter.getvalue())

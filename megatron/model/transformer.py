@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from megatron.model.attention.masks import Documents
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Gather, Initialiser
 from megatron.model.plan import Builder, context_plan, layer_plan, share_position_bias
+from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
 from megatron.model.stream import Stream
 from megatron.mpu.context import ContextPlan
@@ -37,21 +36,21 @@ class Transformer(nn.Module):
         groups: Groups | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        checkpointing: int | None = None,
+        recompute: Recompute | None = None,
         seed: int = 1234,
         gather: Gather | None = None,
     ) -> None:
         """Build and initialise.
 
         device, dtype: of the parameters; device "meta" makes no weights
-        checkpointing: recompute the backward pass's activations in groups of this many blocks; None = keep them
+        recompute: how the backward pass gets the blocks' activations; None = the forward pass keeps them
         seed:   of the initial weights
         gather: makes parameters whole that were partitioned while being built (deepspeed.zero.Init)
         """
         super().__init__()
         self.spec = spec
         self.groups = Groups.single() if groups is None else groups
-        self.checkpointing = checkpointing
+        self.recompute = recompute
         law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed, gather=gather)
         where = None if device is None else torch.device(device)
         self.context = context_plan(spec, self.groups) if spec.blocks else ContextPlan()
@@ -59,7 +58,6 @@ class Transformer(nn.Module):
         self.plan = layer_plan(spec)
         made = {slot.number: builder.build(slot) for slot in self.plan if slot.layer is not None and slot.head is None}
         share_position_bias(list(made.values()))
-        self._isolated = any(block.attention.isolated for block in spec.blocks)
         self.sequential = nn.ModuleDict({str(number): module for number, module in made.items()})
 
     @property
@@ -98,26 +96,4 @@ class Transformer(nn.Module):
             for index, block in enumerate(blocks):
                 stream = block(stream, cache.layer(index))
             return stream
-        # Where documents lie is found once, not once per block: finding it makes a GPU's host wait.
-        segments = Documents.of(stream.segments) if self._isolated else stream.segments
-        hidden = stream.hidden
-        size = len(blocks) if self.checkpointing is None or not torch.is_grad_enabled() else self.checkpointing
-        for group in chunks(blocks, size):
-            if self.checkpointing is not None and torch.is_grad_enabled():
-                hidden = checkpoint(run_group, group, hidden, segments, use_reentrant=False)
-            else:
-                hidden = run_group(group, hidden, segments)
-        return Stream(hidden, stream.segments)
-
-
-def run_group(blocks: list[TransformerBlock], hidden: Tensor, segments: Tensor | Documents | None) -> Tensor:
-    """hidden [b, s, h] through consecutive blocks -> [b, s, h]."""
-    for block in blocks:
-        hidden, _ = block((hidden, segments))
-    return hidden
-
-
-def chunks(blocks: list[TransformerBlock], size: int) -> Iterator[list[TransformerBlock]]:
-    """Consecutive groups of `size` blocks; the last may be smaller."""
-    for start in range(0, len(blocks), size):
-        yield blocks[start : start + size]
+        return run_blocks(blocks, stream, self.recompute, tp=self.groups.tp)

@@ -28,9 +28,11 @@ def all_reduce(x: Tensor, group: Group, *, maximum: bool = False) -> Tensor:
     """Sum (or maximum) over the group, in a new tensor; x itself when alone."""
     if group.size == 1:
         return x
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group.handle)
-    return out
+    assert group.handle is not None
+    # The functional form gives its result as a value, which a recomputation can keep instead of asking the other ranks again.
+    out = torch.ops._c10d_functional.all_reduce(x.contiguous(), "max" if maximum else "sum", group.handle.group_name)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(out)
+    return done
 
 
 def all_gather(x: Tensor, group: Group, dim: int) -> Tensor:
@@ -53,10 +55,11 @@ def sum_slice(x: Tensor, group: Group, dim: int) -> Tensor:
         return x
     if x.device.type == "cpu":  # gloo has no reduce-scatter that serves every dtype
         return own_slice(all_reduce(x, group), group, dim)
-    pieces = [piece.contiguous() for piece in x.chunk(group.size, dim)]
-    out = torch.empty_like(pieces[group.rank])
-    dist.reduce_scatter(out, pieces, group=group.handle)
-    return out
+    assert group.handle is not None
+    pieces = torch.cat(x.chunk(group.size, dim))
+    out = torch.ops._c10d_functional.reduce_scatter_tensor(pieces, "sum", group.size, group.handle.group_name)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(out)
+    return done
 
 
 # ---- with gradients ----------------------------------------------------------------------------------------------

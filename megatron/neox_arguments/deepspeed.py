@@ -41,9 +41,6 @@ def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
     # Our optimizers are ordinary torch optimizers: DeepSpeed need not know them by name, offloaded or not.
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
-    checkpointing = _activation_checkpointing(args)
-    if checkpointing:
-        config["activation_checkpointing"] = checkpointing
     config |= _given(args.optim, PASSED_ON) | _given(args.logs, PASSED_ON_LOGS)
     return _with_extra(config, args)
 
@@ -149,25 +146,6 @@ def _reports(args: NeoXArgs) -> dict[str, Any]:
         "wall_clock_breakdown": logs.wall_clock_breakdown,
         "dump_state": logs.dump_state,
     }
-
-
-def _activation_checkpointing(args: NeoXArgs) -> dict[str, Any]:
-    """The user's dict, else one made of the five single keys; empty when nothing asks for it."""
-    run = args.run
-    if run.activation_checkpointing is not None:
-        return dict(run.activation_checkpointing)
-    block: dict[str, Any] = {
-        "partition_activations": run.partition_activations,
-        "contiguous_memory_optimization": run.contiguous_checkpointing,
-        "cpu_checkpointing": run.checkpoint_in_cpu,
-        "synchronize_checkpoint_boundary": run.synchronize_each_layer,
-        "profile": run.profile_backward,
-    }
-    if not any(block.values()):
-        return {}
-    if run.contiguous_checkpointing:
-        block["number_checkpoints"] = -(-(args.model.num_layers or 1) // run.checkpoint_num_layers)
-    return block
 
 
 def _with_extra(config: dict[str, Any], args: NeoXArgs) -> dict[str, Any]:

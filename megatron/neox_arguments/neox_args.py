@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
 
 from . import flat as flat_files
 from .draft import Draft
 from .flat import Flat, fold
+from .idle import idle_keys
 from .nested import check_block
 from .problems import DEFAULT, ConfigProblems, Origin, Problem
 from .resolvers import RESOLVERS, resolve_world
@@ -114,7 +115,7 @@ class NeoXArgs:
 
     def ignored_keys(self) -> tuple[str, ...]:
         """Keys the user set that do nothing, for one warning line."""
-        return tuple(key for key, value in self._given.items() if key in NO_EFFECT_KEYS and value != NO_EFFECT_KEYS[key])
+        return idle_keys(self._given, self.run)
 
     def __getattr__(self, name: str) -> Any:
         """Read-only flat view for outside users: `args.hidden_size`."""
@@ -147,14 +148,6 @@ class NeoXArgs:
         }
         origins |= {key: Origin("derived", detail=source) for key, source in draft.sources.items() if source != "default"}
         return cls(**sections, _given=flat.values, _origins=origins)
-
-
-NO_EFFECT_KEYS: Final[Mapping[str, Any]] = {
-    key: info.default
-    for section in SECTIONS.values()
-    for key, info in section.model_fields.items()
-    if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("effect") == "none"
-}
 
 
 def _read(flat: Flat) -> Draft:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from .draft import Draft
+from .idle import RECOMPUTE_ENTRIES
 from .nested import OPTIMIZER_PARAMS
 from .problems import Problem, closest, plain, shown
 from .resolve import TRIPLE, Unsolvable, batch_triple, choose_precision, decay_iters, expand_attention, parse_split
@@ -233,6 +234,14 @@ def resolve_data(d: Draft) -> None:
             d.derive(f"do_{split}", there and enough, "data and iterations")
 
 
+def resolve_recompute(d: Draft) -> None:
+    """The two entries of DeepSpeed's activation checkpointing block that do something replace the single keys."""
+    block = d["activation_checkpointing"]
+    if block is not None:
+        for key, entry in RECOMPUTE_ENTRIES.items():
+            d.derive(key, bool(block.get(entry, False)), "activation_checkpointing")
+
+
 def resolve_text(d: Draft) -> None:
     """Where prompts come from."""
     if d["text_gen_type"] is None:
@@ -248,5 +257,6 @@ RESOLVERS: Final[tuple[Callable[[Draft], None], ...]] = (
     resolve_schedule,
     resolve_model,
     resolve_data,
+    resolve_recompute,
     resolve_text,
 )

@@ -109,6 +109,30 @@ def _extra_args(v: Values) -> Iterable[Problem]:
                 keys=(f"deepspeed_extra_args.{name}", name),
             )
 
+    for name in ("activation_checkpointing", "pipeline.activation_checkpoint_interval"):
+        block, _, entry = name.partition(".")
+        value = v["deepspeed_extra_args"].get(block)
+        if value and (not entry or (isinstance(value, dict) and value.get(entry))):
+            yield Problem(
+                f"deepspeed_extra_args.{name} does nothing: recomputation is not DeepSpeed's here",
+                mend="set checkpoint_activations and the keys beside it at the top level",
+                keys=(f"deepspeed_extra_args.{name}",),
+            )
+
+
+def _selective(v: Values) -> bool:
+    return bool(v["checkpoint_activations"]) and v["checkpoint_granularity"] == "selective"
+
+
+def _selective_inputs(v: Values) -> Iterable[Problem]:
+    keys = tuple(key for key in ("checkpoint_in_cpu", "partition_activations") if v[key])
+    if keys and _selective(v):
+        yield Problem(
+            f"{', '.join(keys)} would move only the input of each span, which is little of what checkpoint_granularity: selective keeps",
+            mend=f"set checkpoint_granularity: full, or remove {', '.join(keys)}",
+            keys=(*keys, "checkpoint_granularity"),
+        )
+
 
 RUN_RULES: Final[tuple[Rule, ...]] = (
     Rule("length", (), _iterations),
@@ -118,6 +142,23 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     Rule("when-to-save", (), _checkpoint_factor),
     Rule("extra-saves", ("extra_save_iters",), _extra_saves),
     Rule("extra-args", ("deepspeed_extra_args",), _extra_args),
+    Rule("selective-and-inputs", ("checkpoint_granularity",), _selective_inputs),
+    simple(
+        "selective-and-compile",
+        ("checkpoint_granularity",),
+        lambda v: _selective(v) and v["torch_compile"],
+        "checkpoint_granularity selective chooses among single operations, which torch_compile fuses",
+        "set checkpoint_granularity: full, or torch_compile: false",
+        ("checkpoint_granularity", "torch_compile"),
+    ),
+    simple(
+        "selective-and-zero",
+        ("checkpoint_granularity",),
+        lambda v: _selective(v) and _stage(v) >= 3,
+        "checkpoint_granularity selective makes wrong gradients with ZeRO stage 3, which gathers weights around whole modules",
+        "set checkpoint_granularity: full, or ZeRO stage 0, 1 or 2",
+        ("checkpoint_granularity", "zero_optimization.stage"),
+    ),
     simple(
         "min-lr",
         ("min_lr", "lr"),

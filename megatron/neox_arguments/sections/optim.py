@@ -83,7 +83,7 @@ class OptimArgs(ScheduleKeys, PrecisionKeys, ZeroKeys):
     )
     summed_bias_full_lr: bool = Field(
         False,
-        description="With gpt_j_residual, each tensor-parallel rank holds a share of a block's output biases. True: every share learns at the"
+        description="With gpt_j_residual, each tensor-parallel rank holds a share of a block's output biases. True: each learns at the"
         " full rate, so their sum learns model_parallel_size times as fast, as in GPT-NeoX. False: the size makes no difference.",
     )
     gradient_clipping: float = Field(

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from .base import DERIVED, RUNTIME, Section, Whole
+from .base import DERIVED, NO_EFFECT, RUNTIME, Section, Whole
 
 
 class RunArgs(Section):
@@ -36,15 +36,34 @@ class RunArgs(Section):
         None, ge=1, description="Forward and backward passes per optimizer step; unset follows from the batch sizes, else 1."
     )
     checkpoint_activations: bool = Field(False, description="Keep few activations and recompute the others in the backward pass.")
-    checkpoint_num_layers: Whole = Field(1, ge=1, description="Layers between two kept activations.")
-    deepspeed_activation_checkpointing: bool = Field(True, description="Recompute by DeepSpeed's function, which the options below need.")
-    contiguous_checkpointing: bool = Field(False, description="Keep activations in one contiguous buffer.")
-    checkpoint_in_cpu: bool = Field(False, description="Keep activations in host memory.")
-    synchronize_each_layer: bool = Field(False, description="Wait for the device after every recomputed span.")
-    profile_backward: bool = Field(False, description="Time the recomputation in the backward pass.")
-    partition_activations: bool = Field(False, description="Split kept activations over the tensor-parallel ranks.")
+    checkpoint_num_layers: Whole = Field(1, ge=1, description="Layers per recomputed span, counted from a pipeline stage's first one.")
+    checkpoint_granularity: Literal["full", "selective"] = Field(
+        "full",
+        description="What is recomputed: full, all of a span but its input; selective, what is cheap (norms, activation functions, rotary"
+        " embedding, dropout), while results of weight products and fused attention are kept (arXiv 2205.05198).",
+    )
+    checkpoint_in_cpu: bool = Field(False, description="Let the inputs of recomputed spans wait in host memory.")
+    partition_activations: bool = Field(
+        False, description="Let each tensor-parallel rank keep its part only of the inputs of recomputed spans."
+    )
     activation_checkpointing: dict[str, Any] | None = Field(
-        None, description="DeepSpeed's activation checkpointing block; where given, it replaces the single keys."
+        None,
+        description="DeepSpeed's block: partition_activations and cpu_checkpointing replace the single keys partition_activations and"
+        " checkpoint_in_cpu; its other entries have no effect, as the keys of the same meaning.",
+    )
+    deepspeed_activation_checkpointing: bool = Field(
+        True, description="Has no effect: recomputation is PyTorch's, whose options include DeepSpeed's.", json_schema_extra=NO_EFFECT
+    )
+    contiguous_checkpointing: bool = Field(
+        False, description="Has no effect: PyTorch's allocator needs no buffer against fragmentation.", json_schema_extra=NO_EFFECT
+    )
+    synchronize_each_layer: bool = Field(
+        False,
+        description="Has no effect: recomputation is ordered by the device's stream and needs no waiting.",
+        json_schema_extra=NO_EFFECT,
+    )
+    profile_backward: bool = Field(
+        False, description="Has no effect: the profiler (profile: true) shows recomputation.", json_schema_extra=NO_EFFECT
     )
     curriculum_learning: dict[str, Any] | None = Field(
         None,

@@ -9,6 +9,7 @@ import torch
 from megatron.errors import ConfigError
 from megatron.model.build import build_spec, build_transformer, mlp_convention_of, mlp_width
 from megatron.model.flops import parameter_count
+from megatron.model.recompute import Recompute
 from megatron.model.spec import BackendName, NormKind, NormSpec, Positions, Residual, RopeScaling, RotarySpec
 from megatron.neox_arguments import NeoXArgs
 from support.tiny import tiny
@@ -122,5 +123,5 @@ def test_build_transformer():
     args = arguments(precision="bfloat16", checkpoint_activations=True, checkpoint_num_layers=2)
     model = build_transformer(args)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.checkpointing == 2
+    assert model.recompute == Recompute(num_layers=2)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(model.spec)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.errors import ConfigError
 from megatron.model.pipeline import PipelineChoices, layers_of, pipeline_module, topology_of
 from megatron.model.plan import Builder
+from megatron.model.recompute import Recompute
 from megatron.model.spec import Positions, Residual
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Group, Groups
@@ -53,7 +54,7 @@ def train(rank: int, world: int, folder: str) -> list[float]:
     losses = []
     for tied in (False, True):
         spec = model_spec(residual=Residual.PARALLEL, tied=tied)
-        choices = PipelineChoices(checkpoint_activations=tied)
+        choices = PipelineChoices(recompute=Recompute() if tied else None)
         module = pipeline_module(spec, topology=topology_of(world, 1, 1), loss_fn=loss_of, groups=Groups.single(), seed=4, choices=choices)
         config = {
             "train_micro_batch_size_per_gpu": ROWS,

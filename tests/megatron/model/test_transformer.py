@@ -8,6 +8,7 @@ import torch
 
 from megatron.model.cache import KVCache
 from megatron.model.plan import layer_plan
+from megatron.model.recompute import Recompute
 from megatron.model.spec import BackendName, InitSpec, MLPSpec, ModelSpec, NormKind, Positions, Residual
 from megatron.model.transformer import Transformer
 from support.specs import HIDDEN, VOCAB, model_spec, norm_spec
@@ -158,7 +159,7 @@ def test_recomputation_changes_nothing():
     for spec in FORMS.values():
         kept = loss_and_gradients(Transformer(spec), ids, segments)
         for size in (1, 2, 5):
-            again = loss_and_gradients(Transformer(spec, checkpointing=size), ids, segments)
+            again = loss_and_gradients(Transformer(spec, recompute=size and Recompute(num_layers=size)), ids, segments)
             assert torch.equal(kept[0], again[0])
             assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
 
@@ -167,7 +168,7 @@ def test_recomputation_repeats_dropout():
     ids = tokens(2, 12)
     pairs = []
     for size in (None, 1):
-        model = Transformer(model_spec(hidden_dropout=0.3), checkpointing=size)
+        model = Transformer(model_spec(hidden_dropout=0.3), recompute=size and Recompute(num_layers=size))
         torch.manual_seed(9)
         pairs.append(loss_and_gradients(model, ids))
     assert all(torch.equal(a, b) for a, b in zip(pairs[0][1], pairs[1][1], strict=True))

@@ -72,15 +72,11 @@ def test_fp16_takes_the_loss_scale_keys_and_the_dict_over_them() -> None:
     assert config(fp16={"enabled": True, "loss_scale": 0})["fp16"]["loss_scale"] == 0
 
 
-def test_blocks_are_handed_over_and_single_keys_form_one() -> None:
+def test_blocks_are_handed_over() -> None:
     made = config(
         comms_logger={"enabled": True},
         csv_monitor={"enabled": True, "output_path": "x"},
         wandb={"enabled": False},
-        partition_activations=True,
-        contiguous_checkpointing=True,
-        checkpoint_activations=True,
-        checkpoint_num_layers=3,
         fp32_allreduce=True,
         steps_per_print=7,
         wall_clock_breakdown=True,
@@ -89,8 +85,6 @@ def test_blocks_are_handed_over_and_single_keys_form_one() -> None:
     )
     assert made["comms_logger"] == {"enabled": True}
     assert made["csv_monitor"] == {"enabled": True, "output_path": "x"}
-    assert made["activation_checkpointing"]["partition_activations"] is True
-    assert made["activation_checkpointing"]["number_checkpoints"] == 2
     assert made["communication_data_type"] == "fp32"
     assert (made["steps_per_print"], made["wall_clock_breakdown"], made["memory_breakdown"], made["prescale_gradients"]) == (
         7,
@@ -98,6 +92,12 @@ def test_blocks_are_handed_over_and_single_keys_form_one() -> None:
         True,
         True,
     )
+
+
+def test_deepspeed_is_told_nothing_of_activation_checkpointing() -> None:
+    """Recomputation is the model's: DeepSpeed would only keep the block."""
+    made = config(checkpoint_activations=True, partition_activations=True, activation_checkpointing={"cpu_checkpointing": True})
+    assert "activation_checkpointing" not in made
 
 
 @pytest.mark.parametrize("extra", [{"gradient_clipping": 2.0}, {"optimizer": {"type": "Adam"}}, {"zero_optimization": {"stage": 3}}])
@@ -124,7 +124,7 @@ def test_deepspeed_reads_every_kind_of_it() -> None:
     """DeepSpeed's reader, in a process of its own (it imports torch), takes the values over as meant."""
     kinds = [
         config(),
-        config(precision="bfloat16", zero_optimization={"stage": 2}, partition_activations=True),
+        config(precision="bfloat16", zero_optimization={"stage": 2}),
         config(precision="fp16", communication_data_type="fp32"),
     ]
     program = (
@@ -134,14 +134,14 @@ def test_deepspeed_reads_every_kind_of_it() -> None:
         "    made['train_batch_size'] = made['train_micro_batch_size_per_gpu'] * made['gradient_accumulation_steps']\n"
         "    read = DeepSpeedConfig(made)\n"
         "    print(read.gradient_clipping, read.zero_optimization_stage, read.bfloat16_config.enabled, read.float16_config.enabled,\n"
-        "          read.grad_accum_dtype, read.activation_checkpointing_config.partition_activations)\n"
+        "          read.grad_accum_dtype)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, encode({"kinds": kinds})], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split() for line in done.stdout.splitlines() if line[:3] == "1.0"] == [
-        ["1.0", "0", "False", "False", "None", "False"],
-        ["1.0", "2", "True", "False", "fp32", "True"],
-        ["1.0", "0", "False", "True", "None", "False"],
+        ["1.0", "0", "False", "False", "None"],
+        ["1.0", "2", "True", "False", "fp32"],
+        ["1.0", "0", "False", "True", "None"],
     ]

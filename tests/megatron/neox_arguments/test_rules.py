@@ -20,6 +20,9 @@ TINY = {
 }
 
 
+SELECTIVE = {"checkpoint_activations": True, "checkpoint_granularity": "selective"}
+
+
 def test_rules_have_names_and_read_keys_that_exist():
     assert len({rule.name for rule in RULES}) == len(RULES)
     assert {key for rule in RULES for key in rule.needs} <= set(SECTION_OF)
@@ -64,6 +67,10 @@ def test_rules_have_names_and_read_keys_that_exist():
         },
         {"train_impl": "kto", "train_data_paths": ["a"], "train_reward_data_paths": ["b"], "pack_impl": "unpacked"},
         {"train_impl": "reinforce", "dataset_impl": "online"},
+        {**SELECTIVE, "zero_optimization": {"stage": 2}},
+        {**SELECTIVE, "checkpoint_activations": False, "torch_compile": True, "zero_optimization": {"stage": 3}},
+        {"checkpoint_activations": True, "checkpoint_in_cpu": True, "torch_compile": True, "zero_optimization": {"stage": 3}},
+        {"deepspeed_extra_args": {"pipeline": {"activation_checkpoint_interval": 0}}},
     ],
 )
 def test_configs_that_are_good(extra):
@@ -103,6 +110,18 @@ def test_a_plain_model_asks_for_nothing_unbuilt():
         ({"gd_mode": True}, {"ga_dataset", "gd_retain_dataset"}),
         ({"pos_train_data_paths": ["a"]}, {"neg_train_data_paths"}),
         ({"include": "a", "exclude": "b"}, {"include"}),
+        ({**SELECTIVE, "zero_optimization": {"stage": 3}}, {"checkpoint_granularity", "zero_optimization.stage"}),
+        ({**SELECTIVE, "torch_compile": True}, {"checkpoint_granularity", "torch_compile"}),
+        ({**SELECTIVE, "checkpoint_in_cpu": True}, {"checkpoint_granularity", "checkpoint_in_cpu"}),
+        ({**SELECTIVE, "activation_checkpointing": {"partition_activations": True}}, {"partition_activations"}),
+        (
+            {"deepspeed_extra_args": {"activation_checkpointing": {"cpu_checkpointing": True}}},
+            {"deepspeed_extra_args.activation_checkpointing"},
+        ),
+        (
+            {"deepspeed_extra_args": {"pipeline": {"activation_checkpoint_interval": 2}}},
+            {"deepspeed_extra_args.pipeline.activation_checkpoint_interval"},
+        ),
     ],
 )
 def test_missing_and_clashing_keys_are_named(extra, keys):

@@ -145,8 +145,10 @@ def arguments(**change: Any) -> Any:
         "warmup_from_zero": False,
         "override_lr_scheduler": False,
         "use_checkpoint_lr_scheduler": False,
+        "summed_bias_full_lr": False,
     }
-    return SimpleNamespace(optim=SimpleNamespace(**{**section, **change}), model=SimpleNamespace(use_mup=False))
+    optim = SimpleNamespace(**{**section, **change})
+    return SimpleNamespace(optim=optim, model=SimpleNamespace(use_mup=False), runtime=SimpleNamespace(model_parallel_size=1))
 
 
 def test_every_configured_name_gives_its_optimizer_with_its_numbers() -> None:

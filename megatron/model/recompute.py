@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation checkpointing: what a forward pass keeps of its blocks, and what the backward pass computes again.
+
+Knows blocks only; embedding and head are never recomputed. Recomputation draws the same dropout masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from megatron.model.attention.masks import Documents
+from megatron.model.block import TransformerBlock
+from megatron.model.stream import Stream
+from megatron.mpu.comm import all_gather
+from megatron.mpu.groups import Group
+
+
+class Granularity(str, Enum):
+    """What is recomputed; values are the `checkpoint_granularity` key's."""
+
+    FULL = "full"  # everything between the first and the last of a span (Chen et al., arXiv 1604.06174)
+    SELECTIVE = "selective"  # what is cheap; weight products, fused attention and sums stay (Korthikanti et al., arXiv 2205.05198, sec. 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """How blocks are recomputed in the backward pass.
+
+    num_layers:  blocks per span; each span keeps its input [b, s, h]
+    granularity: what a span keeps beside that
+    on_host:     span inputs wait in host memory (pinned, for CUDA)
+    partitioned: each rank of tp keeps its part of a span's input (arXiv 1910.02054, sec. 6.1)
+    """
+
+    num_layers: int = 1
+    granularity: Granularity = Granularity.FULL
+    on_host: bool = False
+    partitioned: bool = False
+
+
+def run_blocks(blocks: Sequence[TransformerBlock], stream: Stream, recompute: Recompute | None, *, tp: Group) -> Stream:
+    """The stream through consecutive blocks; recompute None = keep all activations. Without gradients nothing is kept."""
+    # Where documents lie is found once, not once per block: finding it makes a GPU's host wait.
+    isolated = any(block.attention.spec.isolated for block in blocks)
+    segments = Documents.of(stream.segments) if isolated else stream.segments
+    hidden = stream.hidden
+    if recompute is None or not torch.is_grad_enabled():
+        return Stream(run_span(blocks, hidden, segments), stream.segments)
+    selective = recompute.granularity is Granularity.SELECTIVE
+    contexts = partial(create_selective_checkpoint_contexts, keeps) if selective else noop_context_fn
+    for span in spans(blocks, recompute.num_layers):
+        with moved_inputs(recompute, tp):
+            hidden = checkpoint(run_span, span, hidden, segments, use_reentrant=False, context_fn=contexts)
+    return Stream(hidden, stream.segments)
+
+
+def run_span(blocks: Sequence[TransformerBlock], hidden: Tensor, segments: Tensor | Documents | None) -> Tensor:
+    """hidden [b, s, h] through consecutive blocks -> [b, s, h]."""
+    for block in blocks:
+        hidden, _ = block((hidden, segments))
+    return hidden
+
+
+def spans(blocks: Sequence[TransformerBlock], size: int) -> Iterator[Sequence[TransformerBlock]]:
+    """Consecutive groups of `size` blocks; the last may be smaller."""
+    for start in range(0, len(blocks), size):
+        yield blocks[start : start + size]
+
+
+# ---- what a selective span keeps ---------------------------------------------------------------------------------
+
+# Batched products are not among them: where attention is not fused they make its scores, whose size grows with s * s.
+_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::_scaled_mm", "aten::_grouped_mm"})
+_ATTENTION = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        "torch_attn::_varlen_attn",
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+    }
+)
+# Sums over ranks, so none is made twice. What is gathered is gathered again: kept, every rank would hold whole sequences (ibid.).
+_SUMS = frozenset({"_c10d_functional::all_reduce", "_c10d_functional::reduce_scatter_tensor"})
+
+
+def keeps(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """torch's question for every operation of a selective span: whether its result is kept."""
+    name = op.name().partition(".")[0]
+    if name in _PRODUCTS or name in _SUMS or (name in _ATTENTION and not draws(op, args, kwargs)):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention kernel takes random numbers for its dropout.
+
+    Were its result kept, recomputation would skip that draw, and every later mask of the span would be another one.
+    """
+    given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    return bool(given.get("dropout_p", 0.0) > 0.0)
+
+
+# ---- where the inputs of spans are kept --------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """A tensor put away: data is all of it, or this rank's part of its elements in order (padded to equal parts)."""
+
+    data: Tensor
+    shape: torch.Size
+    device: torch.device
+
+
+def moved_inputs(recompute: Recompute, tp: Group) -> AbstractContextManager[Any]:
+    """Within, what autograd saves is put away as asked. `checkpoint` saves nothing but the inputs of its span."""
+    # Where the sequence is spread over tp, what comes in is this rank's part already.
+    sliced = recompute.partitioned and tp.size > 1 and not tp.sequence
+    if not (sliced or recompute.on_host):
+        return nullcontext()
+    group = tp if sliced else Group.single()
+    return saved_tensors_hooks(partial(put_away, group=group, on_host=recompute.on_host), partial(bring_back, group=group))
+
+
+def put_away(x: Tensor, *, group: Group, on_host: bool) -> Tensor | Kept:
+    """x, equal on all ranks of the group -> what this rank keeps. Token and document numbers stay as they are: they are small."""
+    if not x.is_floating_point():
+        return x
+    data = x.detach()
+    if group.size > 1:
+        size = -(-data.numel() // group.size)
+        flat = F.pad(data.reshape(-1), (0, size * group.size - data.numel()))
+        # A view would keep the whole alive.
+        data = flat[group.rank * size : (group.rank + 1) * size].clone()
+    if on_host and data.device.type != "cpu":
+        host = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.device.type == "cuda")
+        data = host.copy_(data, non_blocking=True)
+    return Kept(data, x.shape, x.device)
+
+
+def bring_back(kept: Tensor | Kept, *, group: Group) -> Tensor:
+    """What `put_away` was given; a collective call of the group."""
+    if isinstance(kept, Tensor):
+        return kept
+    data = kept.data.to(kept.device, non_blocking=True)
+    return all_gather(data, group, 0)[: prod(kept.shape)].view(kept.shape) if group.size > 1 else data
