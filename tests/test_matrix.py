@@ -49,20 +49,22 @@ def test_cells_are_selected_by_their_values():
             selected(all_cells(), wrong)
 
 
-def test_what_is_refused_is_refused_for_a_reason_that_is_known():
-    """A new refusal must be meant: it is listed here."""
+def test_what_is_refused_is_meant_and_documented():
+    """A new refusal must be listed here, and the page written anew."""
+    results = []
     for cell in all_cells():
-        expected = cell.pp >= 1 and cell.zero >= 2
-        reason = refusal(cell)
-        assert (reason is not None) == expected, (cell, reason)
-        assert reason is None or f"pipe_parallel_size {cell.pp}) does not work with ZeRO stage {cell.zero}" in reason
-
-
-def test_the_document_is_of_these_refusals():
-    results = [Result(cell=cell, state=REFUSED, reason=reason) for cell in all_cells() if cell.job == cell and (reason := refusal(cell))]
+        expected = set()
+        if cell.pp >= 1 and cell.zero >= 2:
+            expected.add(f"(pipe_parallel_size {cell.pp}) does not work with ZeRO stage {cell.zero}")
+        if cell.recompute == "selective" and cell.zero == 3:
+            expected.add("checkpoint_granularity selective makes wrong gradients with ZeRO stage 3")
+        lines = (refusal(cell) or "").splitlines()
+        assert len(lines) == len(expected) and all(any(part in line for line in lines) for part in expected), (cell, lines)
+        if lines and cell.job == cell:
+            results.append(Result(cell=cell, state=REFUSED, reason="\n".join(lines)))
     page = (ROOT / "documentation" / "compatibility.md").read_text(encoding="utf-8")
     assert refusals(results) in page, "run python tests/matrix.py --write"
-    assert "**fails**" not in page
+    assert f"{len(results)} are refused, 0 fail" in page
 
 
 def test_digits_round_up():
@@ -107,8 +109,8 @@ def test_a_wrong_sharding_fails_in_both_precisions():
 @pytest.mark.dist
 @pytest.mark.timeout(300)
 def test_hanging_dying_and_failing_cells_fail_alone():
-    """Each is ended and told with the end of its log; the cells after it run, with the same numbers first and last."""
-    first, last = Cell(style="llama", zero=1), Cell(style="llama", zero=2)
+    """Each is ended and told with the end of its log; the same job has the same numbers before and after them."""
+    first, last = Cell(style="llama", zero=1), Cell(style="llama", zero=1, sp=1)
     faults = {Cell(style="llama", tp=2): "hang", Cell(style="llama", pp=2): "die", Cell(style="llama", cp=2): "raise"}
     results = run_cells([first, *faults, last], servers=1, timeout_s=20, faults=faults)
     assert [result.state for result in results] == [WORKS, FAILED, FAILED, FAILED, WORKS], results
@@ -116,15 +118,7 @@ def test_hanging_dying_and_failing_cells_fail_alone():
     assert hung.startswith("not done after 20 s") and "in _hang" in hung
     assert died.startswith("rank 0 of 4 died") and "in _die" in died
     assert raised.startswith("rank 3 of 4 failed") and "a fault on purpose" in raised
-
-
-@pytest.mark.dist
-@pytest.mark.timeout(300)
-def test_a_cell_gives_the_same_numbers_whatever_ran_before():
-    cells = [Cell(style="neox"), Cell(style="neox", zero=3), Cell(style="neox", pp=2), Cell(style="neox", cp=2)]
-    forth, back = run_cells(cells, servers=1), run_cells(cells[::-1], servers=1)[::-1]
-    assert [replace(result, seconds=0) for result in forth] == [replace(result, seconds=0) for result in back]
-    assert all(result.state == WORKS for result in forth)
+    assert first.job == last.job and replace(results[0], cell=last, seconds=0) == replace(results[4], seconds=0)
 
 
 def test_judge_sees_what_differs():
@@ -158,11 +152,11 @@ def end_the_server(task: object, rank: int) -> int:
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(60)
 def test_a_lost_server_is_replaced():
     sys.modules.setdefault("test_matrix", sys.modules[__name__])
     end_the_server.__module__ = "test_matrix"
-    with Pool(1) as pool:
+    with Pool(1, warm=False) as pool:
         jobs = [Job(end_the_server, task, 1, 10.0) for task in ("stay", "end", "stay", "stay")]
         answers = dict(pool.run(jobs))
     assert isinstance(answers[1], Failure)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from .sections import SECTIONS
 from .sections.run import RunArgs
+from .sections.runtime import RuntimeArgs
 
 # Single key -> the entry of the activation_checkpointing block that replaces it.
 RECOMPUTE_ENTRIES: Final = {"partition_activations": "partition_activations", "checkpoint_in_cpu": "cpu_checkpointing"}
@@ -22,13 +23,16 @@ NO_EFFECT_KEYS: Final[Mapping[str, Any]] = {
 }
 
 
-def idle_keys(given: Mapping[str, Any], run: RunArgs) -> tuple[str, ...]:
-    """Names of keys and of a block's entries, in the user's order; for recomputation's refinements, where nothing is recomputed.
+def idle_keys(given: Mapping[str, Any], run: RunArgs, runtime: RuntimeArgs) -> tuple[str, ...]:
+    """Names of keys and of a block's entries, in the user's order.
 
-    given: keys the user set, as set; run: that section, resolved
+    Beside those that never do anything: refinements of recomputation where nothing is recomputed, and `sequence_parallel` where there
+    are no tensor ranks to share a sequence.
+    given: keys the user set, as set; run, runtime: these sections, resolved
     """
     always = [key for key, value in given.items() if key in NO_EFFECT_KEYS and value != NO_EFFECT_KEYS[key]]
-    return (*always, *_idle_recompute(given, run))
+    alone = ["sequence_parallel"] if given.get("sequence_parallel") and runtime.model_parallel_size == 1 else []
+    return (*always, *alone, *_idle_recompute(given, run))
 
 
 def _idle_recompute(given: Mapping[str, Any], run: RunArgs) -> Iterator[str]:

@@ -115,7 +115,7 @@ class NeoXArgs:
 
     def ignored_keys(self) -> tuple[str, ...]:
         """Keys the user set that do nothing, for one warning line."""
-        return idle_keys(self._given, self.run)
+        return idle_keys(self._given, self.run, self.runtime)
 
     def __getattr__(self, name: str) -> Any:
         """Read-only flat view for outside users: `args.hidden_size`."""

@@ -123,14 +123,14 @@ def all_cells() -> list[Cell]:
 
 @cache
 def refusal(cell: Cell) -> str | None:
-    """Why the configuration is refused, before anything is started; None when it is not."""
+    """Why the configuration is refused before anything is started, a line per reason; None when it is not."""
     try:
         args = NeoXArgs.from_dict(cell.flat())
         refuse_unfinished(args)
         deepspeed_config(args)
     except NeoXError as error:
         problems = getattr(error, "problems", None)
-        return "; ".join(problem.what for problem in problems) if problems else error.what
+        return "\n".join(problem.what for problem in problems) if problems else error.what
     return None
 
 

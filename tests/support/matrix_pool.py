@@ -26,9 +26,13 @@ GRACE_S = 10.0
 
 
 class Server:
-    """One `support.matrix_server`; a new one is started for the job after one that it did not survive."""
+    """One `support.matrix_server`; a new one is started for the job after one that it did not survive.
 
-    def __init__(self) -> None:
+    warm: whether it imports what training needs
+    """
+
+    def __init__(self, *, warm: bool = True) -> None:
+        self._warm = warm
         self._folder = tempfile.TemporaryDirectory(prefix="matrix-")
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: Connection | None = None
@@ -74,7 +78,7 @@ class Server:
         }
         with open(Path(self._folder.name) / "server.log", "wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "support.matrix_server", str(theirs.fileno()), self._folder.name],
+                [sys.executable, "-m", "support.matrix_server", str(theirs.fileno()), self._folder.name, *["cold"] * (not self._warm)],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -104,10 +108,10 @@ class Pool:
     The threads last as long as the pool: to Linux a process's parent is the thread that started it, with which it would end.
     """
 
-    def __init__(self, servers: int) -> None:
+    def __init__(self, servers: int, *, warm: bool = True) -> None:
         self._todo: queue.SimpleQueue[tuple[int, Job] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        self._servers = [Server() for _ in range(servers)]
+        self._servers = [Server(warm=warm) for _ in range(servers)]
         self._threads = [threading.Thread(target=self._serve, args=(server,), daemon=True) for server in self._servers]
 
     def __enter__(self) -> Pool:

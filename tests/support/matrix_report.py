@@ -84,17 +84,22 @@ class Notes:
     def __init__(self, results: Iterable[Result]) -> None:
         self._numbers: dict[str, int] = {}
         for result in results:
-            if result.state == REFUSED:
-                self._numbers.setdefault(result.reason, len(self._numbers) + 1)
+            for reason in reasons(result):
+                self._numbers.setdefault(reason, len(self._numbers) + 1)
 
     def of(self, results: Iterable[Result]) -> str:
         """References to the reasons of those of `results` that are refused."""
-        numbers = sorted({self._numbers[result.reason] for result in results if result.state == REFUSED})
+        numbers = sorted({self._numbers[reason] for result in results for reason in reasons(result)})
         return "".join(f"[{number}]" for number in numbers)
 
     def items(self) -> Iterable[tuple[int, str]]:
         """(number, reason)."""
         return ((number, reason) for reason, number in self._numbers.items())
+
+
+def reasons(result: Result) -> list[str]:
+    """Why a cell is refused; nothing where it is not."""
+    return result.reason.splitlines() if result.state == REFUSED else []
 
 
 def layout_of(cell: Cell) -> tuple[int, int, int, int]:
@@ -144,5 +149,5 @@ def refusals(results: Sequence[Result]) -> str:
     if not refused:
         return "## Refused\n\nNothing.\n"
     notes = Notes(refused)
-    lines = [f"{number}. {reason} ({sum(r.reason == reason for r in refused)} combinations)" for number, reason in notes.items()]
+    lines = [f"{number}. {reason} ({sum(reason in reasons(r) for r in refused)} combinations)" for number, reason in notes.items()]
     return "## Refused\n\n" + "\n".join(lines) + "\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs jobs of several ranks one after the other: `python -m support.matrix_server FD FOLDER`. Knows a task only as something to call.
+"""Runs jobs of several ranks one after the other: `python -m support.matrix_server FD FOLDER [cold]`. Knows no task, only how to call it.
 
 Starting Python with torch and DeepSpeed takes ten seconds, a tiny job one. So this process imports them once and forks every rank of
 every job: ranks are as new as ones started from the shell, and nothing leaks from one job into the next. It runs no tensor operation
@@ -160,7 +160,8 @@ def main() -> None:
     die_with_parent()
     requests, folder = Connection(int(sys.argv[1])), Path(sys.argv[2])
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warm_up()
+    if sys.argv[3:] != ["cold"]:
+        warm_up()
     requests.send("ready")
     while True:
         try:

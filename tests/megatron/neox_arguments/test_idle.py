@@ -28,6 +28,9 @@ ON = {"checkpoint_activations": True}
         ({"activation_checkpointing": {"cpu_checkpointing": True, "partition_activations": False}},
          {"activation_checkpointing.cpu_checkpointing"}),
         ({**ON, "partition_activations": True, "activation_checkpointing": {}}, {"partition_activations"}),
+        ({"sequence_parallel": True}, {"sequence_parallel"}),
+        ({"sequence_parallel": True, "model_parallel_size": 2, "global_num_gpus": 2}, set()),
+        ({"sequence_parallel": False}, set()),
     ],
 )  # fmt: skip
 def test_idle_keys(keys: dict[str, Any], idle: set[str]) -> None:
