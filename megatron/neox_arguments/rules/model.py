@@ -116,7 +116,12 @@ MODEL_RULES: Final[tuple[Rule, ...]] = (
     divides("tp-divides-kv-heads", "model_parallel_size", "num_kv_heads", _needs_heads),
     divides("tp-divides-width", "model_parallel_size", "hidden_size"),
     divides("tp-divides-experts", "model_parallel_size", "moe_num_experts", lambda v: v["moe_num_experts"] > 1),
-    divides("tp-divides-sequence", "model_parallel_size", "seq_length", lambda v: bool(v["sequence_parallel"])),
+    divides(
+        "tp-divides-sequence",
+        "model_parallel_size",
+        "seq_length",
+        lambda v: bool(v["sequence_parallel"]) and v["context_parallel_size"] == 1,
+    ),
     Rule("kv-heads-and-layer-types", ("num_kv_heads", "num_attention_heads"), _kv_layers),
     Rule("rotary-pairs", ("rotary_pct", "hidden_size", "num_attention_heads"), _rotary),
     Rule("rope-scaling", ("rope_scaling",), _rope_scaling),

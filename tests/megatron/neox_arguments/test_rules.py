@@ -42,6 +42,12 @@ def test_rules_have_names_and_read_keys_that_exist():
         {"precision": "bfloat16", "zero_optimization": None},
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
         {"global_num_gpus": 4, "model_parallel_size": 2, "pipe_parallel_size": 2},
+        {"global_num_gpus": 4, "model_parallel_size": 2, "context_parallel_size": 2, "sequence_parallel": True},
+        {"global_num_gpus": 2, "context_parallel_size": 2, "num_kv_heads": 1, "pos_emb": "none"},  # a ring
+        {"global_num_gpus": 2, "context_parallel_size": 2, "pos_emb": "alibi", "attention_dropout": 0.1},  # heads change places with rows
+        {"global_num_gpus": 2, "model_parallel_size": 2, "intermediate_size": 127, "mlp_multiple_of": 2},
+        {"pipe_parallel_size": 1, "pos_emb": "rpe"},
+        {"sequence_parallel": True},  # no effect
         {"num_kv_heads": 1, "attention_config": [[["global"], 1], [["flash"], 1]]},
         {"moe_num_experts": 8, "moe_top_k": 2},
         {"rope_scaling": {"type": "linear", "factor": 2}, "pos_emb": "rotary"},
@@ -122,3 +128,32 @@ def test_missing_and_clashing_keys_are_named(extra, keys):
     with pytest.raises(ConfigProblems) as caught:
         NeoXArgs.from_dict({**TINY, **extra})
     assert keys <= {key for problem in caught.value.problems for key in problem.keys}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_sequences_are_refused_where_the_model_could_not_cut_them(sequence_parallel):
+    """The rule and `mpu.context`, which do not know each other, choose the same form and the same lengths."""
+    from megatron.errors import ConfigError
+    from megatron.mpu.context import ContextKind, ContextPlan
+    from megatron.mpu.groups import Group
+    from megatron.neox_arguments.rules.parallel import is_ring
+
+    seen = set()
+    for heads, kv_heads, tensor, context in ((8, 8, 1, 2), (8, 2, 2, 2), (8, 4, 2, 2), (12, 12, 2, 3), (12, 4, 2, 4), (8, 8, 2, 3)):
+        sizes = {"num_attention_heads": heads, "num_kv_heads": kv_heads, "model_parallel_size": tensor, "context_parallel_size": context}
+        plan = ContextPlan.choose(Group(0, context), heads=heads // tensor, kv_heads=kv_heads // tensor)
+        assert is_ring(sizes) == (plan.kind is ContextKind.RING)
+        for length in range(24, 49):
+            try:
+                rows = sum(map(len, plan.runs(length)))
+                possible = not sequence_parallel or rows % tensor == 0
+            except ConfigError:
+                possible = False
+            flat = {**TINY, **sizes, "hidden_size": 96, "global_num_gpus": tensor * context, "seq_length": length}
+            seen.add((plan.kind, possible))
+            if possible:
+                NeoXArgs.from_dict({**flat, "sequence_parallel": sequence_parallel})
+            else:
+                with pytest.raises(ConfigProblems, match="cannot be cut into equal parts"):
+                    NeoXArgs.from_dict({**flat, "sequence_parallel": sequence_parallel})
+    assert len(seen) == 4

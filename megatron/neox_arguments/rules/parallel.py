@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about sharing one model among ranks: what must divide by what, and which parts cannot be shared. Starts no process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import lcm
+from typing import Final
+
+from ..problems import Problem, plain
+from .model import GATED
+from .rule import Rule, Values, divides, simple
+
+HEADS: Final = ("num_attention_heads", "num_kv_heads")
+
+
+def is_ring(v: Values) -> bool:
+    """Whether context ranks pass keys round: the heads left by tensor parallelism do not divide by them (as in `mpu.context`)."""
+    return any(v[key] // v["model_parallel_size"] % v["context_parallel_size"] for key in HEADS)
+
+
+def _shares_sequences(v: Values) -> bool:
+    """Whether there are context ranks, and heads that tensor ranks can share (else another rule speaks)."""
+    return v["context_parallel_size"] > 1 and not any(v[key] % v["model_parallel_size"] for key in HEADS)
+
+
+def _chunks(v: Values) -> Iterable[Problem]:
+    """Context ranks hold equal chunks of a sequence, whose rows tensor ranks may share once more."""
+    context, tensor, length = v["context_parallel_size"], v["model_parallel_size"], v["seq_length"]
+    if not _shares_sequences(v):
+        return
+    ring, spread = is_ring(v), bool(v["sequence_parallel"])
+    multiple = lcm(context * (2 if ring else 1), context * (tensor if spread else 1))
+    if length % multiple:
+        form = " with ring attention" if ring else ""
+        shared = f", shared by model_parallel_size {tensor} for sequence_parallel" if spread and tensor > 1 else ""
+        yield Problem(
+            f"seq_length {length} cannot be cut into equal parts for context_parallel_size {context}{form}{shared}",
+            allowed=f"a multiple of {multiple}",
+            mend=f"set seq_length to {max(1, round(length / multiple)) * multiple}",
+            keys=("seq_length", "context_parallel_size"),
+        )
+
+
+def _ring(v: Values) -> Iterable[Problem]:
+    """What the ring cannot do, where nothing but a ring serves."""
+    context = v["context_parallel_size"]
+    if not (_shares_sequences(v) and is_ring(v)):
+        return
+    lacks = {
+        "pos_emb": f"no bias on the scores (pos_emb {v['pos_emb']})" if v["pos_emb"] in ("rpe", "alibi") else None,
+        "attention_dropout": f"no dropout (attention_dropout {plain(v['attention_dropout'])})" if v["attention_dropout"] else None,
+        "attention_backend": f"no choice of attention_backend ({v['attention_backend']})" if v["attention_backend"] != "auto" else None,
+    }
+    for key, what in lacks.items():
+        if what is not None:
+            yield Problem(
+                f"the heads of a tensor rank cannot be divided over context_parallel_size {context}, and ring attention has {what}",
+                mend="choose a context_parallel_size that divides the heads and key heads of each tensor rank, or 1",
+                keys=("context_parallel_size", key),
+            )
+
+
+def _mlp_width(v: Values) -> Iterable[Problem]:
+    """The width given, or four (expansion_factor) times hidden_size; a gated one only where it is literal, else a checkpoint decides."""
+    given, tensor = v["intermediate_size"], v["model_parallel_size"]
+    if v["activation"] in GATED and (given is None or v["intermediate_size_convention"] == "two_thirds"):
+        return
+    width = given or int((v["expansion_factor"] or 4) * v["hidden_size"])
+    if v["activation"] not in GATED:
+        width = -(-width // v["mlp_multiple_of"]) * v["mlp_multiple_of"]
+    if width % tensor:
+        key = "expansion_factor" if given is None else "intermediate_size"
+        yield Problem(
+            f"model_parallel_size {tensor} does not divide the width of the MLP, {width}",
+            mend=f"set {key} so that the width is a multiple of {tensor}, or mlp_multiple_of to a multiple of {tensor}"
+            if v["activation"] not in GATED
+            else f"set {key} to a multiple of {tensor}",
+            keys=("model_parallel_size", key),
+        )
+
+
+_SHARED: Final = (*HEADS, "model_parallel_size", "context_parallel_size")
+
+PARALLEL_RULES: Final[tuple[Rule, ...]] = (
+    Rule("context-divides-sequence", (*_SHARED, "seq_length"), _chunks),
+    Rule("ring-is-plain", (*_SHARED, "pos_emb", "attention_dropout", "attention_backend"), _ring),
+    Rule("tp-divides-mlp", ("model_parallel_size", "hidden_size", "mlp_multiple_of", "activation"), _mlp_width),
+    divides("tp-divides-vocabulary", "model_parallel_size", "padded_vocab_size"),
+    simple(
+        "position-table-on-one-stage",
+        ("pos_emb", "pipe_parallel_size"),
+        lambda v: v["pos_emb"] == "rpe" and v["pipe_parallel_size"] > 1,
+        "the table of pos_emb rpe is shared by all layers and cannot be spread over {pipe_parallel_size} pipeline stages",
+        "set pipe_parallel_size to 0 or 1, or use another pos_emb",
+        ("pipe_parallel_size", "pos_emb"),
+    ),
+)
