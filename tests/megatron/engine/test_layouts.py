@@ -32,6 +32,38 @@ def config(folder: str, world: int, style: str = "neox", **changes: Any) -> dict
     return tiny(style, **{"vocab_file": "../tokenizer/tokenizer.json", **paths, **common, **others, **changes})
 
 
+def measured(rank: int, world: int, folder: str, layout: dict[str, Any]) -> dict[str, float]:
+    """The last of three steps as it stands in metrics.jsonl, norms of weights, gradients and optimizer states included."""
+    import json
+
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.training import pretrain
+
+    os.chdir(GOLDEN)
+    asked = {"log_param_norm": True, "log_grad_norm": True, "log_optimizer_states": True, "log_grad_pct_zeros": True}
+    plain = {"hidden_dropout": 0, "attention_dropout": 0, "train_iters": 3, "save": f"{folder}/{world}"}
+    pretrain(NeoXArgs.from_dict(config(folder, world, **{**plain, **asked, **layout})))
+    rows = [json.loads(line) for line in Path(folder, str(world), "metrics.jsonl").read_text().splitlines()]
+    return {key: value for key, value in rows[-1].items() if "norm" in key or key in ("lm_loss", "pct_grad_zeros")}
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("style", "layout"),
+    [("neox", {"model_parallel_size": 2, "sequence_parallel": True}), ("gpt2", {"pipe_parallel_size": 2})],
+    ids=["tensor_shares", "pipeline_tied"],
+)
+def test_norms_are_those_of_the_whole_model(style: str, layout: dict[str, Any], tmp_path: Path) -> None:
+    """Pieces, copies, shares of a summed bias and tied weights are each counted once, as in one process."""
+    (alone,) = run_distributed(measured, 1, 60, init=False, folder=str(tmp_path), layout={"style": style})
+    (first, _) = run_distributed(measured, 2, 100, init=False, folder=str(tmp_path), layout={"style": style, **layout})
+    assert {"parameter_norm", "gradient_norm", "optimizer_state_norm_exp_avg"} <= set(alone)
+    # A single entry may be rounded to 0 in one of the two.
+    assert first.pop("pct_grad_zeros") == pytest.approx(alone.pop("pct_grad_zeros"), abs=0.01)
+    assert first == pytest.approx(alone, rel=1e-5)
+
+
 def resumed_and_whole(rank: int, world: int, folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     """Losses of the third and fourth step in one run of four and in a second run of two, and the logits of a fixed input at the end."""
     import json
