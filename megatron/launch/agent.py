@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The watcher of ranks on another machine, started by ssh, mpirun or srun. Tells what happens in marked lines on stderr.
+"""The watcher of ranks on another machine, started by ssh, mpirun or srun. Tells the launcher what happens.
 
 python -m megatron.launch.agent                      the ranks of a host, described on stdin (see reach.py)
 python -m megatron.launch.agent --task ARGV...       one rank, whose place mpirun or srun has put into the environment
@@ -19,10 +19,11 @@ from types import FrameType
 from typing import Any
 
 from megatron.errors import ConfigError
-from megatron.launch.environment import Seat, machine_environment
+from megatron.launch.environment import PRIVATE, Seat, machine_environment
 from megatron.launch.place import place_from
 from megatron.launch.records import Event, lines_of, shell_status
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
+from megatron.launch.wire import connect, tell
 
 TASK = "--task"
 FALLBACK_PORT = 29500
@@ -30,21 +31,29 @@ STDIN = 0
 
 
 class Agent:
-    """Ranks under a Supervisor, signals and orders handed to it, its events on stderr."""
+    """Ranks under a Supervisor; its events go to the launcher, and the launcher's orders to it.
 
-    def __init__(self, host: str, *, orphan: signal.Signals) -> None:
+    orders: descriptor on which lines `signal N` and `stop` come, and whose end means that nobody is left to report to
+    wire:   the connection that carries events; without one they are marked lines on stderr
+    """
+
+    def __init__(self, host: str, *, orphan: signal.Signals, orders: int | None = None, wire: socket.socket | None = None) -> None:
         self.host = host
         self.code = 0
         self._count = 0
+        self._orders = orders
+        self._wire = wire
         self._received: list[int] = []
         self._supervisor = Supervisor(host, self.tell, orphan=orphan)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(signum, self._receive)
 
     def tell(self, event: Event) -> None:
-        """Put an event on stderr. The first failure, or loss, is the exit status."""
-        if event.what in ("failed", "stopped") and (self.code == 0 or event.what == "failed"):
-            self.code = self.code if self.code else shell_status(event.code) or 1
+        """Pass an event on. The first rank that did not end in order gives the exit status."""
+        if event.what in ("failed", "stopped") and self.code == 0:
+            self.code = shell_status(event.code)
+        if self._wire is not None and tell(self._wire, event):
+            return
         self._count += 1
         text = "".join(f"{line}\n" for line in lines_of(event, f"{self.host}.{os.getpid()}.{self._count}"))
         try:
@@ -52,21 +61,18 @@ class Agent:
         except OSError:  # nobody listens any more
             return
 
-    def run(self, ranks: list[Rank], *, orders: bool) -> int:
-        """Until every rank has ended.
-
-        orders: lines `signal N` and `stop` come on stdin, and its end means that nobody is left to report to
-        """
+    def run(self, ranks: list[Rank]) -> int:
+        """Until every rank has ended; the exit status."""
         try:
             self._supervisor.start(ranks, stdin=subprocess.DEVNULL)
             while self._supervisor.alive():
                 for signum in self._received:
                     self._supervisor.signal(signum)
                 self._received.clear()
-                if orders:
-                    orders = self._obey()
-                else:
+                if self._orders is None:
                     time.sleep(POLL_S)
+                else:
+                    self._obey(self._orders)
         finally:
             self._supervisor.close()
         return self.code
@@ -74,12 +80,15 @@ class Agent:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self._received.append(signum)
 
-    def _obey(self) -> bool:
-        """Wait a moment for orders; False when no more can come."""
-        ready, _, _ = select.select([STDIN], [], [], POLL_S)
+    def _obey(self, orders: int) -> None:
+        """Wait a moment for orders."""
+        ready, _, _ = select.select([orders], [], [], POLL_S)
         if not ready:
-            return True
-        text = os.read(STDIN, 4096).decode()
+            return
+        try:
+            text = os.read(orders, 4096).decode()
+        except OSError:
+            text = ""
         for line in text.splitlines():
             word, _, number = line.partition(" ")
             if word == "signal" and number.isdecimal():
@@ -88,7 +97,7 @@ class Agent:
                 self._supervisor.stop()
         if not text:
             self._supervisor.stop()
-        return bool(text)
+            self._orders = None
 
 
 def host_ranks(told: dict[str, Any], environ: dict[str, str]) -> list[Rank]:
@@ -156,17 +165,26 @@ def main(argv: list[str]) -> int:
     """Run one host's ranks, or one task."""
     environ = dict(os.environ)
     if argv[:1] == [TASK]:
-        agent = Agent(socket.gethostname(), orphan=signal.SIGKILL)
-        try:
-            rank = task_rank(argv[1:], environ)
-        except ConfigError as error:
-            agent.tell(Event(what="failed", host=agent.host, rank=0, at=time.time(), code=error.exit_code, text=error.report()))
-            return error.exit_code
-        return agent.run([rank], orders=False)
+        return _run_task(argv[1:], environ)
     told = json.loads(_first_line())
-    agent = Agent(told["host"], orphan=signal.SIGTERM)
+    agent = Agent(told["host"], orphan=signal.SIGTERM, orders=STDIN)
     os.chdir(told["folder"])
-    return agent.run(host_ranks(told, environ), orders=True)
+    return agent.run(host_ranks(told, environ))
+
+
+def _run_task(argv: list[str], environ: dict[str, str]) -> int:
+    host = socket.gethostname()
+    # mpirun may kill this process at any time; its rank must not stay behind.
+    orphan = signal.SIGKILL
+    inner = {name: value for name, value in environ.items() if name not in PRIVATE or name == "CUDA_VISIBLE_DEVICES"}
+    try:
+        rank = task_rank(argv, inner)
+    except ConfigError as error:
+        event = Event(what="failed", host=host, rank=0, at=time.time(), code=error.exit_code, text=error.report())
+        Agent(host, orphan=orphan).tell(event)
+        return error.exit_code
+    wire = connect(environ, rank.number, host)
+    return Agent(host, orphan=orphan, orders=None if wire is None else wire.fileno(), wire=wire).run([rank])
 
 
 if __name__ == "__main__":

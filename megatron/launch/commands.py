@@ -15,8 +15,6 @@ from megatron.launch.plan import Host
 # What every program below takes for one plain host name or address.
 HOST_NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.:-]*")
 AGENT = ("-u", "-m", "megatron.launch.agent", "--task")
-# Seconds that mpirun gives ranks after SIGTERM: time for a checkpoint. When a rank has failed, the launcher does not wait for it.
-MPIRUN_PATIENCE_S = 60
 
 
 def check_names(hosts: Iterable[Host]) -> None:
@@ -42,7 +40,6 @@ def openmpi(hosts: Sequence[Host], names: Sequence[str], worker: Sequence[str], 
     argv = [program("mpirun.openmpi", "mpirun"), "-n", str(total), "--host", ",".join(f"{host.name}:{len(host.slots)}" for host in hosts)]
     # One core per rank is its default, and leaves a rank's threads one core.
     argv += ["--bind-to", "none", "--map-by", "slot", "--wdir", os.getcwd()]
-    argv += ["--mca", "odls_base_sigkill_timeout", str(MPIRUN_PATIENCE_S)]
     argv += ["--allow-run-as-root"] if root else []
     for name in names:
         argv += ["-x", name]

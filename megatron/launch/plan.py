@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from megatron.launch.environment import PRIVATE, mask
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """One machine of a run.

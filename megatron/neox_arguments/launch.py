@@ -16,6 +16,7 @@ from megatron.launch import commands
 from megatron.launch.environment import SECRET_NAME, environment_file, handed_on, python_path, visible_devices
 from megatron.launch.place import LOOPBACK, expand, slurm_port
 from megatron.launch.plan import Host, Plan
+from megatron.launch.wire import ADDRESSES, SECRET
 
 from .neox_args import NeoXArgs
 from .world import HostError, Hosts, find_hostfile, parse_filter, read_hosts
@@ -206,7 +207,7 @@ def _remote_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...
     else:
         meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
         additions |= meeting
-        listed = [*dict.fromkeys((*names, *meeting)), *secrets]
+        listed = [*dict.fromkeys((*names, *meeting)), *secrets, ADDRESSES, SECRET]
         if runtime.launcher == "openmpi":
             argv = commands.openmpi(hosts, listed, worker, root=os.geteuid() == 0)
         else:
