@@ -44,6 +44,7 @@ class Agent:
         self._orders = orders
         self._wire = wire
         self._received: list[int] = []
+        self._ranks: tuple[int, ...] = ()
         self._supervisor = Supervisor(host, self.tell, orphan=orphan)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(signum, self._receive)
@@ -63,6 +64,7 @@ class Agent:
 
     def run(self, ranks: list[Rank]) -> int:
         """Until every rank has ended; the exit status."""
+        self._ranks = tuple(rank.number for rank in ranks)
         try:
             self._supervisor.start(ranks, stdin=subprocess.DEVNULL)
             while self._supervisor.alive():
@@ -96,8 +98,11 @@ class Agent:
             elif word == "stop":
                 self._supervisor.stop()
         if not text:
+            self._orders = self._wire = None
             self._supervisor.stop()
-            self._orders = None
+            for rank in self._ranks:
+                text = "stopped: the connection to the launcher broke"
+                self.tell(Event(what="failed", host=self.host, rank=rank, at=time.time(), code=1, text=text, consequence=True))
 
 
 def host_ranks(told: dict[str, Any], environ: dict[str, str]) -> list[Rank]:

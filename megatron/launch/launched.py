@@ -29,6 +29,8 @@ AGENT_GRACE_S = GRACE_S + 1.0
 LAUNCHER_LAST_S = 3.0
 # After the launcher's end, what it left in the pipes is read for no longer.
 DRAIN_S = 2.0
+# MPICH 4.0's Hydra does not hand on the last variable of its environment: this one may be lost.
+HYDRA_END = "NEOX_LAUNCH_END"
 INSTALL = {
     "pdsh": "install pdsh (with its exec module: pdsh-rcmd-exec on Red Hat)",
     "openmpi": "install Open MPI, or load its module",
@@ -65,6 +67,8 @@ class Launched:
                 self.environ[FOLDER] = str(self.folder)
             if self.wires:
                 self.environ |= self.wires.environment([host.name for host in self.plan.hosts])
+            if self.plan.launcher == "mpich":
+                self.environ |= {HYDRA_END: "1"}
             return self._attend(self._start())
         finally:
             if self.folder:

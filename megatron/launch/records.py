@@ -135,7 +135,7 @@ class Ledger:
     events: list[Event] = field(default_factory=list)
 
     def note(self, event: Event) -> None:
-        """Add one event. A lost host is a loss of each of its ranks that has not ended; later losses elsewhere follow from the first cause."""
+        """Add one event. A lost host is a loss of each of its ranks that has not ended; losses elsewhere follow from the first cause."""
         if event.what == "lost" and any(known.host != event.host and not known.consequence for known in self.failures()):
             return
         if event.rank is not None:

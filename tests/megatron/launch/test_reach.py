@@ -63,16 +63,17 @@ def task(folder: Path, code: str) -> dict[str, object]:
 
 TOLD = """\
 import os, sys
-print(repr([sys.argv[1], os.getcwd()] + [os.environ[name] for name in ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "HF_TOKEN")]))
+told = [sys.argv[1], os.getcwd()] + [os.environ[name] for name in ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "HF_TOKEN")]
+sys.stdout.write(repr(told) + chr(10))
 """
 WAIT = """\
 import signal, sys, time
 def interrupted(*_):
-    print("INT")
+    sys.stdout.write("INT ")
     sys.exit(0)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 signal.signal(signal.SIGINT, interrupted)
-print("up")
+sys.stdout.write("up" + chr(10))
 time.sleep(100)
 """
 
@@ -96,4 +97,5 @@ def test_orders_and_their_end(tmp_path: Path) -> None:
     assert code == 0 and out.split() == ["up", "up", "INT", "INT"]
     # The launcher, or the way to it, is gone.
     code, out, events = agent(task(tmp_path, WAIT), end=True)
-    assert code == 0 and out.split() == ["up", "up"] and [event.what for event in events].count("ended") == 2
+    assert code == 1 and out.split() == ["up", "up"]
+    assert sorted(event.what for event in events) == ["ended", "ended", "failed", "failed", "started", "started"]
