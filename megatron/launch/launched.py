@@ -58,6 +58,7 @@ class Launched:
         self._handled = 0
         self._stop_at: float | None = None
         self._end_at: float | None = None
+        self._endings = [signal.SIGTERM, signal.SIGKILL]
 
     def run(self) -> int:
         """To the launcher's end; its exit status as subprocess gives it."""
@@ -135,8 +136,9 @@ class Launched:
         if self._stop_at is not None and self._end_at is None and now >= self._stop_at:
             self._end_at = now + (PATIENT_LAST_S if self._handled else LAST_S) + 1.0
             self._order(process, "stop")
-        if self._end_at is not None and now >= self._end_at:
-            _signal_group(process, signal.SIGTERM if now < self._end_at + LAUNCHER_LAST_S else signal.SIGKILL)
+        if self._end_at is not None and now >= self._end_at and self._endings:
+            _signal_group(process, self._endings.pop(0))
+            self._end_at = now + LAUNCHER_LAST_S
 
     def _order(self, process: subprocess.Popen[bytes], line: str) -> None:
         """Tell the agents; a launcher without agents of ours gets SIGTERM, whatever the order."""
