@@ -161,6 +161,11 @@ class Launched:
             rest = rest[cut:]
         self._partial[fd] = rest
         for piece in pieces:
+            if (at := piece.find(MARK.encode())) > 0:
+                # A progress bar may stand before an event, in one line with it.
+                bar = piece.rfind(b"\r", 0, at) + 1
+                out.write(piece[:bar])
+                piece = piece[bar:]
             taken = self._lines.take(piece.decode(errors="replace"))
             if isinstance(taken, Event):
                 self.ledger.note(taken)
