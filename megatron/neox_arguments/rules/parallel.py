@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import lcm
 from typing import Final
@@ -83,11 +84,35 @@ def _mlp_width(v: Values) -> Iterable[Problem]:
         )
 
 
+def _cuts(v: Values) -> Iterable[Problem]:
+    """Where the pipeline is cut: evenly over layers, over parameters, or over the layers whose class name a regular expression finds."""
+    method, stages = v["pipe_partition_method"].lower(), v["pipe_parallel_size"]
+    if method in ("uniform", "parameters") or not 0 < stages <= v["num_layers"]:  # too many stages are another rule's
+        return
+    kind, _, pattern = method.partition(":")
+    try:
+        found = [name for name in LAYER_CLASSES if kind == "type" and re.search(pattern, name, re.IGNORECASE)]
+    except re.error:
+        found = []
+    count = sum(v["num_layers"] if name == "TransformerBlock" else 1 for name in found)
+    if count < stages:
+        yield Problem(
+            f"pipe_partition_method is {v['pipe_partition_method']!r}"
+            + (f", which finds {count} layers for {stages} stages" if kind == "type" else ""),
+            allowed=f"uniform, parameters, or type:REGEX on the class names {', '.join(LAYER_CLASSES)}",
+            mend="write type:transformer",
+            keys=("pipe_partition_method", "pipe_parallel_size"),
+        )
+
+
+LAYER_CLASSES: Final = ("Embedding", "TransformerBlock", "FinalNorm", "LMHead")
+
 _SHARED: Final = (*HEADS, "model_parallel_size", "context_parallel_size")
 
 PARALLEL_RULES: Final[tuple[Rule, ...]] = (
     Rule("context-divides-sequence", (*_SHARED, "seq_length"), _chunks),
     Rule("ring-is-plain", (*_SHARED, "pos_emb", "attention_dropout", "attention_backend"), _ring),
+    Rule("stages-are-cut", ("pipe_partition_method", "pipe_parallel_size", "num_layers"), _cuts),
     Rule("tp-divides-mlp", ("model_parallel_size", "hidden_size", "mlp_multiple_of", "activation"), _mlp_width),
     divides("tp-divides-vocabulary", "model_parallel_size", "padded_vocab_size"),
     simple(

@@ -67,6 +67,38 @@ def test_weights_go_from_tensor_ranks_to_stages(tmp_path: Path) -> None:
         assert "written at another layout (model_parallel_size: checkpoint 2, now 1)" in found["said"]
 
 
+def losses_by_partition(rank: int, world: int, folder: str) -> dict[str, list[float]]:
+    """Losses of two steps of a model of three blocks, cut by every method."""
+    from megatron.checkpoint.build import Source, Take
+    from megatron.data.build import build_data
+    from megatron.engine.build import build_engine, join_job
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.objectives.build import build_objective
+
+    os.chdir(GOLDEN)
+    found = {}
+    for method in ("type:transformer|mlp", "uniform", "parameters"):
+        layout = {"pipe_parallel_size": 2, "pipe_partition_method": method, "num_layers": 3, "attention_config": None}
+        args = NeoXArgs.from_dict(config(folder, world, "gpt2", padded_vocab_size=512, hidden_dropout=0, attention_dropout=0, **layout))
+        groups, device = join_job(args)
+        objective = build_objective(args, eod=0)
+        batches = build_data(args, streams=objective.streams).train.batches(objective.collate, start_sample=0)
+        engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+        found[method] = [engine.train_step(objective, [next(batches) for _ in range(4)]).metrics["lm_loss"] for _ in range(2)]
+        found[f"layers {method}"] = [float(sum(p.numel() for p in engine.module().parameters()))]
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(100)
+def test_where_a_pipeline_is_cut_makes_no_difference(tmp_path: Path) -> None:
+    """Three methods cut in two ways or more; the losses are the same."""
+    first, last = run_distributed(losses_by_partition, 2, 80, init=False, folder=str(tmp_path))
+    assert len({first[key][0] for key in first if key.startswith("layers")}) > 1
+    expected = first["uniform"]
+    assert all(found == pytest.approx(expected, rel=1e-6) for key, found in {**first, **last}.items() if not key.startswith("layers"))
+
+
 def measured(rank: int, world: int, folder: str, layout: dict[str, Any]) -> dict[str, float]:
     """The last of three steps as it stands in metrics.jsonl, norms of weights, gradients and optimizer states included."""
     import json

@@ -269,6 +269,17 @@ CASES = (
         "or intermediate_size so that the width is one",
     ),
     Bad(
+        "no layer of a stage",
+        "pipe_parallel_size: 1\npipe_partition_method: type:conv",
+        2,
+        "finds 0 layers for 1 stages",
+        "type:transformer",
+    ),
+    Bad(
+        "unknown partition", "pipe_parallel_size: 1\npipe_partition_method: even", 2, "pipe_partition_method is 'even'", "type:transformer"
+    ),
+    Bad("broken partition", "pipe_parallel_size: 1\npipe_partition_method: 'type:('", 2, "finds 0 layers", "type:transformer"),
+    Bad(
         "SuperOffload at stage 2",
         "zero_optimization:\n  stage: 2\n  offload_optimizer: {device: cpu, super_offload: true}",
         3,
