@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
-from megatron.neox_arguments import payload
+from megatron.launch.running import run
+from megatron.log import get_logger
 from megatron.neox_arguments.cli import consume_deepy_args, run_face
-from megatron.neox_arguments.launch import launcher_command, run
+from megatron.neox_arguments.launch import plan_launch
 from megatron.neox_arguments.rules import refuse_unfinished
 
 USAGE = "python deepy.py SCRIPT [-d DIR] CONF [CONF ...] [flags]"
@@ -24,13 +24,14 @@ def main(argv: list[str]) -> int:
     launch = consume_deepy_args(argv)
     if Path(launch.script).name == "train.py":
         refuse_unfinished(launch.args)
-    command = launcher_command(launch.args, launch.script, list(launch.script_args), os.environ)
+    plan = plan_launch(launch.args, launch.script, launch.script_args, os.environ)
     if launch.dry_run:
-        shown = [f"{name}={payload.mask(name, value)}" for name, value in command.env.items()]
-        print(shlex.join([*shown, *command.argv]))
+        print(plan.show(), end="")
         return 0
-    return run(command)
+    get_logger(__name__).info("%s", plan.summary())
+    sys.stdout.flush()
+    return run(plan, os.environ, told=lambda report: print(report, file=sys.stderr, flush=True))
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT))
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False))

@@ -157,11 +157,13 @@ class Clock:
 
     def watch(self) -> None:
         """From now on every communication call is timed."""
+        import torch
         import torch.distributed as dist
 
-        for name in CALLS:
-            if hasattr(dist, name):
-                setattr(dist, name, self.timed(getattr(dist, name)))
+        values = torch.ops._c10d_functional
+        for place, names in ((dist, CALLS), (values, ("all_reduce", "reduce_scatter_tensor", "wait_tensor"))):
+            for name in names:
+                setattr(place, name, self.timed(getattr(place, name)))
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same call, timed where it is not made by another timed one."""

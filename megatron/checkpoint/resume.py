@@ -29,6 +29,7 @@ COMPARED_ARGS = (
     "model_parallel_size",
 )
 _MAY_DIFFER = ("max_position_embeddings", "tokenizer_type")
+_LAYOUT = ("model_parallel_size",)
 
 
 def capture_rng() -> dict[str, Any]:
@@ -63,23 +64,26 @@ def restore_rng(client_state: Mapping[str, Any], where: Path) -> None:
         torch.cuda.set_rng_state(client_state["cuda_rng_state"])
 
 
-def compare_args(now: Mapping[str, Any], stored: Mapping[str, Any] | None, where: Path) -> None:
+def compare_args(now: Mapping[str, Any], stored: Mapping[str, Any] | None, where: Path, *, weights_only: bool = False) -> None:
     """Refuse a checkpoint of another model; say once where a harmless value differs.
 
+    weights_only: the optimizer is not taken, so it does not matter over how many ranks it was spread
     Raises CheckpointError naming every differing key with both values.
     """
     if not stored:
         return
     different = {key: (stored[key], now[key]) for key in COMPARED_ARGS if key in stored and key in now and stored[key] != now[key]}
-    for key in _MAY_DIFFER:
+    for key in (*_MAY_DIFFER, *(_LAYOUT if weights_only else ())):
         if key in different:
             before, after = different.pop(key)
             log.warning("%s was %r when the checkpoint was written and is %r now", key, before, after)
     if different:
         listed = ", ".join(f"{key}: checkpoint {before!r}, now {after!r}" for key, (before, after) in different.items())
-        raise CheckpointError(
-            f"the checkpoint is of another model ({listed})", where=str(where), mend="use the configuration it was trained with"
-        )
+        mend = "use the configuration it was trained with"
+        if set(different) <= set(_LAYOUT):
+            mend += ", or take the weights alone: `no_load_optim: true` keeps the position, `finetune: true` starts anew"
+            raise CheckpointError(f"the checkpoint was written at another layout ({listed})", where=str(where), mend=mend)
+        raise CheckpointError(f"the checkpoint is of another model ({listed})", where=str(where), mend=mend)
 
 
 def write_configs(folder: Path, config_files: Mapping[str, str]) -> None:

@@ -189,7 +189,9 @@ class Runner:
     def _layout(self) -> Layout:
         engine = self.deepspeed
         return Layout(
-            pipelined=bool(engine.pipeline_parallelism), partitions=self.groups.replicas.size if engine.zero_optimization() else 0
+            pipelined=bool(engine.pipeline_parallelism),
+            partitions=self.groups.replicas.size if engine.zero_optimization() else 0,
+            model_ranks=self.groups.tp.size * self.groups.pp.size,
         )
 
     def _restore_numbers(self, configured: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import BackendError, ConfigError, LostRankError
+from megatron.launch.place import Place, place_from
 from megatron.log import get_logger
 from megatron.mpu.comm import open_groups
 from megatron.mpu.groups import Groups
@@ -28,15 +29,8 @@ from megatron.mpu.topology import Topology
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rendezvous:
-    """Place of this process in the job and where all of them meet."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    master_addr: str = "127.0.0.1"
-    master_port: int | None = None
+# Place of this process in the job and where all of them meet.
+Rendezvous = Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,45 +43,14 @@ class Shape:
     sequence: bool = False
 
 
-# Names under which each kind of start hands over rank, local rank and world size; the first complete row wins.
-_SOURCES = {
-    "torchrun, deepspeed": ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
-    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-    "mpich": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
-}
-
-
 def rendezvous_from(env: Mapping[str, str], *, slurm: bool = False, mpi: bool = False) -> Rendezvous:
-    """Read rank, local rank and world size from the environment of `torchrun`, `deepspeed`, `srun` or `mpirun`.
+    """Read rank, local rank and world size from the environment of `torchrun`, `deepy.py`, `srun` or `mpirun`.
 
     slurm, mpi: the job says (`deepspeed_slurm`, `deepspeed_mpi`) that ranks come from there, so their variables must be set
 
     Raises ConfigError when they are not.
     """
-    order = ["torchrun, deepspeed"]
-    if slurm:
-        order.insert(0, "slurm")
-    if mpi:
-        order[:0] = ["openmpi", "mpich"]
-    for source in order:
-        names = _SOURCES[source]
-        if all(name in env for name in names):
-            rank, local_rank, world_size = (int(env[name]) for name in names)
-            port = env.get("MASTER_PORT")
-            return Rendezvous(
-                rank=rank,
-                local_rank=local_rank,
-                world_size=world_size,
-                master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
-                master_port=int(port) if port else None,
-            )
-    if slurm or mpi:
-        key, names = ("deepspeed_slurm", _SOURCES["slurm"]) if slurm else ("deepspeed_mpi", _SOURCES["openmpi"])
-        raise ConfigError(
-            f"{key} is true, but {', '.join(names)} are not set", where=key, mend="start through srun / mpirun, or unset the key"
-        )
-    return Rendezvous()
+    return place_from(env, slurm=slurm, mpi=mpi)
 
 
 def free_port() -> int:
@@ -139,15 +102,25 @@ _BROKEN = re.compile(
 )
 
 
+# What the meeting point says to its host when another program listens at its port.
+_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
+
+
 @contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """Within, a collective that breaks because another rank is gone raises LostRankError, not the transport's own error."""
+    """Within, a collective that breaks because another rank is gone raises LostRankError, not the transport's own error.
+
+    So does a meeting that a rank never came to; one that cannot be held because its port is taken is a ConfigError.
+    """
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistBackendError) or _BROKEN.search(str(error))):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, dist.DistNetworkError) and _TAKEN.search(str(error)):
+            where = f"MASTER_PORT {os.environ.get('MASTER_PORT', '')}"
+            raise ConfigError("the port where ranks meet is in use", where=where, mend="choose another master_port") from error
+        if not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
             raise
-        reason = str(error).strip().splitlines()[0]
         mend = "see what that rank reported, and its host's log; a rank without any report was killed (out of memory?)"
         raise LostRankError(f"lost another rank: {reason}", mend=mend) from error
 

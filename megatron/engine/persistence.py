@@ -115,7 +115,7 @@ def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Ma
 def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
     """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
     client_state = bookkeeping(folder, deepspeed_types=True)
-    compare_args(compared, client_state.get("args"), folder)
+    compare_args(compared, client_state.get("args"), folder, weights_only=True)
     if rng:
         take_up_rng(client_state, engine.groups.replicas, folder)
     position = _position(client_state, folder, batch_size)

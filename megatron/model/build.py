@@ -36,6 +36,7 @@ from megatron.model.spec import (
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.resolve import feed_forward_width
 
 LITERAL, TWO_THIRDS = "literal", "two_thirds"
 
@@ -370,21 +371,17 @@ def mlp_spec(args: NeoXArgs, convention: str | None) -> MLPSpec:
 
 
 def mlp_width(args: NeoXArgs, convention: str | None = None) -> int:
-    """Columns of linear2.
-
-    FORMAT: without a gate: intermediate_size, else expansion_factor * h, else 4 h, rounded up to mlp_multiple_of.
-    With a gate: two thirds of that over two matrices, int(w * 2 / 3) // 2 rounded up; but an explicit intermediate_size
-    is the width itself under the literal convention.
-    """
+    """Columns of linear2, see `feed_forward_width`. convention: literal | two_thirds, where a checkpoint showed it"""
     model = args.model
-    given = model.intermediate_size
-    wide = given or int((model.expansion_factor or 4) * required(model.hidden_size, "hidden_size"))
-    if model.activation in GATED:
-        meant = model.intermediate_size_convention
-        if given and (convention or LITERAL if meant == "auto" else meant) == LITERAL:
-            return given
-        wide = int(wide * 2 / 3) // 2
-    return -(-wide // model.mlp_multiple_of) * model.mlp_multiple_of
+    meant = model.intermediate_size_convention
+    return feed_forward_width(
+        required(model.hidden_size, "hidden_size"),
+        model.intermediate_size,
+        model.expansion_factor,
+        multiple_of=model.mlp_multiple_of,
+        gated=model.activation in GATED,
+        literal=(convention or LITERAL if meant == "auto" else meant) == LITERAL,
+    )
 
 
 def mlp_convention_of(args: NeoXArgs, linear2_columns: int) -> str | None:

@@ -16,6 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron.errors import ConfigError, LostRankError, NeoXError
+from megatron.launch.place import place_from
+from megatron.launch.records import FAILURE_FILE, leave
 from megatron.log import setup_logging
 
 from . import payload
@@ -120,29 +122,59 @@ def rank_count(environ: Mapping[str, str]) -> int:
     return 1
 
 
-def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, usage: str, about: str) -> int:
+def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, usage: str, about: str, ranks: bool = True) -> int:
     """Run a script's `main` as a user wants it: --help answers at once, errors are reports on stderr, the result is the exit status.
 
-    Tracebacks of errors raised on purpose appear with --debug only.
+    ranks: the script is one of a run's ranks, if mpirun or srun started it; False for launchers and tools
+    Tracebacks of errors raised on purpose appear with --debug only. A rank of deepy.py leaves its report to it, which tells the first
+    failing rank's first.
     """
     if not set(argv).isdisjoint(("-h", "--help")):
         sys.stdout.write(HELP.format(usage=usage, about=about))
         return 0
-    setup_logging()
-    _prepare_environment()
+    # Not for what this process starts in its turn.
+    note = os.environ.pop(FAILURE_FILE, None)
     try:
+        if ranks:
+            _take_place()
+        setup_logging()
+        _prepare_environment()
         return main(list(argv)) or 0
     except NeoXError as error:
-        rank = os.environ.get("RANK", "0")
-        # What is wrong on all ranks is told once, by rank 0: its end stops the others. Whoever is still here then has news.
-        time.sleep(PATIENCE_S * ((rank != "0") + 2 * isinstance(error, LostRankError)))
-        if "--debug" in argv:
-            traceback.print_exc()
-        sys.stderr.write((f"[rank {rank}] " if rank != "0" else "") + error.report() + "\n")
-        sys.stderr.flush()
+        _report(error, note, debug="--debug" in argv)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception:
+        if note is None:
+            raise
+        leave(note, traceback.format_exc().rstrip(), consequence=False)
+        return 1
+
+
+def _report(error: NeoXError, note: str | None, *, debug: bool) -> None:
+    """Tell an error: in the file `note` if this is a rank of deepy.py, else on stderr."""
+    lost = isinstance(error, LostRankError)
+    trace = "".join(traceback.format_exception(error)) if debug else ""
+    if note is not None:
+        leave(note, trace + error.report(), consequence=lost)
+        return
+    rank = os.environ.get("RANK", "0")
+    # What is wrong on all ranks is told once, by rank 0: its end stops the others. Whoever is still here then has news.
+    time.sleep(PATIENCE_S * ((rank != "0") + 2 * lost))
+    sys.stderr.write(trace + (f"[rank {rank}] " if rank != "0" else "") + error.report() + "\n")
+    sys.stderr.flush()
+
+
+def _take_place() -> None:
+    """Have a rank of mpirun or srun know its place under the names that torch, DeepSpeed and the log read."""
+    if "RANK" in os.environ:
+        return
+    place = place_from(os.environ)
+    if place.world_size > 1:
+        names = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size, "MASTER_ADDR": place.master_addr}
+        names |= {"MASTER_PORT": place.master_port} if place.master_port else {}
+        os.environ.update({name: str(value) for name, value in names.items()})
 
 
 def _prepare_environment() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megatron.errors import ConfigError
+from megatron.launch.environment import MASK
 
 from .neox_args import NeoXArgs
-from .payload import MASK, secret_names
+from .payload import secret_names
 from .problems import closest
 from .sections import SECTION_OF, SECTIONS, allowed
 

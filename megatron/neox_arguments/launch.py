@@ -1,97 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting the workers: DeepSpeed's launcher as an argument list, run without a shell. Imports neither torch nor DeepSpeed."""
+"""From the configuration to a Plan: hosts, launcher, argument lists. Starts nothing; imports neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
-import base64
-import ctypes
-import json
 import os
 import re
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 from megatron.errors import ConfigError
-from megatron.log import get_logger
+from megatron.launch import commands
+from megatron.launch.environment import SECRET_NAME, environment_file, handed_on, python_path, visible_devices
+from megatron.launch.place import LOOPBACK, expand, slurm_port
+from megatron.launch.plan import Host, Plan
+from megatron.launch.wire import ADDRESSES, SECRET
 
 from .neox_args import NeoXArgs
-from .world import DEFAULT_HOSTFILE, HostError, parse_filter, visible_devices
+from .world import HostError, Hosts, find_hostfile, parse_filter, read_hosts
 
-log = get_logger(__name__)
-
-LOCAL_NAMES = ("localhost", "127.0.0.1")
-# What a remote shell takes literally: pdsh hands its command to one.
+LOCAL_NAMES = ("localhost", LOOPBACK)
+# What a remote shell takes literally: DeepSpeed's pdsh runner hands its command to one.
 SHELL_SAFE = re.compile(r"[\w@%+=:,./~-]*")
-# DeepSpeed's local launcher reports a worker that died of signal n as exit status 256 - n.
-LAST_SIGNAL = 31
-# A worker that ends with one of these has told why.
-EXPLAINED = (1, 2)
-KILLED = 128
-# So often a signal is only passed on; then the launcher is told, which kills what does not end by itself.
-PATIENCE = 3
+# Launchers whose argument lists are DeepSpeed's own: nothing here could be tested with them.
+DEEPSPEED_ONLY = ("mvapich", "impi")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """An argument list, what it adds to the environment, and whether a signal goes to all it started or to it alone."""
-
-    argv: list[str]
-    env: dict[str, str]
-    signal_group: bool
-
-
-def launcher_command(args: NeoXArgs, script: str, script_args: list[str], environ: Mapping[str, str]) -> Command:
-    """The launcher that runs `script` with `script_args` on every rank; nothing is started.
+def plan_launch(args: NeoXArgs, script: str, script_args: Sequence[str], environ: Mapping[str, str]) -> Plan:
+    """What will run `script` with `script_args` on every rank; nothing is started.
 
     environ: the launching process's environment. Raises ConfigError for a placement that cannot be.
     """
-    hostfile = _hostfile(args, environ)
     runtime = args.runtime
-    several = runtime.force_multi or runtime.deepspeed_slurm or runtime.deepspeed_mpi or runtime.autotuning_run
-    if hostfile or several:
-        return _runner_command(args, script, script_args, hostfile, environ)
-    return _local_command(args, script, script_args, environ)
+    worker = (sys.executable, "-u", script, *script_args)
+    if runtime.launcher == "local" and (runtime.hostfile or runtime.force_multi):
+        key = "hostfile" if runtime.hostfile else "force_multi"
+        raise ConfigError(f"launcher is local, but {key} is set", where=f"launcher, {key}", mend=f"drop {key}, or choose another launcher")
+    hosts = _hosts(args, environ)
+    if runtime.autotuning_run or (runtime.launcher in DEEPSPEED_ONLY and (hosts or runtime.force_multi)):
+        return _deepspeed_plan(args, script, script_args, environ)
+    if runtime.launcher == "slurm" or runtime.deepspeed_slurm:
+        if not environ.get("SLURM_JOB_ID") and (hosts or runtime.force_multi):
+            raise ConfigError(
+                "the slurm launcher starts ranks inside a SLURM job, and this is none (SLURM_JOB_ID is not set)",
+                where="launcher",
+                mend="start deepy.py in a job: sbatch pretrain_neox.sbatch CONF, or salloc first",
+            )
+        if environ.get("SLURM_JOB_ID"):
+            return _slurm_plan(args, worker, hosts, environ)
+    alone = not hosts or (len(hosts) == 1 and is_here(hosts[0].name))
+    if alone and not runtime.force_multi:
+        return _local_plan(args, worker, hosts, environ)
+    return _remote_plan(args, worker, hosts or _this_machine(args, environ), environ)
 
 
-def _hostfile(args: NeoXArgs, environ: Mapping[str, str]) -> str | None:
-    """The hostfile in use: the key, else DLTS_HOSTFILE, else the customary path if it is there."""
-    for path in (args.runtime.hostfile, environ.get("DLTS_HOSTFILE")):
-        if path:
-            if not Path(path).is_file():
-                raise ConfigError(
-                    f"hostfile {path} does not exist", where="hostfile", mend="give an existing file, or none for this machine alone"
-                )
-            return path
-    return DEFAULT_HOSTFILE if Path(DEFAULT_HOSTFILE).is_file() else None
+def _hosts(args: NeoXArgs, environ: Mapping[str, str]) -> tuple[Host, ...]:
+    """The hosts of the hostfile that the filters leave, in the order of ranks; empty without a hostfile."""
+    runtime = args.runtime
+    if runtime.launcher == "local":
+        return ()
+    choice = Hosts(
+        hostfile=runtime.hostfile,
+        include=runtime.include,
+        exclude=runtime.exclude,
+        num_nodes=runtime.num_nodes,
+        num_gpus=runtime.num_gpus,
+    )
+    if find_hostfile(choice, environ) is None:
+        return ()
+    try:
+        slots = read_hosts(choice, environ)
+    except HostError as error:
+        raise ConfigError(
+            str(error), where="hostfile", mend="name an existing hostfile and hosts of it, or none for this machine"
+        ) from None
+    hosts = _numbered(slots)
+    commands.check_names(hosts)
+    total = sum(len(host.slots) for host in hosts)
+    if total != (runtime.global_num_gpus or total):
+        raise ConfigError(
+            f"the hostfile and its filters give {total} ranks, but global_num_gpus is {runtime.global_num_gpus}",
+            where="global_num_gpus, hostfile",
+            mend="leave global_num_gpus out, or choose hosts with include, num_nodes or num_gpus",
+        )
+    return hosts
+
+
+def _numbered(slots: Mapping[str, Sequence[int | str]]) -> tuple[Host, ...]:
+    hosts: list[Host] = []
+    first = 0
+    for name, numbers in slots.items():
+        hosts.append(Host(name=name, slots=tuple(numbers), first=first))
+        first += len(numbers)
+    return tuple(hosts)
+
+
+def is_here(name: str) -> bool:
+    """Whether a host name is this machine: its own name, or one of an address that this machine has."""
+    if name in LOCAL_NAMES or name == socket.gethostname():
+        return True
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)  # only an own address can be bound
+            return True
+        except OSError:
+            continue
+    return False
 
 
 # One machine
 
 
-def _local_command(args: NeoXArgs, script: str, script_args: list[str], environ: Mapping[str, str]) -> Command:
-    devices = _local_devices(args, environ)
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
-    argv = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
-    argv += [f"--world_info={world}", f"--master_addr={args.runtime.master_addr or '127.0.0.1'}", f"--master_port={_port(args, environ)}"]
-    argv += ["--no_local_rank", f"--log_level={_log_level(environ)}", script, *script_args]
-    return Command(argv=argv, env=_worker_env(len(devices), environ), signal_group=False)
+def _local_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> Plan:
+    on_cuda = visible_devices(environ) if environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
+    slots = hosts[0].slots if hosts else tuple(_local_devices(args, environ, on_cuda))
+    return Plan(
+        launcher="local",
+        hosts=(Host(name=socket.gethostname(), slots=slots, first=0),),
+        worker=worker,
+        env={"PYTHONPATH": python_path(environ)},
+        set_devices=on_cuda > 0,
+        master_addr=args.runtime.master_addr or LOOPBACK,
+        master_port=_local_port(args, environ),
+    )
 
 
-def _local_devices(args: NeoXArgs, environ: Mapping[str, str]) -> list[int | str]:
+def _this_machine(args: NeoXArgs, environ: Mapping[str, str]) -> tuple[Host, ...]:
+    """For force_multi without a hostfile."""
+    on_cuda = visible_devices(environ) if environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
+    return (Host(name="localhost", slots=tuple(_local_devices(args, environ, on_cuda)), first=0),)
+
+
+def _local_devices(args: NeoXArgs, environ: Mapping[str, str], on_cuda: int) -> list[int | str]:
     """Device numbers of the local ranks; without CUDA they only count the ranks."""
     runtime, count = args.runtime, args.runtime.global_num_gpus or 1
     if runtime.num_nodes and runtime.num_nodes > 1:
         raise ConfigError(
             f"num_nodes is {runtime.num_nodes}, but there is no hostfile", where="num_nodes", mend="set hostfile, or drop num_nodes"
         )
-    on_cuda = visible_devices(environ) if environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
     visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     pool: list[int | str] = list(range(on_cuda or count))
     if on_cuda and visible:
@@ -123,62 +176,140 @@ def _slots(text: str, key: str) -> list[int | str]:
     return list(slots or ())
 
 
-def _port(args: NeoXArgs, environ: Mapping[str, str]) -> int:
+def _local_port(args: NeoXArgs, environ: Mapping[str, str]) -> int:
     """The key where it was given, else MASTER_PORT, else a free port, so that two runs on one machine do not meet."""
+    if args.origin("master_port").kind != "default" or environ.get("MASTER_PORT", "").isdecimal():
+        return _port(args, environ)
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _port(args: NeoXArgs, environ: Mapping[str, str]) -> int:
+    """The key where it was given, else MASTER_PORT, else one that belongs to the SLURM job, else the key's default."""
     if args.origin("master_port").kind != "default":
         return args.runtime.master_port
     if environ.get("MASTER_PORT", "").isdecimal():
         return int(environ["MASTER_PORT"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return slurm_port(environ) if environ.get("SLURM_JOB_ID", "").isdecimal() else args.runtime.master_port
 
 
 # Several machines
 
 
-def _runner_command(args: NeoXArgs, script: str, script_args: list[str], hostfile: str | None, environ: Mapping[str, str]) -> Command:
+def _remote_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> Plan:
     runtime = args.runtime
-    argv = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--no_local_rank", f"--log_level={_log_level(environ)}"]
+    address, port = runtime.master_addr or environ.get("MASTER_ADDR") or hosts[0].name, _port(args, environ)
+    additions = _additions(environ)
+    names, secrets = _handed_on(environ, additions)
+    if runtime.launcher == "pdsh":
+        argv = commands.pdsh(hosts)
+    else:
+        meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        additions |= meeting
+        listed = [*dict.fromkeys((*names, *meeting)), *secrets, ADDRESSES, SECRET]
+        if runtime.launcher == "openmpi":
+            argv = commands.openmpi(hosts, listed, worker, root=os.geteuid() == 0)
+        else:
+            argv = commands.mpich(hosts, listed, worker)
+    return Plan(
+        launcher=runtime.launcher,
+        hosts=hosts,
+        worker=worker,
+        argv=argv,
+        env=additions,
+        handed_on=names,
+        secrets=secrets,
+        # Each rank of mpirun picks its device by its local rank; only pdsh's agent can choose for a whole host.
+        set_devices=runtime.launcher == "pdsh" and environ.get("DS_ACCELERATOR") != "cpu" and environ.get("CUDA_VISIBLE_DEVICES") != "",
+        master_addr=address,
+        master_port=port,
+    )
+
+
+def _slurm_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> Plan:
+    """Inside a SLURM job: srun, whose step the hostfile narrows if there is one."""
+    runtime = args.runtime
+    job = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    first = hosts[0].name if hosts else expand(job)[0] if job else socket.gethostname()
+    address, port = runtime.master_addr or environ.get("MASTER_ADDR") or first, _port(args, environ)
+    options = {"comment": runtime.comment, "account": runtime.account}
+    filtered = bool(hosts and (runtime.include or runtime.exclude or (runtime.num_nodes or -1) > 0))
+    additions = {**_additions(environ), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    names, secrets = _handed_on(environ, additions)
+    return Plan(
+        launcher="slurm",
+        hosts=hosts,
+        worker=worker,
+        argv=commands.slurm(hosts, runtime.global_num_gpus or 1, worker, options, name_hosts=filtered),
+        env=additions,
+        handed_on=names,
+        secrets=secrets,
+        master_addr=address,
+        master_port=port,
+    )
+
+
+def _additions(environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment beyond this process's own: the project's folder for Python, and what the user's environment file says."""
+    extra = environment_file(environ, Path(environ.get("HOME") or "~").expanduser(), Path.cwd())
+    return {**extra, "PYTHONPATH": python_path({**environ, **extra})}
+
+
+def _handed_on(environ: Mapping[str, str], additions: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Variables for ranks on other machines, and the names of the secret ones among them."""
+    found = {**handed_on(environ), **additions}
+    secrets = tuple(name for name in found if SECRET_NAME.search(name))
+    return {name: value for name, value in found.items() if name not in secrets}, secrets
+
+
+# Left to DeepSpeed
+
+
+def _deepspeed_plan(args: NeoXArgs, script: str, script_args: Sequence[str], environ: Mapping[str, str]) -> Plan:
+    """DeepSpeed's own runner: its autotuner, and the MPIs that only it knows."""
+    runtime = args.runtime
+    hostfile = find_hostfile(Hosts(hostfile=runtime.hostfile), environ)
+    level = "debug" if environ.get("LOGLEVEL", "").upper() == "DEBUG" else "critical"
+    argv = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--no_local_rank", f"--log_level={level}"]
     filtered = runtime.include or runtime.exclude
+    address, port = runtime.master_addr or environ.get("MASTER_ADDR"), _port(args, environ)
     flags = {
         "hostfile": hostfile,
-        "launcher": runtime.launcher,
-        "master_port": runtime.master_port,
-        "master_addr": runtime.master_addr or environ.get("MASTER_ADDR"),
+        "launcher": "pdsh" if runtime.launcher == "local" else runtime.launcher,
+        "master_port": port,
+        "master_addr": address,
         "include": runtime.include,
         "exclude": runtime.exclude,
         "num_nodes": runtime.num_nodes if (runtime.num_nodes or -1) > 0 else None,
         # DeepSpeed takes a count or a filter, not both; the filter says more.
         "num_gpus": None if filtered else runtime.num_gpus,
         "autotuning": runtime.autotuning_run,
-        "launcher_args": _launcher_args(args, environ),
+        "launcher_args": _launcher_args(args),
     }
     argv += [f"--{name}={value}" for name, value in flags.items() if value]
-    if runtime.force_multi or runtime.deepspeed_slurm or runtime.deepspeed_mpi:
-        argv.append("--force_multi")
-    if runtime.no_ssh_check:
-        argv.append("--no_ssh_check")
+    argv += ["--force_multi"] if runtime.force_multi else []
+    argv += ["--no_ssh_check"] if runtime.no_ssh_check else []
     if runtime.launcher == "pdsh":
-        _refuse_unsafe([script, *script_args, str(flags["master_addr"] or "")])
-    if runtime.launcher == "openmpi" and (filtered or flags["num_nodes"] or flags["num_gpus"]):
-        raise ConfigError("the openmpi launcher cannot filter hosts", where="launcher", mend="list only the hosts to use in the hostfile")
-    env = {"PYTHONPATH": _python_path(environ)}
-    if runtime.launcher == "pdsh" and environ.get("WANDB_API_KEY"):
-        # The key goes by ssh's own environment channel (sshd must accept it), never as text of a remote command.
-        env["PDSH_SSH_ARGS_APPEND"] = f"{environ.get('PDSH_SSH_ARGS_APPEND', '')} -o SendEnv=WANDB_API_KEY".strip()
-    return Command(argv=[*argv, script, *script_args], env=env, signal_group=True)
+        _refuse_unsafe([script, *script_args, address or ""])
+    return Plan(
+        launcher="deepspeed",
+        hosts=(),
+        worker=(script, *script_args),
+        argv=(*argv, script, *script_args),
+        env={"PYTHONPATH": python_path(environ)},
+        master_addr=address or LOOPBACK,
+        master_port=port,
+    )
 
 
-def _launcher_args(args: NeoXArgs, environ: Mapping[str, str]) -> str | None:
-    """Flags for srun or mpirun, quoted as DeepSpeed splits them."""
+def _launcher_args(args: NeoXArgs) -> str | None:
+    """Flags for srun, quoted as DeepSpeed splits them."""
     runtime = args.runtime
-    words: list[str] = []
-    if runtime.launcher == "slurm" or runtime.deepspeed_slurm:
-        words += [f"--comment={runtime.comment}"] if runtime.comment else []
-        words += [f"--account={runtime.account}"] if runtime.account else []
-    if runtime.launcher == "openmpi" and environ.get("WANDB_API_KEY"):
-        words += ["-x", "WANDB_API_KEY"]  # by name: mpirun takes the value from its environment
+    if runtime.launcher != "slurm":
+        return None
+    words = [f"--comment={runtime.comment}"] if runtime.comment else []
+    words += [f"--account={runtime.account}"] if runtime.account else []
     return shlex.join(words) or None
 
 
@@ -186,117 +317,7 @@ def _refuse_unsafe(words: list[str]) -> None:
     unsafe = [word for word in words if not SHELL_SAFE.fullmatch(word)]
     if unsafe:
         raise ConfigError(
-            f"the pdsh launcher would hand {unsafe[0]!r} to a remote shell",
+            f"DeepSpeed's pdsh runner would hand {unsafe[0]!r} to a remote shell",
             where="launcher",
             mend="use a name of letters, digits and @%+=:,./~-_ only, or another launcher",
         )
-
-
-# Running it
-
-
-def _log_level(environ: Mapping[str, str]) -> str:
-    """DeepSpeed's launcher is silent unless LOGLEVEL is DEBUG: every line of it repeats the encoded configuration."""
-    return "debug" if environ.get("LOGLEVEL", "").upper() == "DEBUG" else "critical"
-
-
-def _worker_env(ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """What the workers need beyond the environment they inherit."""
-    env = {"PYTHONPATH": _python_path(environ)}
-    if "OMP_NUM_THREADS" not in environ:
-        env["OMP_NUM_THREADS"] = str(max(1, _cores() // ranks))
-    if environ.get("DS_ACCELERATOR", "cpu") == "cpu" and not visible_devices(environ):
-        env["DS_ACCELERATOR"] = "cpu"
-    return env
-
-
-def _python_path(environ: Mapping[str, str]) -> str:
-    """The project's folder behind what is there: scripts outside of it find the package too."""
-    root = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != root] + [root])
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def run(command: Command) -> int:
-    """Start the command, hand SIGINT, SIGTERM and SIGHUP on to it, wait, and return the exit status a shell would show.
-
-    Workers' own exit statuses come through as they are; a worker killed by signal n, or a signal n to us, gives 128 + n.
-    """
-    received: list[int] = []
-    running: list[subprocess.Popen[bytes]] = []
-
-    def forward(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        for process in running:
-            _send(process, signum, command.signal_group, patient=len(received) <= PATIENCE)
-
-    names = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(name, forward) for name in names}
-    try:
-        # A session of its own: a Ctrl-C reaches the workers once, through us, and a runner's children can be signalled together.
-        process = subprocess.Popen(command.argv, env={**os.environ, **command.env}, start_new_session=True, preexec_fn=_die_with_parent())
-        running.append(process)
-        for signum in list(received):  # came between the handler and the start
-            _send(process, signum, command.signal_group, patient=True)
-        code = process.wait()
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-    return _exit_status(code, received)
-
-
-def _send(process: subprocess.Popen[bytes], signum: int, group: bool, *, patient: bool) -> None:
-    """Hand a signal on to a process group, or to a launcher's workers.
-
-    patient: past the launcher, which on a signal kills its workers after 30 s, be they in the midst of a checkpoint
-    """
-    if process.poll() is not None:
-        return
-    if group:
-        os.killpg(process.pid, signum)
-        return
-    workers = _children(process.pid) if patient else []
-    # SIGTERM is what the launcher understands at any time; a SIGINT during its start would end in a traceback.
-    for pid, number in [(worker, signum) for worker in workers] or [(process.pid, signal.SIGTERM)]:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
-
-
-def _children(pid: int) -> list[int]:
-    """Processes that `pid` has started, where the system tells (Linux)."""
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def _exit_status(code: int, received: list[int]) -> int:
-    if received:
-        return KILLED + received[0]
-    killed_by = -code if code < 0 else 256 - code
-    if not 0 < killed_by <= LAST_SIGNAL:
-        if code and code not in EXPLAINED:
-            log.error("a worker ended with exit status %d, so all were stopped", code)
-        return code
-    hint = ": the machine may have run out of memory" if killed_by == signal.SIGKILL else ""
-    log.error("a worker was killed by %s%s", signal.Signals(killed_by).name, hint)
-    return KILLED + killed_by
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """On Linux, the launcher is told to stop its workers when we are killed outright; a start hook for Popen."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-
-    def hook() -> None:
-        prctl(set_death_signal, signal.SIGTERM)
-
-    return hook

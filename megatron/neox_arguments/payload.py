@@ -6,18 +6,16 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
 from megatron.errors import ConfigError
+from megatron.launch.environment import SECRET_NAME
 
 # Linux takes at most 128 KiB in one argument; larger texts are compressed.
 PLAIN_LIMIT = 96 * 1024
 ARGUMENT_LIMIT = 128 * 1024 - 256
-SECRET_NAME = re.compile(r"(?i)(^|_|-)(api_?key|access_?key|secret(_?key)?|password|passwd|(access|auth|hf|api)_?token|token)$")
-MASK = "***"
 
 
 def encode(values: dict[str, Any]) -> str:
@@ -69,8 +67,3 @@ def secret_names(values: object, prefix: str = "") -> Iterator[str]:
     elif isinstance(values, list):
         for index, value in enumerate(values):
             yield from secret_names(value, f"{prefix}[{index}]")
-
-
-def mask(name: str, value: str) -> str:
-    """`value` as it may be shown to others."""
-    return MASK if SECRET_NAME.search(name) else value

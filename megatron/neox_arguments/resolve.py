@@ -126,6 +126,26 @@ def decay_iters(lr_decay_iters: int | None, fraction: float | None, train_iters:
     return None if train_iters is None else max(1, math.floor(train_iters * (1.0 if fraction is None else fraction)))
 
 
+def feed_forward_width(
+    hidden: int, intermediate: int | None, expansion: float | None, *, multiple_of: int, gated: bool, literal: bool
+) -> int:
+    """Columns of a feed-forward sublayer's second matrix.
+
+    FORMAT: without a gate: intermediate_size, else expansion_factor * h, else 4 h, rounded up to mlp_multiple_of.
+    With a gate: two thirds of that over two matrices, int(w * 2 / 3) // 2 rounded up; but an explicit intermediate_size
+    is the width itself under the literal convention.
+
+    >>> feed_forward_width(64, None, None, multiple_of=8, gated=True, literal=False)
+    88
+    """
+    wide = intermediate or int((expansion or 4) * hidden)
+    if gated:
+        if intermediate and literal:
+            return intermediate
+        wide = int(wide * 2 / 3) // 2
+    return -(-wide // multiple_of) * multiple_of
+
+
 def choose_precision(precision: str | None, fp16: Mapping[str, Any], bf16: Mapping[str, Any]) -> str:
     """fp32, fp16 or bfloat16 from the key and the two blocks. Raises Unsolvable when they disagree."""
     votes = {"precision": precision} if precision else {}

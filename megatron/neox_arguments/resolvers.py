@@ -31,7 +31,8 @@ def resolve_world(d: Draft, environ: Mapping[str, str], devices: int) -> None:
             exclude=d["exclude"],
             num_nodes=d["num_nodes"],
             num_gpus=d["num_gpus"],
-            slurm=d["deepspeed_slurm"],
+            slurm=d["deepspeed_slurm"] or d["launcher"] == "slurm",
+            local=d["launcher"] == "local",
         )
         try:
             ranks, source = count_ranks(hosts, environ, devices=devices)

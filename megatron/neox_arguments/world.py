@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from megatron.launch.environment import visible_devices as visible_devices
+
 DEFAULT_HOSTFILE: Final = "/job/hostfile"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
-    """The keys that choose hosts and devices."""
+    """The keys that choose hosts and devices. local: this machine only, whatever hostfile is about"""
 
     hostfile: str | None = None
     include: str | None = None
@@ -22,6 +24,7 @@ class Hosts:
     num_nodes: int = -1
     num_gpus: int | None = None
     slurm: bool = False
+    local: bool = False
 
 
 class HostError(ValueError):
@@ -38,10 +41,9 @@ def count_ranks(hosts: Hosts, environ: Mapping[str, str], *, devices: int) -> tu
     devices: CUDA devices visible on this machine, 0 without CUDA.
     Raises HostError when a named hostfile is missing or damaged or the filters leave nothing.
     """
-    path = hosts.hostfile or environ.get("DLTS_HOSTFILE")
-    if path or Path(DEFAULT_HOSTFILE).is_file():
-        slots = filter_hosts(parse_hostfile(_read(path or DEFAULT_HOSTFILE)), hosts)
-        return sum(len(numbers) for numbers in slots.values()), f"hostfile {path or DEFAULT_HOSTFILE}"
+    path = find_hostfile(hosts, environ)
+    if path:
+        return sum(len(numbers) for numbers in read_hosts(hosts, environ).values()), f"hostfile {path}"
     if hosts.slurm and (tasks := slurm_tasks(environ)):
         return tasks, "SLURM_NTASKS"
     if environ.get("WORLD_SIZE", "").isdigit() and int(environ["WORLD_SIZE"]) > 0:
@@ -51,25 +53,22 @@ def count_ranks(hosts: Hosts, environ: Mapping[str, str], *, devices: int) -> tu
     return (devices, "visible CUDA devices") if devices else (1, "this machine, which has no CUDA device")
 
 
+def find_hostfile(hosts: Hosts, environ: Mapping[str, str]) -> str | None:
+    """The hostfile in use: the key, else DLTS_HOSTFILE, else the customary path if it is there."""
+    if hosts.local:
+        return None
+    return hosts.hostfile or environ.get("DLTS_HOSTFILE") or (DEFAULT_HOSTFILE if Path(DEFAULT_HOSTFILE).is_file() else None)
+
+
+def read_hosts(hosts: Hosts, environ: Mapping[str, str]) -> dict[str, list[int]]:
+    """{host: slots in use} of the hostfile, which there must be. Raises HostError when it is missing or damaged, or nothing is left."""
+    return filter_hosts(parse_hostfile(_read(find_hostfile(hosts, environ) or DEFAULT_HOSTFILE)), hosts)
+
+
 def slurm_tasks(environ: Mapping[str, str]) -> int:
     """Number of tasks of the SLURM job, 0 outside of one."""
     numbers = {name: int(value) for name, value in environ.items() if name.startswith("SLURM_") and value.isdigit()}
     return numbers.get("SLURM_NTASKS") or numbers.get("SLURM_NNODES", 0) * numbers.get("SLURM_NTASKS_PER_NODE", 0)
-
-
-def visible_devices(environ: Mapping[str, str], dev: Path = Path("/dev")) -> int:
-    """CUDA devices of this machine that CUDA_VISIBLE_DEVICES lets through, counted by their device files."""
-    try:
-        found = sum(1 for item in dev.iterdir() if re.fullmatch(r"nvidia\d+", item.name))
-    except OSError:
-        found = 0
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not found:
-        return found
-    names = [name.strip() for name in chosen.split(",")]
-    valid = names[: next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))]
-    # MIG slices may outnumber the device files.
-    return len(valid) if any(name.startswith("MIG") for name in valid) else min(len(valid), found)
 
 
 def _read(path: str) -> str:

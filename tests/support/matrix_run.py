@@ -37,9 +37,9 @@ class Band:
 
 BANDS = {
     "fp32": Band(loss=1e-6, norm=1e-5, first=1e-5, drift=1e-5),
-    # Measured, at most: 6e-4, 1.4e-2, 1.3e-3, 2.7e-2. One process in bf16 is 6e-4, 1e-2, 1.3e-3 from one in fp32.
+    # Measured, at most: 8e-4, 1.6e-2, 1.4e-3, 2.8e-2. One process in bf16 is 6e-4, 1e-2, 1.3e-3 from one in fp32.
     # A sum over tensor ranks left out in the backward pass makes a norm 1.3e-1 and the drift 5e-1 and more.
-    "bf16": Band(loss=1e-3, norm=2e-2, first=3e-3, drift=5e-2),
+    "bf16": Band(loss=2e-3, norm=2e-2, first=3e-3, drift=5e-2),
 }
 
 

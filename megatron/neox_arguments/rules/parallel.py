@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import lcm
 from typing import Final
 
 from ..problems import Problem, plain
+from ..resolve import feed_forward_width
 from .model import GATED
 from .rule import Rule, Values, divides, simple
 
@@ -62,29 +64,55 @@ def _ring(v: Values) -> Iterable[Problem]:
 
 
 def _mlp_width(v: Values) -> Iterable[Problem]:
-    """The width given, or four (expansion_factor) times hidden_size; a gated one only where it is literal, else a checkpoint decides."""
-    given, tensor = v["intermediate_size"], v["model_parallel_size"]
-    if v["activation"] in GATED and (given is None or v["intermediate_size_convention"] == "two_thirds"):
-        return
-    width = given or int((v["expansion_factor"] or 4) * v["hidden_size"])
-    if v["activation"] not in GATED:
-        width = -(-width // v["mlp_multiple_of"]) * v["mlp_multiple_of"]
-    if width % tensor:
-        key = "expansion_factor" if given is None else "intermediate_size"
+    """Every rank has an equal part; in which sense a gated intermediate_size is meant, a checkpoint may decide."""
+    tensor, gated, meant = v["model_parallel_size"], v["activation"] in GATED, v["intermediate_size_convention"]
+    if meant == "auto" and v["load"] is None:
+        meant = "literal"
+    widths = [
+        feed_forward_width(
+            v["hidden_size"], v["intermediate_size"], v["expansion_factor"], multiple_of=v["mlp_multiple_of"], gated=gated, literal=literal
+        )
+        for literal in (True, False)
+        if meant in ("auto", "literal" if literal else "two_thirds")
+    ]
+    if all(width % tensor for width in widths):
+        key = "expansion_factor" if v["intermediate_size"] is None else "intermediate_size"
         yield Problem(
-            f"model_parallel_size {tensor} does not divide the width of the MLP, {width}",
-            mend=f"set {key} so that the width is a multiple of {tensor}, or mlp_multiple_of to a multiple of {tensor}"
-            if v["activation"] not in GATED
-            else f"set {key} to a multiple of {tensor}",
+            f"model_parallel_size {tensor} does not divide the width of the MLP, {widths[0]}",
+            mend=f"set mlp_multiple_of to a multiple of {tensor}, or {key} so that the width is one",
             keys=("model_parallel_size", key),
         )
 
+
+def _cuts(v: Values) -> Iterable[Problem]:
+    """Where the pipeline is cut: evenly over layers, over parameters, or over the layers whose class name a regular expression finds."""
+    method, stages = v["pipe_partition_method"].lower(), v["pipe_parallel_size"]
+    if method in ("uniform", "parameters") or not 0 < stages <= v["num_layers"]:  # too many stages are another rule's
+        return
+    kind, _, pattern = method.partition(":")
+    try:
+        found = [name for name in LAYER_CLASSES if kind == "type" and re.search(pattern, name, re.IGNORECASE)]
+    except re.error:
+        found = []
+    count = sum(v["num_layers"] if name == "TransformerBlock" else 1 for name in found)
+    if count < stages:
+        yield Problem(
+            f"pipe_partition_method is {v['pipe_partition_method']!r}"
+            + (f", which finds {count} layers for {stages} stages" if kind == "type" else ""),
+            allowed=f"uniform, parameters, or type:REGEX on the class names {', '.join(LAYER_CLASSES)}",
+            mend="write type:transformer",
+            keys=("pipe_partition_method", "pipe_parallel_size"),
+        )
+
+
+LAYER_CLASSES: Final = ("Embedding", "TransformerBlock", "FinalNorm", "LMHead")
 
 _SHARED: Final = (*HEADS, "model_parallel_size", "context_parallel_size")
 
 PARALLEL_RULES: Final[tuple[Rule, ...]] = (
     Rule("context-divides-sequence", (*_SHARED, "seq_length"), _chunks),
     Rule("ring-is-plain", (*_SHARED, "pos_emb", "attention_dropout", "attention_backend"), _ring),
+    Rule("stages-are-cut", ("pipe_partition_method", "pipe_parallel_size", "num_layers"), _cuts),
     Rule("tp-divides-mlp", ("model_parallel_size", "hidden_size", "mlp_multiple_of", "activation"), _mlp_width),
     divides("tp-divides-vocabulary", "model_parallel_size", "padded_vocab_size"),
     simple(

@@ -61,8 +61,8 @@ class RuntimeArgs(Section):
     num_gpus: Whole | None = Field(None, ge=1, description="Use the first so many devices of every host.")
     master_port: Whole = Field(29500, ge=1, le=65535, description="TCP port at which the processes find each other.")
     master_addr: str | None = Field(None, description="Host name or address at which the processes find each other.")
-    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi"] = Field(
-        "pdsh", description="Program with which DeepSpeed reaches the other machines of a run."
+    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi", "local"] = Field(
+        "pdsh", description="Program that reaches the other machines of a run; local means this machine only, whatever hostfile there is."
     )
     force_multi: bool = Field(False, description="Go through the multi-machine launcher even when there is one host.")
     autotuning_run: Literal["tune", "run"] | None = Field(

@@ -266,7 +266,39 @@ CASES = (
         "global_num_gpus: 2\nmodel_parallel_size: 2\nactivation: swiglu\nintermediate_size: 127\nmlp_multiple_of: 2",
         2,
         "2 does not divide the width of the MLP, 127",
-        "intermediate_size to a multiple of 2",
+        "or intermediate_size so that the width is one",
+    ),
+    Bad(
+        "no layer of a stage",
+        "pipe_parallel_size: 1\npipe_partition_method: type:conv",
+        2,
+        "finds 0 layers for 1 stages",
+        "type:transformer",
+    ),
+    Bad(
+        "unknown partition", "pipe_parallel_size: 1\npipe_partition_method: even", 2, "pipe_partition_method is 'even'", "type:transformer"
+    ),
+    Bad("broken partition", "pipe_parallel_size: 1\npipe_partition_method: 'type:('", 2, "finds 0 layers", "type:transformer"),
+    Bad(
+        "SuperOffload at stage 2",
+        "zero_optimization:\n  stage: 2\n  offload_optimizer: {device: cpu, super_offload: true}",
+        3,
+        "super_offload works with ZeRO stage 3",
+        "set stage: 3",
+    ),
+    Bad(
+        "SuperOffload with SGD",
+        "optimizer: {type: SGD}\nzero_optimization:\n  stage: 3\n  offload_optimizer: {device: cpu, super_offload: true}",
+        4,
+        "an Adam of its own on the host",
+        "optimizer.type: adam",
+    ),
+    Bad(
+        "noise scale of stages",
+        "global_num_gpus: 2\npipe_parallel_size: 2\nlog_gradient_noise_scale: true\ngradient_accumulation_steps: 2",
+        3,
+        "needs the gradient of a micro batch on one rank",
+        "set these sizes to 1",
     ),
     Bad(
         "vocabulary for tensor ranks",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, LostRankError
 from megatron.neox_arguments import payload
 from megatron.neox_arguments.cli import consume_deepy_args, consume_neox_args, rank_count, run_face
 from megatron.neox_arguments.flags import sort_words
@@ -204,3 +206,38 @@ def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFix
     assert len(waits) == 2  # rank 0 speaks first
     assert run_face(fails, ["--help"], usage="how", about="what") == 0
     assert "usage: how" in capsys.readouterr().out
+
+
+def test_a_rank_of_deepy_leaves_its_report_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "note"
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("nobody else tells it first"))
+    for error, status, consequence in ((ConfigError("wrong"), 2, False), (LostRankError("gone"), 1, True), (KeyError("bug"), 1, False)):
+
+        def fails(argv: list[str], error: Exception = error) -> None:
+            assert "NEOX_FAILURE_FILE" not in os.environ  # not for what this rank starts
+            raise error
+
+        monkeypatch.setenv("NEOX_FAILURE_FILE", str(note))
+        assert run_face(fails, [], usage="u", about="a") == status
+        told = json.loads(note.read_text())
+        assert told["consequence"] == consequence and str(error) in told["text"]
+        assert ("Traceback" in told["text"]) == isinstance(error, KeyError)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_of_srun_knows_its_place_before_it_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    step = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "5"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str] = []
+    assert run_face(lambda _: seen.extend(os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")), [], usage="", about="") == 0
+    assert seen == ["3", "4", "n1"]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    assert run_face(lambda _: int("RANK" in os.environ), [], usage="", about="", ranks=False) == 0

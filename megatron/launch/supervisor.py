@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts ranks on this machine, watches them, and ends all when one dies. Knows no other machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron.launch.records import FAILURE_FILE, Event, found
+
+POLL_S = 0.05
+# After the first death: so long may the others take to fail by themselves, and then to end when told to.
+GRACE_S = 3.0
+LAST_S = 5.0
+# After a signal from the user, ranks may be in the midst of a checkpoint.
+PATIENT_LAST_S = 30.0
+# So often a signal is passed on; at the next one everything is killed.
+PATIENCE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One process to start: its number in the run, argument list and whole environment."""
+
+    number: int
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+
+
+@dataclass(kw_only=True)
+class _Child:
+    number: int
+    process: subprocess.Popen[bytes]
+    note: Path
+    told: bool = False  # to stop, by us
+
+
+class Supervisor:
+    """The ranks of one machine.
+
+    host:   this machine's name in reports
+    tell:   called with every Event
+    orphan: what ranks get when the process that watches them is killed outright (Linux)
+    """
+
+    def __init__(self, host: str, tell: Callable[[Event], None], *, orphan: signal.Signals = signal.SIGTERM) -> None:
+        self.host = host
+        self._tell = tell
+        self._orphan = orphan
+        self._children: list[_Child] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="neox-ranks-"))
+        self._signals = 0
+        self._stop_at: float | None = None
+        self._kill_at: float | None = None
+
+    def start(self, ranks: Sequence[Rank], *, stdin: int | None = None) -> None:
+        """Start every rank, in a session of its own: a Ctrl-C at the terminal reaches it once, through `signal`."""
+        for rank in ranks:
+            note = self._folder / f"rank{rank.number}.json"
+            process = subprocess.Popen(
+                list(rank.argv),
+                env={**rank.environment, FAILURE_FILE: str(note)},
+                stdin=stdin,
+                start_new_session=True,
+                preexec_fn=dying_with_parent(self._orphan),
+            )
+            self._children.append(_Child(number=rank.number, process=process, note=note))
+            self._tell(Event(what="started", host=self.host, rank=rank.number, at=time.time()))
+
+    def signal(self, signum: int) -> None:
+        """Hand a user's signal on. Ranks may take their time, but not after several signals."""
+        self._signals += 1
+        if self._signals > PATIENCE:
+            self._kill_at = time.monotonic()
+        for child in self._running():
+            _send(child, signum)
+
+    def stop(self) -> None:
+        """End all ranks: another one has died, here or elsewhere, or nobody is left to report to."""
+        self._stop_at = min(self._stop_at or time.monotonic(), time.monotonic())
+
+    def alive(self) -> bool:
+        """Look after the ranks: notice deaths, and stop or kill the others when their time is over. False once all have ended."""
+        for child in list(self._children):
+            code = child.process.poll()
+            if code is not None:
+                self._children.remove(child)
+                self._ended(child, code)
+        now = time.monotonic()
+        if self._stop_at is not None and now >= self._stop_at:
+            self._stop_at = None
+            self._kill_at = now + (PATIENT_LAST_S if self._signals else LAST_S)
+            for child in self._running():
+                child.told = True
+                _send(child, signal.SIGTERM)
+        if self._kill_at is not None and now >= self._kill_at:
+            for child in self._running():
+                child.told = True
+                _kill(child)
+        return bool(self._children)
+
+    def close(self) -> None:
+        """Kill what is left and remove the folder."""
+        for child in self._running():
+            _kill(child)
+            child.process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _running(self) -> list[_Child]:
+        return [child for child in self._children if child.process.poll() is None]
+
+    def _ended(self, child: _Child, code: int) -> None:
+        event = Event(what="ended", host=self.host, rank=child.number, at=time.time(), code=code)
+        if code:
+            failure = found(child.note, host=self.host, rank=child.number, code=code)
+            # A rank that was told to end and did is no failure, unless it had words of its own.
+            quiet = not child.note.exists() and (child.told or self._signals > 0)
+            event = replace(event, what="stopped") if quiet else failure
+            if self._stop_at is None and self._kill_at is None:
+                self._stop_at = time.monotonic() + GRACE_S
+        # What it started itself, such as data workers, must not outlive it.
+        try:
+            os.killpg(child.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self._tell(event)
+
+
+def _send(child: _Child, signum: int) -> None:
+    try:
+        child.process.send_signal(signum)
+    except ProcessLookupError:
+        return
+
+
+def _kill(child: _Child) -> None:
+    try:
+        os.killpg(child.process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def dying_with_parent(signum: signal.Signals) -> Callable[[], None] | None:
+    """On Linux, a start hook for Popen: the process gets `signum` when its parent is killed outright."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+
+    def hook() -> None:
+        prctl(set_death_signal, int(signum))
+
+    return hook

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that do not end when they should are ended; those that fail are heard in their own words."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.launch import supervisor
+from megatron.launch.records import Event
+from megatron.launch.supervisor import Rank, Supervisor
+
+DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); open('deaf{}', 'w').close(); time.sleep(100)"
+# Tells, starts a helper that would outlive it, and fails.
+FAILS = """\
+import os, subprocess, sys, time
+from megatron.launch.records import leave
+while not os.path.exists("deaf0"):
+    time.sleep(0.01)
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+open("helper", "w").write(str(helper.pid))
+leave(os.environ["NEOX_FAILURE_FILE"], "bad batch", consequence=False)
+sys.exit(3)
+"""
+
+
+def ranks(*codes: str) -> list[Rank]:
+    root = str(Path(__file__).resolve().parents[3])
+    environ = {**os.environ, "PYTHONPATH": root}
+    return [Rank(number=number, argv=[sys.executable, "-c", code], environment=environ) for number, code in enumerate(codes)]
+
+
+def test_a_failure_ends_even_a_deaf_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(supervisor, "LAST_S", 0.1)
+    heard: list[Event] = []
+    watched = Supervisor("here", heard.append)
+    watched.start(ranks(DEAF.format(0), FAILS))
+    deadline = time.monotonic() + 60
+    while watched.alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    watched.close()
+    ends = {event.rank: event for event in heard if event.what != "started"}
+    assert (ends[1].what, ends[1].code, ends[1].text) == ("failed", 3, "bad batch")
+    assert (ends[0].what, ends[0].code) == ("stopped", -signal.SIGKILL)
+    helper = int((tmp_path / "helper").read_text())
+    # Gone, or a zombie that nobody has waited for.
+    status = Path(f"/proc/{helper}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()
+
+
+def test_several_signals_kill_a_deaf_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    heard: list[Event] = []
+    watched = Supervisor("here", heard.append)
+    watched.start(ranks(DEAF.format(0)))
+    while not (tmp_path / "deaf0").exists():
+        time.sleep(0.01)
+    for _ in range(supervisor.PATIENCE):
+        watched.signal(signal.SIGTERM)
+        assert watched.alive()
+    watched.signal(signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while watched.alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    watched.close()
+    assert [(event.what, event.code) for event in heard[1:]] == [("stopped", -signal.SIGKILL)]
