@@ -43,6 +43,7 @@ A row is a layout: tensor ranks (`model_parallel_size`; + seq: `sequence_paralle
 (`context_parallel_size`) and stages (`pipe_parallel_size`; 0 is the plain engine). A field holds the largest differences
 from one process, loss / gradient norm, over all kinds of activation checkpointing ({kinds}). Where a job needs at most
 {half} processes for one copy of the model, it has two copies, which share the data and are what ZeRO spreads over.
+A number in brackets is a reason below: alone, all of it is refused; beside figures, the kind of checkpointing that it names.
 """
 
 
