@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron.neox_arguments.cli import consume_neox_args, run_face
+from megatron.neox_arguments.cli import consume_neox_args, end, run_face
 
 USAGE = "python train.py CONF [CONF ...] [flags]   (several ranks: python deepy.py train.py ..., or torchrun train.py ...)"
 ABOUT = "Trains a model as the config files say."
@@ -28,4 +28,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT))
+    end(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT))

@@ -160,12 +160,12 @@ class Launched:
             pieces.append(rest[:cut])
             rest = rest[cut:]
         self._partial[fd] = rest
-        for piece in pieces:
-            if (at := piece.find(MARK.encode())) > 0:
-                # A progress bar may stand before an event, in one line with it.
-                bar = piece.rfind(b"\r", 0, at) + 1
-                out.write(piece[:bar])
-                piece = piece[bar:]
+        for line in pieces:
+            # A progress bar may stand before an event on the same line.
+            mark = line.find(MARK.encode())
+            before = line.rfind(b"\r", 0, mark) + 1 if mark > 0 else 0
+            out.write(line[:before])
+            piece = line[before:]
             taken = self._lines.take(piece.decode(errors="replace"))
             if isinstance(taken, Event):
                 self.ledger.note(taken)

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from support.rank import die_with_parent
+
 ADDRESSES = {"hosta": "10.78.0.1", "hostb": "10.78.0.2"}
 PROGRAMS = ("unshare", "nsenter", "ip", "mount", "ssh", "ssh-keygen", "sshd")
 SSHD_FOLDER = "/usr/sbin"
@@ -122,7 +124,9 @@ class TwoHosts:
         isolate = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         for name in ADDRESSES:
             words = [name, str(folder / "hosts"), str(folder / "ssh_config"), str(LIFETIME_S)]
-            self._keepers[name] = subprocess.Popen([*isolate, "sh", "-c", BECOME, "sh", *words], stdin=subprocess.DEVNULL)
+            # Killed with the test's process, however that ends.
+            command = [*isolate, "sh", "-c", BECOME, "sh", *words]
+            self._keepers[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
         for name in ADDRESSES:
             self._await(name, ["cat", "/proc/1/cmdline"], "sleep")
         self._connect()
