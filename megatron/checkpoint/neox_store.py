@@ -176,12 +176,12 @@ def copy_weights(
     elsewhere: slots that other pipeline stages may hold; those of them that `module` lacks are passed over
     Raises CheckpointError naming the tensors that do not fit; then nothing was copied.
     """
-    own = {_canonical(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = {canonical_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     target = {name: tensor for name, tensor in own.items() if not _DERIVED.search(name)}
     here = {_slot(name) for name in own}
     wanted = [name for name in weights if _slot(name) in here or _slot(name) not in elsewhere]
     shapes = {name: weights[name].shape for name in wanted}
-    _check_names(folder, target, shapes, tuple(_canonical(prefix) for prefix in unused_stored_prefixes(module)))
+    _check_names(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
         for name, tensor in target.items():
             with nullcontext() if gather is None else gather([tensor]):
@@ -203,7 +203,7 @@ def _whole_shape(tensor: Tensor) -> torch.Size:
 _DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|alibi_embed\.slopes|attention\.norm_factor)$")
 
 
-def _canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """A name of the module, sequential or pipeline, as `<slot>.<parameter>`."""
     # DeepSpeed files a shared module under its key; the embedding, slot 0, is the only one.
     return re.sub(r"^(sequential\.|tied_modules\.embed\.)", lambda match: "" if match.group(1) == "sequential." else "0.", name)

@@ -100,11 +100,11 @@ def whole_weights(engine: Any, spec: Any, groups: Any) -> tuple[dict[str, Any], 
     import deepspeed
     import torch.distributed as dist
 
-    from megatron.checkpoint.neox_store import _canonical
+    from megatron.checkpoint.neox_store import canonical_name
 
     partitioned = [parameter for parameter in engine.module().parameters() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
-        mine = {_canonical(name): parameter.detach().float().numpy().copy() for name, parameter in engine.module().named_parameters()}
+        mine = {canonical_name(name): parameter.detach().float().numpy().copy() for name, parameter in engine.module().named_parameters()}
     if groups.world.size == 1:
         return mine, set()
     everybody: list[Any] = [None] * groups.world.size
