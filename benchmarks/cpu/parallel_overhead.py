@@ -161,9 +161,10 @@ class Clock:
         import torch.distributed as dist
 
         values = torch.ops._c10d_functional
-        for place, names in ((dist, CALLS), (values, ("all_reduce", "reduce_scatter_tensor", "wait_tensor"))):
-            for name in names:
-                setattr(place, name, self.timed(getattr(place, name)))
+        for name in CALLS:
+            setattr(dist, name, self.timed(getattr(dist, name)))
+        for name in ("all_reduce", "reduce_scatter_tensor", "wait_tensor"):
+            setattr(values, name, Operator(getattr(values, name), self))
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same call, timed where it is not made by another timed one."""
@@ -189,6 +190,20 @@ class Handle:
     def __init__(self, inner: Any, clock: Clock) -> None:
         self._inner = inner
         self.wait = clock.timed(inner.wait)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Operator:
+    """An operator of torch whose calls are timed; its overloads and all else are the operator's own."""
+
+    def __init__(self, inner: Any, clock: Clock) -> None:
+        self._inner = inner
+        self._call = clock.timed(inner)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
