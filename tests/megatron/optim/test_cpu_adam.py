@@ -50,7 +50,7 @@ def test_a_lock_left_behind_is_removed_and_a_fresh_one_awaited(tmp_path: Path, m
 
 
 @pytest.mark.full
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_compiled_it_equals_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after a compile that was killed and left its lock."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
