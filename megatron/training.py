@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from megatron import faults
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args
 from megatron.checkpoint.neox_store import bookkeeping
 from megatron.data.batch import Batch
@@ -127,6 +128,8 @@ def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, ho
         for hook in hooks:
             hook.on_start(state, engine)
         while state.iteration < state.target:
+            faults.begin_step(state.iteration + 1)
+            faults.point("step")
             result = engine.train_step(objective, next(steps))
             state = state.after(samples=result.samples, tokens=result.tokens)
             verdicts = [hook.after_step(state, result, engine) for hook in hooks]
