@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,17 +14,20 @@ import torch
 from megatron import faults
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args, own_folder
 from megatron.checkpoint.neox_store import bookkeeping
+from megatron.checkpoint.verifying import Verify
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
-from megatron.engine.base import Engine
+from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
 from megatron.engine.forward_check import compare_forward, forward_pass
 from megatron.engine.persistence import Position, resume_everything, resume_position
+from megatron.engine.rewinding import Rewinder
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import build_hooks
 from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.locking import LockHook
+from megatron.hooks.numbers import Record
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import barrier
@@ -74,11 +79,17 @@ def run(args: NeoXArgs, groups: Groups, device: torch.device, check_owner: Calla
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
     evaluate = evaluator(args, data, objective, engine, counting)
-    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits)
+    record = Record.of(position.kept)
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, record=record)
     hooks.insert(0, LockHook(check_owner))
-    batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
-    steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
+
+    def steps_from(state: TrainState) -> Iterator[list[Batch]]:
+        done = state.iteration >= state.target
+        batches = iter(()) if done else data.train.batches(objective.collate, start_sample=state.samples, skipped=record.skipped)
+        steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
+        return engine.timers.over("batch generator", steps)
+
+    return train(engine, steps_from, objective, hooks, state, rewinding(args, engine, record))
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
@@ -90,6 +101,25 @@ def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
     if source.take is Take.WEIGHTS_AND_POSITION:
         return resume_position(engine, source.directory / source.tag, compared=compared, batch_size=batch_size, rng=rng)
     return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
+
+
+def rewinding(args: NeoXArgs, engine: Engine, record: Record) -> Callable[[TrainState], TrainState]:
+    """What takes the run from a state back to where `record` wants it to be."""
+
+    def rewind(state: TrainState) -> TrainState:
+        rewinder = Rewinder(
+            engine=engine,
+            directory=Path(required(args.checkpoint.save, "save")),
+            compared=compared_args(args),
+            batch_size=required(args.run.train_batch_size, "train_batch_size"),
+            rng=not args.checkpoint.no_save_rng,
+            verify=Verify(args.checkpoint.checkpoint_verify),
+        )
+        position = rewinder.to(required(record.wanted, "the step to go back to").before)
+        record.went_back(position.iteration)
+        return replace(state, iteration=position.iteration, samples=position.samples, tokens=position.tokens)
+
+    return rewind
 
 
 def check_forward(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> None:
@@ -136,18 +166,33 @@ def in_steps(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
         yield step
 
 
-def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, hooks: Sequence[Hook], state: TrainState) -> TrainState:
+def train(
+    engine: Engine,
+    steps_from: Callable[[TrainState], Iterator[list[Batch]]],
+    objective: Objective,
+    hooks: Sequence[Hook],
+    state: TrainState,
+    rewind: Callable[[TrainState], TrainState],
+) -> TrainState:
     """The loop: draw a step's micro batches, step, tell the hooks."""
     try:
         for hook in hooks:
             hook.on_start(state, engine)
+        steps = steps_from(state)
         while state.iteration < state.target:
             faults.begin_step(state.iteration + 1)
             faults.point("step")
             result = engine.train_step(objective, next(steps))
             state = state.after(samples=result.samples, tokens=result.tokens)
-            verdicts = [hook.after_step(state, result, engine) for hook in hooks]
-            if Verdict.STOP in verdicts:
+            verdicts = verdicts_of(hooks, state, result, engine)
+            if Verdict.ROLLBACK in verdicts:
+                for hook in hooks:
+                    hook.before_rollback(state, engine)
+                state = rewind(state)
+                steps = steps_from(state)
+                for hook in hooks:
+                    hook.after_rollback(state, engine)
+            elif Verdict.STOP in verdicts:
                 break
         for hook in hooks:
             hook.on_stop(state, engine)
@@ -156,3 +201,13 @@ def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, ho
             hook.on_error(state, error)
         raise
     return state
+
+
+def verdicts_of(hooks: Sequence[Hook], state: TrainState, result: StepResult, engine: Engine) -> set[Verdict]:
+    """What the hooks say to a step, in turn; after ROLLBACK no more are asked, since the step will not have been."""
+    verdicts: set[Verdict] = set()
+    for hook in hooks:
+        verdicts.add(hook.after_step(state, result, engine))
+        if Verdict.ROLLBACK in verdicts:
+            break
+    return verdicts

@@ -75,7 +75,8 @@ def _build(args: NeoXArgs, streams: Sequence[str], rank: int, size: int) -> Data
         warmup=args.data.mmap_warmup,
     )
     train_iters = args.run.train_iters
-    train = _open(args, "train", streams, recipe, None if args.run.train_epochs else (train_iters or 0) * batch_size)
+    spare = spare_steps(args)
+    train = _open(args, "train", streams, recipe, None if args.run.train_epochs else ((train_iters or 0) + spare) * batch_size)
     if train is None:
         raise DataError("there is no training data", where="train_data_paths", mend="give train_data_paths (or data_path with split)")
     if args.run.train_epochs:
@@ -101,6 +102,13 @@ def _build(args: NeoXArgs, streams: Sequence[str], rank: int, size: int) -> Data
         test=None if test is None else split("test", test),
         train_iters=train_iters or 0,
     )
+
+
+def spare_steps(args: NeoXArgs) -> int:
+    """Steps whose samples may be left out by going back to a checkpoint, and are made up for at the end."""
+    run = args.run
+    spikes = run.loss_spike_patience if run.loss_spike_policy == "rollback" else 0
+    return run.rollback_limit * max(1 if run.nonfinite_policy == "rollback" else 0, spikes)
 
 
 def samples_needed(train_iters: int, eval_interval: int | None, eval_iters: int | None, batch_size: int) -> dict[str, int]:

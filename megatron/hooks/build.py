@@ -25,7 +25,9 @@ from megatron.hooks.metrics import ClosingHook, MetricsHook
 from megatron.hooks.metrics_file import NAME, MetricsFile
 from megatron.hooks.noise import NoiseScaleHook
 from megatron.hooks.norms import NormsHook, NormsPlan, Send
+from megatron.hooks.numbers import ActingHook, NumbersHook, NumbersPlan, Policy, Record
 from megatron.hooks.profiling import ProfilingHook
+from megatron.hooks.replicas import ReplicasHook
 from megatron.hooks.sinks import (
     CometSink,
     CometSpec,
@@ -37,7 +39,7 @@ from megatron.hooks.sinks import (
     wandb_key_found,
     wandb_offline,
 )
-from megatron.hooks.stopping import FiniteHook, StopHook
+from megatron.hooks.stopping import StopHook
 from megatron.hooks.throughput import StepFlops
 from megatron.hooks.validation import Evaluate, ValidationHook
 from megatron.log import get_logger
@@ -75,6 +77,7 @@ class RunParts:
     tracker_ids:    the run's ids at its trackers
     resumed:        whether tracker_ids come from a checkpoint
     time_limit_s:   stop after this many seconds
+    record:         what the run remembers of its numbers
     """
 
     rank: int = 0
@@ -88,6 +91,7 @@ class RunParts:
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
     resumed: bool = False
     time_limit_s: float | None = None
+    record: Record = field(default_factory=Record)
 
 
 def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
@@ -105,11 +109,13 @@ def build_hooks(
     evaluate: Evaluate,
     position: Position,
     splits: frozenset[str] | None = None,
+    record: Record | None = None,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
     position: where the run starts; what hooks keep in checkpoints is in `position.kept`
     splits:   which of "valid", "test" have data; None = what the configured paths say
+    record:   what the run remembers of its numbers; None = what `position.kept` says
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
@@ -118,6 +124,7 @@ def build_hooks(
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
+    record = record or Record.of(position.kept)
     run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
@@ -125,18 +132,19 @@ def build_hooks(
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, {KEPT: ids, RUN_ID: run_id}),
+        checkpoints=_checkpoints(args, engine, spec, lambda: {KEPT: ids, RUN_ID: run_id, **record.kept()}),
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         any_rank=lambda flag: any_rank(flag, world, engine.device),
         tracker_ids=ids,
         resumed=KEPT in position.kept,
         time_limit_s=None if args.run.exit_duration_in_mins is None else 60.0 * args.run.exit_duration_in_mins,
+        record=record,
     )
     return assemble(args, parts)
 
 
-def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Saver | None:
+def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]]) -> Saver | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
@@ -147,13 +155,13 @@ def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[
         compared=compared_args(args),
         configs=args.config_files,
         rng=not section.no_save_rng,
-        kept=lambda: kept,
+        kept=kept,
         optimizer=not section.no_save_optim,
         forward=forward_of(args, engine, spec) if section.checkpoint_validation_with_forward_pass else None,
         keep_last=section.keep_last_n_checkpoints,
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
-        run_id=str(kept[RUN_ID]),
+        run_id=str(kept()[RUN_ID]),
         layout=_layout(args, engine.groups),
         code_version=code_version(),
         config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
@@ -205,11 +213,13 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         openers=_openers(args, parts),
     )
     # What adds to a step's row stands before the row is written.
-    hooks: list[BaseHook] = [*measures(args, metrics.attach), metrics]
+    numbers = NumbersHook(plan=_numbers_plan(args), record=parts.record, send=metrics.attach, any_rank=parts.any_rank)
+    hooks: list[BaseHook] = [*measures(args, metrics.attach), numbers, metrics]
     if parts.rank == 0:
         hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
-    # Before the checkpoint, so that no state is saved after numbers stopped being numbers.
-    hooks.append(FiniteHook())
+    hooks.append(ActingHook(numbers))
+    if args.run.replica_check_interval:
+        hooks.append(ReplicasHook(interval=args.run.replica_check_interval))
     if logs.profile and parts.rank == 0:
         hooks.append(_profiling(args))
     if logs.memory_profiling and parts.rank == 0:
@@ -222,6 +232,19 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         hooks.append(validation)
     hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, time_limit_s=parts.time_limit_s, any_rank=parts.any_rank))
     return [*hooks, ClosingHook(metrics)]
+
+
+def _numbers_plan(args: NeoXArgs) -> NumbersPlan:
+    run = args.run
+    return NumbersPlan(
+        nonfinite=Policy(run.nonfinite_policy),
+        nonfinite_limit=run.nonfinite_limit,
+        rollback_limit=run.rollback_limit,
+        spike_factor=run.loss_spike_factor,
+        spike_window=run.loss_spike_window,
+        spike_patience=run.loss_spike_patience,
+        spike=Policy(run.loss_spike_policy),
+    )
 
 
 def _save_plan(args: NeoXArgs) -> SavePlan:
