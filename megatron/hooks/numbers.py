@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -108,9 +109,6 @@ class Record:
         if self.wanted is not None:
             self.rollbacks += 1
             self.skipped = self.skipped.with_ranges(self.wanted.samples)
-            log.warning(
-                "went back to step %d (rollback %d); left out from now on: %s", iteration, self.rollbacks, told(self.skipped.ranges)
-            )
         self.losses = [(number, loss) for number, loss in self.losses if number <= iteration]
         self.in_a_row, self.wanted = 0, None
 
@@ -137,9 +135,12 @@ class NumbersHook(BaseHook):
         samples = self.record.skipped.numbers(state.samples - result.samples, state.samples)
         overflowed = result.skipped and not result.not_finite
         self._overflows = self._overflows + 1 if overflowed else 0
-        if result.not_finite:
+        # What the engine let pass, such as a norm too large for float32, has been used in an update.
+        unseen = "" if result.skipped else not_finite(result.metrics, result.grad_norm)
+        if result.not_finite or unseen:
             self._streak = []
-            self._not_finite(state, result.not_finite, samples)
+            policy = Policy.STOP if unseen and self.plan.nonfinite is Policy.SKIP else self.plan.nonfinite
+            self._tell(engine, self._not_finite(policy, state, result.not_finite or unseen, samples))
         elif self._overflows >= self.plan.overflows:
             self.error = TrainingError(
                 f"the last {self._overflows} steps overflowed in fp16 and were skipped (loss scale {result.loss_scale})",
@@ -148,7 +149,7 @@ class NumbersHook(BaseHook):
             )
         elif not overflowed:
             self.record.in_a_row = 0
-            self._compare(state, watched_loss(result.metrics), samples)
+            self._tell(engine, self._compare(state, watched_loss(result.metrics), samples))
         counts = {
             "skipped_nonfinite": self.record.skipped_nonfinite,
             "rollbacks": self.record.rollbacks,
@@ -162,54 +163,63 @@ class NumbersHook(BaseHook):
     def after_rollback(self, state: TrainState, engine: Engine) -> None:
         """The steps of a streak are undone."""
         self._streak = []
+        left_out = told(self.record.skipped.ranges)
+        self._tell(
+            engine, f"went back to step {state.iteration} (rollback {self.record.rollbacks}); samples left out from now on: {left_out}"
+        )
 
-    def _not_finite(self, state: TrainState, what: str, samples: Ranges) -> None:
+    def _tell(self, engine: Engine, line: str) -> None:
+        """What all ranks have come to is said once."""
+        if line and engine.groups.world.rank == 0:
+            log.warning(line)
+
+    def _not_finite(self, policy: Policy, state: TrainState, what: str, samples: Ranges) -> str:
+        """Decide; gives a line for the log."""
         where = f"iteration {state.iteration}, samples {told(samples)}"
-        if self.plan.nonfinite is Policy.ROLLBACK:
-            self._go_back(f"not finite: {what}", where, state.iteration - 1, samples)
-            return
+        if policy is Policy.ROLLBACK:
+            return self._go_back(f"not finite: {what}", where, state.iteration - 1, samples)
         record = self.record
-        if self.plan.nonfinite is Policy.SKIP:
+        if policy is Policy.SKIP:
             record.skipped_nonfinite += 1
             record.in_a_row += 1
             if record.in_a_row <= self.plan.nonfinite_limit:
-                log.warning("not finite: %s: no update (%s; %d so far)", what, where, record.skipped_nonfinite)
-                return
+                return f"not finite: {what}, {where}: no update ({record.skipped_nonfinite} such steps so far)"
             what += f"; {record.in_a_row} steps in a row made no update (nonfinite_limit: {self.plan.nonfinite_limit})"
         self.error = DivergenceError(f"not finite: {what}", where=where, mend=_MEND)
+        return ""
 
-    def _compare(self, state: TrainState, loss: float, samples: Ranges) -> None:
+    def _compare(self, state: TrainState, loss: float, samples: Ranges) -> str:
+        """Decide whether it is a spike, and what follows; gives a line for the log."""
         factor, record = self.plan.spike_factor, self.record
         if factor is None:
-            return
+            return ""
         usual = median(loss for _, loss in record.losses) if record.losses else 0.0
         known = len(record.losses) >= min(self.plan.spike_window, ENOUGH_LOSSES)
         if not self._any_rank(known and loss > factor * usual):
             self._streak = []
             record.losses = [*record.losses, (state.iteration, loss)][-self.plan.spike_window :]
-            return
+            return ""
         self._streak.append((state.iteration, samples))
         if len(self._streak) != self.plan.spike_patience:
-            return
+            return ""
         self._spikes += 1
         all_samples = [pair for _, pairs in self._streak for pair in pairs]
         first = self._streak[0][0]
         what = f"loss spike: {loss:.4g} where {usual:.4g} is usual (loss_spike_factor: {factor:g})"
         where = f"iterations {first} to {state.iteration}, samples {told(all_samples)}"
         if self.plan.spike is Policy.ROLLBACK:
-            self._go_back(what, where, first - 1, all_samples)
-        elif self.plan.spike is Policy.STOP:
+            return self._go_back(what, where, first - 1, all_samples)
+        if self.plan.spike is Policy.STOP:
             self.error = DivergenceError(what, where=where, mend=_MEND)
-        else:
-            log.warning("%s, %s", what, where)
+        return f"{what}, {where}"
 
-    def _go_back(self, what: str, where: str, before: int, samples: Ranges) -> None:
+    def _go_back(self, what: str, where: str, before: int, samples: Ranges) -> str:
         if self.record.rollbacks >= self.plan.rollback_limit:
             what += f"; the run went back {self.record.rollbacks} times already (rollback_limit: {self.plan.rollback_limit})"
             self.error = DivergenceError(what, where=where, mend=_MEND)
-            return
-        log.warning("%s, %s: going back", what, where)
+            return ""
         self.record.wanted = Rollback(before=before, samples=Skipped().with_ranges(samples).ranges)
+        return f"{what}, {where}: going back"
 
 
 class ActingHook(BaseHook):
@@ -223,6 +233,12 @@ class ActingHook(BaseHook):
         if self._numbers.error is not None:
             raise self._numbers.error
         return Verdict.CONTINUE if self._numbers.record.wanted is None else Verdict.ROLLBACK
+
+
+def not_finite(metrics: Mapping[str, float], grad_norm: float | None) -> str:
+    """`name = value` of the loss and the gradient norm that are not finite, joined; empty when all is well."""
+    watched = {"loss": watched_loss(metrics), "grad_norm": 0.0 if grad_norm is None else grad_norm}
+    return ", ".join(f"{name} = {value}" for name, value in watched.items() if not math.isfinite(value))
 
 
 def watched_loss(metrics: Mapping[str, float]) -> float:
