@@ -199,6 +199,9 @@ def check_spike(folder: Path, world: int, **changes: Any) -> None:
     assert "went back to step 10 (rollback 2); samples left out from now on: [40, 52), [68, 72)" in output
     assert [row["iteration"] for row in rows if "lm_loss" in row] == [*range(1, 14), *range(11, 16), *range(11, 17)]
     assert [row["samples"] for row in rows if "lm_loss" in row][-1] == 64
+    # Step 11 began three times with the same weights and random states: with the samples of the spike, and twice with those behind it.
+    with_spike, *without = [row["lm_loss"] for row in rows if row["iteration"] == 11 and "lm_loss" in row]
+    assert without[0] == without[1] and abs(with_spike / 20 - without[0]) > 1e-4
     # A fresh process that takes up the same checkpoint goes the same way, bit for bit: nothing of what was undone is left.
     config = settings(folder / "first", world, train_iters=16, lr_decay_iters=16, nonfinite_policy="rollback", **SPIKE, **changes)
     config |= {"rollback_limit": 2, "save": str(folder / "second" / "run"), "load": str(folder / "second" / "run")}
