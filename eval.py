@@ -8,14 +8,17 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron.generation.layout import ALONE
+from megatron.launch.stopping import StopRequest
 from megatron.neox_arguments.cli import consume_neox_args, run_face
 
 USAGE = "python eval.py CONF [CONF ...] [flags]   (or: python deepy.py eval.py ...)"
 ABOUT = "Evaluates the checkpoint that `load` names and writes [prefix_]eval_results_MM-DD-YYYY-HH-MM-SS.json."
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Read the configuration, evaluate, write the results."""
+    request = StopRequest()
+    request.listen()
     batches = {key: ALONE[key] for key in ALONE if "batch" not in key and "accumulation" not in key}
     args = consume_neox_args(argv, overwrites=batches)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
@@ -23,7 +26,10 @@ def main(argv: list[str]) -> None:
 
     prefix = f"{args.text.eval_results_prefix}_" if args.text.eval_results_prefix else ""
     path = Path(f"{prefix}eval_results_{datetime.now():%m-%d-%Y-%H-%M-%S}.json")
-    print(f"wrote {write_results(evaluate(args), path)}")
+    found = evaluate(args, request)
+    if found["results"]:
+        print(f"wrote {write_results(found, path)}")
+    return request.outcome(progress=bool(found["results"]))
 
 
 if __name__ == "__main__":

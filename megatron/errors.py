@@ -3,9 +3,31 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class ExitCode(IntEnum):
+    """How a process ends, for whoever starts the next one."""
+
+    DONE = 0
+    FAILED = 1
+    # Told to stop, and saved: start again.
+    REQUEUE = 75
+    # Told to stop before a single step was made: a restart would only go round in circles.
+    NO_PROGRESS = 76
+    # Configuration, data or checkpoint cannot be used: a restart meets the same.
+    UNUSABLE = 77
+    # The numbers went wrong.
+    DIVERGED = 78
+    # Ctrl-C, as a shell shows it; saved, too.
+    INTERRUPTED = 130
+
+
+STOPPED = frozenset({ExitCode.REQUEUE, ExitCode.NO_PROGRESS, ExitCode.INTERRUPTED})
+"""A process that was told to stop, and did so in order."""
 
 
 class NeoXError(Exception):
@@ -16,7 +38,7 @@ class NeoXError(Exception):
     mend:  what the user does about it
     """
 
-    exit_code = 1
+    exit_code = ExitCode.FAILED
 
     def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
         self.what = what
@@ -37,15 +59,19 @@ class NeoXError(Exception):
 class ConfigError(NeoXError):
     """A YAML key, command-line flag or combination of keys cannot be used."""
 
-    exit_code = 2
+    exit_code = ExitCode.UNUSABLE
 
 
 class DataError(NeoXError):
     """A dataset, index map or tokenizer file is missing, damaged or does not fit."""
 
+    exit_code = ExitCode.UNUSABLE
+
 
 class CheckpointError(NeoXError):
     """A checkpoint is missing, damaged or does not fit the model."""
+
+    exit_code = ExitCode.UNUSABLE
 
 
 class BackendError(NeoXError):

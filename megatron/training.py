@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -17,9 +18,12 @@ from megatron.engine.build import build_engine, join_job
 from megatron.engine.forward_check import compare_forward, forward_pass
 from megatron.engine.persistence import Position, resume_everything, resume_position
 from megatron.errors import DataError, required
+from megatron.hooks.agreement import Stopping
 from megatron.hooks.base import Hook, TrainState, Verdict
-from megatron.hooks.build import build_hooks
+from megatron.hooks.build import build_hooks, build_stopping
 from megatron.hooks.characters import PER_CHARACTER, Characters
+from megatron.hooks.validation import Evaluate
+from megatron.launch.stopping import StopRequest
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import barrier
@@ -33,9 +37,10 @@ from megatron.tokenizer.build import build_tokenizer, with_vocabulary
 log = get_logger(__name__)
 
 
-def pretrain(args: NeoXArgs) -> TrainState:
+def pretrain(args: NeoXArgs, request: StopRequest | None = None) -> TrainState:
     """Train the configured model to `train_iters`; returns the state it ended in.
 
+    request: signals that this process has received or will receive; without one they are left alone
     Raises NeoXError for everything a user can mend.
     """
     setup_logging()
@@ -46,12 +51,16 @@ def pretrain(args: NeoXArgs) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
+    stopping = build_stopping(args, request or StopRequest(), groups.world, device)
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
     objective = build_objective(args, eod=tokenizer.eod)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size, barrier=lambda: barrier(groups.world))
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
+    if stopping.agreed():
+        log.info(f"stopping before the model is built: {stopping.reason}")
+        return TrainState(outcome=stopping.outcome(progress=False, complete=False))
     source = choose_source(args)
     engine, spec = build_engine(args, source, groups, device)
     position = take_up(args, source, engine)
@@ -60,11 +69,11 @@ def pretrain(args: NeoXArgs) -> TrainState:
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
-    evaluate = evaluator(args, data, objective, engine, counting)
-    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits)
+    evaluate = evaluator(args, data, objective, engine, Watch(stopping, counting))
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, stopping=stopping, splits=splits)
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
+    return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state, stopping)
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
@@ -93,25 +102,40 @@ class Counting(NamedTuple):
     eod: int
 
 
-def evaluator(
-    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, counting: Counting | None = None
-) -> Callable[[str, int], Mapping[str, float]]:
-    """(split, iterations) -> metrics over that many global batches, always from the split's first sample on.
+class Watch(NamedTuple):
+    """What evaluation looks at besides the losses.
 
+    stopping: whether to break off
     counting: also give how many tokens stand for one character
     """
+
+    stopping: Stopping
+    counting: Counting | None = None
+
+
+def evaluator(args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, watch: Watch) -> Evaluate:
+    """(split, iterations) -> metrics over that many global batches, always from the split's first sample on; None = broken off."""
     micro_batches = required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
 
-    def evaluate(split: str, iterations: int) -> Mapping[str, float]:
+    stopping, counting = watch
+
+    def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in stopping.until(batches):
+            faults.point("evaluate")
+            yield batch
+
+    def evaluate(split: str, iterations: int) -> Mapping[str, float] | None:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
             raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
-        batches = islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches)
+        batches = watched(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
         if counting is None:
-            return engine.eval_step(objective, batches)
-        characters = Characters(*counting)
-        metrics = engine.eval_step(objective, characters.counted(batches))
-        return {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
+            metrics = engine.eval_step(objective, batches)
+        else:
+            characters = Characters(*counting)
+            metrics = engine.eval_step(objective, characters.counted(batches))
+            metrics = {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
+        return None if stopping.cut_short else metrics
 
     return evaluate
 
@@ -122,12 +146,18 @@ def in_steps(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
         yield step
 
 
-def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, hooks: Sequence[Hook], state: TrainState) -> TrainState:
+def train(
+    engine: Engine, steps: Iterator[list[Batch]], objective: Objective, hooks: Sequence[Hook], state: TrainState, stopping: Stopping
+) -> TrainState:
     """The loop: draw a step's micro batches, step, tell the hooks."""
+    first = state.iteration
     try:
         for hook in hooks:
             hook.on_start(state, engine)
-        while state.iteration < state.target:
+        faults.point("warmup")
+        if stopping.agreed():
+            log.info(f"stopping before the first step: {stopping.reason}")
+        while state.iteration < state.target and stopping.reason is None:
             faults.begin_step(state.iteration + 1)
             faults.point("step")
             result = engine.train_step(objective, next(steps))
@@ -141,4 +171,5 @@ def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, ho
         for hook in hooks:
             hook.on_error(state, error)
         raise
-    return state
+    complete = state.iteration >= state.target
+    return replace(state, outcome=stopping.outcome(progress=state.iteration > first, complete=complete))

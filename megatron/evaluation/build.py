@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron.evaluation.coordinates import Size, Subject, measure
 from megatron.generation.build import load_model
 from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.validation import with_perplexity
+from megatron.launch.stopping import StopRequest
 from megatron.log import get_logger
 from megatron.model.build import build_transformer
 from megatron.model.transformer import Transformer
@@ -54,9 +55,10 @@ class _Terms:
         return objective.loss(logits, targets, denominator)
 
 
-def evaluate(args: NeoXArgs) -> dict[str, Any]:
+def evaluate(args: NeoXArgs, request: StopRequest | None = None) -> dict[str, Any]:
     """Losses over `eval_iters` global batches of each of the validation and test splits, for the checkpoint `load` names.
 
+    request: this process's signals. When it is told to stop, the split under way is dropped and those before it are kept.
     Returns {"results": {split: {metric: value}}, "config": {...}}. Raises ConfigError when there is nothing to evaluate.
     """
     if args.text.eval_tasks:
@@ -70,25 +72,35 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
     splits = build_data(args, streams=objective.streams)
     device = next(loaded.model.parameters()).device
     batches = args.run.eval_iters * required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
-    results, alone = {}, Groups.single()
+    results, alone, request = {}, Groups.single(), request or StopRequest()
     for name, split in (("validation", splits.valid), ("test", splits.test)):
         if split is None:
             continue
-        micro_batches = islice(split.batches(objective.collate, start_sample=0), batches)
+        micro_batches = _until_told(request, islice(split.batches(objective.collate, start_sample=0), batches))
         counting = Characters(tokenizer.decode, tokenizer.eod)
         seen = counting.counted(micro_batches) if args.run.char_level_ppl else micro_batches
         meter = MetricSum()
         weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+        if request.cut_short:
+            log.info("the %s pass is broken off by %s", name, request.received)
+            break
         metrics = weighted_mean(meter, weight, alone, device)
         if args.run.char_level_ppl:
             metrics[PER_CHARACTER] = counting.per_character(alone.dp, device)
         results[name] = with_perplexity(metrics)
         log.info("%s", json.dumps({name: results[name]}))
-    if not results:
+    if not results and not request.cut_short:
         raise ConfigError(
             "there is no validation or test data", where="valid_data_paths", mend="give valid_data_paths or split, and eval_iters > 0"
         )
     return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}}
+
+
+def _until_told(request: StopRequest, batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        if request.cut():
+            return
+        yield batch
 
 
 def coordinate_check(args: NeoXArgs, widths: Sequence[int], *, steps: int) -> list[Size]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from megatron.engine.base import Engine
 from megatron.engine.forward_check import forward_pass
 from megatron.engine.persistence import Position, Saver
 from megatron.errors import ConfigError, required
+from megatron.hooks.agreement import DEFAULT_MARGIN_S, Limits, Stopping, job_end, timed
 from megatron.hooks.base import BaseHook, Hook, TrainState
 from megatron.hooks.checkpointing import CheckpointHook, Save, SavePlan
 from megatron.hooks.console import ConsoleHook, tee_log
@@ -38,12 +40,15 @@ from megatron.hooks.sinks import (
 from megatron.hooks.stopping import FiniteHook, StopHook
 from megatron.hooks.throughput import StepFlops
 from megatron.hooks.validation import Evaluate, ValidationHook
+from megatron.launch.stopping import StopRequest
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import any_rank
+from megatron.mpu.collectives import greatest
+from megatron.mpu.groups import Group
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from megatron.neox_arguments import NeoXArgs
@@ -65,10 +70,9 @@ class RunParts:
     save:           writes a checkpoint of the state; called on all ranks. None = the run keeps none
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
-    any_rank:       "true on any rank?", the same answer on every rank
+    stopping:       whether the run is to stop
     tracker_ids:    the run's ids at its trackers
     resumed:        whether tracker_ids come from a checkpoint
-    time_limit_s:   stop after this many seconds
     """
 
     rank: int = 0
@@ -78,10 +82,9 @@ class RunParts:
     save: Save | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
-    any_rank: Callable[[bool], bool] = bool
+    stopping: Stopping = field(default_factory=Stopping)
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
     resumed: bool = False
-    time_limit_s: float | None = None
 
 
 def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
@@ -98,11 +101,13 @@ def build_hooks(
     spec: ModelSpec,
     evaluate: Evaluate,
     position: Position,
+    stopping: Stopping | None = None,
     splits: frozenset[str] | None = None,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
     position: where the run starts; what hooks keep in checkpoints is in `position.kept`
+    stopping: whether the run is to stop, as `build_stopping` makes it
     splits:   which of "valid", "test" have data; None = what the configured paths say
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
@@ -111,22 +116,39 @@ def build_hooks(
     if args.logs.memory_profiling:
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
+    stopping = stopping or Stopping()
     ids = tracker_ids(position.kept)
+    save = _save(args, engine, spec, {KEPT: ids})
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        save=_save(args, engine, spec, {KEPT: ids}),
+        save=None if save is None else timed(save, stopping),
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
-        any_rank=lambda flag: any_rank(flag, world, engine.device),
+        stopping=stopping,
         tracker_ids=ids,
         resumed=KEPT in position.kept,
-        time_limit_s=None if args.run.exit_duration_in_mins is None else 60.0 * args.run.exit_duration_in_mins,
     )
     return assemble(args, parts)
+
+
+def build_stopping(args: NeoXArgs, request: StopRequest, group: Group, device: torch.device) -> Stopping:
+    """The run's time limits and every rank's signals as one question.
+
+    request: this rank's signals; group: all ranks
+    """
+    run, grace = args.run, args.run.grace_in_secs
+    usual = DEFAULT_MARGIN_S if grace is None else min(DEFAULT_MARGIN_S, grace / 2)
+    limits = Limits(
+        duration=None if run.exit_duration_in_mins is None else 60.0 * run.exit_duration_in_mins,
+        end_at=job_end(os.environ),
+        margin=usual if run.exit_margin_in_secs is None else run.exit_margin_in_secs,
+        grace=grace,
+    )
+    return Stopping(request, greatest=lambda number: greatest(number, group, device), limits=limits)
 
 
 def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Save | None:
@@ -198,7 +220,7 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     validation = _validation(args, parts, metrics)
     if validation is not None:
         hooks.append(validation)
-    hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, time_limit_s=parts.time_limit_s, any_rank=parts.any_rank))
+    hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, stopping=parts.stopping))
     return [*hooks, ClosingHook(metrics)]
 
 

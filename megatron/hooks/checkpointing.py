@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron import faults
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 
@@ -70,5 +71,6 @@ class CheckpointHook(BaseHook):
             self._save(state)
 
     def _save(self, state: TrainState) -> None:
+        faults.point("save")
         self.save(state)
         self._saved = state.iteration

@@ -13,8 +13,8 @@ from megatron.progress import EvaluationBlock, format_evaluation, perplexity
 
 log = get_logger(__name__)
 
-Evaluate = Callable[[str, int], Mapping[str, float]]
-"""(split "valid" | "test", number of batches) -> metrics, the same on every rank. Called on all ranks."""
+Evaluate = Callable[[str, int], Mapping[str, float] | None]
+"""(split "valid" | "test", number of batches) -> metrics, the same on every rank; None = broken off. Called on all ranks."""
 
 Report = Callable[[str, TrainState, Mapping[str, float]], None]
 
@@ -45,7 +45,7 @@ class ValidationHook(BaseHook):
         self.test = test
         self.at_start = at_start
         self.report = report
-        self._last: tuple[int, Mapping[str, float]] | None = None
+        self._last: tuple[int, Mapping[str, float] | None] | None = None
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Validate the model as it was initialised or loaded."""
@@ -73,8 +73,13 @@ class ValidationHook(BaseHook):
         self._last = (state.iteration, self._run("valid", state))
         _show("validation", f"iteration {state.iteration}", self._last[1])
 
-    def _run(self, split: str, state: TrainState) -> Mapping[str, float]:
-        metrics = with_perplexity(self.evaluate(split, self.iters))
+    def _run(self, split: str, state: TrainState) -> Mapping[str, float] | None:
+        """The metrics; None when the run is to stop: part of a pass is no result."""
+        found = self.evaluate(split, self.iters)
+        if found is None:
+            log.info(f"the {split} pass at iteration {state.iteration} is broken off: the run is to stop")
+            return None
+        metrics = with_perplexity(found)
         if self.report is not None:
             self.report(split, state, metrics)
         return metrics
@@ -95,6 +100,8 @@ def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _show(chart: str, prefix: str, metrics: Mapping[str, float]) -> None:
+def _show(chart: str, prefix: str, metrics: Mapping[str, float] | None) -> None:
+    if metrics is None:
+        return
     for line in format_evaluation(EvaluationBlock(chart, prefix, metrics)).split("\n"):
         log.info(line)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron.errors import STOPPED
 from megatron.launch.environment import scrub
 
 FAILURE_FILE = "NEOX_FAILURE_FILE"
@@ -169,6 +170,14 @@ class Ledger:
         """The first failing rank's exit status as a shell shows it; 0 without failures."""
         failed = self.failures()
         return shell_status(failed[0].code) or LOST if failed else 0
+
+    def left(self) -> int | None:
+        """The status that the run's end has when its ranks left in order: 0 of all, or that of a stop; None = they did not."""
+        codes = {event.rank: event.code for event in self.events if event.what in ("ended", "stopped")}
+        stops = [code for code in codes.values() if code in STOPPED]
+        if stops:
+            return max(stops)
+        return 0 if codes.keys() == self.hosts.keys() and not any(codes.values()) else None
 
     def report(self) -> str:
         """The first failing rank with all it said, then one line for each of the others; empty without failures."""

@@ -17,10 +17,11 @@ from megatron.launch.supervisor import POLL_S, Rank, Supervisor
 
 
 def run(plan: Plan, environ: Mapping[str, str], *, told: Callable[[str], object]) -> int:
-    """Start the plan, hand SIGINT, SIGTERM and SIGHUP on to its ranks, wait, and return the exit status a shell would show.
+    """Start the plan, hand SIGINT, SIGTERM, SIGHUP and SIGUSR1 on to its ranks, wait, and return the exit status a shell would show.
 
     told: takes the report when ranks have failed
-    A rank's own exit status comes through; a rank killed by signal n, or a signal n to us, gives 128 + n.
+    A rank's own exit status comes through, a rank killed by signal n gives 128 + n. Where ranks were told to stop, by us or otherwise, and
+    did in order, theirs is the status (see ExitCode); where a signal n simply ended them, 128 + n.
     """
     ledger = Ledger(plan.places())
     base = {name: value for name, value in environ.items() if name not in PRIVATE or name == "CUDA_VISIBLE_DEVICES"}
@@ -29,9 +30,12 @@ def run(plan: Plan, environ: Mapping[str, str], *, told: Callable[[str], object]
     ledger.close(failed=code != 0 and not received)
     if report := ledger.report():
         told(report)
-    if received:
-        return SIGNALLED + received[0]
-    return ledger.status() or shell_status(code)
+    if failed := ledger.status():
+        return failed
+    left = ledger.left()
+    if left is not None:
+        return left
+    return SIGNALLED + received[0] if received else shell_status(code)
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def _noting_signals() -> Iterator[list[int]]:
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
-    names = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
     before = {name: signal.signal(name, note) for name in names}
     try:
         yield received

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron.errors import STOPPED
 from megatron.launch.records import FAILURE_FILE, Event, found
 
 POLL_S = 0.05
@@ -122,10 +123,13 @@ class Supervisor:
         event = Event(what="ended", host=self.host, rank=child.number, at=time.time(), code=code)
         if code:
             failure = found(child.note, host=self.host, rank=child.number, code=code)
-            # A rank that was told to end and did is no failure, unless it had words of its own.
-            quiet = not child.note.exists() and (child.told or self._signals > 0)
+            # A rank that was told to end and did is no failure, unless it had words of its own, or somebody else killed it.
+            killed = code == -signal.SIGKILL and not child.told
+            orderly = code in STOPPED and not child.note.exists()
+            quiet = orderly or (not child.note.exists() and (child.told or self._signals > 0) and not killed)
             event = replace(event, what="stopped") if quiet else failure
-            if self._stop_at is None and self._kill_at is None:
+            # Ranks that stop in order do so together, each in its own time: one may still be writing.
+            if not orderly and self._stop_at is None and self._kill_at is None:
                 self._stop_at = time.monotonic() + GRACE_S
         # What it started itself, such as data workers, must not outlive it.
         try:

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 
 from megatron.errors import ConfigError, TrainingError
 from megatron.hooks import checkpointing
+from megatron.hooks.agreement import Limits, Stopping
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.hooks.build import RunParts, assemble, tracker_ids
 from megatron.hooks.checkpointing import CheckpointHook, SavePlan, is_save_iteration
 from megatron.hooks.profiling import ProfilingHook
 from megatron.hooks.stopping import FiniteHook, StopHook
 from megatron.hooks.validation import ValidationHook
+from megatron.launch.stopping import StopRequest
 from megatron.log import setup_logging
 from megatron.progress import parse_evaluation, parse_exit
 from support.fake_engine import FakeEngine, drive, result
@@ -111,9 +113,11 @@ class Signalled(BaseHook):
 def test_a_signal_stops_at_the_step_boundary(number: int) -> None:
     out, before, saved = io.StringIO(), signal.getsignal(number), []
     setup_logging(rank=0, stream=out)
-    stop = StopHook()
+    request = StopRequest()
+    stop = StopHook(stopping=Stopping(request))
     save = CheckpointHook(plan=SavePlan(), save=lambda state: saved.append(state.iteration))
-    state = drive([Signalled(number, 3), save, stop], [result()] * 9)
+    with request.listening():
+        state = drive([Signalled(number, 3), save, stop], [result()] * 9)
     assert state.iteration == 3 and saved == [3] and stop.reason == signal.Signals(number).name
     leaving = [found for found in map(parse_exit, out.getvalue().splitlines()) if found]
     assert [found[:2] for found in leaving] == [(0, 3)]
@@ -123,16 +127,17 @@ def test_a_signal_stops_at_the_step_boundary(number: int) -> None:
 def test_other_reasons_to_stop() -> None:
     assert drive([StopHook(exit_interval=4)], [result()] * 9).iteration == 4
     ticks = iter(range(100))
-    assert drive([StopHook(time_limit_s=5.0, clock=lambda: float(next(ticks)))], [result()] * 9).iteration == 5
+    timed = Stopping(limits=Limits(duration=5.0), clock=lambda: float(next(ticks)))
+    assert drive([StopHook(stopping=timed)], [result()] * 9).iteration == 5
     # Another rank's wish is this rank's wish.
-    asked: list[bool] = []
+    asked: list[int] = []
 
-    def anywhere(flag: bool) -> bool:
-        asked.append(flag)
-        return len(asked) == 2
+    def anywhere(number: int) -> int:
+        asked.append(number)
+        return int(len(asked) == 2)
 
-    other = StopHook(any_rank=anywhere)
-    assert drive([other], [result()] * 9).iteration == 2 and asked == [False, False] and "another rank" in str(other.reason)
+    other = StopHook(stopping=Stopping(greatest=anywhere))
+    assert drive([other], [result()] * 9).iteration == 2 and asked == [0, 0] and "another rank" in str(other.reason)
     finished = StopHook(exit_interval=3)
     assert drive([finished], [result()] * 3).iteration == 3  # at the end there is nothing to stop
 
