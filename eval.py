@@ -8,17 +8,14 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron.generation.layout import ALONE
-from megatron.launch.stopping import StopRequest
 from megatron.neox_arguments.cli import consume_neox_args, run_face
 
 USAGE = "python eval.py CONF [CONF ...] [flags]   (or: python deepy.py eval.py ...)"
 ABOUT = "Evaluates the checkpoint that `load` names and writes [prefix_]eval_results_MM-DD-YYYY-HH-MM-SS.json."
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Read the configuration, evaluate, write the results."""
-    request = StopRequest()
-    request.listen()
     batches = {key: ALONE[key] for key in ALONE if "batch" not in key and "accumulation" not in key}
     args = consume_neox_args(argv, overwrites=batches)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
@@ -26,10 +23,7 @@ def main(argv: list[str]) -> int:
 
     prefix = f"{args.text.eval_results_prefix}_" if args.text.eval_results_prefix else ""
     path = Path(f"{prefix}eval_results_{datetime.now():%m-%d-%Y-%H-%M-%S}.json")
-    found = evaluate(args, request)
-    if found["results"]:
-        print(f"wrote {write_results(found, path)}")
-    return request.outcome(progress=bool(found["results"]))
+    print(f"wrote {write_results(evaluate(args), path)}")
 
 
 if __name__ == "__main__":

@@ -7,25 +7,21 @@ import os
 import sys
 
 from megatron.generation.layout import ALONE, READING
-from megatron.launch.stopping import StopRequest
 from megatron.neox_arguments.cli import consume_neox_args, run_face
 
 USAGE = "python generate.py CONF [CONF ...] [flags]   (or: python deepy.py generate.py ...)"
 ABOUT = "Writes text with the checkpoint that `load` names, as text_gen_type and the sampling keys say."
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Read the configuration, then generate."""
-    request = StopRequest()
-    request.listen()
     args = consume_neox_args(argv, overwrites=READING if "WORLD_SIZE" in os.environ else ALONE)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
     from megatron.generation.build import generate
 
-    written = generate(args, sys.stdin, sys.stdout, request)
+    written = generate(args, sys.stdin, sys.stdout)
     if written is not None:
         print(f"wrote {written}")
-    return request.outcome(progress=written is not None)
 
 
 if __name__ == "__main__":

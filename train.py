@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 
-from megatron.launch.stopping import StopRequest
 from megatron.neox_arguments.cli import consume_neox_args, end, run_face
 
 USAGE = "python train.py CONF [CONF ...] [flags]   (several ranks: python deepy.py train.py ..., or torchrun train.py ...)"
@@ -13,10 +12,7 @@ ABOUT = "Trains a model as the config files say."
 
 
 def main(argv: list[str]) -> int:
-    """Read the configuration, then train; how it ended."""
-    # From here on a signal waits for a moment at which all ranks can stop.
-    request = StopRequest()
-    request.listen()
+    """Read the configuration, then train; returns the exit status."""
     args = consume_neox_args(argv)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
     from megatron.engine.distributed import naming_lost_ranks, stop
@@ -24,12 +20,12 @@ def main(argv: list[str]) -> int:
 
     try:
         with naming_lost_ranks():
-            outcome = pretrain(args, request).outcome
+            status = pretrain(args).status
     except BaseException:
         stop(failed=True)
         raise
     stop()
-    return outcome
+    return status
 
 
 if __name__ == "__main__":

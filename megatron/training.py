@@ -18,15 +18,15 @@ from megatron.engine.build import build_engine, join_job
 from megatron.engine.forward_check import compare_forward, forward_pass
 from megatron.engine.persistence import Position, resume_everything, resume_position
 from megatron.errors import DataError, required
-from megatron.hooks.agreement import Stopping
 from megatron.hooks.base import Hook, TrainState, Verdict
-from megatron.hooks.build import build_hooks, build_stopping
+from megatron.hooks.build import build_hooks, build_stop
 from megatron.hooks.characters import PER_CHARACTER, Characters
+from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import Evaluate
-from megatron.launch.stopping import StopRequest
+from megatron.launch.signals import noting_signals
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import barrier
+from megatron.mpu.collectives import any_rank, barrier
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
@@ -37,13 +37,17 @@ from megatron.tokenizer.build import build_tokenizer, with_vocabulary
 log = get_logger(__name__)
 
 
-def pretrain(args: NeoXArgs, request: StopRequest | None = None) -> TrainState:
-    """Train the configured model to `train_iters`; returns the state it ended in.
+def pretrain(args: NeoXArgs) -> TrainState:
+    """Train the configured model to `train_iters`; returns the state it ended in, and in it what the process's end means.
 
-    request: signals that this process has received or will receive; without one they are left alone
-    Raises NeoXError for everything a user can mend.
+    A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can mend.
     """
     setup_logging()
+    with noting_signals(insisting=True) as received:
+        return _pretrain(args, received)
+
+
+def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     for line in argument_lines(args):
         log.info(line)
     refuse_unfinished(args)
@@ -51,16 +55,13 @@ def pretrain(args: NeoXArgs, request: StopRequest | None = None) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
-    stopping = build_stopping(args, request or StopRequest(), groups.world, device)
+    faults.point("set-up")
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
     objective = build_objective(args, eod=tokenizer.eod)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size, barrier=lambda: barrier(groups.world))
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
-    if stopping.agreed():
-        log.info(f"stopping before the model is built: {stopping.reason}")
-        return TrainState(outcome=stopping.outcome(progress=False, complete=False))
     source = choose_source(args)
     engine, spec = build_engine(args, source, groups, device)
     position = take_up(args, source, engine)
@@ -69,11 +70,14 @@ def pretrain(args: NeoXArgs, request: StopRequest | None = None) -> TrainState:
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
-    evaluate = evaluator(args, data, objective, engine, Watch(stopping, counting))
-    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, stopping=stopping, splits=splits)
+    stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
+    stop.require_time()
+    evaluate = evaluator(args, data, objective, engine, stop=stop, counting=counting)
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, stop=stop)
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state, stopping)
+    end = train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
+    return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
@@ -102,40 +106,26 @@ class Counting(NamedTuple):
     eod: int
 
 
-class Watch(NamedTuple):
-    """What evaluation looks at besides the losses.
+def evaluator(
+    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, *, stop: StopRequest, counting: Counting | None = None
+) -> Evaluate:
+    """(split, iterations) -> metrics over that many global batches, always from the split's first sample on.
 
-    stopping: whether to break off
+    stop:     where the run is to stop, a pass is broken off and gives None
     counting: also give how many tokens stand for one character
     """
-
-    stopping: Stopping
-    counting: Counting | None = None
-
-
-def evaluator(args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, watch: Watch) -> Evaluate:
-    """(split, iterations) -> metrics over that many global batches, always from the split's first sample on; None = broken off."""
     micro_batches = required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
-
-    stopping, counting = watch
-
-    def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in stopping.until(batches):
-            faults.point("evaluate")
-            yield batch
 
     def evaluate(split: str, iterations: int) -> Mapping[str, float] | None:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
             raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
-        batches = watched(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
-        if counting is None:
-            metrics = engine.eval_step(objective, batches)
-        else:
-            characters = Characters(*counting)
-            metrics = engine.eval_step(objective, characters.counted(batches))
+        batches = stop.until(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
+        characters = None if counting is None else Characters(*counting)
+        metrics = engine.eval_step(objective, batches if characters is None else characters.counted(batches))
+        if characters is not None:
             metrics = {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
-        return None if stopping.cut_short else metrics
+        return None if stop.reason else metrics
 
     return evaluate
 
@@ -146,18 +136,12 @@ def in_steps(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
         yield step
 
 
-def train(
-    engine: Engine, steps: Iterator[list[Batch]], objective: Objective, hooks: Sequence[Hook], state: TrainState, stopping: Stopping
-) -> TrainState:
+def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, hooks: Sequence[Hook], state: TrainState) -> TrainState:
     """The loop: draw a step's micro batches, step, tell the hooks."""
-    first = state.iteration
     try:
         for hook in hooks:
             hook.on_start(state, engine)
-        faults.point("warmup")
-        if stopping.agreed():
-            log.info(f"stopping before the first step: {stopping.reason}")
-        while state.iteration < state.target and stopping.reason is None:
+        while state.iteration < state.target:
             faults.begin_step(state.iteration + 1)
             faults.point("step")
             result = engine.train_step(objective, next(steps))
@@ -171,5 +155,4 @@ def train(
         for hook in hooks:
             hook.on_error(state, error)
         raise
-    complete = state.iteration >= state.target
-    return replace(state, outcome=stopping.outcome(progress=state.iteration > first, complete=complete))
+    return state

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +16,7 @@ from megatron.errors import ConfigError
 from megatron.generation.decode import ModelScorer, Settings
 from megatron.generation.modes import TextGenType, Writer, input_file, interactive, unconditional
 from megatron.generation.sampling import Sampling
-from megatron.launch.stopping import StopRequest
+from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.build import build_spec, build_transformer
 from megatron.model.spec import ModelSpec
@@ -69,8 +68,8 @@ def fitting_spec(args: NeoXArgs, mlp_width: int | None) -> ModelSpec:
     return spec
 
 
-def build_writer(args: NeoXArgs, stopped: Callable[[], bool] = lambda: False) -> Writer:
-    """Model, tokenizer and the sampling keys as a Writer. stopped: whether it is to end with the texts there are"""
+def build_writer(args: NeoXArgs) -> Writer:
+    """Model, tokenizer and the sampling keys as a Writer."""
     tokenizer = build_tokenizer(args)
     loaded = load_model(args)
     rows = loaded.model.spec.vocab_size
@@ -89,7 +88,7 @@ def build_writer(args: NeoXArgs, stopped: Callable[[], bool] = lambda: False) ->
         keep_logits=text.return_logits,
     )
     scorer = ModelScorer(loaded.model, longest=loaded.model.spec.seq_length, vocab_size=tokenizer.vocab_size)
-    return Writer(scorer, tokenizer, settings, args.run.seed, stopped)
+    return Writer(scorer, tokenizer, settings, args.run.seed)
 
 
 def mode_of(args: NeoXArgs) -> TextGenType:
@@ -105,27 +104,24 @@ def mode_of(args: NeoXArgs) -> TextGenType:
     return mode
 
 
-def generate(args: NeoXArgs, source: TextIO, screen: TextIO, request: StopRequest | None = None) -> Path | None:
+def generate(args: NeoXArgs, source: TextIO, screen: TextIO) -> Path | None:
     """Run the mode that `args` asks for; returns the file written, None for interactive.
 
-    request: this process's signals. When it is told to stop, the texts that are done are written; with none of them, no file
-
+    Raises StoppedError when a signal came; then the texts finished by then are written.
     Under a launcher only the first rank works, on the whole model: every rank would write the same.
     """
     mode = mode_of(args)
     if int(os.environ.get("RANK", "0")) > 0:
         return None
-    request = request or StopRequest()
-    if mode is TextGenType.INTERACTIVE:
-        # Who waits for a person's next line has nothing to keep.
-        request.restore()
-    writer = build_writer(args, request.cut)
     text = args.text
     output = Path(text.sample_output_file) if text.sample_output_file else None
     if mode is TextGenType.INTERACTIVE:
-        interactive(writer, text.prompt_end, source, screen)
+        interactive(build_writer(args), text.prompt_end, source, screen)
         return None
-    if mode is TextGenType.INPUT_FILE:
-        return input_file(writer, Path(text.sample_input_file or ""), text.prompt_end, output)
-    output = output or Path("samples.txt")
-    return unconditional(writer, text.num_samples, output)
+    with noting_signals() as received:
+        writer = replace(build_writer(args), received=received)
+        if mode is TextGenType.INPUT_FILE:
+            return input_file(writer, Path(text.sample_input_file or ""), text.prompt_end, output)
+        output = output or Path("samples.txt")
+        unconditional(writer, text.num_samples, output)
+        return output

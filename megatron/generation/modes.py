@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from megatron import faults
-from megatron.errors import DataError
+from megatron.errors import DataError, StoppedError
 from megatron.generation.decode import Completion, Scorer, Settings, decode
 from megatron.tokenizer import Tokenizer
 
@@ -40,15 +40,15 @@ class TextGenType(str, Enum):
 class Writer:
     """A model that writes: scorer, tokenizer and settings together.
 
-    seed:    the same seed gives the same texts
-    stopped: whether to end, with the texts there are; asked before each batch of texts
+    seed:     the same seed gives the same texts
+    received: signals to this process so far: with one, no further text is begun
     """
 
     scorer: Scorer
     tokenizer: Tokenizer
     settings: Settings
     seed: int = 1234
-    stopped: Callable[[], bool] = lambda: False
+    received: Sequence[int] = ()
 
     def ids(self, context: str) -> list[int]:
         """Ids of a context; an empty one starts, like a document, after an eod."""
@@ -59,32 +59,38 @@ class Writer:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
 
     def write(self, contexts: Sequence[str]) -> list[Record]:
-        """One record per context, in order; when stopped, of those that are done.
+        """One record per context, in order. A text does not depend on the other contexts, only on its own and its number.
 
-        A text does not depend on the other contexts, only on its own and its number.
+        A request to stop leaves out the contexts that were not begun.
         """
         prompts = [self.ids(context) for context in contexts]
-        records = {number: self.too_long(contexts[number], prompt) for number, prompt in enumerate(prompts) if not self._fits(prompt)}
+        records: list[Record | None] = [None] * len(contexts)
+        hopeless = [len(prompt) >= self.scorer.longest for prompt in prompts]
         for numbers in self._batches(prompts):
-            if self.stopped():
-                break
             faults.point("generate")
+            if self.received:
+                break
             start = time.monotonic()
             batch = torch.tensor([prompts[number] for number in numbers])
             completions = decode(self.scorer, batch, self.settings, [self.generator(number) for number in numbers])
             seconds = time.monotonic() - start
             for number, completion in zip(numbers, completions, strict=True):
                 records[number] = self.record(contexts[number], completion, seconds)
-        return [records[number] for number in sorted(records)]
+        for number in range(len(contexts)):
+            if hopeless[number]:
+                records[number] = self.too_long(contexts[number], prompts[number])
+        return [record for record in records if record is not None]
 
-    def _fits(self, prompt: Sequence[int]) -> bool:
-        return len(prompt) < self.scorer.longest
+    def refuse_to_go_on(self, written: int, asked: int, output: Path) -> None:
+        """Raise StoppedError where a request to stop has cut the texts short."""
+        if self.received and written < asked:
+            raise StoppedError(self.received[0], f" after {written} of {asked} texts", where=str(output))
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Numbers of prompts of one length, so that no row needs padding; those that leave no room are left out."""
         by_length: dict[int, list[int]] = {}
         for number, prompt in enumerate(prompts):
-            if self._fits(prompt):
+            if len(prompt) < self.scorer.longest:
                 by_length.setdefault(len(prompt), []).append(number)
         for numbers in by_length.values():
             for start in range(0, len(numbers), ROWS):
@@ -111,16 +117,16 @@ class Writer:
         return {**record, "logits": []} if self.settings.keep_logits else record
 
 
-def unconditional(writer: Writer, num_samples: int, output: Path) -> Path | None:
-    """Write `num_samples` texts from nothing to `output`, and return it; None when stopped before the first."""
-    return _written(writer, [""] * num_samples, output)
+def unconditional(writer: Writer, num_samples: int, output: Path) -> list[Record]:
+    """Write `num_samples` texts from nothing to `output`."""
+    records = writer.write([""] * num_samples)
+    write_records(records, output)
+    writer.refuse_to_go_on(len(records), num_samples, output)
+    return records
 
 
-def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | None) -> Path | None:
-    """Continue every prompt of a file, split at `prompt_end`.
-
-    Returns the output's path, by default `<prompts>.output.jsonl`; None when stopped before the first text.
-    """
+def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | None) -> Path:
+    """Continue every prompt of a file, split at `prompt_end`; returns the output's path, by default `<prompts>.output.jsonl`."""
     if not prompts.is_file():
         raise DataError(f"there is no {prompts}", where="sample_input_file", mend="check the path")
     try:
@@ -130,14 +136,10 @@ def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | No
     contexts = [entry for entry in entries if entry]
     if not contexts:
         raise DataError(f"{prompts} holds no prompt", where="sample_input_file", mend=f"prompts end with {prompt_end!r} (prompt_end)")
-    return _written(writer, contexts, output or prompts.with_name(f"{prompts.name}.output.jsonl"))
-
-
-def _written(writer: Writer, contexts: Sequence[str], output: Path) -> Path | None:
+    output = output or prompts.with_name(f"{prompts.name}.output.jsonl")
     records = writer.write(contexts)
-    if contexts and not records:
-        return None
     write_records(records, output)
+    writer.refuse_to_go_on(len(records), len(contexts), output)
     return output
 
 

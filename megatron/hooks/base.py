@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from megatron.errors import ExitCode
+from megatron.errors import ExitStatus
 
 if TYPE_CHECKING:
     from megatron.engine.base import Engine, StepResult
@@ -27,14 +27,14 @@ class TrainState:
     iteration: optimizer steps done
     target:    iteration at which training ends
     samples, tokens: consumed so far, over all data ranks
-    outcome:   how the process ends; known at the end
+    status:    once the run is over, what the process's end means
     """
 
     iteration: int = 0
     target: int = 0
     samples: int = 0
     tokens: int = 0
-    outcome: ExitCode = ExitCode.DONE
+    status: ExitStatus = ExitStatus.DONE
 
     def after(self, *, samples: int, tokens: int) -> TrainState:
         """The state one step later."""

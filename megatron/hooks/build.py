@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from megatron.engine.base import Engine
 from megatron.engine.forward_check import forward_pass
 from megatron.engine.persistence import Position, Saver
 from megatron.errors import ConfigError, required
-from megatron.hooks.agreement import DEFAULT_MARGIN_S, Limits, Stopping, job_end, timed
 from megatron.hooks.base import BaseHook, Hook, TrainState
 from megatron.hooks.checkpointing import CheckpointHook, Save, SavePlan
 from megatron.hooks.console import ConsoleHook, tee_log
@@ -37,18 +36,15 @@ from megatron.hooks.sinks import (
     wandb_key_found,
     wandb_offline,
 )
-from megatron.hooks.stopping import FiniteHook, StopHook
+from megatron.hooks.stopping import FiniteHook, StopHook, StopRequest
 from megatron.hooks.throughput import StepFlops
 from megatron.hooks.validation import Evaluate, ValidationHook
-from megatron.launch.stopping import StopRequest
+from megatron.hooks.wall_clock import Limits, WallClock, job_end
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import greatest
-from megatron.mpu.groups import Group
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from megatron.neox_arguments import NeoXArgs
@@ -70,9 +66,9 @@ class RunParts:
     save:           writes a checkpoint of the state; called on all ranks. None = the run keeps none
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
-    stopping:       whether the run is to stop
     tracker_ids:    the run's ids at its trackers
     resumed:        whether tracker_ids come from a checkpoint
+    stop:           whether the run is to stop early
     """
 
     rank: int = 0
@@ -82,9 +78,9 @@ class RunParts:
     save: Save | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
-    stopping: Stopping = field(default_factory=Stopping)
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
     resumed: bool = False
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
@@ -101,14 +97,14 @@ def build_hooks(
     spec: ModelSpec,
     evaluate: Evaluate,
     position: Position,
-    stopping: Stopping | None = None,
     splits: frozenset[str] | None = None,
+    stop: StopRequest | None = None,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
     position: where the run starts; what hooks keep in checkpoints is in `position.kept`
-    stopping: whether the run is to stop, as `build_stopping` makes it
     splits:   which of "valid", "test" have data; None = what the configured paths say
+    stop:     whether the run is to stop early; None = only by `exit_interval`
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
@@ -116,39 +112,37 @@ def build_hooks(
     if args.logs.memory_profiling:
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
-    stopping = stopping or Stopping()
     ids = tracker_ids(position.kept)
-    save = _save(args, engine, spec, {KEPT: ids})
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        save=None if save is None else timed(save, stopping),
+        save=_save(args, engine, spec, {KEPT: ids}),
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
-        stopping=stopping,
         tracker_ids=ids,
         resumed=KEPT in position.kept,
+        stop=stop or StopRequest(),
     )
     return assemble(args, parts)
 
 
-def build_stopping(args: NeoXArgs, request: StopRequest, group: Group, device: torch.device) -> Stopping:
-    """The run's time limits and every rank's signals as one question.
+def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool], bool]) -> StopRequest:
+    """What ends the run early.
 
-    request: this rank's signals; group: all ranks
+    received: signals to this process so far
+    any_rank: "true on any rank?", the same answer on every rank
     """
-    run, grace = args.run, args.run.grace_in_secs
-    usual = DEFAULT_MARGIN_S if grace is None else min(DEFAULT_MARGIN_S, grace / 2)
+    run = args.run
     limits = Limits(
-        duration=None if run.exit_duration_in_mins is None else 60.0 * run.exit_duration_in_mins,
-        end_at=job_end(os.environ),
-        margin=usual if run.exit_margin_in_secs is None else run.exit_margin_in_secs,
-        grace=grace,
+        duration_s=None if run.exit_duration_in_mins is None else 60.0 * run.exit_duration_in_mins,
+        killed_at=job_end(os.environ),
+        margin_s=run.exit_margin_in_secs,
+        grace_s=run.grace_in_secs,
     )
-    return Stopping(request, greatest=lambda number: greatest(number, group, device), limits=limits)
+    return StopRequest(received, wall=WallClock(limits), any_rank=any_rank)
 
 
 def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Save | None:
@@ -216,11 +210,11 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         place = logs.memory_profiling_path or _place(args, "memory_profiling", "memory_profiling_path")
         hooks.append(MemoryHook(stop=logs.profile_step_stop, directory=Path(place)))
     if parts.save is not None and args.checkpoint.save:
-        hooks.append(CheckpointHook(plan=_save_plan(args), save=parts.save))
+        hooks.append(CheckpointHook(plan=_save_plan(args), save=parts.save, took=parts.stop.wall.save_took))
     validation = _validation(args, parts, metrics)
     if validation is not None:
         hooks.append(validation)
-    hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, stopping=parts.stopping))
+    hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
     return [*hooks, ClosingHook(metrics)]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,18 +47,22 @@ def is_save_iteration(iteration: int, plan: SavePlan) -> bool:
 
 
 class CheckpointHook(BaseHook):
-    """Saves by plan, and at the end what was not saved yet."""
+    """Saves by plan, and at the end what was not saved yet.
 
-    def __init__(self, *, plan: SavePlan, save: Save) -> None:
+    took: is told how many seconds each took
+    """
+
+    def __init__(self, *, plan: SavePlan, save: Save, took: Callable[[float], None] = lambda seconds: None) -> None:
         self.plan = plan
         self.save = save
+        self.took = took
         self._saved = 0
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Save before the first step if asked to; where a run resumes, there is a checkpoint already."""
         self._saved = state.iteration
         if state.iteration == 0 and is_save_iteration(0, self.plan):
-            self.save(state)
+            self._save(state)
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """Save by plan."""
@@ -72,5 +77,7 @@ class CheckpointHook(BaseHook):
 
     def _save(self, state: TrainState) -> None:
         faults.point("save")
+        began = time.monotonic()
         self.save(state)
+        self.took(time.monotonic() - began)
         self._saved = state.iteration

@@ -45,7 +45,7 @@ class ValidationHook(BaseHook):
         self.test = test
         self.at_start = at_start
         self.report = report
-        self._last: tuple[int, Mapping[str, float] | None] | None = None
+        self._last: tuple[int, Mapping[str, float]] | None = None
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Validate the model as it was initialised or loaded."""
@@ -63,21 +63,19 @@ class ValidationHook(BaseHook):
         if state.iteration < state.target:
             return
         if self.valid:
-            if self._last is None or self._last[0] != state.iteration:
-                self._last = (state.iteration, self._run("valid", state))
-            _show("validation", "the end of training for val data", self._last[1])
+            known = self._last[1] if self._last is not None and self._last[0] == state.iteration else self._run("valid", state)
+            _show("validation", "the end of training for val data", known)
         if self.test:
             _show("test", "the end of training for test data", self._run("test", state))
 
     def _validate(self, state: TrainState) -> None:
-        self._last = (state.iteration, self._run("valid", state))
-        _show("validation", f"iteration {state.iteration}", self._last[1])
+        metrics = self._run("valid", state)
+        self._last = None if metrics is None else (state.iteration, metrics)
+        _show("validation", f"iteration {state.iteration}", metrics)
 
     def _run(self, split: str, state: TrainState) -> Mapping[str, float] | None:
-        """The metrics; None when the run is to stop: part of a pass is no result."""
         found = self.evaluate(split, self.iters)
         if found is None:
-            log.info(f"the {split} pass at iteration {state.iteration} is broken off: the run is to stop")
             return None
         metrics = with_perplexity(found)
         if self.report is not None:
@@ -102,6 +100,7 @@ def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _show(chart: str, prefix: str, metrics: Mapping[str, float] | None) -> None:
     if metrics is None:
+        log.info("the %s pass at %s was broken off", chart, prefix)
         return
     for line in format_evaluation(EvaluationBlock(chart, prefix, metrics)).split("\n"):
         log.info(line)

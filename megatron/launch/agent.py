@@ -18,7 +18,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from megatron.errors import STOPPED, ConfigError
+from megatron.errors import ConfigError
 from megatron.launch.environment import PRIVATE, Seat, machine_environment
 from megatron.launch.place import place_from
 from megatron.launch.records import Event, lines_of, shell_status
@@ -50,11 +50,8 @@ class Agent:
             signal.signal(signum, self._receive)
 
     def tell(self, event: Event) -> None:
-        """Pass an event on. The first rank that did not end in order gives the exit status.
-
-        One that stopped in order does not: mpirun and srun would kill the others for it, in the midst of their saves.
-        """
-        if event.what in ("failed", "stopped") and event.code not in STOPPED and self.code == 0:
+        """Pass an event on. The first rank that did not end in order gives the exit status."""
+        if event.what in ("failed", "stopped") and self.code == 0:
             self.code = shell_status(event.code)
         if self._wire is not None and tell(self._wire, event):
             return

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron.errors import STOPPED
+from megatron.errors import ExitStatus
 from megatron.launch.environment import scrub
 
 FAILURE_FILE = "NEOX_FAILURE_FILE"
@@ -31,6 +31,8 @@ LINE = re.compile(rf"{MARK} (\S+) (\d+)/(\d+) ([A-Za-z0-9+/=]+)\s*$")
 LOST = 1
 TRACE = "Traceback (most recent call last)"
 SIGNALLED = 128
+LEAVING = (ExitStatus.REQUEUE, ExitStatus.NO_PROGRESS, ExitStatus.INTERRUPTED)
+"""Statuses of a rank that was asked to end before it was done, and did so in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,18 +168,14 @@ class Ledger:
             text = "lost: nothing was heard of its end; it was killed together with what watched it, or its host is gone"
             self.events.append(Event(what="lost", host=event.host, rank=event.rank, at=event.at, code=LOST, text=text))
 
+    def left(self) -> int | None:
+        """The status with which ranks ended in order before they were done; None where none did."""
+        return next((int(event.code) for event in self.events if event.what == "stopped" and event.code in LEAVING), None)
+
     def status(self) -> int:
         """The first failing rank's exit status as a shell shows it; 0 without failures."""
         failed = self.failures()
         return shell_status(failed[0].code) or LOST if failed else 0
-
-    def left(self) -> int | None:
-        """The status that the run's end has when its ranks left in order: 0 of all, or that of a stop; None = they did not."""
-        codes = {event.rank: event.code for event in self.events if event.what in ("ended", "stopped")}
-        stops = [code for code in codes.values() if code in STOPPED]
-        if stops:
-            return max(stops)
-        return 0 if codes.keys() == self.hosts.keys() and not any(codes.values()) else None
 
     def report(self) -> str:
         """The first failing rank with all it said, then one line for each of the others; empty without failures."""

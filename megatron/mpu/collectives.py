@@ -16,15 +16,10 @@ T = TypeVar("T")
 
 def any_rank(flag: bool, group: Group, device: torch.device) -> bool:
     """Whether any rank of the group says True; the same answer on all of them."""
-    return bool(greatest(int(flag), group, device))
-
-
-def greatest(number: int, group: Group, device: torch.device) -> int:
-    """The greatest of all ranks' numbers (32 bits), on all of them."""
     if group.size == 1:
-        return number
-    votes = torch.tensor([number], dtype=torch.int32, device=device)
-    return int(all_reduce(votes, group, maximum=True).item())
+        return flag
+    votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    return bool(all_reduce(votes, group, maximum=True).item())
 
 
 def barrier(group: Group) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from megatron.errors import ConfigError, ExitCode, LostRankError, NeoXError
+from megatron.errors import ConfigError, LostRankError, NeoXError
 from megatron.launch.place import place_from
 from megatron.launch.records import FAILURE_FILE, leave
 from megatron.log import setup_logging
@@ -35,6 +35,7 @@ IGNORED = ("--local_rank", "--local-rank")
 # What DeepSpeed's autotuner changes in the DeepSpeed config it hands to the workers.
 TUNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization", "autotuning")
 AUTOTUNING_FILE = "ds_config.json"
+INTERRUPTED = 130
 # Longer than a launcher takes to see that a rank has ended and to stop the others.
 PATIENCE_S = 4.0
 SPINS = "2000"
@@ -144,12 +145,12 @@ def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, us
         _report(error, note, debug="--debug" in argv)
         return error.exit_code
     except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
+        return INTERRUPTED
     except Exception:
         if note is None:
             raise
         leave(note, traceback.format_exc().rstrip(), consequence=False)
-        return ExitCode.FAILED
+        return 1
 
 
 def end(code: int) -> NoReturn:

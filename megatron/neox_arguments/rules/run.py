@@ -135,13 +135,6 @@ def _selective_inputs(v: Values) -> Iterable[Problem]:
 
 
 RUN_RULES: Final[tuple[Rule, ...]] = (
-    simple(
-        "grace",
-        ("grace_in_secs", "exit_margin_in_secs"),
-        lambda v: v["grace_in_secs"] < v["exit_margin_in_secs"],
-        "stopping is given {exit_margin_in_secs:g} s (exit_margin_in_secs), but this site kills after {grace_in_secs:g} s (grace_in_secs)",
-        "set exit_margin_in_secs to at most {grace_in_secs:g}, or have the site wait longer",
-    ),
     Rule("length", (), _iterations),
     Rule("zero-stage", ("zero_optimization",), _stage_range),
     Rule("zero-offload", ("zero_optimization",), _offload),

@@ -17,8 +17,8 @@ CHANGED = {"gradient_accumulation_steps": None, "git_hash": None}
 OURS = {
     "attention_over_documents", "attention_backend", "rope_scaling", "sliding_window_pattern", "intermediate_size_convention",
     "logits_block_rows", "wsd_decay_fraction", "warmup_from_zero", "torch_compile", "index_map_dir", "exit_duration_in_mins",
-    "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr", 
     "exit_margin_in_secs", "grace_in_secs",
+    "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr",
 }  # fmt: skip
 
 
