@@ -8,8 +8,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
+import torch
+
 from megatron import faults
-from megatron.checkpoint.build import Source, Take, choose_source, compared_args
+from megatron.checkpoint.build import Source, Take, choose_source, compared_args, own_folder
 from megatron.checkpoint.neox_store import bookkeeping
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
@@ -21,12 +23,14 @@ from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import build_hooks, build_stop
 from megatron.hooks.characters import PER_CHARACTER, Characters
+from megatron.hooks.locking import LockHook
 from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import Evaluate
 from megatron.launch.signals import noting_signals
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank, barrier
+from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
@@ -56,13 +60,24 @@ def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
     faults.point("set-up")
+    stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
+    with own_folder(args, groups.world) as check_owner:
+        return run(args, groups, device, stop, check_owner)
+
+
+def run(args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest, check_owner: Callable[[], None]) -> TrainState:
+    """Build the parts and train, as one of `groups`.
+
+    stop:        whether the run is to stop early
+    check_owner: raises when the folder that is saved to is another run's by now
+    """
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
     objective = build_objective(args, eod=tokenizer.eod)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size, barrier=lambda: barrier(groups.world))
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
-    source = choose_source(args)
+    source = choose_source(args, groups.world)
     engine, spec = build_engine(args, source, groups, device)
     position = take_up(args, source, engine)
     check_forward(args, source, engine, spec)
@@ -70,10 +85,10 @@ def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
-    stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
     stop.require_time()
     evaluate = evaluator(args, data, objective, engine, stop=stop, counting=counting)
     hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, stop=stop)
+    hooks.insert(0, LockHook(check_owner))
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
     end = train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
