@@ -411,7 +411,7 @@ def test_the_launcher_refuses_them_before_it_starts_anything(tmp_path):
         folder.mkdir()
         command = [sys.executable, str(ROOT / "deepy.py"), str(tmp_path / "script.py"), *write(folder, case.text)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert (done.returncode, done.stdout) == (2, ""), case.name
+        assert (done.returncode, done.stdout) == (77, ""), case.name
         assert f"bad.yml:{case.line}" in done.stderr and case.says in re.sub(r" +", " ", done.stderr), done.stderr
         assert "mend:" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "started").exists()
