@@ -122,6 +122,21 @@ def test_locks_of_the_dead_are_taken_over(tmp_path: Path, caplog: pytest.LogCapt
             acquire(tmp_path)
 
 
+def test_a_lock_taken_in_between_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run takes over the dead one's lock after this one has looked at it, and before it renames it."""
+    write_lock(tmp_path, gone())
+    living, true = replace(this_process(), token="living"), Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        write_lock(tmp_path, living)
+        return true(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ConfigError, match="another run writes"):
+        acquire(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == "living" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_unreadable_lock_is_waited_for_and_then_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / LOCK).touch()
     monkeypatch.setattr(module, "_HALF_WRITTEN_S", 0.2)
