@@ -41,14 +41,18 @@ from megatron.tokenizer.build import build_tokenizer, with_vocabulary
 log = get_logger(__name__)
 
 
-def pretrain(args: NeoXArgs) -> TrainState:
+def pretrain(args: NeoXArgs, received: Sequence[int] | None = None) -> TrainState:
     """Train the configured model to `train_iters`; returns the state it ended in, and in it what the process's end means.
+
+    received: signals to this process, where they are noted already
 
     A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can mend.
     """
     setup_logging()
-    with noting_signals(insisting=True) as received:
+    if received is not None:
         return _pretrain(args, received)
+    with noting_signals(insisting=True) as noted:
+        return _pretrain(args, noted)
 
 
 def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:

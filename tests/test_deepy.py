@@ -122,10 +122,10 @@ def test_exit_statuses_of_workers_come_through(tmp_path: Path) -> None:
     assert (tmp_path / "stopped0").read_text() == str(int(signal.SIGTERM))
     assert run(tmp_path, mode="config error").returncode == 77
     told_once = run(tmp_path, "--global_num_gpus", "2", mode="same error")
-    assert told_once.returncode == 1
+    assert told_once.returncode == 77
     assert told_once.stderr.splitlines()[0].endswith("failed first:") and told_once.stderr.count("wrong everywhere") == 1
     alone = run(tmp_path, mode="same error")
-    assert (alone.returncode, alone.stderr) == (1, "wrong everywhere\n")
+    assert (alone.returncode, alone.stderr) == (77, "wrong everywhere\n")
     killed = run(tmp_path, mode="killed")
     assert killed.returncode == 128 + signal.SIGKILL
     assert "out of memory" in killed.stdout + killed.stderr
