@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron import faults
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args
@@ -20,15 +22,24 @@ from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import build_hooks
 from megatron.hooks.characters import PER_CHARACTER, Characters
+from megatron.hooks.watching import watched
+from megatron.launch.heartbeat import FOLDER
+from megatron.launch.pulse import LOAD, Pulse
+from megatron.launch.records import claimed
+from megatron.launch.watch import WatchPlan, watching
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import barrier
+from megatron.mpu.groups import Group, Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
 from megatron.tokenizer.build import build_tokenizer, with_vocabulary
+
+if TYPE_CHECKING:
+    import torch
 
 log = get_logger(__name__)
 
@@ -46,6 +57,25 @@ def pretrain(args: NeoXArgs) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
+    with watching(watch_plan(args, groups.world)) as pulse:
+        return set_up_and_train(args, groups, device, pulse)
+
+
+def watch_plan(args: NeoXArgs, world: Group) -> WatchPlan:
+    """How this rank is watched: `heartbeat_interval_in_secs`, `hang_timeout_in_mins`."""
+    place = args.checkpoint.save or args.logs.log_dir
+    return WatchPlan(
+        rank=world.rank,
+        world=world.size,
+        folder=Path(place) / FOLDER if place else None,
+        interval_s=args.logs.heartbeat_interval_in_secs,
+        limit_s=60.0 * args.logs.hang_timeout_in_mins or None,
+        note=claimed(os.environ),
+    )
+
+
+def set_up_and_train(args: NeoXArgs, groups: Groups, device: torch.device, pulse: Pulse) -> TrainState:
+    """Build the parts, take up what a checkpoint holds, and run the loop."""
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
     objective = build_objective(args, eod=tokenizer.eod)
@@ -53,9 +83,10 @@ def pretrain(args: NeoXArgs) -> TrainState:
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
     source = choose_source(args)
-    engine, spec = build_engine(args, source, groups, device)
-    position = take_up(args, source, engine)
-    check_forward(args, source, engine, spec)
+    with pulse.during(LOAD):
+        engine, spec = build_engine(args, source, groups, device)
+        position = take_up(args, source, engine)
+        check_forward(args, source, engine, spec)
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
@@ -64,7 +95,7 @@ def pretrain(args: NeoXArgs) -> TrainState:
     hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits)
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
+    return train(engine, engine.timers.over("batch generator", steps), objective, watched(hooks, pulse), state)
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:

@@ -356,6 +356,15 @@ CASES = (
     Bad("ascent without interval", "ga_dataset: a\nga_iters: 2", 0, "ga_mode interval needs ga_interval", "add ga_interval"),
     Bad("save when", "save: out", 1, "nothing says when to save", "checkpoint_factor"),
     Bad("checkpoint spacing", "save: out\ncheckpoint_factor: 0.5", 2, "checkpoint_factor is 0.5", "number of steps"),
+    Bad("hang timeout below 0", "hang_timeout_in_mins: -1", 1, "hang_timeout_in_mins is -1", "write a number >= 0"),
+    Bad("heartbeat without a pause", "heartbeat_interval_in_secs: 0", 1, "heartbeat_interval_in_secs is 0", "write a number > 0"),
+    Bad(
+        "data may change where nothing is resumed",
+        "allow_data_change: true",
+        1,
+        "allow_data_change is about a resumed run, but load is not set",
+        "remove allow_data_change",
+    ),
     Bad("iteration of nothing", "iteration: 10", 1, "load is not set", "global_step10"),
     Bad("hostfile missing", "global_num_gpus: null\nhostfile: no/such/file", 2, "cannot read the hostfile", "global_num_gpus"),
     Bad(

@@ -18,6 +18,7 @@ OURS = {
     "attention_over_documents", "attention_backend", "rope_scaling", "sliding_window_pattern", "intermediate_size_convention",
     "logits_block_rows", "wsd_decay_fraction", "warmup_from_zero", "torch_compile", "index_map_dir", "exit_duration_in_mins",
     "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr",
+    "heartbeat_interval_in_secs", "hang_timeout_in_mins", "allow_data_change",
 }  # fmt: skip
 
 
