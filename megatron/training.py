@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron import faults
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args
+from megatron.checkpoint.changes import SCHEDULE, tell_changes, watched_values
 from megatron.checkpoint.neox_store import bookkeeping
 from megatron.data.batch import Batch
-from megatron.data.build import DataSplits, build_data
+from megatron.data.build import DataSplits, build_data, data_fingerprint
+from megatron.data.fingerprint import differences, require_same
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine, join_job
 from megatron.engine.forward_check import compare_forward, forward_pass
@@ -29,7 +33,7 @@ from megatron.launch.records import claimed
 from megatron.launch.watch import WatchPlan, watching
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import barrier
+from megatron.mpu.collectives import barrier, of_all_ranks
 from megatron.mpu.groups import Group, Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
@@ -83,9 +87,10 @@ def set_up_and_train(args: NeoXArgs, groups: Groups, device: torch.device, pulse
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
     source = choose_source(args)
+    make_place(args)
     with pulse.during(LOAD):
         engine, spec = build_engine(args, source, groups, device)
-        position = take_up(args, source, engine)
+        position = as_before(args, source, take_up(args, source, engine), objective.streams, groups.world)
         check_forward(args, source, engine, spec)
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
@@ -107,6 +112,38 @@ def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
     if source.take is Take.WEIGHTS_AND_POSITION:
         return resume_position(engine, source.directory / source.tag, compared=compared, batch_size=batch_size, rng=rng)
     return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
+
+
+def make_place(args: NeoXArgs) -> None:
+    """The folders that this run writes to, from here on also its heartbeats. Who cannot write there finds out, and tells, when it must."""
+    for place in filter(None, (args.checkpoint.save, args.logs.log_dir)):
+        with suppress(OSError):
+            Path(place).mkdir(parents=True, exist_ok=True)
+
+
+def as_before(args: NeoXArgs, source: Source, position: Position, streams: Sequence[str], world: Group) -> Position:
+    """The position with what checkpoints from now on keep of data and settings; what a resume changes of them is told, or refused.
+
+    Raises DataError when the data is not the checkpoint's, unless `allow_data_change`.
+    """
+    if not (args.checkpoint.save or source.folder):
+        return position
+    # One rank reads the files, as every rank would find the same.
+    data = of_all_ranks(data_fingerprint(args, streams=streams) if world.rank == 0 else {}, world)[0]
+    settings = watched_values(args.to_flat())
+    if source.folder is not None and source.take in (Take.WEIGHTS_AND_POSITION, Take.EVERYTHING):
+        before = position.kept
+        if DATA in before and not args.data.allow_data_change:
+            require_same(before[DATA], data, where=str(source.folder))
+        if world.rank == 0:
+            found = differences(before.get(DATA, data), data)
+            # The schedule's own changes are told by the schedule.
+            tell_changes(before.get(SETTINGS, {}), settings, without=SCHEDULE, further=found)
+    return replace(position, kept={**position.kept, DATA: data, SETTINGS: settings})
+
+
+DATA, SETTINGS = "data", "settings"
+"""Under these names checkpoints keep the data's fingerprint and the settings that `tell_changes` compares."""
 
 
 def check_forward(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> None:

@@ -102,7 +102,7 @@ def build_hooks(
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
-    position: where the run starts; what hooks keep in checkpoints is in `position.kept`
+    position: where the run starts; what checkpoints keep of the run is in `position.kept`
     splits:   which of "valid", "test" have data; None = what the configured paths say
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
@@ -118,7 +118,7 @@ def build_hooks(
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        save=_save(args, engine, spec, {KEPT: ids}),
+        save=_save(args, engine, spec, {**position.kept, KEPT: ids}),
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         any_rank=lambda flag: any_rank(flag, world, engine.device),

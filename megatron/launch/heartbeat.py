@@ -42,11 +42,14 @@ def file_of(folder: Path, rank: int) -> Path:
 
 
 def write(folder: Path, record: Heartbeat) -> float | None:
-    """Put the record in its place; returns the file's time, by the clock of whoever keeps the folder. None: it could not be written."""
+    """Put the record in its place; returns the file's time, by the clock of whoever keeps the folder. None: it could not be written.
+
+    The folder that `folder` is in is the run's and made by the run, once it is sure that it begins.
+    """
     path = file_of(folder, record.rank)
     aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         aside.write_text(json.dumps(asdict(record)), encoding="utf-8")
         aside.replace(path)
         return path.stat().st_mtime

@@ -10,7 +10,9 @@ from enum import IntEnum
 from traceback import FrameSummary
 
 # A rank inside these files waits for the others: its own doing is over.
-_TOGETHER = re.compile(r"/(torch/distributed/(?!elastic/)|deepspeed/comm/|deepspeed/runtime/pipe/p2p\.py|megatron/mpu/(comm|collectives)\.py)")
+_TOGETHER = re.compile(
+    r"/(torch/distributed/(?!elastic/)|deepspeed/comm/|deepspeed/runtime/pipe/p2p\.py|megatron/mpu/(comm|collectives)\.py)"
+)
 # A line that waits for a device or for a collective that was started before.
 _WAITING = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(|run_backward")
 _OURS = re.compile(r"/megatron/")
