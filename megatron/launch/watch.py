@@ -189,21 +189,20 @@ class Watch:
         self._end(STATUS)
 
     def _leave(self, seen: list[Seen], stack: str) -> None:
-        """Say who is stuck. Of a rank that cannot speak for itself, the first of the others tells."""
+        """Say who is stuck; every rank speaks for itself, and of one that cannot, the first of the others tells."""
         own = next(rank for rank in seen if rank.rank == self.plan.rank)
-        lines = [_line(rank) for rank in seen if rank is not own]
         guilty = causes(seen)
         silent = next((rank for rank in guilty if rank.standing is Standing.SILENT), None)
         speaker = min(rank.rank for rank in seen if rank.standing is not Standing.SILENT)
         if own in guilty:
             # Alone in view, and waiting: whoever it waits for is not in view.
             alone = len(seen) == 1 and self.plan.world > 1 and own.standing is Standing.WAITING
-            self._say("\n".join([f"stuck: {_line(own)}", *lines, stack]), consequence=alone)
+            self._say(f"stuck: {_name(own)} {_state(own)}\n{stack}", consequence=alone)
         elif silent is not None and own.rank == speaker:
-            rest = [_line(rank) for rank in seen if rank is not silent]
-            self._say("\n".join([f"stuck: {_line(silent)}", *rest]), consequence=False, about=silent.rank)
+            text = f"stuck: {_name(silent)} {_state(silent)}\n{_name(own)} {_state(own)}"
+            self._say(text, consequence=False, about=silent.rank)
         else:
-            self._say(_line(own), consequence=True)
+            self._say(_state(own), consequence=True)
 
     def _say(self, text: str, *, consequence: bool, about: int | None = None) -> None:
         if self.plan.note is not None:
@@ -242,14 +241,16 @@ def _seen(record: Heartbeat, age: float, late_s: float) -> Seen:
     )
 
 
-def _line(rank: Seen) -> str:
+def _name(rank: Seen) -> str:
+    return f"rank {rank.rank} on {rank.host}"
+
+
+def _state(rank: Seen) -> str:
     """What is known of a rank, in one line."""
-    name = f"rank {rank.rank} on {rank.host}"
-    at = f"step {rank.step}, phase {rank.phase}"
+    at = f"for {rank.idle_s:.0f} s (step {rank.step}, phase {rank.phase})"
     if rank.standing is Standing.SILENT:
-        return f"{name} has not been heard of for {rank.idle_s:.0f} s ({at}): its process is stopped, or its host hangs"
-    verb = {Standing.WAITING: "waits", Standing.UNCLEAR: "has not moved"}.get(rank.standing, "has not moved")
-    return f"{name} {verb} for {rank.idle_s:.0f} s ({at})" + (f" in {rank.place}" if rank.place else "")
+        return f"has not been heard of {at}: its process is stopped, or its host hangs"
+    return f"{'waits' if rank.standing is Standing.WAITING else 'has not moved'} {at}" + (f" in {rank.place}" if rank.place else "")
 
 
 def _bytes_moved() -> int:

@@ -35,6 +35,7 @@ class Ended:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "AFTER_S", 0.0)
+    monkeypatch.setattr(watch, "LATE_AT_LEAST_S", 0.6)
 
 
 def plan(tmp_path: Path, **changes: Any) -> WatchPlan:
@@ -102,6 +103,7 @@ def test_who_is_slow_goes_on(tmp_path: Path, sign: str) -> None:
     guard = Watch(plan(tmp_path, world=2 if sign == "another rank" else 1), pulse, end=ended)
     (tmp_path / "heartbeat").mkdir()
     guard.start()
+    # Long enough for a watch that errs to have compared notes and ended it.
     for _ in range(8):
         if sign == "moves":
             pulse.beat()
