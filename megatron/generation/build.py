@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from megatron.checkpoint.neox_store import copy_weights, find_tag, named_step
+from megatron.checkpoint.build import search_of
+from megatron.checkpoint.discovery import find
+from megatron.checkpoint.neox_store import copy_weights
 from megatron.checkpoint.whole import join_shards, read_shards, width_over
 from megatron.errors import ConfigError
 from megatron.generation.decode import ModelScorer, Settings
 from megatron.generation.modes import TextGenType, Writer, input_file, interactive, unconditional
 from megatron.generation.sampling import Sampling
+from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.build import build_spec, build_transformer
 from megatron.model.spec import ModelSpec
@@ -36,15 +39,15 @@ class Loaded:
 
 
 def load_model(args: NeoXArgs) -> Loaded:
-    """The whole model in this process, in evaluation mode, with the weights of `load` (at `iteration`, else `latest`).
+    """The whole model in this process, in evaluation mode, with the weights of `load` (at `iteration`, else the newest whole ones).
 
     The checkpoint may have been written at any pipeline and tensor parallel size; it also settles the padded vocabulary
     where `padded_vocab_size` is not given. Raises ConfigError without `load`, CheckpointError when it does not fit.
     """
     if not args.checkpoint.load:
         raise ConfigError("no checkpoint is named", where="load", mend="load: <the folder a training run saved to>")
-    directory, iteration = named_step(Path(args.checkpoint.load), args.checkpoint.iteration)
-    folder = directory / find_tag(directory, iteration)
+    search = search_of(args)
+    folder = search.directory / find(search)
     shards = read_shards(folder)
     if args.model.padded_vocab_size is None:
         args = args.replace(padded_vocab_size=width_over(shards, "word_embeddings.weight", 0))
@@ -106,19 +109,21 @@ def mode_of(args: NeoXArgs) -> TextGenType:
 def generate(args: NeoXArgs, source: TextIO, screen: TextIO) -> Path | None:
     """Run the mode that `args` asks for; returns the file written, None for interactive.
 
+    Raises StoppedError when a signal came; then the texts finished by then are written.
     Under a launcher only the first rank works, on the whole model: every rank would write the same.
     """
     mode = mode_of(args)
     if int(os.environ.get("RANK", "0")) > 0:
         return None
-    writer = build_writer(args)
     text = args.text
     output = Path(text.sample_output_file) if text.sample_output_file else None
     if mode is TextGenType.INTERACTIVE:
-        interactive(writer, text.prompt_end, source, screen)
+        interactive(build_writer(args), text.prompt_end, source, screen)
         return None
-    if mode is TextGenType.INPUT_FILE:
-        return input_file(writer, Path(text.sample_input_file or ""), text.prompt_end, output)
-    output = output or Path("samples.txt")
-    unconditional(writer, text.num_samples, output)
-    return output
+    with noting_signals() as received:
+        writer = replace(build_writer(args), received=received)
+        if mode is TextGenType.INPUT_FILE:
+            return input_file(writer, Path(text.sample_input_file or ""), text.prompt_end, output)
+        output = output or Path("samples.txt")
+        unconditional(writer, text.num_samples, output)
+        return output
