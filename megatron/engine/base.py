@@ -80,8 +80,8 @@ class Engine(Protocol):
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Read weights, optimizer and schedule that `save` wrote; returns the client state. All ranks call it."""
 
-    def set_schedule_step(self, steps: int) -> None:
-        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
+    def set_schedule_step(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made; `saved` is the checkpoint's schedule."""
 
     def module(self) -> torch.nn.Module:
         """The model (this stage of it), for inspection."""

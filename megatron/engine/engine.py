@@ -101,9 +101,9 @@ class TrainEngine:
         """Read weights, optimizer and schedule; returns the client state."""
         return self.runner.load(directory, tag)
 
-    def set_schedule_step(self, steps: int) -> None:
-        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
-        self.runner.schedule.seek(steps)
+    def set_schedule_step(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made; `saved` is the checkpoint's schedule."""
+        self.runner.schedule.seek(steps, saved)
 
     def module(self) -> nn.Module:
         """The model (this stage of it)."""
