@@ -54,7 +54,7 @@ def pretrain(args: NeoXArgs) -> TrainState:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
     source = choose_source(args)
     engine, spec = build_engine(args, source, groups, device)
-    position = take_up(args, source, engine)
+    position = take_up(args, source, engine, spec)
     check_forward(args, source, engine, spec)
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
@@ -67,15 +67,15 @@ def pretrain(args: NeoXArgs) -> TrainState:
     return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
 
 
-def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
+def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> Position:
     """Where the run goes on, after what `source` gives was taken."""
-    if source.directory is None or source.tag is None or source.take in (Take.NOTHING, Take.WEIGHTS):
+    if source.folder is None or source.take in (Take.NOTHING, Take.WEIGHTS):
         return Position()
     compared, rng = compared_args(args), not args.checkpoint.no_load_rng
     batch_size = required(args.run.train_batch_size, "train_batch_size")
     if source.take is Take.WEIGHTS_AND_POSITION:
-        return resume_position(engine, source.directory / source.tag, compared=compared, batch_size=batch_size, rng=rng)
-    return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
+        return resume_position(engine, source.folder, compared=compared, batch_size=batch_size, rng=rng)
+    return resume_everything(engine, source.folder, spec, compared=compared, batch_size=batch_size, rng=rng)
 
 
 def check_forward(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> None:

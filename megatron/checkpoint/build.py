@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.neox_store import find_tag, named_step, saved_steps, zero3_partitioned
+from megatron.checkpoint.neox_store import find_tag, named_step, saved_steps
 from megatron.checkpoint.resume import COMPARED_ARGS
 from megatron.checkpoint.whole import read_shards, width_over
 from megatron.log import get_logger
@@ -68,7 +68,7 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     FORMAT: GPT-NeoX reads `intermediate_size` of a gated MLP as 3/2 of the width, its fork as the width itself.
     """
     spec = build_spec(args)
-    if folder is None or not spec.blocks[0].mlp.gated or zero3_partitioned(folder):
+    if folder is None or not spec.blocks[0].mlp.gated:
         return spec
     width = width_over(read_shards(folder), "mlp.linear2.weight", 1) or spec.blocks[0].mlp.width
     convention = mlp_convention_of(args, width)

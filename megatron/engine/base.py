@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron.data.batch import Batch
+from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.objectives.base import Objective
@@ -76,8 +77,11 @@ class Engine(Protocol):
     def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
         """Write weights and optimizer to directory/tag; complete or absent. All ranks call it."""
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Read weights, optimizer and schedule that `save` wrote; returns the client state. All ranks call it."""
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
+        """Read weights, optimizer and schedule that `save` wrote at any layout; returns the client state. All ranks call it.
+
+        spec: the model
+        """
 
     def set_schedule_step(self, steps: int) -> None:
         """Move the learning-rate schedule to where `steps` optimizer steps have been made."""

@@ -18,6 +18,7 @@ from megatron.engine.base import Pieces, StepResult
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.timers import Timers
 from megatron.log import get_logger
+from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.objectives.base import Objective
 
@@ -96,9 +97,9 @@ class TrainEngine:
         """Write weights and optimizer to directory/tag; complete or absent."""
         self.runner.save(directory, tag, client_state)
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Read weights, optimizer and schedule; returns the client state."""
-        return self.runner.load(directory, tag)
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
+        """Read weights, optimizer and schedule, of any layout; returns the client state."""
+        return self.runner.load(directory, tag, spec)
 
     def set_schedule_step(self, steps: int) -> None:
         """Move the learning-rate schedule to where `steps` optimizer steps have been made."""

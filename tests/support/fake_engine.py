@@ -13,6 +13,7 @@ import torch
 from megatron.data.batch import Batch
 from megatron.engine.base import Pieces, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
+from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.objectives.base import Objective
@@ -37,7 +38,7 @@ class FakeEngine:
         (directory / tag).mkdir(parents=True, exist_ok=True)
         self.saved.append(tag)
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
         return {}
 
     def set_schedule_step(self, steps: int) -> None:
