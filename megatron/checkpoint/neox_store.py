@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.partitions import named_shapes, partitions
 from megatron.checkpoint.reading import read_torch_file
-from megatron.checkpoint.state import LazyState
+from megatron.checkpoint.state import TIED, LazyState
 from megatron.checkpoint.state import canonical_name as canonical_name
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
@@ -211,10 +211,12 @@ def copy_weights(
     elsewhere: slots that other pipeline stages may hold; those of them that `module` lacks are passed over
     Raises CheckpointError naming the tensors that do not fit; then nothing was copied.
     """
-    own = {canonical_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    held = module.state_dict(keep_vars=True)
+    own = {canonical_name(name): tensor for name, tensor in held.items()}
     target = {name: tensor for name, tensor in own.items() if not _DERIVED.search(name)}
-    here = {_slot(name) for name in own}
-    wanted = [name for name in weights if _slot(name) in here or _slot(name) not in elsewhere]
+    # Of a tied slot a stage may hold a part.
+    here = {_slot(name) for name in own} - ({_slot(canonical_name(name)) for name in held if name.startswith(TIED)} if elsewhere else set())
+    wanted = [name for name in weights if name in own or _slot(name) in here or _slot(name) not in elsewhere]
     shapes = {name: weights[name].shape for name in wanted}
     _check_names(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():

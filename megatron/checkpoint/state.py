@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron.errors import CheckpointError
 
 SEQUENTIAL = "sequential."
+TIED = "tied_modules.embed."
 
 
 class LazyState(Mapping[str, Tensor]):

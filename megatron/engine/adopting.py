@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from megatron.checkpoint.partitions import LAYOUT_MEND, OptimizerShard
 from megatron.checkpoint.state import canonical_name
+from megatron.engine.pieces import copies_of
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 from megatron.optim.groups import LR_MULT
@@ -124,11 +124,7 @@ def places_of(engine: Any, rank: int) -> Places:
         return PartitionPlaces(outer, inner.state, rank)
     if any(hasattr(parameter, "_hp_mapping") for parameter in engine.module.parameters()):
         return FragmentPlaces(inner)
-    copies: dict[nn.Parameter, nn.Parameter] = {}
-    if isinstance(outer, FP16_UnfusedOptimizer):
-        pairs = zip(outer.fp16_groups, outer.fp32_groups, strict=True)
-        copies = {half: copy for halves, wholes in pairs for half, copy in zip(halves, wholes, strict=True)}
-    return WholePlaces(inner.state, copies)
+    return WholePlaces(inner.state, copies_of(outer))
 
 
 def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
