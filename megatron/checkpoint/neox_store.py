@@ -163,7 +163,6 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
 
 def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
     """ZeRO-3: the float32 weights, joined on access, and what is whole in each file."""
-    content = read_torch_file(bookkeeping_file(folder, tensor_rank), deepspeed_types=True)
     files = partition_files(folder, tensor_rank)
     if not files:
         raise CheckpointError(
@@ -171,6 +170,7 @@ def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
             where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"),
             mend="copy all files of the folder, or choose another step",
         )
+    content = read_torch_file(bookkeeping_file(folder, tensor_rank), deepspeed_types=True)
     parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
     masters = partitions(parts, named_shapes(content)).masters
     # FORMAT: "module" has empty tensors in place of parameters.

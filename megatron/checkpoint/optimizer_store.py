@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from megatron.checkpoint.neox_store import bookkeeping_file, model_ranks, partition_files, read_weights, tensor_ranks
-from megatron.checkpoint.partitions import LAYOUT_MEND, OptimizerShard, fragments, named_shapes, partitions, whole_optimizer
+from megatron.checkpoint.partitions import LAYOUT_MEND, OptimizerShard, fragments, named_shapes, names_in_order, partitions, whole_optimizer
 from megatron.checkpoint.reading import read_torch_file
 from megatron.errors import CheckpointError
 
@@ -52,12 +52,14 @@ def _of_model_rank(folder: Path, model_rank: int, tensor_rank: int) -> Optimizer
     content = read_torch_file(bookkeeping_file(folder, model_rank), deepspeed_types=True)
     files = partition_files(folder, model_rank)
     if not files:
-        groups = (content.get(RECORD) or {}).get("groups")
         if not content.get("optimizer"):
             raise CheckpointError("the checkpoint has no optimizer", mend="set `no_load_optim: true`")
+        groups, weights = (content.get(RECORD) or {}).get("groups"), read_weights(folder, tensor_rank)
+        if groups is None and tensor_ranks(folder) == model_ranks(folder):
+            groups = names_in_order(content["optimizer"], weights)
         if groups is None:
             raise CheckpointError(NAMELESS, mend=LAYOUT_MEND)
-        return whole_optimizer(content["optimizer"], groups, read_weights(folder, tensor_rank))
+        return whole_optimizer(content["optimizer"], groups, weights)
     parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
     if "fp32_flat_groups" in parts[0]:
         return partitions(parts, named_shapes(content))

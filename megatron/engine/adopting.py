@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -155,20 +155,24 @@ def _adopt_scaling(outer: Any, scaling: Mapping[str, Any]) -> None:
             setattr(scaler, key, value)
 
 
-def refuse_other_optimizer(kind: str, stored: str | None, ours: list[dict[str, Any]], theirs: OptimizerShard) -> None:
-    """Raise CheckpointError where this run's optimizer cannot go on from what a checkpoint of another layout has.
+def refuse_other_optimizer(kind: str, stored: str | None) -> None:
+    """Raise CheckpointError where an optimizer cannot go on from a checkpoint of another layout.
 
     kind, stored: class names of this run's optimizer and of the checkpoint's, where it tells
-    ours:         parameter groups of this run's
     """
     if kind in BOUND or stored in BOUND:
-        raise CheckpointError(
-            f"the state of {kind if kind in BOUND else stored} is bound to the layout it was written at", mend=LAYOUT_MEND
-        )
-    mend = "set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`"
+        bound = kind if kind in BOUND else stored
+        raise CheckpointError(f"the optimizer {bound} goes on at the layout it was written at alone", mend=LAYOUT_MEND)
     if stored not in (None, kind) and not any({stored, kind} <= alike for alike in ALIKE):
-        raise CheckpointError(f"the checkpoint is of another optimizer: {stored}, and this run's is {kind}", mend=mend)
-    known = {key for group in theirs.groups for key in group}
+        raise CheckpointError(f"the checkpoint is of another optimizer: {stored}, and this run's is {kind}", mend=OTHER_MEND)
+
+
+def refuse_other_numbers(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise CheckpointError where this run's parameter groups have a number that no group of the checkpoint's has."""
+    known = {key for group in theirs for key in group}
     lacking = sorted({key for group in ours for key in group} - known - {"name", "params", LR_MULT})
-    if theirs.groups and lacking:
-        raise CheckpointError(f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}", mend=mend)
+    if theirs and lacking:
+        raise CheckpointError(f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}", mend=OTHER_MEND)
+
+
+OTHER_MEND = "set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`"

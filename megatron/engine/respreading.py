@@ -16,7 +16,7 @@ from megatron.checkpoint.optimizer_store import read_optimizer, recorded
 from megatron.checkpoint.partitions import OptimizerShard
 from megatron.checkpoint.state import LazyState
 from megatron.checkpoint.whole import Shard, Spreading, read_shards, width_over
-from megatron.engine.adopting import adopt, refuse_other_optimizer, trained_parameters
+from megatron.engine.adopting import adopt, refuse_other_numbers, refuse_other_optimizer, trained_parameters
 from megatron.engine.partitioning import whole_while_written
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
@@ -43,9 +43,10 @@ def spread_anew(engine: Any, groups: Groups, folder: Path, spec: ModelSpec) -> d
     Tensors are read one at a time. The learning-rate schedule is left to the caller.
     Raises CheckpointError where the optimizer's state is bound to a layout, or not that of this run's optimizer.
     """
-    optimizers, shards = read_optimizer(folder), read_shards(folder)
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    refuse_other_optimizer(type(inner).__name__, recorded(folder, 0).get("kind"), inner.param_groups, optimizers[0])
+    refuse_other_optimizer(type(inner).__name__, recorded(folder, 0).get("kind"))
+    optimizers, shards = read_optimizer(folder), read_shards(folder)
+    refuse_other_numbers(inner.param_groups, optimizers[0].groups)
     spreading = Spreading(spec, len(shards), groups.tp, rows=width_over(shards, "word_embeddings.weight", 0))
     masters = spreading.weights([one.masters for one in optimizers])
     if missing := sorted({name for name, _ in trained_parameters(engine.module)} - set(masters)):
