@@ -14,7 +14,6 @@ from megatron.checkpoint.state import canonical_name
 from megatron.engine.pieces import copies_of
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
-from megatron.optim.groups import LR_MULT
 
 log = get_logger(__name__)
 
@@ -168,11 +167,25 @@ def refuse_other_optimizer(kind: str, stored: str | None) -> None:
 
 
 def refuse_other_numbers(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> None:
-    """Raise CheckpointError where this run's parameter groups have a number that no group of the checkpoint's has."""
-    known = {key for group in theirs for key in group}
-    lacking = sorted({key for group in ours for key in group} - known - {"name", "params", LR_MULT})
+    """Raise CheckpointError where this run's optimizer has a number of NUMBERS that the checkpoint's has not."""
+    lacking = [key for key in NUMBERS if any(key in group for group in ours) and not any(key in group for group in theirs)]
     if theirs and lacking:
         raise CheckpointError(f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}", mend=OTHER_MEND)
 
+
+def say_changed_numbers(stored: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """One line per number that is not what it was in any group of the checkpoint."""
+    for key in NUMBERS:
+        before, now = ({_plain(group[key]) for group in some if key in group} for some in (stored, groups))
+        if before and now and before != now:
+            log.warning("optimizer %s was %s in the checkpoint and is %s now", key, *(sorted(values, key=str) for values in (before, now)))
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+NUMBERS = ("weight_decay", "betas", "eps", "momentum")
+"""Optimizer numbers that a configuration gives."""
 
 OTHER_MEND = "set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`"

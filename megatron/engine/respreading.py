@@ -16,14 +16,11 @@ from megatron.checkpoint.optimizer_store import read_optimizer, recorded
 from megatron.checkpoint.partitions import OptimizerShard
 from megatron.checkpoint.state import LazyState
 from megatron.checkpoint.whole import Shard, Spreading, read_shards, width_over
-from megatron.engine.adopting import adopt, refuse_other_numbers, refuse_other_optimizer, trained_parameters
+from megatron.engine.adopting import adopt, refuse_other_numbers, refuse_other_optimizer, say_changed_numbers, trained_parameters
 from megatron.engine.partitioning import whole_while_written
 from megatron.errors import CheckpointError
-from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
 from megatron.mpu.groups import Groups
-
-log = get_logger(__name__)
 
 
 def stored_stages(folder: Path) -> int:
@@ -80,19 +77,3 @@ def _gather(engine: Any) -> Gather | None:
 
 def _whole(tensors: Any) -> AbstractContextManager[Any]:
     return whole_while_written([tensor for tensor in tensors if hasattr(tensor, "ds_id")])
-
-
-NUMBERS = ("weight_decay", "betas", "eps", "momentum")
-"""Optimizer numbers that a configuration gives."""
-
-
-def say_changed_numbers(stored: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-    """One line per number that is not what it was in any group of the checkpoint."""
-    for key in NUMBERS:
-        before, now = ({_plain(group[key]) for group in some if key in group} for some in (stored, groups))
-        if before and now and before != now:
-            log.warning("optimizer %s was %s in the checkpoint and is %s now", key, *(sorted(values, key=str) for values in (before, now)))
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -39,13 +39,16 @@ def forget_groups() -> None:
 
 
 class Run:
-    """One engine in the ranks of this job. source: step folder that it goes on from"""
+    """One engine in the ranks of this job.
 
-    def __init__(self, flat: Mapping[str, Any], source: Path | None = None) -> None:
+    source: step folder that it goes on from; optimizer: with its optimizer
+    """
+
+    def __init__(self, flat: Mapping[str, Any], source: Path | None = None, *, optimizer: bool = True) -> None:
         from megatron.checkpoint.build import Source, Take, compared_args
         from megatron.data.build import build_data
         from megatron.engine.build import build_engine, join_job
-        from megatron.engine.persistence import Position, resume_everything
+        from megatron.engine.persistence import Position, resume_everything, resume_position
         from megatron.neox_arguments import NeoXArgs
         from megatron.objectives.build import build_objective
 
@@ -54,12 +57,17 @@ class Run:
         self.groups, device = join_job(self.args)
         self.objective = build_objective(self.args, eod=0)
         data = build_data(self.args, streams=self.objective.streams, rank=self.groups.dp.rank, size=self.groups.dp.size)
-        origin = Source(Take.NOTHING) if source is None else Source(Take.EVERYTHING, source.parent, source.name)
+        take = Take.EVERYTHING if optimizer else Take.WEIGHTS_AND_POSITION
+        origin = Source(Take.NOTHING) if source is None else Source(take, source.parent, source.name)
         self.engine, self.spec = build_engine(self.args, origin, self.groups, device)
         self.compared = compared_args(self.args)
         position = Position()
         if source is not None:
-            position = resume_everything(self.engine, source, self.spec, compared=self.compared, batch_size=4, rng=True)
+            common = {"compared": self.compared, "batch_size": 4, "rng": True}
+            if optimizer:
+                position = resume_everything(self.engine, source, self.spec, **common)
+            else:
+                position = resume_position(self.engine, source, **common)
         self.samples = position.samples
         self.batches = data.train.batches(self.objective.collate, start_sample=position.samples)
 
