@@ -49,8 +49,9 @@ def test_a_checkpoint_of_gpt_neox_goes_on_at_another_layout(tmp_path: Path, capf
     path = folder / "mp_rank_00_model_states.pt"
     content = torch.load(path, weights_only=False)
     del content[RECORD]
-    torch.save(content, path)
-    unnamed = _optimizer(folder)
+    (tmp_path / "unnamed").mkdir()
+    torch.save(content, tmp_path / "unnamed" / path.name)
+    unnamed = _optimizer(tmp_path / "unnamed")
     for key in ("exp_avg", "exp_avg_sq"):
         assert all(torch.equal(unnamed.states[key][name], own.states[key][name]) for name in own.masters)
 
