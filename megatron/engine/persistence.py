@@ -55,6 +55,7 @@ class Saver:
     optimizer: whether the engine writes the optimizer's state
     forward:   gives the logits of a fixed input, to be kept; called on all ranks
     keep_last: how many of the newest checkpoints stay; None = all
+    keep_every: multiples of this many steps stay in any case
     protected: steps that stay in any case
     """
 
@@ -67,6 +68,7 @@ class Saver:
     optimizer: bool = True
     forward: Callable[[], Tensor] | None = None
     keep_last: int | None = None
+    keep_every: int | None = None
     protected: frozenset[int] = frozenset()
 
     def save(self, iteration: int, samples: int, tokens: int) -> Path:
@@ -92,7 +94,7 @@ class Saver:
             log.info("  successfully saved checkpoint at iteration %7d to %s", iteration, self.directory / tag)
             if self.keep_last is not None:
                 # The step just written stays even where an abandoned attempt left later ones.
-                prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration})
+                prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration}, every=self.keep_every)
         barrier(world)
         return self.directory / tag
 
