@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, weighted_mean
+from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, tokens_digest, weighted_mean
 from megatron.engine.base import Pieces, StepResult
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.timers import Timers
@@ -58,6 +58,7 @@ class TrainEngine:
         learning_rate = self.runner.learning_rate
         if log.isEnabledFor(logging.DEBUG):
             require_same_batch(micro_batches, groups)
+            log.debug("tokens of the step: %s", tokens_digest(micro_batches, groups.dp))
         denominator = global_denominator(objective, micro_batches, groups.dp, self.device)
         meter = MetricSum()
         self.module().train()
