@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from megatron.checkpoint.build import compared_args
+from megatron.checkpoint.provenance import code_version, without_secrets
 from megatron.engine.base import Engine
 from megatron.engine.forward_check import forward_pass
-from megatron.engine.persistence import Position, Saver
+from megatron.engine.persistence import Position
+from megatron.engine.saving import Saver
 from megatron.errors import ConfigError, required
-from megatron.hooks.base import BaseHook, Hook, TrainState
-from megatron.hooks.checkpointing import CheckpointHook, Save, SavePlan
+from megatron.hooks.base import BaseHook, Hook
+from megatron.hooks.checkpointing import CheckpointHook, Checkpoints, SavePlan
 from megatron.hooks.console import ConsoleHook, tee_log
 from megatron.hooks.memory import MemoryHook, require_cuda
 from megatron.hooks.metrics import ClosingHook, MetricsHook
@@ -35,13 +38,15 @@ from megatron.hooks.sinks import (
     wandb_key_found,
     wandb_offline,
 )
-from megatron.hooks.stopping import FiniteHook, StopHook
+from megatron.hooks.stopping import FiniteHook, StopHook, StopRequest
 from megatron.hooks.throughput import StepFlops
 from megatron.hooks.validation import Evaluate, ValidationHook
+from megatron.hooks.wall_clock import Limits, WallClock, job_end
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import any_rank
+from megatron.mpu.collectives import on_first_rank
+from megatron.mpu.groups import Groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +58,9 @@ log = get_logger(__name__)
 KEPT = "tracker_ids"
 """Key under which checkpoints keep the ids."""
 
+RUN_ID = "run_id"
+"""Key under which they keep the name of the run itself: made once, the same after every resume."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
@@ -62,26 +70,24 @@ class RunParts:
     hardware_flops: of one optimizer step over all devices, with recomputed forward passes (the reported figure)
     model_flops:    the same without them
     devices:        number of devices that share the work (world size)
-    save:           writes a checkpoint of the state; called on all ranks. None = the run keeps none
+    checkpoints:    writes the run's checkpoints; None = the run keeps none
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
-    any_rank:       "true on any rank?", the same answer on every rank
     tracker_ids:    the run's ids at its trackers
     resumed:        whether tracker_ids come from a checkpoint
-    time_limit_s:   stop after this many seconds
+    stop:           whether the run is to stop early
     """
 
     rank: int = 0
     hardware_flops: float = 0.0
     model_flops: float = 0.0
     devices: int = 1
-    save: Save | None = None
+    checkpoints: Checkpoints | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
-    any_rank: Callable[[bool], bool] = bool
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
     resumed: bool = False
-    time_limit_s: float | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
@@ -99,11 +105,13 @@ def build_hooks(
     evaluate: Evaluate,
     position: Position,
     splits: frozenset[str] | None = None,
+    stop: StopRequest | None = None,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
     position: where the run starts; what hooks keep in checkpoints is in `position.kept`
     splits:   which of "valid", "test" have data; None = what the configured paths say
+    stop:     whether the run is to stop early; None = only by `exit_interval`
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
@@ -112,29 +120,45 @@ def build_hooks(
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
+    run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        save=_save(args, engine, spec, {KEPT: ids}),
+        checkpoints=_checkpoints(args, engine, spec, {KEPT: ids, RUN_ID: run_id}),
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
-        any_rank=lambda flag: any_rank(flag, world, engine.device),
         tracker_ids=ids,
         resumed=KEPT in position.kept,
-        time_limit_s=None if args.run.exit_duration_in_mins is None else 60.0 * args.run.exit_duration_in_mins,
+        stop=stop or StopRequest(),
     )
     return assemble(args, parts)
 
 
-def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Save | None:
-    """How a checkpoint of this run is written; None without `save`."""
+def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool], bool]) -> StopRequest:
+    """What ends the run early.
+
+    received: signals to this process so far
+    any_rank: "true on any rank?", the same answer on every rank
+    """
+    run = args.run
+    limits = Limits(
+        duration_s=None if run.exit_duration_in_mins is None else 60.0 * run.exit_duration_in_mins,
+        killed_at=job_end(os.environ),
+        margin_s=run.exit_margin_in_secs,
+        grace_s=run.grace_in_secs,
+    )
+    return StopRequest(received, wall=WallClock(limits), any_rank=any_rank)
+
+
+def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Saver | None:
+    """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
         return None
-    saver = Saver(
+    return Saver(
         engine=engine,
         directory=Path(section.save),
         compared=compared_args(args),
@@ -146,12 +170,26 @@ def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, An
         keep_last=section.keep_last_n_checkpoints,
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
+        run_id=str(kept[RUN_ID]),
+        layout=_layout(args, engine.groups),
+        code_version=code_version(),
+        config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
+        background=section.checkpoint_async,
+        failures_allowed=section.checkpoint_failures_allowed,
     )
 
-    def save(state: TrainState) -> None:
-        saver.save(state.iteration, state.samples, state.tokens)
 
-    return save
+def _layout(args: NeoXArgs, groups: Groups) -> dict[str, int | str | bool]:
+    """How files are spread over ranks, for the manifest."""
+    return {
+        "pipe": groups.pp.size,
+        "tensor": groups.tp.size,
+        "context": groups.cp.size,
+        "data": groups.dp.size,
+        "zero_stage": int((args.optim.zero_optimization or {}).get("stage", 0)),
+        "precision": str(args.model.precision),
+        "pipelined": bool(args.runtime.pipe_parallel_size),
+    }
 
 
 def forward_of(args: NeoXArgs, engine: Engine, spec: ModelSpec) -> Callable[[], Tensor]:
@@ -194,12 +232,14 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     if logs.memory_profiling and parts.rank == 0:
         place = logs.memory_profiling_path or _place(args, "memory_profiling", "memory_profiling_path")
         hooks.append(MemoryHook(stop=logs.profile_step_stop, directory=Path(place)))
-    if parts.save is not None and args.checkpoint.save:
-        hooks.append(CheckpointHook(plan=_save_plan(args), save=parts.save))
+    if parts.checkpoints is not None and args.checkpoint.save:
+        hooks.append(
+            CheckpointHook(plan=_save_plan(args), checkpoints=parts.checkpoints, report=metrics.attach, took=parts.stop.wall.save_took)
+        )
     validation = _validation(args, parts, metrics)
     if validation is not None:
         hooks.append(validation)
-    hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, time_limit_s=parts.time_limit_s, any_rank=parts.any_rank))
+    hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
     return [*hooks, ClosingHook(metrics)]
 
 

@@ -90,7 +90,7 @@ class Run:
 
     def save(self, directory: Path, iteration: int) -> Path:
         """Write a checkpoint; returns the step's folder."""
-        from megatron.engine.persistence import Saver
+        from megatron.engine.saving import Saver
 
         saver = Saver(engine=self.engine, directory=directory, compared=self.compared, configs={})
         return saver.save(iteration, self.samples, self.samples * 64)

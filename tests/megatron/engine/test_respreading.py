@@ -92,7 +92,7 @@ def _optimizer(folder: Path) -> Any:
 
 def weights_alone(rank: int, world: int, folder: str) -> dict[str, Any]:
     """A ZeRO-3 run saved without its optimizer: its weights, and those with which two tensor ranks go on."""
-    from megatron.engine.persistence import Saver
+    from megatron.engine.saving import Saver
     from support.respread import flat_of
 
     os.chdir(folder)

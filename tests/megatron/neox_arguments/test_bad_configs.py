@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs that must be refused: one report with file:line, reason and mend, exit code 2."""
+"""Configs that must be refused: one report with file:line, reason and mend, exit status 77."""
 
 from __future__ import annotations
 
@@ -358,6 +358,8 @@ CASES = (
     Bad("checkpoint spacing", "save: out\ncheckpoint_factor: 0.5", 2, "checkpoint_factor is 0.5", "number of steps"),
     Bad("keep every of all", "keep_every: 100", 1, "keep_last_n_checkpoints is not set", "set keep_last_n_checkpoints"),
     Bad("keep every nothing", "keep_last_n_checkpoints: 2\nkeep_every: 0", 2, "a whole number >= 1", "write a whole number >= 1"),
+    Bad("failures below none", "checkpoint_failures_allowed: -1", 1, "a whole number >= 0", "write a whole number >= 0"),
+    Bad("async without save", "checkpoint_async: true", 1, "save is not set", "set save"),
     Bad("verify how", "checkpoint_verify: sizes", 1, "one of full, size, off", "write size"),
     Bad("iteration of nothing", "iteration: 10", 1, "load is not set", "global_step10"),
     Bad("hostfile missing", "global_num_gpus: null\nhostfile: no/such/file", 2, "cannot read the hostfile", "global_num_gpus"),
@@ -391,7 +393,7 @@ def test_every_bad_config_is_refused_with_place_and_mend(tmp_path):
         with pytest.raises(ConfigError) as caught:
             NeoXArgs.from_ymls(write(folder, case.text))
         report = caught.value.report()
-        assert caught.value.exit_code == 2, case.name
+        assert caught.value.exit_code == 77, case.name
         assert len(caught.value.problems) == 1, f"{case.name}: one fault, one problem\n{report}"
         assert case.says in re.sub(r" +", " ", report), f"{case.name}:\n{report}"
         assert case.mend in caught.value.problems[0].mend, f"{case.name}:\n{report}"
