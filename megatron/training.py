@@ -111,7 +111,7 @@ def run(
     make_place(args)
     with pulse.during(LOAD):
         engine, spec = build_engine(args, source, groups, device)
-        position = as_before(args, source, take_up(args, source, engine), objective.streams, groups.world)
+        position = as_before(args, source, take_up(args, source, engine, spec), objective.streams, groups.world)
         check_forward(args, source, engine, spec)
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
@@ -127,15 +127,15 @@ def run(
     return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
-def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
+def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> Position:
     """Where the run goes on, after what `source` gives was taken."""
-    if source.directory is None or source.tag is None or source.take in (Take.NOTHING, Take.WEIGHTS):
+    if source.folder is None or source.take in (Take.NOTHING, Take.WEIGHTS):
         return Position()
     compared, rng = compared_args(args), not args.checkpoint.no_load_rng
     batch_size = required(args.run.train_batch_size, "train_batch_size")
     if source.take is Take.WEIGHTS_AND_POSITION:
-        return resume_position(engine, source.directory / source.tag, compared=compared, batch_size=batch_size, rng=rng)
-    return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
+        return resume_position(engine, source.folder, compared=compared, batch_size=batch_size, rng=rng)
+    return resume_everything(engine, source.folder, spec, compared=compared, batch_size=batch_size, rng=rng)
 
 
 def make_place(args: NeoXArgs) -> None:

@@ -214,7 +214,7 @@ def test_a_rank_of_deepy_leaves_its_report_to_it(
     note = tmp_path / "note"
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("nobody else tells it first"))
-    for error, status, consequence in ((ConfigError("wrong"), 2, False), (LostRankError("gone"), 1, True), (KeyError("bug"), 1, False)):
+    for error, status, consequence in ((ConfigError("wrong"), 77, False), (LostRankError("gone"), 1, True), (KeyError("bug"), 1, False)):
 
         def fails(argv: list[str], error: Exception = error) -> None:
             assert "NEOX_FAILURE_FILE" not in os.environ  # not for what this rank starts
