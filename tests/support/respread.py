@@ -93,7 +93,8 @@ class Run:
         from megatron.engine.saving import Saver
 
         saver = Saver(engine=self.engine, directory=directory, compared=self.compared, configs={})
-        return saver.save(iteration, self.samples, self.samples * 64)
+        saver.save(iteration, self.samples, self.samples * 64, last=True)
+        return directory / f"global_step{iteration}"
 
     def gathered(self) -> dict[str, Any]:
         """Every weight and optimizer state of the whole model by "name" and "name exp_avg", from the pieces of all ranks."""

@@ -94,6 +94,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.full
 @pytest.mark.timeout(400)
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     """270 MB are rewritten in 70 to 120: what was read is let go of."""

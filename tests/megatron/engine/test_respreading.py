@@ -106,7 +106,7 @@ def weights_alone(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_weights_of_zero_3_are_read_at_any_layout(tmp_path: Path) -> None:
     """By a run with a fresh optimizer, and for generation; the file that holds them stays where the optimizer is not saved."""
     import numpy as np
@@ -117,7 +117,7 @@ def test_weights_of_zero_3_are_read_at_any_layout(tmp_path: Path) -> None:
     from megatron.generation.build import load_model
     from megatron.neox_arguments import NeoXArgs
 
-    seen = run_distributed(weights_alone, 2, 120, init=False, folder=str(tmp_path))[0]
+    seen = run_distributed(weights_alone, 2, 280, init=False, folder=str(tmp_path))[0]
     held, folder = seen["held"], tmp_path / "ckpt" / "global_step2"
     assert all(np.array_equal(held[name], seen["taken"][name]) for name in held) and seen["samples"] == 8
     assert not any(name.endswith("exp_avg") for name in seen["taken"])
@@ -133,14 +133,15 @@ def test_weights_of_zero_3_are_read_at_any_layout(tmp_path: Path) -> None:
         read_weights(folder)
 
 
+@pytest.mark.full
 @pytest.mark.dist
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_a_filled_up_vocabulary_is_cut_and_filled(tmp_path: Path) -> None:
     """512 tokens, to multiples of 40 for every tensor rank: 520 rows for one, 560 for two."""
     filling = {"make_vocab_size_divisible_by": 40}
     layouts = {"one": {**filling, "padded_vocab_size": 520}, "two": {**filling, "padded_vocab_size": 560, "model_parallel_size": 2}}
     pairs = [("one", "two"), ("two", "one")]
-    found = run_distributed(changes, 2, 120, init=False, folder=str(tmp_path), layouts=layouts, pairs=pairs, style="neox")[0]
+    found = run_distributed(changes, 2, 280, init=False, folder=str(tmp_path), layouts=layouts, pairs=pairs, style="neox")[0]
     for seen in found.values():
         assert seen["names"] == [] and seen["rows"]
         # Only the tables have other shapes; a row of zeros more is one more guess among hundreds.
