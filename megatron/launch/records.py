@@ -186,7 +186,10 @@ class Ledger:
             self.events.append(Event(what="lost", host=event.host, rank=event.rank, at=event.at, code=LOST, text=text))
 
     def left(self) -> int | None:
-        """The status with which ranks ended in order before they were done; None where none did."""
+        """The status with which ranks ended in order: 0 of all that are done, or what was told to stop left with; None where none did."""
+        done = {event.rank for event in self.events if event.what == "ended"}
+        if done == set(self.hosts):
+            return ExitStatus.DONE
         return next((int(event.code) for event in self.events if event.what == "stopped" and event.code in LEAVING), None)
 
     def status(self) -> int:
