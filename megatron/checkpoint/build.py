@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.neox_store import find_tag, named_step, saved_steps, zero3_partitioned
+from megatron.checkpoint.discovery import Search, find, nothing_saved
+from megatron.checkpoint.lock import RunLock, held
+from megatron.checkpoint.publishing import recover
 from megatron.checkpoint.resume import COMPARED_ARGS
+from megatron.checkpoint.steps import named_step
+from megatron.checkpoint.verifying import Verify
 from megatron.checkpoint.whole import read_shards, width_over
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import on_first_rank
+from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
@@ -42,24 +50,53 @@ class Source:
         return None if self.directory is None or self.tag is None else self.directory / self.tag
 
 
-def choose_source(args: NeoXArgs) -> Source:
-    """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for.
+def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
+    """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for. Call on every rank.
 
     A folder without any checkpoint is an error, unless it is also where this run saves: then the run starts there.
     Raises CheckpointError.
     """
-    section = args.checkpoint
+    section, world = args.checkpoint, world or Group.single()
     if not section.load:
         return Source(Take.NOTHING)
-    directory, iteration = named_step(Path(section.load), section.iteration)
-    if section.save and iteration is None and not saved_steps(directory) and not (directory / "latest").exists():
-        if Path(section.save).resolve() == directory.resolve():
-            log.info("no checkpoint in %s yet: starting from the beginning", directory)
-            return Source(Take.NOTHING)
-    tag = find_tag(directory, iteration)
+    search = search_of(args)
+    same = bool(section.save) and Path(str(section.save)).resolve() == search.directory.resolve()
+    if same and search.iteration is None and on_first_rank(lambda: nothing_saved(search.directory), world):
+        log.info("no checkpoint in %s yet: starting from the beginning", search.directory)
+        return Source(Take.NOTHING)
+    tag = find(replace(search, own=same and not section.finetune), world)
     if section.finetune:
-        return Source(Take.WEIGHTS, directory, tag)
-    return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
+        return Source(Take.WEIGHTS, search.directory, tag)
+    return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
+
+
+@contextmanager
+def own_folder(args: NeoXArgs, world: Group) -> Iterator[Callable[[], None]]:
+    """Within, no other run writes to `save`, and what a killed one left half done there is cleared up. Call on every rank.
+
+    Yields what asks whether that still holds, and raises TrainingError when it does not.
+    Raises ConfigError when another run has the folder.
+    """
+    locks: list[RunLock] = []
+    with ExitStack() as stack:
+        if args.checkpoint.save:
+            on_first_rank(lambda: locks.append(stack.enter_context(_taken(Path(str(args.checkpoint.save))))), world)
+        yield locks[0].check if locks else lambda: None
+
+
+@contextmanager
+def _taken(directory: Path) -> Iterator[RunLock]:
+    with held(directory) as lock:
+        for line in recover(directory):
+            log.warning("%s: %s", directory, line)
+        yield lock
+
+
+def search_of(args: NeoXArgs) -> Search:
+    """Which checkpoint `load` and `iteration` ask for, and how closely it is looked at."""
+    section = args.checkpoint
+    directory, iteration = named_step(Path(str(section.load)), section.iteration)
+    return Search(directory=directory, iteration=iteration, verify=Verify(section.checkpoint_verify))
 
 
 def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
@@ -68,7 +105,7 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     FORMAT: GPT-NeoX reads `intermediate_size` of a gated MLP as 3/2 of the width, its fork as the width itself.
     """
     spec = build_spec(args)
-    if folder is None or not spec.blocks[0].mlp.gated or zero3_partitioned(folder):
+    if folder is None or not spec.blocks[0].mlp.gated:
         return spec
     width = width_over(read_shards(folder), "mlp.linear2.weight", 1) or spec.blocks[0].mlp.width
     convention = mlp_convention_of(args, width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A NeoX checkpoint folder: `latest`, `global_step<N>/`, and the weights inside, in either of their two forms.
+"""The weights in a step's folder of a NeoX checkpoint, in either of their two forms.
 
 FORMAT: pipe_parallel_size 0 keeps all weights in mp_rank_<TT>_model_states.pt under "module" with names
 `sequential.<slot>.<parameter>`; a pipeline keeps one layer_<slot>-model_<TT>-model_states.pt per slot with names
@@ -8,24 +8,32 @@ FORMAT: pipe_parallel_size 0 keeps all weights in mp_rank_<TT>_model_states.pt u
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpoint.partitions import named_shapes, partitions
 from megatron.checkpoint.reading import read_torch_file
+from megatron.checkpoint.state import TIED, LazyState
+from megatron.checkpoint.state import canonical_name as canonical_name
+from megatron.checkpoint.steps import find_tag as find_tag
+from megatron.checkpoint.steps import named_step as named_step
+from megatron.checkpoint.steps import saved_steps as saved_steps
+from megatron.checkpoint.steps import step_tag as step_tag
+from megatron.checkpoint.steps import write_latest as write_latest
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
 
-_STEP = re.compile(r"^global_step(\d+)$")
 _LAYER = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
-_RANK = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+_RANK = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")
+_PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
 
 @dataclass(frozen=True)
@@ -37,85 +45,40 @@ class LoadReport:
     parameters: int
 
 
-def step_tag(iteration: int) -> str:
-    """Name of the folder of one step."""
-    return f"global_step{iteration}"
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """Steps that have a folder, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(match.group(1)) for entry in directory.iterdir() if entry.is_dir() and (match := _STEP.match(entry.name)))
-
-
-def named_step(load: Path, iteration: int | None = None) -> tuple[Path, int | None]:
-    """The folder of checkpoints and the step that `load` and `iteration` mean, where `load` may be one step's own folder.
-
-    >>> named_step(Path("out/global_step20"))[1], named_step(Path("out"), 20)[1]
-    (20, 20)
-    """
-    match = _STEP.match(load.name)
-    if match is None or saved_steps(load) or (load / "latest").exists() or iteration not in (None, int(match.group(1))):
-        return load, iteration
-    return load.parent, int(match.group(1))
-
-
-def find_tag(directory: Path, iteration: int | None = None) -> str:
-    """The folder name to load: of `iteration`, or the one that `latest` names.
-
-    Raises CheckpointError when there is none, listing the steps that are there.
-    """
-    steps = saved_steps(directory)
-    there = f"steps there: {', '.join(map(str, steps))}" if steps else "there is no global_step<N> folder in it"
-    if iteration is not None:
-        if iteration not in steps:
-            raise CheckpointError(
-                f"no checkpoint of iteration {iteration}; {there}", where=str(directory), mend="set `iteration` to one of them"
-            )
-        return step_tag(iteration)
-    latest = directory / "latest"
-    if latest.is_file():
-        tag = latest.read_text(encoding="utf-8").strip()
-        if (directory / tag).is_dir():
-            return tag
-        raise CheckpointError(
-            f"`latest` names {tag}, which is not there; {there}", where=str(latest), mend="set `iteration` to one of them"
-        )
-    raise CheckpointError(
-        f"no checkpoint found: no file named latest; {there}",
-        where=str(directory),
-        mend="correct `load`, or set `iteration` to a step that is there",
-    )
-
-
-def write_latest(directory: Path, tag: str) -> None:
-    """Point `latest` at `tag`, aside and renamed, flushed to disk."""
-    aside = directory / f"latest.tmp.{os.getpid()}"
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(directory / "latest")
-
-
 def model_file(folder: Path, rank: int = 0) -> Path:
     """The bookkeeping file of a model rank (and, without a pipeline, its weights)."""
     return folder / f"mp_rank_{rank:02d}_model_states.pt"
 
 
-def bookkeeping(folder: Path, *, deepspeed_types: bool = False) -> dict[str, Any]:
-    """Everything in the first model rank's file but the weights; empty when there is no such file."""
+def bookkeeping_file(folder: Path, rank: int = 0) -> Path:
+    """The file of a model rank that is there, also where no rank has whole weights; that of the plain form where none is."""
+    path = model_file(folder, rank)
     # FORMAT: under ZeRO-3 every data rank has such a file of its own.
-    paths = (model_file(folder), folder / f"zero_pp_rank_0_{model_file(folder).name}")
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    spread = folder / f"zero_pp_rank_0_{path.name}"
+    return spread if spread.is_file() and not path.is_file() else path
+
+
+def model_ranks(folder: Path) -> int:
+    """How many pipeline stages times tensor ranks wrote a folder."""
+    return len({int(m.group(1)) for entry in folder.iterdir() if (m := _RANK.match(entry.name))}) if folder.is_dir() else 0
+
+
+def partition_files(folder: Path, model_rank: int) -> list[Path]:
+    """The files over which ZeRO, or the bfloat16 optimizer, has spread a model rank's optimizer, by data rank."""
+    found = {int(m.group(1)): entry for entry in folder.iterdir() if (m := _PARTITION.match(entry.name)) and int(m.group(2)) == model_rank}
+    return [path for _, path in sorted(found.items())]
+
+
+def bookkeeping(folder: Path, *, deepspeed_types: bool = False, rank: int = 0) -> dict[str, Any]:
+    """Everything in a model rank's file but the weights; empty when there is no such file."""
+    path = bookkeeping_file(folder, rank)
+    if not path.is_file():
         return {}
     content = read_torch_file(path, deepspeed_types=deepspeed_types)
     return {key: value for key, value in content.items() if key not in ("module", "optimizer")}
 
 
-def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
+def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     """All weights of one tensor rank by canonical name `<slot>.<parameter>`.
 
     Raises CheckpointError when the folder holds none.
@@ -130,11 +93,7 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
         return weights
     path = model_file(folder, tensor_rank)
     if not path.exists() and zero3_partitioned(folder):
-        raise CheckpointError(
-            "the weights are spread over data-parallel ranks (ZeRO-3), which only a run of the same layout can read",
-            where=str(folder),
-            mend="resume with `zero_optimization: {stage: 3}` and as many ranks, optimizer included",
-        )
+        return _of_partitions(folder, tensor_rank)
     module = read_torch_file(path, deepspeed_types=_may_hold_deepspeed_types(folder)).get("module")
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
@@ -143,12 +102,29 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
     return {name.removeprefix("sequential."): tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
 
 
+def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
+    """ZeRO-3: the float32 weights, joined on access, and what is whole in each file."""
+    files = partition_files(folder, tensor_rank)
+    if not files:
+        raise CheckpointError(
+            "the weights were spread over data-parallel ranks (ZeRO-3), and their files are not there",
+            where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"),
+            mend="copy all files of the folder, or choose another step",
+        )
+    content = read_torch_file(bookkeeping_file(folder, tensor_rank), deepspeed_types=True)
+    parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
+    masters = partitions(parts, named_shapes(content)).masters
+    # FORMAT: "module" has empty tensors in place of parameters.
+    whole = {canonical_name(name): tensor for name, tensor in content["module"].items() if tensor.numel()}
+    return LazyState({name: partial(source.__getitem__, name) for source in (masters, whole) for name in source})
+
+
 def tensor_ranks(folder: Path) -> int:
     """Over how many tensor parallel ranks the weights of a folder are spread."""
     entries = list(folder.iterdir()) if folder.is_dir() else []
     pieces = {int(m.group(2)) for entry in entries if (m := _LAYER.match(entry.name))}
     # FORMAT: beside layer files there is a bookkeeping file per pipeline and tensor rank, which says nothing here.
-    return len(pieces) or sum(1 for entry in entries if _RANK.match(entry.name))
+    return len(pieces) or model_ranks(folder)
 
 
 def zero3_partitioned(folder: Path) -> bool:
@@ -176,10 +152,12 @@ def copy_weights(
     elsewhere: slots that other pipeline stages may hold; those of them that `module` lacks are passed over
     Raises CheckpointError naming the tensors that do not fit; then nothing was copied.
     """
-    own = {canonical_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    held = module.state_dict(keep_vars=True)
+    own = {canonical_name(name): tensor for name, tensor in held.items()}
     target = {name: tensor for name, tensor in own.items() if not _DERIVED.search(name)}
-    here = {_slot(name) for name in own}
-    wanted = [name for name in weights if _slot(name) in here or _slot(name) not in elsewhere]
+    # Of a tied slot a stage may hold a part.
+    here = {_slot(name) for name in own} - ({_slot(canonical_name(name)) for name in held if name.startswith(TIED)} if elsewhere else set())
+    wanted = [name for name in weights if name in own or _slot(name) in here or _slot(name) not in elsewhere]
     shapes = {name: weights[name].shape for name in wanted}
     _check_names(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
@@ -201,12 +179,6 @@ def _whole_shape(tensor: Tensor) -> torch.Size:
 
 # FORMAT: derived tables some versions keep and none needs.
 _DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|alibi_embed\.slopes|attention\.norm_factor)$")
-
-
-def canonical_name(name: str) -> str:
-    """A name of the module, sequential or pipeline, as `<slot>.<parameter>`."""
-    # DeepSpeed files a shared module under its key; the embedding, slot 0, is the only one.
-    return re.sub(r"^(sequential\.|tied_modules\.embed\.)", lambda match: "" if match.group(1) == "sequential." else "0.", name)
 
 
 def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, torch.Size], unused: tuple[str, ...]) -> None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,19 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from megatron.checkpoint.optimizer_store import RECORD, recorded
 from megatron.checkpoint.reading import read_torch_file
+from megatron.checkpoint.state import canonical_name
+from megatron.checkpoint.writing import Writing
 from megatron.engine.base import Pieces
 from megatron.engine.grid import counted_here, grid_of, mark_split
-from megatron.engine.layout import Layout, refuse_other_layout
+from megatron.engine.layout import Layout, stored_layout
 from megatron.engine.pieces import pieces_of
+from megatron.engine.respreading import spread_anew
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
-from megatron.mpu.collectives import barrier
+from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import of_all_ranks
 from megatron.mpu.groups import Groups
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.schedules import LRScheduler
@@ -31,22 +34,40 @@ log = get_logger(__name__)
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's writer with a reader that runs no code found in a file.
+    """Hands what DeepSpeed wants written to a Writing, and reads without running code found in a file.
 
+    It raises nothing: while one rank had an error, the others would wait for it in DeepSpeed's barriers.
     optimizer: whether the optimizer's state is written
+    writing:   where files go to; set while a checkpoint is saved
     """
 
     def __init__(self, config: Any, *, optimizer: bool = True) -> None:
         super().__init__(config)
         self._optimizer = optimizer
+        self.writing: Writing | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """A folder of the checkpoint."""
+        try:
+            super().makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self._target().fail(path, error)
 
     def save(self, state_dict: Any, path: str) -> None:
         """One file of a checkpoint."""
         if self._optimizer:
-            super().save(state_dict, path)
+            self._target().add(state_dict, Path(path))
         # FORMAT: ZeRO keeps the optimizer in files of its own; otherwise it is beside the weights.
-        elif not path.endswith("optim_states.pt"):
-            super().save({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, path)
+        elif path.endswith("optim_states.pt"):
+            if (weights := _weights_alone(state_dict)) is not None:
+                self._target().add(weights, Path(path))
+        else:
+            self._target().add({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, Path(path))
+
+    def _target(self) -> Writing:
+        if self.writing is None:
+            raise TrainingError("DeepSpeed wrote a checkpoint by itself", mend="save through the engine")
+        return self.writing
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Tensors and plain data of one file."""
@@ -84,6 +105,7 @@ class Runner:
             optimizer.register_step_pre_hook(self._clipper)
             config["gradient_clipping"] = 0.0
         mark_split(model)
+        self._record = _record_of(model, optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -94,6 +116,8 @@ class Runner:
         )
         _forget_rehearsal(self.optimizer)
         self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config, optimizer=save_optimizer)
+        copy_script = self.deepspeed._copy_recovery_script
+        self.deepspeed._copy_recovery_script = lambda place: _or_warn(copy_script, place)
 
     def watch(self, look: Callable[[], None]) -> None:
         """Have `look` called before each update: by the torch optimizer where it is plain, else through `about_to_update`."""
@@ -142,25 +166,28 @@ class Runner:
         """Whether the last step made no update (overflow)."""
         return not self.deepspeed.was_step_applied()
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write directory/tag under another name and rename it when all ranks are done."""
-        aside = f"{tag}.partial"
-        if self.groups.world.rank == 0:
-            shutil.rmtree(directory / aside, ignore_errors=True)
-        barrier(self.groups.world)
-        self.deepspeed.save_checkpoint(str(directory), tag=aside, client_state=dict(client_state), save_latest=False)
-        barrier(self.groups.world)
-        if self.groups.world.rank == 0:
-            _publish(directory / aside, directory / tag)
-        barrier(self.groups.world)
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+        """Hand over everything that belongs into directory/tag; `writing` knows when it is there, and what failed."""
+        engine = self.deepspeed.checkpoint_engine
+        engine.writing = writing
+        try:
+            self.deepspeed.save_checkpoint(str(directory), tag=tag, client_state={**client_state, RECORD: self.record()}, save_latest=False)
+        finally:
+            engine.writing = None
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Read weights, optimizer and schedule; returns the client state.
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
+        """Read weights, optimizer and schedule, of any layout; returns the client state.
 
-        Raises CheckpointError when the folder does not fit this layout.
+        Raises CheckpointError when the folder does not fit this model or optimizer.
         """
         folder = directory / tag
-        refuse_other_layout(folder, self._layout())
+        if not self._fits(folder):
+            stored, ours = stored_layout(folder), self._layout()
+            log.info("the checkpoint was written at: %s; this run has: %s; its weights and optimizer are spread anew", stored, ours)
+            state = spread_anew(self.deepspeed, self.groups, folder, spec)
+            if state.get("lr_scheduler") is not None:
+                self.schedule.load_state_dict(state["lr_scheduler"])
+            return state
         configured = [{key: group[key] for key in _NUMBERS if key in group} for group in self.optimizer.param_groups]
         kinds = [set(group) for group in self.optimizer.param_groups]
         try:
@@ -192,7 +219,23 @@ class Runner:
             pipelined=bool(engine.pipeline_parallelism),
             partitions=self.groups.replicas.size if engine.zero_optimization() else 0,
             model_ranks=self.groups.tp.size * self.groups.pp.size,
+            tensor_ranks=self.groups.tp.size,
+            spread=engine.zero_optimization_stage() == 3,
         )
+
+    def record(self) -> dict[str, Any]:
+        """How the optimizer is kept, and over which parameters; see RECORD."""
+        engine = self.deepspeed
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+        return {"form": f"{type(self.optimizer).__name__} {precision}", **self._record}
+
+    def _fits(self, folder: Path) -> bool:
+        """Whether DeepSpeed's own loader can read the folder: on every rank its files are of the same form and order."""
+        fits = stored_layout(folder) == self._layout()
+        record = recorded(folder, self.deepspeed.checkpoint_mp_rank) if fits else {}
+        ours = self.record()
+        fits = fits and all(record.get(key, ours[key]) == ours[key] for key in ("form", "groups"))
+        return all(of_all_ranks(fits, self.groups.world))
 
     def _restore_numbers(self, configured: list[dict[str, Any]]) -> None:
         """The configuration's optimizer numbers win over the checkpoint's; every change is said once."""
@@ -217,6 +260,26 @@ def _forget_rehearsal(optimizer: Any) -> None:
         optimizer.optimizer.state.clear()
 
 
+def _record_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+    return {"kind": type(optimizer).__name__, "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]}
+
+
+def _weights_alone(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What of a file of ZeRO's optimizer are weights that are nowhere else (ZeRO-3); None where there are none."""
+    content = state.get("optimizer_state_dict", {})
+    kept = ("zero_stage", "partition_count", "fp32_flat_groups")
+    return {**state, "optimizer_state_dict": {key: content[key] for key in kept}} if "fp32_flat_groups" in content else None
+
+
+def _or_warn(copy: Callable[[str], object], place: str) -> None:
+    """Copy DeepSpeed's scripts beside the checkpoints. One rank does so: an error there would leave the others in a barrier."""
+    try:
+        copy(place)
+    except OSError as error:
+        log.warning("DeepSpeed's recovery scripts were not copied to %s: %s", place, error)
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -224,14 +287,3 @@ def _listed(value: Any) -> list[Any]:
 def _is_plain(config: Mapping[str, Any]) -> bool:
     low_precision = any(bool((config.get(key) or {}).get("enabled")) for key in ("fp16", "bf16"))
     return not low_precision and int((config.get("zero_optimization") or {}).get("stage", 0)) == 0
-
-
-def _publish(aside: Path, final: Path) -> None:
-    """Put a finished folder in its place; one of the same name is removed only afterwards."""
-    if not aside.is_dir():
-        raise TrainingError("the checkpoint was not written", where=str(aside), mend="check the disk")
-    old = final.with_name(f"{final.name}.old.{os.getpid()}")
-    if final.exists():
-        final.rename(old)
-    aside.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

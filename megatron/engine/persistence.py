@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves a run's whole state as a checkpoint folder and takes it up again. Knows no configuration object."""
+"""Takes up a run's whole state from a checkpoint folder (saving.py wrote it). Knows no configuration object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron.checkpoint.neox_store import bookkeeping, step_tag, write_latest
-from megatron.checkpoint.resume import capture_rng, compare_args, restore_rng, write_configs
-from megatron.checkpoint.retention import prune
+from megatron.checkpoint.neox_store import bookkeeping
+from megatron.checkpoint.resume import compare_args, restore_rng
 from megatron.engine.base import Engine
 from megatron.engine.distributed import seed_everything
-from megatron.engine.forward_check import STORED
+from megatron.engine.respreading import stored_stages, stored_state
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
-from megatron.mpu.collectives import barrier, of_all_ranks
-from megatron.mpu.groups import Group
+from megatron.model.spec import ModelSpec
+from megatron.mpu.groups import Groups
 
 log = get_logger(__name__)
 
@@ -41,63 +39,10 @@ class Position:
     kept: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Saver:
-    """Writes checkpoints of one run.
-
-    directory: `save`
-    compared:  what a later load compares (checkpoint format: "args")
-    configs:   the YAML files of the run, by name
-    rng:       also keep the random states
-    kept:      gives what hooks want to find again after a resume (a W&B run id, ...)
-    optimizer: whether the engine writes the optimizer's state
-    forward:   gives the logits of a fixed input, to be kept; called on all ranks
-    keep_last: how many of the newest checkpoints stay; None = all
-    protected: steps that stay in any case
-    """
-
-    engine: Engine
-    directory: Path
-    compared: Mapping[str, Any]
-    configs: Mapping[str, str]
-    rng: bool = True
-    kept: Callable[[], Mapping[str, Any]] = dict
-    optimizer: bool = True
-    forward: Callable[[], Tensor] | None = None
-    keep_last: int | None = None
-    protected: frozenset[int] = frozenset()
-
-    def save(self, iteration: int, samples: int, tokens: int) -> Path:
-        """Write `global_step<iteration>`, then move `latest`; returns the folder. All ranks call it."""
-        world = self.engine.groups.world
-        client_state: dict[str, Any] = {"iteration": iteration, "args": dict(self.compared)}
-        client_state[OURS] = {"samples": samples, "tokens": tokens, "kept": dict(self.kept()), "optimizer": self.optimizer}
-        if self.forward is not None:
-            client_state[STORED] = self.forward()
-        if self.rng:
-            # Only the first data rank writes its client state.
-            states = of_all_ranks(capture_rng(), self.engine.groups.replicas)
-            client_state.update(states[0])
-            client_state[OURS].update({RNG: states} if len(states) > 1 else {})
-        tag = step_tag(iteration)
-        if world.rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        barrier(world)
-        self.engine.save(self.directory, tag, client_state)
-        if world.rank == 0:
-            write_configs(self.directory / tag, self.configs)
-            write_latest(self.directory, tag)
-            log.info("  successfully saved checkpoint at iteration %7d to %s", iteration, self.directory / tag)
-            if self.keep_last is not None:
-                # The step just written stays even where an abandoned attempt left later ones.
-                prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration})
-        barrier(world)
-        return self.directory / tag
-
-
-def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
-    """Load weights, optimizer, schedule, position and (rng) random states. All ranks call it."""
-    folder = directory / tag
+def resume_everything(
+    engine: Engine, folder: Path, spec: ModelSpec, *, compared: Mapping[str, Any], batch_size: int, rng: bool
+) -> Position:
+    """Load weights, optimizer, schedule, position and (rng) random states, whatever layout wrote them. All ranks call it."""
     stored = bookkeeping(folder, deepspeed_types=True)
     compare_args(compared, stored.get("args"), folder)
     if (stored.get(OURS) or {}).get("optimizer") is False:
@@ -106,36 +51,36 @@ def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Ma
             where=str(folder),
             mend="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
         )
-    client_state = engine.load(directory, tag)
+    client_state = engine.load(folder.parent, folder.name, spec)
     if rng:
-        take_up_rng(client_state, engine.groups.replicas, folder)
+        take_up_rng(client_state, engine.groups, folder)
     return _position(client_state, folder, batch_size)
 
 
 def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
     """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
-    client_state = bookkeeping(folder, deepspeed_types=True)
-    compare_args(compared, client_state.get("args"), folder, weights_only=True)
+    client_state = stored_state(folder, engine.groups)
+    compare_args(compared, client_state.get("args"), folder)
     if rng:
-        take_up_rng(client_state, engine.groups.replicas, folder)
+        take_up_rng(client_state, engine.groups, folder)
     position = _position(client_state, folder, batch_size)
-    engine.set_schedule_step(position.iteration)
+    engine.set_schedule_step(position.iteration, client_state.get("lr_scheduler"))
     return position
 
 
-def take_up_rng(client_state: Mapping[str, Any], dp: Group, folder: Path) -> None:
+def take_up_rng(client_state: Mapping[str, Any], groups: Groups, folder: Path) -> None:
     """Set this rank's random states to what they were.
 
-    Where the checkpoint knows the states of one rank only, or of another number of ranks, the others start streams of their own
-    from it: two ranks with one state would drop the same activations.
+    Where the checkpoint knows the states of one rank only, or of another number of ranks or stages, the others start streams of
+    their own from it: two ranks with one state would drop the same activations.
     """
+    dp = groups.replicas
+    stage = groups.pp.rank if stored_stages(folder) != groups.pp.size else 0
     states = (client_state.get(OURS) or {}).get(RNG) or []
-    if len(states) == dp.size:
-        restore_rng(states[dp.rank], folder)
-        return
-    restore_rng(client_state, folder)
-    if dp.rank > 0:
-        seed_everything(int(torch.randint(2**62, ())) + dp.rank)
+    known = len(states) == dp.size
+    restore_rng(states[dp.rank] if known else client_state, folder)
+    if stage > 0 or (dp.rank > 0 and not known):
+        seed_everything(int(torch.randint(2**62, ())) + stage * dp.size + dp.rank)
 
 
 def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) -> Position:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron.errors import LostRankError, NeoXError
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
 
@@ -16,10 +18,15 @@ T = TypeVar("T")
 
 def any_rank(flag: bool, group: Group, device: torch.device) -> bool:
     """Whether any rank of the group says True; the same answer on all of them."""
+    return any_ranks([flag], group, device)[0]
+
+
+def any_ranks(flags: Sequence[bool], group: Group, device: torch.device) -> list[bool]:
+    """Of each flag, whether any rank of the group says True; the same answers on all of them."""
     if group.size == 1:
-        return flag
-    votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    return bool(all_reduce(votes, group, maximum=True).item())
+        return list(flags)
+    votes = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=device)
+    return [bool(vote) for vote in all_reduce(votes, group, maximum=True).tolist()]
 
 
 def barrier(group: Group) -> None:
@@ -37,6 +44,15 @@ def of_all_ranks(value: T, group: Group) -> list[T]:
     return values
 
 
+def to_first_rank(value: T, group: Group) -> list[T]:
+    """Every rank's value (anything that can be pickled), in rank order, on the group's first rank; nothing on the others."""
+    if group.size == 1:
+        return [value]
+    values: list[T] | None = [value] * group.size if group.rank == 0 else None
+    dist.gather_object(value, values, dst=group.ranks[0], group=group.handle)
+    return values or []
+
+
 def of_last_rank(value: T, group: Group) -> T:
     """The last rank's value (anything that can be pickled), on all of them."""
     if group.size == 1:
@@ -44,3 +60,46 @@ def of_last_rank(value: T, group: Group) -> T:
     box: list[T] = [value]
     dist.broadcast_object_list(box, src=group.ranks[-1], group=group.handle)
     return box[0]
+
+
+def on_first_rank(call: Callable[[], T], group: Group) -> T:
+    """What `call` gives on the group's first rank (anything that can be pickled), on all of them. Nobody else calls it.
+
+    Raises on every rank the NeoXError that the first one met.
+    """
+    if group.size == 1:
+        return call()
+    outcome: tuple[T | None, NeoXError | None] = (None, None)
+    failure: Exception | None = None
+    if group.rank == 0:
+        try:
+            outcome = (call(), None)
+        except NeoXError as error:
+            outcome = (None, error)
+        except Exception as error:
+            failure, outcome = error, (None, LostRankError(f"rank {group.ranks[0]} failed: {error}"))
+    box = [outcome]
+    dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
+    if failure is not None:
+        raise failure
+    value, refused = box[0]
+    if refused is not None:
+        raise refused
+    return value  # type: ignore[return-value]
+
+
+def on_every_rank(call: Callable[[], T], group: Group) -> list[T]:
+    """What `call` gives on each rank (anything that can be pickled), in rank order, on all of them.
+
+    Raises on every rank the NeoXError of the first rank that met one.
+    """
+    outcome: tuple[T | None, NeoXError | None]
+    try:
+        outcome = (call(), None)
+    except NeoXError as error:
+        outcome = (None, error)
+    outcomes = of_all_ranks(outcome, group)
+    for _, refused in outcomes:
+        if refused is not None:
+            raise refused
+    return [value for value, _ in outcomes]  # type: ignore[misc]

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
 from megatron.launch.place import place_from
-from megatron.launch.records import FAILURE_FILE, leave
+from megatron.launch.records import claim, leave
 from megatron.log import setup_logging
 
 from . import payload
@@ -133,8 +133,7 @@ def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, us
     if not set(argv).isdisjoint(("-h", "--help")):
         sys.stdout.write(HELP.format(usage=usage, about=about))
         return 0
-    # Not for what this process starts in its turn.
-    note = os.environ.pop(FAILURE_FILE, None)
+    note = claim(os.environ)
     try:
         if ranks:
             _take_place()

@@ -141,6 +141,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     Rule("zero-superoffload", ("zero_optimization",), _superoffload),
     Rule("when-to-save", (), _checkpoint_factor),
     Rule("extra-saves", ("extra_save_iters",), _extra_saves),
+    simple(
+        "keep-every",
+        ("keep_every",),
+        lambda v: v["keep_last_n_checkpoints"] is None,
+        "keep_every {keep_every} says what is not deleted, and nothing is: keep_last_n_checkpoints is not set",
+        mend="set keep_last_n_checkpoints, or remove keep_every",
+        about=("keep_every", "keep_last_n_checkpoints"),
+    ),
     Rule("extra-args", ("deepspeed_extra_args",), _extra_args),
     Rule("selective-and-inputs", ("checkpoint_granularity",), _selective_inputs),
     simple(
@@ -231,6 +239,22 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         "iteration {iteration} names a checkpoint to read, but load is not set",
         "set load to the folder that holds global_step{iteration}, or remove iteration",
         ("iteration", "load"),
+    ),
+    simple(
+        "data-change-of-what",
+        ("allow_data_change",),
+        lambda v: v["allow_data_change"] and v["load"] is None,
+        "allow_data_change is about a resumed run, but load is not set",
+        "set load, or remove allow_data_change",
+        ("allow_data_change", "load"),
+    ),
+    simple(
+        "async-of-what",
+        ("checkpoint_async",),
+        lambda v: v["checkpoint_async"] and v["save"] is None,
+        "checkpoint_async is about saving, but save is not set",
+        "set save, or remove checkpoint_async",
+        ("checkpoint_async", "save"),
     ),
     simple(
         "finetune-what",
