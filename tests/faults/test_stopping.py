@@ -118,3 +118,17 @@ def test_generation_keeps_the_texts_it_has_finished(tmp_path: Path) -> None:
     lines = (tmp_path / "texts.jsonl").read_text().splitlines()
     assert [json.loads(line)["context"] for line in lines] == ["a"]
     assert "stopped by SIGTERM after 1 of 3 texts" in job.output
+
+
+@pytest.mark.full
+def test_evaluation_keeps_the_split_it_has_finished(tmp_path: Path) -> None:
+    trained = settings(tmp_path, 1, train_iters=1, eval_iters=2)
+    assert Job(tmp_path, trained).wait(110) == 0
+    config = {**trained, "eval_results_prefix": str(tmp_path / "found")}
+    # Two iterations of four sequences make eight batches a split.
+    fault = {"site": "evaluate", "action": "signal", "value": "SIGTERM", "skip": 9, "rank": 0}
+    job = Job(tmp_path, config, faults=[fault], script="eval.py")
+    assert job.wait(110) == 75, job.output
+    assert "stopped by SIGTERM after 1 split" in job.output and "failed first" not in job.output
+    (path,) = tmp_path.glob("found_eval_results*.json")
+    assert list(json.loads(path.read_text())["results"]) == ["validation"]
