@@ -280,9 +280,16 @@ def flat(options: argparse.Namespace) -> dict[str, object]:
 def training(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Stall and memory, printed."""
     found: dict[str, object] = {}
-    print(
-        "\n| saving | stands still, ms | later steps slower by, ms (steps) | a usual step, ms | save, s | GB/s | peak memory over usual, MB |"
+    columns = (
+        "saving",
+        "stands still, ms",
+        "slower later, ms (steps)",
+        "a usual step, ms",
+        "save, s",
+        "GB/s",
+        "peak memory, MB over usual",
     )
+    print(f"\n| {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|")
     for mode in MODES:
         place = folder / mode.replace(" ", "_")
