@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from megatron.checkpoint.neox_store import find_tag, named_step, saved_steps, zero3_partitioned
 from megatron.checkpoint.resume import COMPARED_ARGS
+from megatron.checkpoint.s3 import Address, open_client, require_boto3
+from megatron.checkpoint.uploading import Uploader
 from megatron.checkpoint.whole import read_shards, width_over
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
@@ -88,3 +91,21 @@ def compared_args(args: NeoXArgs) -> dict[str, Any]:
     """What a checkpoint keeps under "args"."""
     flat = args.to_flat()
     return {key: flat.get(key) for key in COMPARED_ARGS}
+
+
+def build_uploader(args: NeoXArgs, *, rank: int) -> Uploader | None:
+    """What copies this run's checkpoints to `s3_path`, on the first rank; None where nothing is to be copied.
+
+    Raises BackendError without boto3 (on every rank), ConfigError without credentials or bucket.
+    """
+    section = args.checkpoint
+    if not (section.s3_path and section.save):
+        return None
+    require_boto3()
+    if rank != 0:
+        return None
+    # FORMAT: <s3_path>/<name of save>/global_step<N>/..., as GPT-NeoX uploads.
+    address = Address.of(section.s3_path).below(os.path.basename(os.path.abspath(section.save)))
+    uploader = Uploader(Path(section.save), open_client(), address, part_bytes=section.s3_chunk_size)
+    uploader.place.check()
+    return uploader

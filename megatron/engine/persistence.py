@@ -54,6 +54,7 @@ class Saver:
     forward:   gives the logits of a fixed input, to be kept; called on all ranks
     keep_last: how many of the newest checkpoints stay; None = all
     protected: steps that stay in any case
+    published: is told each folder that has its name, on the first rank, before older ones are deleted
     """
 
     engine: Engine
@@ -66,6 +67,7 @@ class Saver:
     forward: Callable[[], Tensor] | None = None
     keep_last: int | None = None
     protected: frozenset[int] = frozenset()
+    published: Callable[[Path], None] | None = None
 
     def save(self, iteration: int, samples: int, tokens: int) -> Path:
         """Write `global_step<iteration>`, then move `latest`; returns the folder. All ranks call it."""
@@ -88,6 +90,8 @@ class Saver:
             write_configs(self.directory / tag, self.configs)
             write_latest(self.directory, tag)
             log.info("  successfully saved checkpoint at iteration %7d to %s", iteration, self.directory / tag)
+            if self.published is not None:
+                self.published(self.directory / tag)
             if self.keep_last is not None:
                 # The step just written stays even where an abandoned attempt left later ones.
                 prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration})

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from megatron.checkpoint.build import compared_args
+from megatron.checkpoint.build import build_uploader, compared_args
+from megatron.checkpoint.uploading import Uploader
 from megatron.engine.base import Engine
 from megatron.engine.forward_check import forward_pass
 from megatron.engine.persistence import Position, Saver
@@ -37,6 +38,7 @@ from megatron.hooks.sinks import (
 )
 from megatron.hooks.stopping import FiniteHook, StopHook
 from megatron.hooks.throughput import StepFlops
+from megatron.hooks.uploads import UploadHook
 from megatron.hooks.validation import Evaluate, ValidationHook
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
@@ -63,6 +65,7 @@ class RunParts:
     model_flops:    the same without them
     devices:        number of devices that share the work (world size)
     save:           writes a checkpoint of the state; called on all ranks. None = the run keeps none
+    uploader:       copies checkpoints elsewhere; None = nobody does, or another rank
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
     any_rank:       "true on any rank?", the same answer on every rank
@@ -76,6 +79,7 @@ class RunParts:
     model_flops: float = 0.0
     devices: int = 1
     save: Save | None = None
+    uploader: Uploader | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
     any_rank: Callable[[bool], bool] = bool
@@ -112,13 +116,15 @@ def build_hooks(
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
+    uploader = build_uploader(args, rank=world.rank)
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        save=_save(args, engine, spec, {KEPT: ids}),
+        save=_save(args, engine, spec, {KEPT: ids}, uploader),
+        uploader=uploader,
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         any_rank=lambda flag: any_rank(flag, world, engine.device),
@@ -129,7 +135,7 @@ def build_hooks(
     return assemble(args, parts)
 
 
-def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Save | None:
+def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any], uploader: Uploader | None) -> Save | None:
     """How a checkpoint of this run is written; None without `save`."""
     section = args.checkpoint
     if not section.save:
@@ -145,6 +151,7 @@ def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, An
         forward=forward_of(args, engine, spec) if section.checkpoint_validation_with_forward_pass else None,
         keep_last=section.keep_last_n_checkpoints,
         protected=frozenset(section.extra_save_iters or ()),
+        published=None if uploader is None else uploader.published,
     )
 
     def save(state: TrainState) -> None:
@@ -199,6 +206,7 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     if validation is not None:
         hooks.append(validation)
     hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, time_limit_s=parts.time_limit_s, any_rank=parts.any_rank))
+    hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach)]
     return [*hooks, ClosingHook(metrics)]
 
 
