@@ -52,7 +52,7 @@ def pretrain(args: NeoXArgs) -> TrainState:
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size, barrier=lambda: barrier(groups.world))
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
-    source = choose_source(args)
+    source = choose_source(args, groups.world)
     engine, spec = build_engine(args, source, groups, device)
     position = take_up(args, source, engine)
     check_forward(args, source, engine, spec)

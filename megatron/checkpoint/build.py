@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.neox_store import find_tag, named_step, saved_steps, zero3_partitioned
+from megatron.checkpoint.discovery import Search, find, nothing_saved
+from megatron.checkpoint.neox_store import zero3_partitioned
 from megatron.checkpoint.resume import COMPARED_ARGS
 from megatron.checkpoint.s3 import Address, open_client, require_boto3
+from megatron.checkpoint.steps import named_step
 from megatron.checkpoint.uploading import Uploader
+from megatron.checkpoint.verifying import Verify
 from megatron.checkpoint.whole import read_shards, width_over
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import on_first_rank
+from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
@@ -45,24 +50,31 @@ class Source:
         return None if self.directory is None or self.tag is None else self.directory / self.tag
 
 
-def choose_source(args: NeoXArgs) -> Source:
-    """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for.
+def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
+    """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for. Call on every rank.
 
     A folder without any checkpoint is an error, unless it is also where this run saves: then the run starts there.
     Raises CheckpointError.
     """
-    section = args.checkpoint
+    section, world = args.checkpoint, world or Group.single()
     if not section.load:
         return Source(Take.NOTHING)
-    directory, iteration = named_step(Path(section.load), section.iteration)
-    if section.save and iteration is None and not saved_steps(directory) and not (directory / "latest").exists():
-        if Path(section.save).resolve() == directory.resolve():
-            log.info("no checkpoint in %s yet: starting from the beginning", directory)
-            return Source(Take.NOTHING)
-    tag = find_tag(directory, iteration)
+    search = search_of(args)
+    same = bool(section.save) and Path(str(section.save)).resolve() == search.directory.resolve()
+    if same and search.iteration is None and on_first_rank(lambda: nothing_saved(search.directory), world):
+        log.info("no checkpoint in %s yet: starting from the beginning", search.directory)
+        return Source(Take.NOTHING)
+    tag = find(replace(search, own=same and not section.finetune), world)
     if section.finetune:
-        return Source(Take.WEIGHTS, directory, tag)
-    return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
+        return Source(Take.WEIGHTS, search.directory, tag)
+    return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
+
+
+def search_of(args: NeoXArgs) -> Search:
+    """Which checkpoint `load` and `iteration` ask for, and how closely it is looked at."""
+    section = args.checkpoint
+    directory, iteration = named_step(Path(str(section.load)), section.iteration)
+    return Search(directory=directory, iteration=iteration, verify=Verify(section.checkpoint_verify))
 
 
 def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:

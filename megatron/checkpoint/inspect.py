@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron.checkpoint.hf_store import read_tensor
-from megatron.checkpoint.neox_store import find_tag, saved_steps, step_tag
 from megatron.checkpoint.reading import read_torch_file
 from megatron.checkpoint.state import LazyState
+from megatron.checkpoint.steps import find_tag, saved_steps, step_tag
 from megatron.errors import CheckpointError
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -94,20 +94,20 @@ def layout(files: Mapping[str, Path]) -> str:
     """Over which ranks a checkpoint is spread, going by its file names.
 
     >>> layout(dict.fromkeys(["layer_00-model_01-model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"], Path()))
-    'weights by layer, 2 tensor ranks; optimizer over 2 data ranks'
+    'weights by layer, tensor ranks: 2; optimizer shards, data ranks: 2'
     """
     layers = [int(m.group(1)) for name in files if (m := re.match(r"layer_\d+-model_(\d+)-model_states\.pt$", name))]
     ranks = [int(m.group(1)) for name in files if (m := re.match(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt$", name))]
     shards = [int(m.group(1)) for name in files if (m := re.match(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$", name))]
     parts = []
     if layers:
-        parts.append(f"weights by layer, {max(layers) + 1} tensor ranks")
+        parts.append(f"weights by layer, tensor ranks: {max(layers) + 1}")
     elif ranks:
-        parts.append(f"weights by rank, {max(ranks) + 1} tensor ranks")
+        parts.append(f"weights by rank, tensor ranks: {max(ranks) + 1}")
     if any(name.startswith("zero_pp_rank_") and name.endswith("_model_states.pt") for name in files):
         parts.append("weights partitioned (ZeRO 3)")
     if shards:
-        parts.append(f"optimizer over {max(shards) + 1} data ranks")
+        parts.append(f"optimizer shards, data ranks: {max(shards) + 1}")
     return "; ".join(parts) or f"{len(files)} file{'s' if len(files) > 1 else ''}"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A NeoX checkpoint folder: `latest`, `global_step<N>/`, and the weights inside, in either of their two forms.
+"""The weights in a step's folder of a NeoX checkpoint, in either of their two forms.
 
 FORMAT: pipe_parallel_size 0 keeps all weights in mp_rank_<TT>_model_states.pt under "module" with names
 `sequential.<slot>.<parameter>`; a pipeline keeps one layer_<slot>-model_<TT>-model_states.pt per slot with names
@@ -8,7 +8,6 @@ FORMAT: pipe_parallel_size 0 keeps all weights in mp_rank_<TT>_model_states.pt u
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,10 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint.reading import read_torch_file
+from megatron.checkpoint.steps import find_tag as find_tag
+from megatron.checkpoint.steps import named_step as named_step
+from megatron.checkpoint.steps import saved_steps as saved_steps
+from megatron.checkpoint.steps import step_tag as step_tag
+from megatron.checkpoint.steps import write_latest as write_latest
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
 
-_STEP = re.compile(r"^global_step(\d+)$")
 _LAYER = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
 _RANK = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
 
@@ -35,68 +38,6 @@ class LoadReport:
     path: Path
     tensors: int
     parameters: int
-
-
-def step_tag(iteration: int) -> str:
-    """Name of the folder of one step."""
-    return f"global_step{iteration}"
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """Steps that have a folder, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(match.group(1)) for entry in directory.iterdir() if entry.is_dir() and (match := _STEP.match(entry.name)))
-
-
-def named_step(load: Path, iteration: int | None = None) -> tuple[Path, int | None]:
-    """The folder of checkpoints and the step that `load` and `iteration` mean, where `load` may be one step's own folder.
-
-    >>> named_step(Path("out/global_step20"))[1], named_step(Path("out"), 20)[1]
-    (20, 20)
-    """
-    match = _STEP.match(load.name)
-    if match is None or saved_steps(load) or (load / "latest").exists() or iteration not in (None, int(match.group(1))):
-        return load, iteration
-    return load.parent, int(match.group(1))
-
-
-def find_tag(directory: Path, iteration: int | None = None) -> str:
-    """The folder name to load: of `iteration`, or the one that `latest` names.
-
-    Raises CheckpointError when there is none, listing the steps that are there.
-    """
-    steps = saved_steps(directory)
-    there = f"steps there: {', '.join(map(str, steps))}" if steps else "there is no global_step<N> folder in it"
-    if iteration is not None:
-        if iteration not in steps:
-            raise CheckpointError(
-                f"no checkpoint of iteration {iteration}; {there}", where=str(directory), mend="set `iteration` to one of them"
-            )
-        return step_tag(iteration)
-    latest = directory / "latest"
-    if latest.is_file():
-        tag = latest.read_text(encoding="utf-8").strip()
-        if (directory / tag).is_dir():
-            return tag
-        raise CheckpointError(
-            f"`latest` names {tag}, which is not there; {there}", where=str(latest), mend="set `iteration` to one of them"
-        )
-    raise CheckpointError(
-        f"no checkpoint found: no file named latest; {there}",
-        where=str(directory),
-        mend="correct `load`, or set `iteration` to a step that is there",
-    )
-
-
-def write_latest(directory: Path, tag: str) -> None:
-    """Point `latest` at `tag`, aside and renamed, flushed to disk."""
-    aside = directory / f"latest.tmp.{os.getpid()}"
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(directory / "latest")
 
 
 def model_file(folder: Path, rank: int = 0) -> Path:

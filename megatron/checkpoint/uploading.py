@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from megatron.checkpoint.durable import Entry, sync_folder, write_durably
 from megatron.checkpoint.manifest import MANIFEST, read_manifest
-from megatron.checkpoint.neox_store import saved_steps, step_tag
 from megatron.checkpoint.s3 import Address, Place, Stopped, told
+from megatron.checkpoint.steps import latest_tag, saved_steps, step_of, step_tag
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 
@@ -41,7 +41,7 @@ def mark(directory: Path, tag: str) -> None:
 def marked(directory: Path) -> list[str]:
     """Names of the checkpoints to be uploaded, by step."""
     there = {entry.name for entry in (directory / MARKERS).glob("*")} if (directory / MARKERS).is_dir() else set()
-    return sorted((name for name in there if _step(name) is not None), key=lambda name: _step(name) or 0)
+    return sorted((name for name in there if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
 
 class Uploader:
@@ -175,10 +175,8 @@ class Uploader:
 
     def _point_latest(self, tag: str) -> None:
         """Name the newest in `latest`: an older one that was late does not take its place, but a run that was set back does."""
-        before = _step((self.place.read("latest") or b"").decode(errors="replace"))
-        latest = self.directory / "latest"
-        current = latest.read_text(encoding="utf-8").strip() if latest.is_file() else tag
-        if tag == current or before is None or before <= (_step(tag) or 0):
+        before = step_of((self.place.read("latest") or b"").decode(errors="replace"))
+        if tag == latest_tag(self.directory) or before is None or before <= (step_of(tag) or 0):
             self.place.write("latest", tag.encode())
 
     def _failed(self, tag: str, error: Exception) -> None:
@@ -218,9 +216,3 @@ def each(items: Iterable[T], work: Callable[[T], None], workers: int) -> None:
 def _own_entry(folder: Path) -> Entry:
     content = (folder / MANIFEST).read_bytes()
     return Entry(len(content), hashlib.sha256(content).hexdigest())
-
-
-def _step(name: str) -> int | None:
-    prefix = step_tag(0)[:-1]
-    number = name.removeprefix(prefix)
-    return int(number) if name.startswith(prefix) and number.isdecimal() else None

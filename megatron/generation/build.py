@@ -10,7 +10,9 @@ from typing import TextIO
 
 import torch
 
-from megatron.checkpoint.neox_store import copy_weights, find_tag, named_step
+from megatron.checkpoint.build import search_of
+from megatron.checkpoint.discovery import find
+from megatron.checkpoint.neox_store import copy_weights
 from megatron.checkpoint.whole import join_shards, read_shards, width_over
 from megatron.errors import ConfigError
 from megatron.generation.decode import ModelScorer, Settings
@@ -36,15 +38,15 @@ class Loaded:
 
 
 def load_model(args: NeoXArgs) -> Loaded:
-    """The whole model in this process, in evaluation mode, with the weights of `load` (at `iteration`, else `latest`).
+    """The whole model in this process, in evaluation mode, with the weights of `load` (at `iteration`, else the newest whole ones).
 
     The checkpoint may have been written at any pipeline and tensor parallel size; it also settles the padded vocabulary
     where `padded_vocab_size` is not given. Raises ConfigError without `load`, CheckpointError when it does not fit.
     """
     if not args.checkpoint.load:
         raise ConfigError("no checkpoint is named", where="load", mend="load: <the folder a training run saved to>")
-    directory, iteration = named_step(Path(args.checkpoint.load), args.checkpoint.iteration)
-    folder = directory / find_tag(directory, iteration)
+    search = search_of(args)
+    folder = search.directory / find(search)
     shards = read_shards(folder)
     if args.model.padded_vocab_size is None:
         args = args.replace(padded_vocab_size=width_over(shards, "word_embeddings.weight", 0))

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron.errors import LostRankError, NeoXError
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
 
@@ -44,3 +46,46 @@ def of_last_rank(value: T, group: Group) -> T:
     box: list[T] = [value]
     dist.broadcast_object_list(box, src=group.ranks[-1], group=group.handle)
     return box[0]
+
+
+def on_first_rank(call: Callable[[], T], group: Group) -> T:
+    """What `call` gives on the group's first rank (anything that can be pickled), on all of them. Nobody else calls it.
+
+    Raises on every rank the NeoXError that the first one met.
+    """
+    if group.size == 1:
+        return call()
+    outcome: tuple[T | None, NeoXError | None] = (None, None)
+    failure: Exception | None = None
+    if group.rank == 0:
+        try:
+            outcome = (call(), None)
+        except NeoXError as error:
+            outcome = (None, error)
+        except Exception as error:
+            failure, outcome = error, (None, LostRankError(f"rank {group.ranks[0]} failed: {error}"))
+    box = [outcome]
+    dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
+    if failure is not None:
+        raise failure
+    value, refused = box[0]
+    if refused is not None:
+        raise refused
+    return value  # type: ignore[return-value]
+
+
+def on_every_rank(call: Callable[[], T], group: Group) -> list[T]:
+    """What `call` gives on each rank (anything that can be pickled), in rank order, on all of them.
+
+    Raises on every rank the NeoXError of the first rank that met one.
+    """
+    outcome: tuple[T | None, NeoXError | None]
+    try:
+        outcome = (call(), None)
+    except NeoXError as error:
+        outcome = (None, error)
+    outcomes = of_all_ranks(outcome, group)
+    for _, refused in outcomes:
+        if refused is not None:
+            raise refused
+    return [value for value, _ in outcomes]  # type: ignore[misc]

@@ -142,6 +142,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     Rule("zero-superoffload", ("zero_optimization",), _superoffload),
     Rule("when-to-save", (), _checkpoint_factor),
     Rule("extra-saves", ("extra_save_iters",), _extra_saves),
+    simple(
+        "keep-every",
+        ("keep_every",),
+        lambda v: v["keep_last_n_checkpoints"] is None,
+        "keep_every {keep_every} says what is not deleted, and nothing is: keep_last_n_checkpoints is not set",
+        mend="set keep_last_n_checkpoints, or remove keep_every",
+        about=("keep_every", "keep_last_n_checkpoints"),
+    ),
     Rule("extra-args", ("deepspeed_extra_args",), _extra_args),
     Rule("selective-and-inputs", ("checkpoint_granularity",), _selective_inputs),
     simple(

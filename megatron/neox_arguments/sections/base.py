@@ -55,6 +55,9 @@ class Section(BaseModel):
     @classmethod
     def canonical(cls, key: str, value: Any) -> Any:
         """One value as the field wants it; what cannot be brought there is handed back for the type check to refuse."""
+        if value is False:
+            # An `off` without quotes is a truth value to YAML.
+            return cls.choices.get(key, {}).get("off", value)
         if not isinstance(value, str):
             return value
         found = cls.choices.get(key, {}).get(value.lower())

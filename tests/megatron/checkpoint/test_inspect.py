@@ -66,7 +66,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     assert found[f"{shard}/loss_scaler/cur_scale"] == "65536.0"
     assert found[f"{shard}/param_slice_mappings/0/weight/numel"] == "6"
     assert found[f"{shard.replace('bf16_zero_pp_rank_0', 'zero_pp_rank_1')}/single_partition_of_fp32_groups/0"] == "float32 [6]"
-    assert layout(files) == "weights by layer, 1 tensor ranks; optimizer over 2 data ranks"
+    assert layout(files) == "weights by layer, tensor ranks: 1; optimizer shards, data ranks: 2"
     moments = [name for _, name, _ in entries(files, Wanted(pattern="exp_avg", tensors=True))]
     assert moments == ["optimizer_state_dict/base_optimizer_state/state/0/exp_avg"] * 2
 

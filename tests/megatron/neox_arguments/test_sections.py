@@ -18,6 +18,7 @@ OURS = {
     "attention_over_documents", "attention_backend", "rope_scaling", "sliding_window_pattern", "intermediate_size_convention",
     "logits_block_rows", "wsd_decay_fraction", "warmup_from_zero", "torch_compile", "index_map_dir", "exit_duration_in_mins",
     "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr",
+    "checkpoint_verify", "keep_every",
 }  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_allowed_in_words():
         ("data", "tokenizer_type", "hftokenizer", "HFTokenizer"),
         ("attention", "pos_emb", "None", "none"),
         ("checkpoint", "load", "None", None),
+        ("checkpoint", "checkpoint_verify", False, "off"),
         ("model", "hidden_dropout", 0, 0.0),
         ("attention", "rotary_emb_base", 500000.0, 500000.0),
         ("attention", "sliding_window_pattern", [4095, None], [4095, None]),
