@@ -134,7 +134,7 @@ class Place:
             raise ConfigError(
                 f"{self.address} cannot be used: {what}",
                 where=KEY,
-                mend="correct s3_path, create the bucket, or use credentials that may list, read and write it (AWS_PROFILE, AWS_ACCESS_KEY_ID)",
+                mend="correct s3_path, create the bucket, or use credentials that may list, read and write it",
             ) from error
         except BotoCoreError as error:
             log.error("S3 cannot be reached; uploads are tried all the same: %s", told(error))

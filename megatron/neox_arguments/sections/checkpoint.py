@@ -15,9 +15,12 @@ class CheckpointArgs(Section):
 
     save: str | None = Field(None, description="Folder that checkpoints are written to; unset writes none.")
     load: str | None = Field(None, description="Folder that a checkpoint is read from; unset starts from fresh weights.")
-    iteration: Whole | None = Field(None, ge=0, description="Step of the checkpoint to read; unset reads the newest that its manifest confirms.")
+    iteration: Whole | None = Field(
+        None, ge=0, description="Step of the checkpoint to read; unset reads the newest that its manifest confirms."
+    )
     checkpoint_verify: Literal["full", "size", "off"] = Field(
-        "full", description="What is compared with a checkpoint's manifest before reading it: every file's content, names and sizes, or nothing."
+        "full",
+        description="What is compared with a checkpoint's manifest before reading it: every file's content, names and sizes, or nothing.",
     )
     finetune: bool = Field(False, description="Read weights only: no optimizer, no random state, step counter back to 0.")
     checkpoint_scale: Literal["linear", "log"] = Field(
@@ -34,7 +37,9 @@ class CheckpointArgs(Section):
     no_load_optim: bool = Field(False, description="Do not read the optimizer state.")
     no_load_rng: bool = Field(False, description="Do not read the random state.")
     keep_last_n_checkpoints: Whole | None = Field(
-        None, ge=1, description="Keep only so many of the newest checkpoints, and those of extra_save_iters and keep_every; unset keeps all."
+        None,
+        ge=1,
+        description="Keep only so many of the newest checkpoints, and those of extra_save_iters and keep_every; unset keeps all.",
     )
     keep_every: Whole | None = Field(
         None, ge=1, description="keep_last_n_checkpoints deletes no checkpoint whose step is a multiple of this."
