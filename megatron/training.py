@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+import torch
+
 from megatron import faults
-from megatron.checkpoint.build import Source, Take, choose_source, compared_args
+from megatron.checkpoint.build import Source, Take, choose_source, compared_args, own_folder
 from megatron.checkpoint.neox_store import bookkeeping
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
@@ -20,9 +22,11 @@ from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import build_hooks
 from megatron.hooks.characters import PER_CHARACTER, Characters
+from megatron.hooks.locking import LockHook
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import barrier
+from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
@@ -46,6 +50,15 @@ def pretrain(args: NeoXArgs) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
+    with own_folder(args, groups.world) as check_owner:
+        return run(args, groups, device, check_owner)
+
+
+def run(args: NeoXArgs, groups: Groups, device: torch.device, check_owner: Callable[[], None]) -> TrainState:
+    """Build the parts and train, as one of `groups`.
+
+    check_owner: raises when the folder that is saved to is another run's by now
+    """
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
     objective = build_objective(args, eod=tokenizer.eod)
@@ -62,6 +75,7 @@ def pretrain(args: NeoXArgs) -> TrainState:
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
     evaluate = evaluator(args, data, objective, engine, counting)
     hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits)
+    hooks.insert(0, LockHook(check_owner))
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
     return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.discovery import Search, find, nothing_saved
+from megatron.checkpoint.lock import RunLock, held
 from megatron.checkpoint.neox_store import zero3_partitioned
+from megatron.checkpoint.publishing import recover
 from megatron.checkpoint.resume import COMPARED_ARGS
 from megatron.checkpoint.s3 import Address, open_client, require_boto3
 from megatron.checkpoint.steps import named_step
@@ -68,6 +72,28 @@ def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
     if section.finetune:
         return Source(Take.WEIGHTS, search.directory, tag)
     return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
+
+
+@contextmanager
+def own_folder(args: NeoXArgs, world: Group) -> Iterator[Callable[[], None]]:
+    """Within, no other run writes to `save`, and what a killed one left half done there is cleared up. Call on every rank.
+
+    Yields what asks whether that still holds, and raises TrainingError when it does not.
+    Raises ConfigError when another run has the folder.
+    """
+    locks: list[RunLock] = []
+    with ExitStack() as stack:
+        if args.checkpoint.save:
+            on_first_rank(lambda: locks.append(stack.enter_context(_taken(Path(str(args.checkpoint.save))))), world)
+        yield locks[0].check if locks else lambda: None
+
+
+@contextmanager
+def _taken(directory: Path) -> Iterator[RunLock]:
+    with held(directory) as lock:
+        for line in recover(directory):
+            log.warning("%s: %s", directory, line)
+        yield lock
 
 
 def search_of(args: NeoXArgs) -> Search:

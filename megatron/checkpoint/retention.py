@@ -1,44 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints of a run are deleted once newer ones are there. Knows no content of a checkpoint."""
+"""Which checkpoints of a run are deleted once newer ones are there. Knows no content of a checkpoint but its manifest."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from megatron.checkpoint.neox_store import saved_steps, step_tag
+from megatron.checkpoint.publishing import remove
+from megatron.checkpoint.steps import saved_steps, step_tag
+from megatron.checkpoint.verifying import Verify, look_at
 from megatron.log import get_logger
 
 log = get_logger(__name__)
 
+UPLOADING = ".uploading"
+"""Folder beside the checkpoints; a file in it, named as a step's folder, says that this step is being copied elsewhere."""
 
-def outdated(steps: Collection[int], *, keep: int, protected: Collection[int]) -> list[int]:
-    """Steps to delete: all but the `keep` newest, and never a protected one (which counts among the newest if it is).
+
+def outdated(steps: Collection[int], *, keep: int, protected: Collection[int], every: int | None = None) -> list[int]:
+    """Steps to delete: all but the `keep` newest and the multiples of `every`, and never a protected one.
+
+    What is protected counts among the newest if it is.
 
     >>> outdated([0, 10, 20, 30, 40], keep=2, protected={0})
     [10, 20]
+    >>> outdated([0, 10, 20, 30, 40, 50], keep=1, protected=(), every=20)
+    [10, 30]
     """
     newest = sorted(steps)[-max(1, keep) :]
-    return [step for step in sorted(steps) if step not in newest and step not in protected]
+    return [step for step in sorted(steps) if step not in newest and step not in protected and (every is None or step % every)]
 
 
-def prune(directory: Path, *, keep: int, protected: Collection[int]) -> list[int]:
-    """Delete the outdated checkpoints of `directory`; returns their steps. Call after a save is complete, on one rank.
+def removable(directory: Path, *, keep: int, protected: Collection[int] = (), every: int | None = None) -> list[int]:
+    """Steps of `directory` that may be deleted; nothing is.
 
-    A folder is renamed before it is deleted, so that half of one is never taken for a checkpoint. Links are left alone.
+    A step that its manifest contradicts, by names and sizes, is none of the `keep`: it goes once it is older than all of them.
+    A step without a manifest counts, but never instead of the newest one that has its manifest's word.
+    Links, and steps of which an upload is under way, stay.
+    """
+    steps = saved_steps(directory)
+    findings = {step: look_at(directory / step_tag(step), Verify.SIZE) for step in steps}
+    sound = [step for step in steps if not findings[step].bad]
+    if not sound:
+        return []
+    stay = {*protected, *[step for step in steps if findings[step].whole][-1:]}
+    stay |= {step for step in steps if (directory / step_tag(step)).is_symlink() or uploading(directory, step)}
+    oldest_kept = sound[-max(1, keep) :][0]
+    counted = [step for step in steps if step in sound or step < oldest_kept]
+    return outdated(counted, keep=keep, protected=stay, every=every)
+
+
+def uploading(directory: Path, step: int) -> bool:
+    """Whether a copy of this step to elsewhere is under way."""
+    return (directory / UPLOADING / step_tag(step)).exists()
+
+
+def prune(directory: Path, *, keep: int, protected: Collection[int], every: int | None = None) -> list[int]:
+    """Delete what `removable` names; returns their steps. Call after a save is complete, on one rank.
+
+    A folder is renamed before it is deleted, so that half of one is never taken for a checkpoint.
     A folder that cannot be deleted is named in a warning: a full or read-only disk must not end a run that has just saved.
     """
     deleted = []
-    for step in outdated(saved_steps(directory), keep=keep, protected=protected):
-        folder = directory / step_tag(step)
-        if folder.is_symlink():
-            continue
-        aside = directory / f"{folder.name}.deleted.{os.getpid()}"
+    for step in removable(directory, keep=keep, protected=protected, every=every):
         try:
-            folder.rename(aside)
-            shutil.rmtree(aside)
+            remove(directory / step_tag(step))
         except OSError as error:
             log.warning(f"an old checkpoint could not be deleted: {error}")
             continue

@@ -13,15 +13,13 @@ from typing import Any, TypeVar
 
 from megatron.checkpoint.durable import Entry, sync_folder, write_durably
 from megatron.checkpoint.manifest import MANIFEST, read_manifest
+from megatron.checkpoint.retention import UPLOADING
 from megatron.checkpoint.s3 import Address, Place, Stopped, told
 from megatron.checkpoint.steps import latest_tag, saved_steps, step_of, step_tag
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 
 log = get_logger(__name__)
-
-MARKERS = ".uploading"
-"""Folder in `save` with one file per checkpoint that is not uploaded yet; retention leaves those alone."""
 
 FILES_AT_ONCE = 4
 PROGRESS_S = 15.0
@@ -30,8 +28,8 @@ T = TypeVar("T")
 
 
 def mark(directory: Path, tag: str) -> None:
-    """Note, to be found after a crash too, that a checkpoint is to be uploaded."""
-    markers = directory / MARKERS
+    """Note, to be found after a crash too, that a checkpoint is to be uploaded; retention leaves it alone."""
+    markers = directory / UPLOADING
     if not markers.is_dir():
         markers.mkdir(parents=True, exist_ok=True)
         sync_folder(directory)
@@ -40,7 +38,7 @@ def mark(directory: Path, tag: str) -> None:
 
 def marked(directory: Path) -> list[str]:
     """Names of the checkpoints to be uploaded, by step."""
-    there = {entry.name for entry in (directory / MARKERS).glob("*")} if (directory / MARKERS).is_dir() else set()
+    there = {entry.name for entry in (directory / UPLOADING).glob("*")} if (directory / UPLOADING).is_dir() else set()
     return sorted((name for name in there if step_of(name) is not None), key=lambda name: step_of(name) or 0)
 
 
@@ -130,7 +128,7 @@ class Uploader:
                     self._idle.set()
 
     def _attempt(self, tag: str) -> None:
-        folder, marker = self.directory / tag, self.directory / MARKERS / tag
+        folder, marker = self.directory / tag, self.directory / UPLOADING / tag
         if not folder.is_dir():
             log.warning("%s was deleted before it was uploaded", folder)
             marker.unlink(missing_ok=True)

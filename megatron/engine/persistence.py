@@ -53,6 +53,7 @@ class Saver:
     optimizer: whether the engine writes the optimizer's state
     forward:   gives the logits of a fixed input, to be kept; called on all ranks
     keep_last: how many of the newest checkpoints stay; None = all
+    keep_every: multiples of this many steps stay in any case
     protected: steps that stay in any case
     published: is told each folder that has its name, on the first rank, before older ones are deleted
     """
@@ -66,6 +67,7 @@ class Saver:
     optimizer: bool = True
     forward: Callable[[], Tensor] | None = None
     keep_last: int | None = None
+    keep_every: int | None = None
     protected: frozenset[int] = frozenset()
     published: Callable[[Path], None] | None = None
 
@@ -94,7 +96,7 @@ class Saver:
                 self.published(self.directory / tag)
             if self.keep_last is not None:
                 # The step just written stays even where an abandoned attempt left later ones.
-                prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration})
+                prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration}, every=self.keep_every)
         barrier(world)
         return self.directory / tag
 

@@ -150,6 +150,7 @@ def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, An
         optimizer=not section.no_save_optim,
         forward=forward_of(args, engine, spec) if section.checkpoint_validation_with_forward_pass else None,
         keep_last=section.keep_last_n_checkpoints,
+        keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
         published=None if uploader is None else uploader.published,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,24 @@ def test_a_step_saved_again_replaces_the_copy(store: Store, tmp_path: Path) -> N
     back = checkpoint(tmp_path, 10, **{"mp_rank_00_model_states.pt": b"other weights"})
     assert uploaded(store, tmp_path, back).done
     assert store.objects() == expected(later, back) and store.objects()["runs/run/latest"] == b"global_step10"
+
+
+def test_retention_waits_for_the_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is published stays until its copy is whole, whatever keep_last_n_checkpoints says."""
+    from megatron import faults
+    from megatron.checkpoint.retention import prune
+
+    go_on = threading.Event()
+    monkeypatch.setattr(faults, "point", lambda site: go_on.wait(60))
+    made = uploader(store, tmp_path)
+    made.start()
+    for step in (10, 20):
+        made.published(checkpoint(tmp_path, step))
+    assert prune(tmp_path, keep=1, protected=()) == []
+    go_on.set()
+    assert made.drain(patience_s=30)
+    assert prune(tmp_path, keep=1, protected=()) == [10]
+    assert "runs/run/global_step10/MANIFEST.json" in store.objects()
 
 
 def test_an_outage_is_counted_and_waits_for_the_next_start(
