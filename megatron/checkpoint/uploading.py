@@ -173,8 +173,10 @@ class Uploader:
 
     def _point_latest(self, tag: str) -> None:
         """Name the newest in `latest`: an older one that was late does not take its place, but a run that was set back does."""
-        before = step_of((self.place.read("latest") or b"").decode(errors="replace"))
-        if tag == latest_tag(self.directory) or before is None or before <= (step_of(tag) or 0):
+        mine, current = step_of(tag) or 0, latest_tag(self.directory)
+        before, here = (step_of(name or "") for name in ((self.place.read("latest") or b"").decode(errors="replace"), current))
+        late = here is not None and mine > here  # of what the run was set back from
+        if tag == current or (not late and (before is None or before <= mine)):
             self.place.write("latest", tag.encode())
 
     def _failed(self, tag: str, error: Exception) -> None:

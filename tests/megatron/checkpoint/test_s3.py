@@ -166,18 +166,22 @@ def test_a_file_that_changed_on_disk_is_not_uploaded(store: Store, tmp_path: Pat
 
 
 def test_a_step_saved_again_replaces_the_copy(store: Store, tmp_path: Path) -> None:
-    """And `latest` follows a run that was set back to an earlier step, but no late upload of an older one."""
-    from megatron.checkpoint.uploading import mark
+    """And `latest` follows a run that was set back to an earlier step, but no late upload of an older or an abandoned one."""
 
-    checkpoint(tmp_path, 10)
-    later = checkpoint(tmp_path, 20)
+    def latest_after(*names: str) -> bytes:
+        for name in names:
+            uploader(store, tmp_path)._point_latest(name)
+        return store.objects()["runs/run/latest"]
+
+    first, later = checkpoint(tmp_path, 10), checkpoint(tmp_path, 20)
     assert uploaded(store, tmp_path, later).done
-    mark(tmp_path, "global_step10")
-    assert uploaded(store, tmp_path).done
-    assert store.objects()["runs/run/latest"] == b"global_step20"
+    assert latest_after("global_step10") == b"global_step20"
     back = checkpoint(tmp_path, 10, **{"mp_rank_00_model_states.pt": b"other weights"})
+    assert back == first
     assert uploaded(store, tmp_path, back).done
-    assert store.objects() == expected(later, back) and store.objects()["runs/run/latest"] == b"global_step10"
+    assert store.objects() == expected(later, back) and latest_after("global_step20") == b"global_step10"
+    checkpoint(tmp_path, 12)
+    assert latest_after("global_step11") == b"global_step11"
 
 
 def test_retention_waits_for_the_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
