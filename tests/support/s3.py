@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A local S3 server with one bucket, and what it was asked. Knows nothing of checkpoints."""
+"""A local S3 server with one bucket, and what it was asked. Imported before tests fork: it takes a second, and starts nothing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import boto3
+from moto.server import ThreadedMotoServer
 
 BUCKET = "models"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIACANARYKEY", "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -44,9 +47,6 @@ class Store:
 @contextmanager
 def s3_server() -> Iterator[Store]:
     """A server in a thread of this process; the environment points to it, also for what this process starts."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
