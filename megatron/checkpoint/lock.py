@@ -97,15 +97,19 @@ class RunLock:
 
 @contextmanager
 def held(directory: Path) -> Iterator[RunLock]:
-    """Hold the lock of `directory`, made if need be, until the block is left.
+    """Hold the lock of `directory`, made if need be, until the block is left. A folder made in vain is removed.
 
     Raises ConfigError when another run holds it, or when it cannot be written.
     """
+    made = not directory.exists()
     lock = acquire(directory)
     try:
         yield lock
     finally:
         lock.release()
+        if made:
+            with suppress(OSError):  # not empty
+                directory.rmdir()
 
 
 def acquire(directory: Path) -> RunLock:

@@ -77,7 +77,7 @@ class Uploader:
         """A checkpoint has got its name; returns at once."""
         try:
             mark(self.directory, folder.name)
-        except OSError as error:
+        except Exception as error:  # as below
             self._failed(folder.name, error)
             return
         with self._lock:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron.checkpoint.writing import Writing
 from megatron.data.batch import Batch
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
@@ -73,8 +74,8 @@ class Engine(Protocol):
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         """Metrics over all micro batches of all data ranks as one sum, without gradients; the same on every rank."""
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write weights and optimizer to directory/tag; complete or absent. All ranks call it."""
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+        """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for. All ranks call it."""
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Read weights, optimizer and schedule that `save` wrote; returns the client state. All ranks call it."""

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from megatron.checkpoint.reading import read_torch_file
+from megatron.checkpoint.writing import Writing
 from megatron.engine.base import Pieces
 from megatron.engine.grid import counted_here, grid_of, mark_split
 from megatron.engine.layout import Layout, refuse_other_layout
 from megatron.engine.pieces import pieces_of
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
-from megatron.mpu.collectives import barrier
 from megatron.mpu.groups import Groups
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.schedules import LRScheduler
@@ -31,22 +29,37 @@ log = get_logger(__name__)
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's writer with a reader that runs no code found in a file.
+    """Hands what DeepSpeed wants written to a Writing, and reads without running code found in a file.
 
+    It raises nothing: while one rank had an error, the others would wait for it in DeepSpeed's barriers.
     optimizer: whether the optimizer's state is written
+    writing:   where files go to; set while a checkpoint is saved
     """
 
     def __init__(self, config: Any, *, optimizer: bool = True) -> None:
         super().__init__(config)
         self._optimizer = optimizer
+        self.writing: Writing | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """A folder of the checkpoint."""
+        try:
+            super().makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self._target().fail(path, error)
 
     def save(self, state_dict: Any, path: str) -> None:
         """One file of a checkpoint."""
         if self._optimizer:
-            super().save(state_dict, path)
+            self._target().add(state_dict, Path(path))
         # FORMAT: ZeRO keeps the optimizer in files of its own; otherwise it is beside the weights.
         elif not path.endswith("optim_states.pt"):
-            super().save({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, path)
+            self._target().add({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, Path(path))
+
+    def _target(self) -> Writing:
+        if self.writing is None:
+            raise TrainingError("DeepSpeed wrote a checkpoint by itself", mend="save through the engine")
+        return self.writing
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Tensors and plain data of one file."""
@@ -94,6 +107,8 @@ class Runner:
         )
         _forget_rehearsal(self.optimizer)
         self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config, optimizer=save_optimizer)
+        copy_script = self.deepspeed._copy_recovery_script
+        self.deepspeed._copy_recovery_script = lambda place: _or_warn(copy_script, place)
 
     def watch(self, look: Callable[[], None]) -> None:
         """Have `look` called before each update: by the torch optimizer where it is plain, else through `about_to_update`."""
@@ -142,17 +157,14 @@ class Runner:
         """Whether the last step made no update (overflow)."""
         return not self.deepspeed.was_step_applied()
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write directory/tag under another name and rename it when all ranks are done."""
-        aside = f"{tag}.partial"
-        if self.groups.world.rank == 0:
-            shutil.rmtree(directory / aside, ignore_errors=True)
-        barrier(self.groups.world)
-        self.deepspeed.save_checkpoint(str(directory), tag=aside, client_state=dict(client_state), save_latest=False)
-        barrier(self.groups.world)
-        if self.groups.world.rank == 0:
-            _publish(directory / aside, directory / tag)
-        barrier(self.groups.world)
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+        """Hand over everything that belongs into directory/tag; `writing` knows when it is there, and what failed."""
+        engine = self.deepspeed.checkpoint_engine
+        engine.writing = writing
+        try:
+            self.deepspeed.save_checkpoint(str(directory), tag=tag, client_state=dict(client_state), save_latest=False)
+        finally:
+            engine.writing = None
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Read weights, optimizer and schedule; returns the client state.
@@ -217,6 +229,14 @@ def _forget_rehearsal(optimizer: Any) -> None:
         optimizer.optimizer.state.clear()
 
 
+def _or_warn(copy: Callable[[str], object], place: str) -> None:
+    """Copy DeepSpeed's scripts beside the checkpoints. One rank does so: an error there would leave the others in a barrier."""
+    try:
+        copy(place)
+    except OSError as error:
+        log.warning("DeepSpeed's recovery scripts were not copied to %s: %s", place, error)
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -224,14 +244,3 @@ def _listed(value: Any) -> list[Any]:
 def _is_plain(config: Mapping[str, Any]) -> bool:
     low_precision = any(bool((config.get(key) or {}).get("enabled")) for key in ("fp16", "bf16"))
     return not low_precision and int((config.get("zero_optimization") or {}).get("stage", 0)) == 0
-
-
-def _publish(aside: Path, final: Path) -> None:
-    """Put a finished folder in its place; one of the same name is removed only afterwards."""
-    if not aside.is_dir():
-        raise TrainingError("the checkpoint was not written", where=str(aside), mend="check the disk")
-    old = final.with_name(f"{final.name}.old.{os.getpid()}")
-    if final.exists():
-        final.rename(old)
-    aside.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpoint.writing import Writing
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, weighted_mean
 from megatron.engine.base import Pieces, StepResult
@@ -92,9 +93,9 @@ class TrainEngine:
         self.module().train()
         return metrics
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write weights and optimizer to directory/tag; complete or absent."""
-        self.runner.save(directory, tag, client_state)
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+        """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for."""
+        self.runner.save(directory, tag, client_state, writing)
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
         """Read weights, optimizer and schedule; returns the client state."""

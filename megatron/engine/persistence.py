@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves a run's whole state as a checkpoint folder and takes it up again. Knows no configuration object."""
+"""Takes up a run's whole state from a checkpoint folder (saving.py wrote it). Knows no configuration object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron.checkpoint.neox_store import bookkeeping, step_tag, write_latest
-from megatron.checkpoint.resume import capture_rng, compare_args, restore_rng, write_configs
-from megatron.checkpoint.retention import prune
+from megatron.checkpoint.neox_store import bookkeeping
+from megatron.checkpoint.resume import compare_args, restore_rng
 from megatron.engine.base import Engine
 from megatron.engine.distributed import seed_everything
-from megatron.engine.forward_check import STORED
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
-from megatron.mpu.collectives import barrier, of_all_ranks
 from megatron.mpu.groups import Group
 
 log = get_logger(__name__)
@@ -39,66 +35,6 @@ class Position:
     samples: int = 0
     tokens: int = 0
     kept: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saver:
-    """Writes checkpoints of one run.
-
-    directory: `save`
-    compared:  what a later load compares (checkpoint format: "args")
-    configs:   the YAML files of the run, by name
-    rng:       also keep the random states
-    kept:      gives what hooks want to find again after a resume (a W&B run id, ...)
-    optimizer: whether the engine writes the optimizer's state
-    forward:   gives the logits of a fixed input, to be kept; called on all ranks
-    keep_last: how many of the newest checkpoints stay; None = all
-    keep_every: multiples of this many steps stay in any case
-    protected: steps that stay in any case
-    published: is told each folder that has its name, on the first rank, before older ones are deleted
-    """
-
-    engine: Engine
-    directory: Path
-    compared: Mapping[str, Any]
-    configs: Mapping[str, str]
-    rng: bool = True
-    kept: Callable[[], Mapping[str, Any]] = dict
-    optimizer: bool = True
-    forward: Callable[[], Tensor] | None = None
-    keep_last: int | None = None
-    keep_every: int | None = None
-    protected: frozenset[int] = frozenset()
-    published: Callable[[Path], None] | None = None
-
-    def save(self, iteration: int, samples: int, tokens: int) -> Path:
-        """Write `global_step<iteration>`, then move `latest`; returns the folder. All ranks call it."""
-        world = self.engine.groups.world
-        client_state: dict[str, Any] = {"iteration": iteration, "args": dict(self.compared)}
-        client_state[OURS] = {"samples": samples, "tokens": tokens, "kept": dict(self.kept()), "optimizer": self.optimizer}
-        if self.forward is not None:
-            client_state[STORED] = self.forward()
-        if self.rng:
-            # Only the first data rank writes its client state.
-            states = of_all_ranks(capture_rng(), self.engine.groups.replicas)
-            client_state.update(states[0])
-            client_state[OURS].update({RNG: states} if len(states) > 1 else {})
-        tag = step_tag(iteration)
-        if world.rank == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        barrier(world)
-        self.engine.save(self.directory, tag, client_state)
-        if world.rank == 0:
-            write_configs(self.directory / tag, self.configs)
-            write_latest(self.directory, tag)
-            log.info("  successfully saved checkpoint at iteration %7d to %s", iteration, self.directory / tag)
-            if self.published is not None:
-                self.published(self.directory / tag)
-            if self.keep_last is not None:
-                # The step just written stays even where an abandoned attempt left later ones.
-                prune(self.directory, keep=self.keep_last, protected=self.protected | {iteration}, every=self.keep_every)
-        barrier(world)
-        return self.directory / tag
 
 
 def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:

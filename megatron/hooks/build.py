@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from megatron.checkpoint.build import build_uploader, compared_args
+from megatron.checkpoint.provenance import code_version, without_secrets
 from megatron.checkpoint.uploading import Uploader
 from megatron.engine.base import Engine
 from megatron.engine.forward_check import forward_pass
-from megatron.engine.persistence import Position, Saver
+from megatron.engine.persistence import Position
+from megatron.engine.saving import Saver
 from megatron.errors import ConfigError, required
-from megatron.hooks.base import BaseHook, Hook, TrainState
-from megatron.hooks.checkpointing import CheckpointHook, Save, SavePlan
+from megatron.hooks.base import BaseHook, Hook
+from megatron.hooks.checkpointing import CheckpointHook, Checkpoints, SavePlan
 from megatron.hooks.console import ConsoleHook, tee_log
 from megatron.hooks.memory import MemoryHook, require_cuda
 from megatron.hooks.metrics import ClosingHook, MetricsHook
@@ -43,7 +45,8 @@ from megatron.hooks.validation import Evaluate, ValidationHook
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import any_rank
+from megatron.mpu.collectives import any_rank, on_first_rank
+from megatron.mpu.groups import Groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +58,9 @@ log = get_logger(__name__)
 KEPT = "tracker_ids"
 """Key under which checkpoints keep the ids."""
 
+RUN_ID = "run_id"
+"""Key under which they keep the name of the run itself: made once, the same after every resume."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
@@ -64,8 +70,8 @@ class RunParts:
     hardware_flops: of one optimizer step over all devices, with recomputed forward passes (the reported figure)
     model_flops:    the same without them
     devices:        number of devices that share the work (world size)
-    save:           writes a checkpoint of the state; called on all ranks. None = the run keeps none
-    uploader:       copies checkpoints elsewhere; None = nobody does, or another rank
+    checkpoints:    writes the run's checkpoints; None = the run keeps none
+    uploader:       copies them elsewhere; None = nobody does, or another rank
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
     any_rank:       "true on any rank?", the same answer on every rank
@@ -78,7 +84,7 @@ class RunParts:
     hardware_flops: float = 0.0
     model_flops: float = 0.0
     devices: int = 1
-    save: Save | None = None
+    checkpoints: Checkpoints | None = None
     uploader: Uploader | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
@@ -116,6 +122,7 @@ def build_hooks(
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
+    run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
     uploader = build_uploader(args, rank=world.rank)
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
@@ -123,7 +130,7 @@ def build_hooks(
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        save=_save(args, engine, spec, {KEPT: ids}, uploader),
+        checkpoints=_checkpoints(args, engine, spec, {KEPT: ids, RUN_ID: run_id}, uploader),
         uploader=uploader,
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
@@ -135,12 +142,12 @@ def build_hooks(
     return assemble(args, parts)
 
 
-def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any], uploader: Uploader | None) -> Save | None:
-    """How a checkpoint of this run is written; None without `save`."""
+def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any], uploader: Uploader | None) -> Saver | None:
+    """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
         return None
-    saver = Saver(
+    return Saver(
         engine=engine,
         directory=Path(section.save),
         compared=compared_args(args),
@@ -153,12 +160,26 @@ def _save(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, An
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
         published=None if uploader is None else uploader.published,
+        run_id=str(kept[RUN_ID]),
+        layout=_layout(args, engine.groups),
+        code_version=code_version(),
+        config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
+        background=section.checkpoint_async,
+        failures_allowed=section.checkpoint_failures_allowed,
     )
 
-    def save(state: TrainState) -> None:
-        saver.save(state.iteration, state.samples, state.tokens)
 
-    return save
+def _layout(args: NeoXArgs, groups: Groups) -> dict[str, int | str | bool]:
+    """How files are spread over ranks, for the manifest."""
+    return {
+        "pipe": groups.pp.size,
+        "tensor": groups.tp.size,
+        "context": groups.cp.size,
+        "data": groups.dp.size,
+        "zero_stage": int((args.optim.zero_optimization or {}).get("stage", 0)),
+        "precision": str(args.model.precision),
+        "pipelined": bool(args.runtime.pipe_parallel_size),
+    }
 
 
 def forward_of(args: NeoXArgs, engine: Engine, spec: ModelSpec) -> Callable[[], Tensor]:
@@ -201,8 +222,8 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     if logs.memory_profiling and parts.rank == 0:
         place = logs.memory_profiling_path or _place(args, "memory_profiling", "memory_profiling_path")
         hooks.append(MemoryHook(stop=logs.profile_step_stop, directory=Path(place)))
-    if parts.save is not None and args.checkpoint.save:
-        hooks.append(CheckpointHook(plan=_save_plan(args), save=parts.save))
+    if parts.checkpoints is not None and args.checkpoint.save:
+        hooks.append(CheckpointHook(plan=_save_plan(args), checkpoints=parts.checkpoints, report=metrics.attach))
     validation = _validation(args, parts, metrics)
     if validation is not None:
         hooks.append(validation)

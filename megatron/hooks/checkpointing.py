@@ -1,16 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a checkpoint is written. How, is the business of the callable handed over."""
+"""When a checkpoint is written. How, is the business of what is handed over."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 
-Save = Callable[[TrainState], None]
+FAILURES = "checkpoint_failures"
+"""Column and metric: how many saves of this run have failed so far; there is none until one has."""
+
+
+class Checkpoints(Protocol):
+    """Writes checkpoints (engine/saving.py: Saver). All ranks call each method together, except `abandon`."""
+
+    saved: int | None
+    failures: int
+
+    def save(self, iteration: int, samples: int, tokens: int, *, last: bool = False) -> None:
+        """Write one, or begin to. last: the run ends with it, so it is complete on return, or this raises."""
+
+    def poll(self) -> None:
+        """At a step boundary: publish one that was begun and is written by now."""
+
+    def finish(self, *, last: bool = False) -> None:
+        """Wait for one that was begun, and publish it."""
+
+    def abandon(self, error: BaseException) -> None:
+        """The run ends by an exception; must not raise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,30 +66,48 @@ def is_save_iteration(iteration: int, plan: SavePlan) -> bool:
 
 
 class CheckpointHook(BaseHook):
-    """Saves by plan, and at the end what was not saved yet."""
+    """Saves by plan, and at the end what was not saved yet.
 
-    def __init__(self, *, plan: SavePlan, save: Save) -> None:
+    report: takes numbers for the trackers and for a step's row
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: SavePlan,
+        checkpoints: Checkpoints,
+        report: Callable[[Mapping[str, float], Mapping[str, float]], None] | None = None,
+    ) -> None:
         self.plan = plan
-        self.save = save
-        self._saved = 0
+        self.checkpoints = checkpoints
+        self._report = report
+        self._found = 0
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Save before the first step if asked to; where a run resumes, there is a checkpoint already."""
-        self._saved = state.iteration
+        self._found = state.iteration
         if state.iteration == 0 and is_save_iteration(0, self.plan):
-            self.save(state)
+            self._save(state)
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
-        """Save by plan."""
+        """Publish what is written by now; save by plan."""
+        self.checkpoints.poll()
         if is_save_iteration(state.iteration, self.plan):
             self._save(state)
+        if self.checkpoints.failures and self._report is not None:
+            count = float(self.checkpoints.failures)
+            self._report({"checkpoint/failures": count}, {FAILURES: count})
         return Verdict.CONTINUE
 
     def on_stop(self, state: TrainState, engine: Engine) -> None:
-        """Save the last state, once."""
-        if state.iteration != self._saved:
-            self._save(state)
+        """Wait for what is being written, and save the last state, once."""
+        self.checkpoints.finish()
+        if state.iteration not in (self._found, self.checkpoints.saved):
+            self._save(state, last=True)
 
-    def _save(self, state: TrainState) -> None:
-        self.save(state)
-        self._saved = state.iteration
+    def on_error(self, state: TrainState, error: BaseException) -> None:
+        """Finish or discard what is being written."""
+        self.checkpoints.abandon(error)
+
+    def _save(self, state: TrainState, *, last: bool = False) -> None:
+        self.checkpoints.save(state.iteration, state.samples, state.tokens, last=last)

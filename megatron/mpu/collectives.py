@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,10 +18,15 @@ T = TypeVar("T")
 
 def any_rank(flag: bool, group: Group, device: torch.device) -> bool:
     """Whether any rank of the group says True; the same answer on all of them."""
+    return any_ranks([flag], group, device)[0]
+
+
+def any_ranks(flags: Sequence[bool], group: Group, device: torch.device) -> list[bool]:
+    """Of each flag, whether any rank of the group says True; the same answers on all of them."""
     if group.size == 1:
-        return flag
-    votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-    return bool(all_reduce(votes, group, maximum=True).item())
+        return list(flags)
+    votes = torch.tensor([int(flag) for flag in flags], dtype=torch.int32, device=device)
+    return [bool(vote) for vote in all_reduce(votes, group, maximum=True).tolist()]
 
 
 def barrier(group: Group) -> None:
@@ -37,6 +42,15 @@ def of_all_ranks(value: T, group: Group) -> list[T]:
     values: list[T] = [value] * group.size
     dist.all_gather_object(values, value, group=group.handle)
     return values
+
+
+def to_first_rank(value: T, group: Group) -> list[T]:
+    """Every rank's value (anything that can be pickled), in rank order, on the group's first rank; nothing on the others."""
+    if group.size == 1:
+        return [value]
+    values: list[T] | None = [value] * group.size if group.rank == 0 else None
+    dist.gather_object(value, values, dst=group.ranks[0], group=group.handle)
+    return values or []
 
 
 def of_last_rank(value: T, group: Group) -> T:

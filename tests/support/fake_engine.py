@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.writing import Writing
 from megatron.data.batch import Batch
 from megatron.engine.base import Pieces, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
@@ -33,8 +34,8 @@ class FakeEngine:
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         raise NotImplementedError
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        (directory / tag).mkdir(parents=True, exist_ok=True)
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+        writing.add(client_state, directory / tag / "mp_rank_00_model_states.pt")
         self.saved.append(tag)
 
     def load(self, directory: Path, tag: str) -> dict[str, Any]:
@@ -51,6 +52,33 @@ class FakeEngine:
 
     def before_update(self, look: Callable[[], None]) -> None:
         """There are no updates."""
+
+
+@dataclass
+class FakeCheckpoints:
+    """Keeps the steps it was asked to save. failing: those whose save fails"""
+
+    steps: list[int] = field(default_factory=list)
+    failing: frozenset[int] = frozenset()
+    saved: int | None = None
+    failures: int = 0
+    calls: list[str] = field(default_factory=list)
+
+    def save(self, iteration: int, samples: int, tokens: int, *, last: bool = False) -> None:
+        self.steps.append(iteration)
+        if iteration in self.failing:
+            self.failures += 1
+        else:
+            self.saved = iteration
+
+    def poll(self) -> None:
+        self.calls.append("poll")
+
+    def finish(self, *, last: bool = False) -> None:
+        self.calls.append("finish")
+
+    def abandon(self, error: BaseException) -> None:
+        self.calls.append("abandon")
 
 
 def result(loss: float = 2.0, **change: Any) -> StepResult:

@@ -242,6 +242,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("iteration", "load"),
     ),
     simple(
+        "async-of-what",
+        ("checkpoint_async",),
+        lambda v: v["checkpoint_async"] and v["save"] is None,
+        "checkpoint_async is about saving, but save is not set",
+        "set save, or remove checkpoint_async",
+        ("checkpoint_async", "save"),
+    ),
+    simple(
         "finetune-what",
         ("finetune",),
         lambda v: v["finetune"] and v["load"] is None,

@@ -30,6 +30,12 @@ class CheckpointArgs(Section):
         None, description="Steps between two checkpoints (linear, whole, >= 1), or the ratio of their steps (log, > 1)."
     )
     extra_save_iters: list[Whole] | None = Field(None, description="Further steps to save at; 0 saves the initial weights.")
+    checkpoint_async: bool = Field(
+        False, description="Write checkpoints while training goes on, from a copy of the state in host memory; at most one at a time."
+    )
+    checkpoint_failures_allowed: Whole = Field(
+        3, ge=0, description="How many saves in a row may fail, each logged and counted, before the next failure ends the run."
+    )
     no_save_optim: bool = Field(
         False, description="Leave the optimizer state out of checkpoints; reading one then needs no_load_optim or finetune."
     )

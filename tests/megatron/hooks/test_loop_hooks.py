@@ -27,17 +27,13 @@ from megatron.hooks.stopping import FiniteHook, StopHook
 from megatron.hooks.validation import ValidationHook
 from megatron.log import setup_logging
 from megatron.progress import parse_evaluation, parse_exit
-from support.fake_engine import FakeEngine, drive, result
+from support.fake_engine import FakeCheckpoints, FakeEngine, drive, result
 
 
 def saves(plan: SavePlan, steps: int, start: int = 0, extra: BaseHook | None = None) -> list[int]:
-    saved: list[int] = []
-    drive(
-        [CheckpointHook(plan=plan, save=lambda state: saved.append(state.iteration)), *([extra] if extra else [])],
-        [result()] * steps,
-        start=start,
-    )
-    return saved
+    kept = FakeCheckpoints()
+    drive([CheckpointHook(plan=plan, checkpoints=kept), *([extra] if extra else [])], [result()] * steps, start=start)
+    return kept.steps
 
 
 def test_when_checkpoints_are_written() -> None:
@@ -49,6 +45,15 @@ def test_when_checkpoints_are_written() -> None:
     assert saves(SavePlan(factor=2), 0, start=4) == []  # a finished run that is started again
     assert saves(SavePlan(factor=100), 9, extra=StopHook(exit_interval=3)) == [3]
     assert doctest.testmod(checkpointing).failed == 0
+
+
+def test_a_failed_save_is_counted_and_the_last_state_tried_again() -> None:
+    kept, told = FakeCheckpoints(failing=frozenset({2, 4})), []
+    hook = CheckpointHook(plan=SavePlan(factor=2), checkpoints=kept, report=lambda values, row: told.append((values, row)))
+    drive([hook], [result()] * 4)
+    assert kept.steps == [2, 4, 4]  # what step 4's failure left undone is done at the end
+    assert [row["checkpoint_failures"] for _, row in told] == [1.0, 1.0, 2.0]
+    assert kept.calls == ["poll"] * 4 + ["finish"]
 
 
 @given(st.floats(1.01, 10), st.integers(1, 5000))
@@ -109,12 +114,12 @@ class Signalled(BaseHook):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_stops_at_the_step_boundary(number: int) -> None:
-    out, before, saved = io.StringIO(), signal.getsignal(number), []
+    out, before, kept = io.StringIO(), signal.getsignal(number), FakeCheckpoints()
     setup_logging(rank=0, stream=out)
     stop = StopHook()
-    save = CheckpointHook(plan=SavePlan(), save=lambda state: saved.append(state.iteration))
+    save = CheckpointHook(plan=SavePlan(), checkpoints=kept)
     state = drive([Signalled(number, 3), save, stop], [result()] * 9)
-    assert state.iteration == 3 and saved == [3] and stop.reason == signal.Signals(number).name
+    assert state.iteration == 3 and kept.steps == [3] and stop.reason == signal.Signals(number).name
     leaving = [found for found in map(parse_exit, out.getvalue().splitlines()) if found]
     assert [found[:2] for found in leaving] == [(0, 3)]
     assert signal.getsignal(number) is before
@@ -174,16 +179,16 @@ def arguments(tmp_path: Path, **logs: Any) -> Any:
 
 
 def test_assembled_hooks_make_a_run(tmp_path: Path) -> None:
-    out, saved = io.StringIO(), []
+    out, kept = io.StringIO(), FakeCheckpoints()
     setup_logging(rank=0, stream=out)
     parts = RunParts(
-        save=lambda state: saved.append(state.iteration),
+        checkpoints=kept,
         evaluate=lambda split, iters: {"lm_loss": 1.0},
         splits=frozenset({"valid"}),
         tracker_ids=tracker_ids({}),
     )
     drive(assemble(arguments(tmp_path), parts), [result()] * 4)
-    assert saved == [0, 2, 4]
+    assert kept.steps == [0, 2, 4]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["iteration"], "valid_lm_loss" in r) for r in rows] == [
         (0, True),
@@ -196,19 +201,19 @@ def test_assembled_hooks_make_a_run(tmp_path: Path) -> None:
     ]
     assert out.getvalue().count("lm_loss: 2.000000E+00") == 2 and "the end of training for val data" in out.getvalue()
     # Another rank evaluates and saves too, but says and writes nothing.
-    others = assemble(arguments(tmp_path), RunParts(rank=1, save=parts.save, evaluate=parts.evaluate, splits=parts.splits))
+    others = assemble(arguments(tmp_path), RunParts(rank=1, checkpoints=FakeCheckpoints(), evaluate=parts.evaluate, splits=parts.splits))
     assert "ConsoleHook" not in [type(hook).__name__ for hook in others]
     before = (tmp_path / "metrics.jsonl").read_text()
     drive(others, [result()] * 2)
-    assert saved == [0, 2, 4, 0, 2] and (tmp_path / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_no_state_is_saved_after_a_loss_that_is_none(tmp_path: Path) -> None:
-    saved: list[int] = []
-    parts = RunParts(save=lambda state: saved.append(state.iteration))
+    kept = FakeCheckpoints()
+    parts = RunParts(checkpoints=kept)
     with pytest.raises(TrainingError):
         drive(assemble(arguments(tmp_path), parts), [result(), result(float("nan"))])
-    assert saved == [0]
+    assert kept.steps == [0] and kept.calls[-1] == "abandon"
     assert [row["lm_loss"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())] == [2.0, None]
 
 

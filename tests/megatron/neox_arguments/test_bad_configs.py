@@ -360,6 +360,8 @@ CASES = (
     Bad("checkpoint spacing", "save: out\ncheckpoint_factor: 0.5", 2, "checkpoint_factor is 0.5", "number of steps"),
     Bad("keep every of all", "keep_every: 100", 1, "keep_last_n_checkpoints is not set", "set keep_last_n_checkpoints"),
     Bad("keep every nothing", "keep_last_n_checkpoints: 2\nkeep_every: 0", 2, "a whole number >= 1", "write a whole number >= 1"),
+    Bad("failures below none", "checkpoint_failures_allowed: -1", 1, "a whole number >= 0", "write a whole number >= 0"),
+    Bad("async without save", "checkpoint_async: true", 1, "save is not set", "set save"),
     Bad("verify how", "checkpoint_verify: sizes", 1, "one of full, size, off", "write size"),
     Bad("iteration of nothing", "iteration: 10", 1, "load is not set", "global_step10"),
     Bad("hostfile missing", "global_num_gpus: null\nhostfile: no/such/file", 2, "cannot read the hostfile", "global_num_gpus"),

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two runs want one folder: one of them gets it, and a lock that a dead run left is no obstacle. (F27)"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron.checkpoint import lock as module
+from megatron.checkpoint.lock import LOCK, Holder, RunLock, acquire, held, this_process
+from megatron.errors import ConfigError, TrainingError
+from support.jobs import Job, settings
+from support.tree import ROOT
+
+RACERS = 6
+RACE = """
+import sys, time
+from pathlib import Path
+from megatron.checkpoint.lock import held
+from megatron.errors import ConfigError
+print("ready", flush=True)
+folder, start = Path(sys.argv[1]), float(sys.stdin.readline())
+while time.time() < start:
+    pass
+try:
+    with held(folder):
+        print("held", flush=True)
+        sys.stdin.read()
+except ConfigError as error:
+    print(error.what, flush=True)
+"""
+
+
+def write_lock(folder: Path, holder: Holder, age_s: float = 0.0) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / LOCK).write_text(json.dumps(asdict(holder)))
+    os.utime(folder / LOCK, (time.time() - age_s,) * 2)
+
+
+def gone() -> Holder:
+    """A process that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return replace(this_process(), pid=child.pid, token="dead")
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.timeout(110)
+@pytest.mark.parametrize("stale", [False, True], ids=["no lock", "a dead run's lock"])
+def test_of_runs_that_start_together_one_wins(tmp_path: Path, stale: bool) -> None:
+    if stale:
+        write_lock(tmp_path, gone())
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(RACERS)
+    ]
+    try:
+        assert {line_of(racer) for racer in racers} == {"ready"}
+        start = time.time() + 0.2
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write(f"{start}\n")
+            racer.stdin.flush()
+        said = [line_of(racer) for racer in racers]
+    finally:
+        for racer in racers:
+            racer.communicate("", timeout=60)
+    assert said.count("held") == 1, said
+    assert all(line == "held" or line.startswith("another run writes to this folder: process ") for line in said), said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_names_its_holder_and_is_released(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of luck"), held(tmp_path / "new" / "run"):
+        with pytest.raises(ConfigError) as refused:
+            acquire(tmp_path / "new" / "run")
+        assert f"process {os.getpid()} on {os.uname().nodename}, since 20" in refused.value.what
+        assert refused.value.where == str(tmp_path / "new/run" / LOCK) and "another `save`" in str(refused.value.mend)
+        raise RuntimeError("out of luck")
+    assert not (tmp_path / "new" / "run").exists()
+    with held(tmp_path / "run"):
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_locks_of_the_dead_are_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that is gone, one not yet waited for, a number that another process has by now, another host that fell silent."""
+    zombie = subprocess.Popen([sys.executable, "-c", ""])
+    while f"{zombie.pid} (" in (stat := Path(f"/proc/{zombie.pid}/stat").read_text()) and ") Z " not in stat:
+        time.sleep(0.01)
+    me = this_process()
+    elsewhere = replace(me, host="elsewhere", token="there")
+    assert me.started is not None
+    dead = [
+        (gone(), 0.0),
+        (replace(me, pid=zombie.pid, token="zombie"), 0.0),
+        (replace(me, started=me.started - 1, token="reused"), 0.0),
+        (elsewhere, module.STALE_AFTER_S + 5),
+        (replace(me, place="before the reboot", token="rebooted"), module.STALE_AFTER_S + 5),
+    ]
+    for holder, age_s in dead:
+        write_lock(tmp_path, holder, age_s)
+        caplog.clear()
+        with held(tmp_path):
+            assert f"took over {tmp_path / LOCK}" in caplog.text and holder.host in caplog.text
+        assert list(tmp_path.iterdir()) == []
+    zombie.wait()
+    for holder in (elsewhere, replace(me, place="other boot")):
+        write_lock(tmp_path, holder, module.STALE_AFTER_S - 60)
+        with pytest.raises(ConfigError, match="another run writes"):
+            acquire(tmp_path)
+
+
+def test_an_unreadable_lock_is_waited_for_and_then_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).touch()
+    monkeypatch.setattr(module, "_HALF_WRITTEN_S", 0.2)
+    with held(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with held(tmp_path), pytest.raises(ConfigError, match="another run writes"):
+        acquire(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_kept_fresh_and_its_loss_is_noticed(tmp_path: Path) -> None:
+    write_lock(tmp_path, holder := this_process(), age_s=100)
+    lock = RunLock(tmp_path / LOCK, holder, every_s=0.02)
+    deadline = time.monotonic() + 20
+    while time.time() - (tmp_path / LOCK).stat().st_mtime > 50:
+        assert time.monotonic() < deadline
+    lock.check()
+    write_lock(tmp_path, replace(holder, host="elsewhere", token="other"))
+    with pytest.raises(TrainingError, match="took over the folder.* on elsewhere"):
+        while time.monotonic() < deadline:
+            lock.check()
+    lock.release()
+    assert (tmp_path / LOCK).exists()  # it is the other run's
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        acquire(tmp_path / "file" / "run")
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_a_second_run_is_refused_and_a_killed_one_succeeded(tmp_path: Path) -> None:
+    config = settings(tmp_path, 1, train_iters=3, checkpoint_factor=1)
+    first = Job(tmp_path / "a", config, faults=[{"site": "step", "step": 3, "action": "sleep", "value": 600}])
+    first.until("saved checkpoint at iteration       2", 120)
+    second = Job(tmp_path / "b", config)
+    assert second.wait(120) == ConfigError.exit_code
+    assert f"process {first.pids()[0]} on" in second.output and "another `save`" in second.output
+    before = sorted(path.name for path in first.save.iterdir())
+    assert LOCK in before
+    first.kill()
+    third = Job(tmp_path / "c", config)
+    assert third.wait(120) == 0, third.output[-3000:]
+    assert "took over" in third.output and "starting from iteration 2" in third.output
+    assert not (first.save / LOCK).exists()
