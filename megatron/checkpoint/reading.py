@@ -24,12 +24,15 @@ _DATA_TYPES = (
 
 
 def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What unpickling a numpy array (the RNG state) needs, under the names of numpy 1 and 2."""
+    """What unpickling numpy arrays (the RNG state) and numbers (a learning rate) needs, under the names of numpy 1 and 2."""
     rebuild: Any = np.zeros(1).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in ("u1", "u4", "u8", "i4", "i8", "f4", "f8")]
+    number: Any = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in ("?", "u1", "u4", "u8", "i4", "i8", "f2", "f4", "f8")]
     return [
         (rebuild, "numpy.core.multiarray._reconstruct"),
         (rebuild, "numpy._core.multiarray._reconstruct"),
+        (number, "numpy.core.multiarray.scalar"),
+        (number, "numpy._core.multiarray.scalar"),
         np.ndarray,
         np.dtype,
         *dtypes,
@@ -68,7 +71,7 @@ def read_torch_file(path: Path, *, deepspeed_types: bool = False) -> Any:
             where=str(path),
             mend="use a file written by this project or by GPT-NeoX; nothing in the file was executed",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in any way: assertions, indices, unknown encodings
         raise CheckpointError(
             f"checkpoint file cannot be read: {error}", where=str(path), mend="copy it again, or choose another step"
         ) from error

@@ -70,6 +70,7 @@ class Uploader:
         if newest is not None and (self.directory / step_tag(newest) / MANIFEST).is_file():
             # Also where the process ended between publishing and marking. What is there already is not sent again.
             mark(self.directory, step_tag(newest))
+        log.info("checkpoints are copied to %s; looked through first: %s", self.place.address, ", ".join(marked(self.directory)) or "none")
         self._wanted.set()
         self._thread.start()
 

@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from support.jobs import Job, settings
 from support.tree import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "train"
-KINDS = ("zip", "legacy", "pickle", "in a numpy array", "as random state", "built", "TorchScript")
+KINDS = ("zip", "legacy", "pickle", "in a numpy array", "as a numpy number", "as random state", "built", "TorchScript")
 
 
 class Hostile:
@@ -46,6 +47,16 @@ class HostileState(OrderedDict):  # type: ignore[type-arg]
         return OrderedDict, (), {"weight": Hostile(self.marker)}
 
 
+class HostileNumber:
+    """A numpy scalar of the object type, whose value is a hostile one."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.float64(0).__reduce__()[0], (np.dtype(object), Hostile(self.marker))
+
+
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     return tmp_path / "made_by_the_file"
@@ -67,6 +78,7 @@ def write_hostile(path: Path, kind: str, marker: Path) -> None:
     else:
         found = {
             "in a numpy array": np.array([bait], dtype=object),
+            "as a numpy number": HostileNumber(marker),
             "as random state": ("MT19937", np.array([bait], dtype=object), 0, 0, 0.0),
             "built": HostileState(marker),
         }.get(kind, bait)
@@ -93,7 +105,8 @@ def test_the_bait_is_live(tmp_path: Path, marker: Path) -> None:
         if kind == "pickle":
             pickle.loads((tmp_path / "a.pt").read_bytes())
         else:
-            torch.load(tmp_path / "a.pt", weights_only=False)
+            with suppress(TypeError):  # numpy refuses such a number, once its value has been made
+                torch.load(tmp_path / "a.pt", weights_only=False)
         assert marker.is_dir(), kind
         marker.rmdir()
 
