@@ -61,8 +61,13 @@ def prune(directory: Path, *, keep: int, protected: Collection[int], every: int 
     A folder is renamed before it is deleted, so that half of one is never taken for a checkpoint.
     A folder that cannot be deleted is named in a warning: a full or read-only disk must not end a run that has just saved.
     """
-    deleted = []
-    for step in removable(directory, keep=keep, protected=protected, every=every):
+    deleted: list[int] = []
+    try:
+        old = removable(directory, keep=keep, protected=protected, every=every)
+    except OSError as error:
+        log.warning(f"old checkpoints could not be looked at: {error}")
+        return deleted
+    for step in old:
         try:
             remove(directory / step_tag(step))
         except OSError as error:

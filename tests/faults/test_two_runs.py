@@ -116,10 +116,40 @@ def test_locks_of_the_dead_are_taken_over(tmp_path: Path, caplog: pytest.LogCapt
             assert f"took over {tmp_path / LOCK}" in caplog.text and holder.host in caplog.text
         assert list(tmp_path.iterdir()) == []
     zombie.wait()
-    for holder in (elsewhere, replace(me, place="other boot")):
+    for holder in (elsewhere, replace(me, place="other boot"), replace(elsewhere, job="7")):
         write_lock(tmp_path, holder, module.STALE_AFTER_S - 60)
         with pytest.raises(ConfigError, match="another run writes"):
             acquire(tmp_path)
+
+
+def test_a_requeued_job_does_not_wait_for_its_earlier_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose node may have vanished a moment ago."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = replace(this_process(), host="elsewhere", token="before")
+    write_lock(tmp_path, before)
+    with pytest.raises(ConfigError, match="another run writes"):
+        acquire(tmp_path)  # another part of the same life
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with held(tmp_path) as lock:
+        assert (lock.holder.job, lock.holder.restarts) == ("7", 1)
+        write_lock(tmp_path / "other", replace(before, job="8"))
+        with pytest.raises(ConfigError, match="another run writes"):
+            acquire(tmp_path / "other")
+
+
+def test_a_lock_taken_in_between_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run takes over the dead one's lock after this one has looked at it, and before it renames it."""
+    write_lock(tmp_path, gone())
+    living, true = replace(this_process(), token="living"), Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        write_lock(tmp_path, living)
+        return true(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ConfigError, match="another run writes"):
+        acquire(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == "living" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_unreadable_lock_is_waited_for_and_then_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +192,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.timeout(300)
-def test_a_second_run_is_refused_and_a_killed_one_succeeded(tmp_path: Path) -> None:
-    config = settings(tmp_path, 1, train_iters=3, checkpoint_factor=1)
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_second_run_is_refused_and_a_killed_one_succeeded(tmp_path: Path, world: int) -> None:
+    config = settings(tmp_path, world, train_iters=3, checkpoint_factor=1)
     first = Job(tmp_path / "a", config, faults=[{"site": "step", "step": 3, "action": "sleep", "value": 600}])
     first.until("saved checkpoint at iteration       2", 120)
     second = Job(tmp_path / "b", config)
