@@ -69,17 +69,14 @@ class Uploader:
         newest = max(saved_steps(self.directory), default=None)
         if newest is not None and (self.directory / step_tag(newest) / MANIFEST).is_file():
             # Also where the process ended between publishing and marking. What is there already is not sent again.
-            mark(self.directory, step_tag(newest))
+            self._mark(step_tag(newest))
         log.info("checkpoints are copied to %s; looked through first: %s", self.place.address, ", ".join(marked(self.directory)) or "none")
         self._wanted.set()
         self._thread.start()
 
     def published(self, folder: Path) -> None:
         """A checkpoint has got its name; returns at once."""
-        try:
-            mark(self.directory, folder.name)
-        except Exception as error:  # as below
-            self._failed(folder.name, error)
+        if not self._mark(folder.name):
             return
         with self._lock:
             self._idle.clear()
@@ -115,6 +112,14 @@ class Uploader:
         """Give up at the next part; what was sent stays."""
         self._stopped = True
         self._wanted.set()
+
+    def _mark(self, tag: str) -> bool:
+        try:
+            mark(self.directory, tag)
+        except Exception as error:  # a full disk, say: the checkpoint is there, and training goes on
+            self._failed(tag, error)
+            return False
+        return True
 
     def _work(self) -> None:
         while True:

@@ -129,7 +129,10 @@ def test_an_unfinished_upload_of_other_content_is_replaced(store: Store, tmp_pat
     assert not store.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads")
 
 
-@pytest.mark.parametrize("forged", [False, True], ids=["overwritten", "with the right digest beside it"])
+@pytest.mark.parametrize(
+    "forged",
+    [pytest.param(False, id="overwritten", marks=pytest.mark.full), pytest.param(True, id="with the right digest beside it")],
+)
 def test_a_damaged_object_is_replaced(store: Store, tmp_path: Path, forged: bool) -> None:
     """An object of the right size that holds something else is sent again; the others are not."""
     from megatron.checkpoint.uploading import mark
@@ -223,6 +226,14 @@ def test_an_outage_is_counted_and_waits_for_the_next_start(
     assert "canary" not in caplog.text
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", reachable)
     assert uploaded(store, tmp_path).done and store.objects() == expected(folder)
+
+
+def test_a_marker_that_cannot_be_written_ends_nothing(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither at the start nor when a checkpoint is published."""
+    folder = checkpoint(tmp_path, 10)
+    (tmp_path / ".uploading").write_text("in the way")
+    made = uploaded(store, tmp_path, folder)
+    assert made.failures == 2 and "upload of global_step10" in caplog.text
 
 
 def test_drain_gives_up_when_nothing_moves(
