@@ -11,8 +11,8 @@ USAGE = "python train.py CONF [CONF ...] [flags]   (several ranks: python deepy.
 ABOUT = "Trains a model as the config files say."
 
 
-def main(argv: list[str]) -> None:
-    """Read the configuration, then train."""
+def main(argv: list[str]) -> int:
+    """Read the configuration, then train; returns the exit status."""
     args = consume_neox_args(argv)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
     from megatron.engine.distributed import naming_lost_ranks, stop
@@ -20,11 +20,12 @@ def main(argv: list[str]) -> None:
 
     try:
         with naming_lost_ranks():
-            pretrain(args)
+            status = pretrain(args).status
     except BaseException:
         stop(failed=True)
         raise
     stop()
+    return status
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -20,12 +21,15 @@ from megatron.engine.forward_check import compare_forward, forward_pass
 from megatron.engine.persistence import Position, resume_everything, resume_position
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
-from megatron.hooks.build import build_hooks
+from megatron.hooks.build import build_hooks, build_stop
 from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.locking import LockHook
+from megatron.hooks.stopping import StopRequest
+from megatron.hooks.validation import Evaluate
+from megatron.launch.signals import noting_signals
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import barrier
+from megatron.mpu.collectives import any_rank, barrier
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
@@ -38,11 +42,16 @@ log = get_logger(__name__)
 
 
 def pretrain(args: NeoXArgs) -> TrainState:
-    """Train the configured model to `train_iters`; returns the state it ended in.
+    """Train the configured model to `train_iters`; returns the state it ended in, and in it what the process's end means.
 
-    Raises NeoXError for everything a user can mend.
+    A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can mend.
     """
     setup_logging()
+    with noting_signals(insisting=True) as received:
+        return _pretrain(args, received)
+
+
+def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     for line in argument_lines(args):
         log.info(line)
     refuse_unfinished(args)
@@ -50,13 +59,16 @@ def pretrain(args: NeoXArgs) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
+    faults.point("set-up")
+    stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
     with own_folder(args, groups.world) as check_owner:
-        return run(args, groups, device, check_owner)
+        return run(args, groups, device, stop, check_owner)
 
 
-def run(args: NeoXArgs, groups: Groups, device: torch.device, check_owner: Callable[[], None]) -> TrainState:
+def run(args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest, check_owner: Callable[[], None]) -> TrainState:
     """Build the parts and train, as one of `groups`.
 
+    stop:        whether the run is to stop early
     check_owner: raises when the folder that is saved to is another run's by now
     """
     tokenizer = build_tokenizer(args)
@@ -73,12 +85,14 @@ def run(args: NeoXArgs, groups: Groups, device: torch.device, check_owner: Calla
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
-    evaluate = evaluator(args, data, objective, engine, counting)
-    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits)
+    stop.require_time()
+    evaluate = evaluator(args, data, objective, engine, stop=stop, counting=counting)
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, stop=stop)
     hooks.insert(0, LockHook(check_owner))
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    return train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
+    end = train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
+    return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
 def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
@@ -108,24 +122,25 @@ class Counting(NamedTuple):
 
 
 def evaluator(
-    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, counting: Counting | None = None
-) -> Callable[[str, int], Mapping[str, float]]:
+    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, *, stop: StopRequest, counting: Counting | None = None
+) -> Evaluate:
     """(split, iterations) -> metrics over that many global batches, always from the split's first sample on.
 
+    stop:     where the run is to stop, a pass is broken off and gives None
     counting: also give how many tokens stand for one character
     """
     micro_batches = required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
 
-    def evaluate(split: str, iterations: int) -> Mapping[str, float]:
+    def evaluate(split: str, iterations: int) -> Mapping[str, float] | None:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
             raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
-        batches = islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches)
-        if counting is None:
-            return engine.eval_step(objective, batches)
-        characters = Characters(*counting)
-        metrics = engine.eval_step(objective, characters.counted(batches))
-        return {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
+        batches = stop.until(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
+        characters = None if counting is None else Characters(*counting)
+        metrics = engine.eval_step(objective, batches if characters is None else characters.counted(batches))
+        if characters is not None:
+            metrics = {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
+        return None if stop.reason else metrics
 
     return evaluate
 

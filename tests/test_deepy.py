@@ -92,7 +92,7 @@ def test_help_and_config_errors_answer_at_once_and_start_nothing(tmp_path: Path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "closest: --hidden_size" in wrong.stderr and "Traceback" not in wrong.stderr
     wrong = run(tmp_path, "--num_attention_heads", "5", "--norm", "lyernorm", "--debug")
-    assert wrong.returncode == 2
+    assert wrong.returncode == 77
     assert "--norm" in wrong.stderr and "--num_attention_heads" in wrong.stderr and "Traceback" in wrong.stderr
     assert not list(tmp_path.glob("rank*"))
 
@@ -120,7 +120,7 @@ def test_exit_statuses_of_workers_come_through(tmp_path: Path) -> None:
     assert "exit status 7" in failed.stdout + failed.stderr
     # The other worker was told to stop, and did so in order.
     assert (tmp_path / "stopped0").read_text() == str(int(signal.SIGTERM))
-    assert run(tmp_path, mode="config error").returncode == 2
+    assert run(tmp_path, mode="config error").returncode == 77
     told_once = run(tmp_path, "--global_num_gpus", "2", mode="same error")
     assert told_once.returncode == 1
     assert told_once.stderr.splitlines()[0].endswith("failed first:") and told_once.stderr.count("wrong everywhere") == 1

@@ -82,17 +82,17 @@ class Uploader:
             self._idle.clear()
             self._wanted.set()
 
-    def drain(self, *, patience_s: float, limit_s: float | None = None) -> bool:
+    def drain(self, *, patience_s: float, hurried: Callable[[], bool] = lambda: False, early_s: float = 0.0) -> bool:
         """Wait until everything is uploaded; returns whether it is. The thread has ended, or ends with the process.
 
         patience_s: give up when nothing moves for so long
-        limit_s:    and after this time in any case
+        hurried:    whether the process was told to end; then it waits no longer than early_s from there
         """
-        began = moved_at = time.monotonic()
+        told_at = moved_at = time.monotonic()
+        deadline: float | None = None
         moved = self._moved
         if not self._idle.is_set() and self._thread.is_alive():
             log.info("waiting for uploads to %s: %s", self.place.address, ", ".join(marked(self.directory)))
-        told_at = began
         while self._thread.is_alive() and not self._idle.wait(0.1):
             now = time.monotonic()
             if self._moved != moved:
@@ -100,7 +100,9 @@ class Uploader:
             if now - told_at >= PROGRESS_S:
                 told_at = now
                 log.info("  uploading %s: %.1f of %.1f MiB", self._now, self._moved / 2**20, self._total / 2**20)
-            if now - moved_at > patience_s or (limit_s is not None and now - began > limit_s):
+            if deadline is None and hurried():
+                deadline = now + early_s
+            if now - moved_at > patience_s or (deadline is not None and now >= deadline):
                 break
         self.stop()
         left = marked(self.directory)

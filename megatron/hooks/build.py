@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +39,15 @@ from megatron.hooks.sinks import (
     wandb_key_found,
     wandb_offline,
 )
-from megatron.hooks.stopping import FiniteHook, StopHook
+from megatron.hooks.stopping import FiniteHook, StopHook, StopRequest
 from megatron.hooks.throughput import StepFlops
 from megatron.hooks.uploads import UploadHook
 from megatron.hooks.validation import Evaluate, ValidationHook
+from megatron.hooks.wall_clock import Limits, WallClock, job_end
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import any_rank, on_first_rank
+from megatron.mpu.collectives import on_first_rank
 from megatron.mpu.groups import Groups
 
 if TYPE_CHECKING:
@@ -74,10 +76,9 @@ class RunParts:
     uploader:       copies them elsewhere; None = nobody does, or another rank
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
-    any_rank:       "true on any rank?", the same answer on every rank
     tracker_ids:    the run's ids at its trackers
     resumed:        whether tracker_ids come from a checkpoint
-    time_limit_s:   stop after this many seconds
+    stop:           whether the run is to stop early
     """
 
     rank: int = 0
@@ -88,10 +89,9 @@ class RunParts:
     uploader: Uploader | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
-    any_rank: Callable[[bool], bool] = bool
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
     resumed: bool = False
-    time_limit_s: float | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
@@ -109,11 +109,13 @@ def build_hooks(
     evaluate: Evaluate,
     position: Position,
     splits: frozenset[str] | None = None,
+    stop: StopRequest | None = None,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
     position: where the run starts; what hooks keep in checkpoints is in `position.kept`
     splits:   which of "valid", "test" have data; None = what the configured paths say
+    stop:     whether the run is to stop early; None = only by `exit_interval`
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
@@ -134,12 +136,27 @@ def build_hooks(
         uploader=uploader,
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
-        any_rank=lambda flag: any_rank(flag, world, engine.device),
         tracker_ids=ids,
         resumed=KEPT in position.kept,
-        time_limit_s=None if args.run.exit_duration_in_mins is None else 60.0 * args.run.exit_duration_in_mins,
+        stop=stop or StopRequest(),
     )
     return assemble(args, parts)
+
+
+def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool], bool]) -> StopRequest:
+    """What ends the run early.
+
+    received: signals to this process so far
+    any_rank: "true on any rank?", the same answer on every rank
+    """
+    run = args.run
+    limits = Limits(
+        duration_s=None if run.exit_duration_in_mins is None else 60.0 * run.exit_duration_in_mins,
+        killed_at=job_end(os.environ),
+        margin_s=run.exit_margin_in_secs,
+        grace_s=run.grace_in_secs,
+    )
+    return StopRequest(received, wall=WallClock(limits), any_rank=any_rank)
 
 
 def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any], uploader: Uploader | None) -> Saver | None:
@@ -223,12 +240,14 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         place = logs.memory_profiling_path or _place(args, "memory_profiling", "memory_profiling_path")
         hooks.append(MemoryHook(stop=logs.profile_step_stop, directory=Path(place)))
     if parts.checkpoints is not None and args.checkpoint.save:
-        hooks.append(CheckpointHook(plan=_save_plan(args), checkpoints=parts.checkpoints, report=metrics.attach))
+        hooks.append(
+            CheckpointHook(plan=_save_plan(args), checkpoints=parts.checkpoints, report=metrics.attach, took=parts.stop.wall.save_took)
+        )
     validation = _validation(args, parts, metrics)
     if validation is not None:
         hooks.append(validation)
-    hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, time_limit_s=parts.time_limit_s, any_rank=parts.any_rank))
-    hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach)]
+    hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
+    hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach, hurried=parts.stop.told)]
     return [*hooks, ClosingHook(metrics)]
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron.checkpoint.uploading import Uploader
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
@@ -18,12 +20,14 @@ EARLY_S = 10.0
 class UploadHook(BaseHook):
     """Stands behind the last save of a run.
 
-    report: takes numbers for the trackers and for a step's row
+    report:  takes numbers for the trackers and for a step's row
+    hurried: whether the process was told to end
     """
 
-    def __init__(self, uploader: Uploader, *, report: Send) -> None:
+    def __init__(self, uploader: Uploader, *, report: Send, hurried: Callable[[], bool]) -> None:
         self.uploader = uploader
         self.report = report
+        self.hurried = hurried
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Take up what an earlier start left."""
@@ -37,7 +41,7 @@ class UploadHook(BaseHook):
 
     def on_stop(self, state: TrainState, engine: Engine) -> None:
         """Wait until everything is there, or until the next start has to do it."""
-        self.uploader.drain(patience_s=PATIENCE_S, limit_s=None if state.iteration >= state.target else EARLY_S)
+        self.uploader.drain(patience_s=PATIENCE_S, hurried=self.hurried, early_s=EARLY_S)
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
         """Leave the rest to the next start."""

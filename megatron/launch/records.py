@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron.errors import ExitStatus
 from megatron.launch.environment import scrub
 
 FAILURE_FILE = "NEOX_FAILURE_FILE"
@@ -30,6 +31,8 @@ LINE = re.compile(rf"{MARK} (\S+) (\d+)/(\d+) ([A-Za-z0-9+/=]+)\s*$")
 LOST = 1
 TRACE = "Traceback (most recent call last)"
 SIGNALLED = 128
+LEAVING = (ExitStatus.REQUEUE, ExitStatus.NO_PROGRESS, ExitStatus.INTERRUPTED)
+"""Statuses of a rank that was asked to end before it was done, and did so in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,10 @@ class Ledger:
         for event in silent:
             text = "lost: nothing was heard of its end; it was killed together with what watched it, or its host is gone"
             self.events.append(Event(what="lost", host=event.host, rank=event.rank, at=event.at, code=LOST, text=text))
+
+    def left(self) -> int | None:
+        """The status with which ranks ended in order before they were done; None where none did."""
+        return next((int(event.code) for event in self.events if event.what == "stopped" and event.code in LEAVING), None)
 
     def status(self) -> int:
         """The first failing rank's exit status as a shell shows it; 0 without failures."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.launch.records import FAILURE_FILE, Event, found
+from megatron.launch.records import FAILURE_FILE, LEAVING, Event, found
 
 POLL_S = 0.05
 # After the first death: so long may the others take to fail by themselves, and then to end when told to.
@@ -123,10 +123,11 @@ class Supervisor:
         if code:
             failure = found(child.note, host=self.host, rank=child.number, code=code)
             # A rank that was told to end and did is no failure, unless it had words of its own.
-            quiet = not child.note.exists() and (child.told or self._signals > 0)
+            quiet = not child.note.exists() and (child.told or self._signals > 0 or code in LEAVING)
             event = replace(event, what="stopped") if quiet else failure
             if self._stop_at is None and self._kill_at is None:
-                self._stop_at = time.monotonic() + GRACE_S
+                # Ranks that stop on request stop together.
+                self._stop_at = time.monotonic() + (PATIENT_LAST_S if code in LEAVING else GRACE_S)
         # What it started itself, such as data workers, must not outlive it.
         try:
             os.killpg(child.process.pid, signal.SIGKILL)

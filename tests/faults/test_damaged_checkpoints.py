@@ -119,15 +119,16 @@ def test_each_damage_has_its_own_words(tmp_path: Path, damage: Callable[[Path], 
 
 
 @pytest.mark.dist
+@pytest.mark.full  # with one flipped bit by default in test_two_runs.py
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("world", "pattern", "sizes"),
     [
         (1, "mp_rank_00_model_states.pt", None),
-        pytest.param(2, "*optim_states.pt", None, marks=pytest.mark.full),
-        pytest.param(2, "configs/*.yml", None, marks=pytest.mark.full),
-        pytest.param(2, MANIFEST, None, marks=pytest.mark.full),
-        pytest.param(2, "mp_rank_00_model_states.pt", 1000, marks=pytest.mark.full),
+        (2, "*optim_states.pt", None),
+        (2, "configs/*.yml", None),
+        (2, MANIFEST, None),
+        (2, "mp_rank_00_model_states.pt", 1000),
     ],
     ids=["weights", "optimizer", "configs", "manifest", "truncated"],
 )

@@ -62,6 +62,7 @@ class FakeCheckpoints:
     failing: frozenset[int] = frozenset()
     saved: int | None = None
     failures: int = 0
+    seconds: float | None = None
     calls: list[str] = field(default_factory=list)
 
     def save(self, iteration: int, samples: int, tokens: int, *, last: bool = False) -> None:

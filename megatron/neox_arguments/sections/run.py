@@ -27,6 +27,16 @@ class RunArgs(Section):
     exit_duration_in_mins: float | None = Field(
         None, gt=0, description="End the run, with a checkpoint, at the first step that ends after so many minutes of training."
     )
+    exit_margin_in_secs: float = Field(
+        60.0,
+        ge=0,
+        description="Time to keep free before Slurm ends the job, besides what steps and checkpoints are seen to take.",
+    )
+    grace_in_secs: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds from a request to stop to the SIGKILL at this site; a stop that takes longer is warned of.",
+    )
     batch_size: Whole | None = Field(None, ge=1, description="Another name of train_micro_batch_size_per_gpu.", json_schema_extra=DERIVED)
     train_batch_size: Whole | None = Field(
         None, ge=1, description="Samples per optimizer step over all ranks = micro batch * accumulation steps * data-parallel ranks."

@@ -254,7 +254,7 @@ def test_drain_gives_up_when_nothing_moves(
     assert not made.drain(patience_s=1)
     assert time.monotonic() - began < 20
     assert "uploading global_step10: 0.0 of 0.0 MiB" in caplog.text
-    assert made.drain(patience_s=60, limit_s=0.2) is False
+    assert made.drain(patience_s=60, hurried=lambda: True, early_s=0.2) is False
 
 
 def test_what_is_missing_is_said_at_the_start(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

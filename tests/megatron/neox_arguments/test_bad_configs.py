@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs that must be refused: one report with file:line, reason and mend, exit code 2."""
+"""Configs that must be refused: one report with file:line, reason and mend, exit status 77."""
 
 from __future__ import annotations
 
@@ -395,7 +395,7 @@ def test_every_bad_config_is_refused_with_place_and_mend(tmp_path):
         with pytest.raises(ConfigError) as caught:
             NeoXArgs.from_ymls(write(folder, case.text))
         report = caught.value.report()
-        assert caught.value.exit_code == 2, case.name
+        assert caught.value.exit_code == 77, case.name
         assert len(caught.value.problems) == 1, f"{case.name}: one fault, one problem\n{report}"
         assert case.says in re.sub(r" +", " ", report), f"{case.name}:\n{report}"
         assert case.mend in caught.value.problems[0].mend, f"{case.name}:\n{report}"

@@ -57,5 +57,8 @@ def test_prune(run: Path) -> None:
     assert saved_steps(run) == [9, 10, 20, 30]
     assert tool("prune.py", run, *words)[1].splitlines()[-1] == "1 deleted; left: 9, 10, 30"
     assert saved_steps(run) == [9, 10, 30]
+    flip(run / "global_step30" / KINDS["weights"])
+    assert tool("prune.py", run, "--keep", "1", "--dry-run")[1].splitlines()[-1] == "1 would go; left: 10, 30"
+    assert tool("prune.py", run, "--keep", "1", "--sizes", "--dry-run")[1].splitlines()[-1] == "2 would go; left: 30"
     status, _, told = tool("prune.py", run, "--keep", "0")
     assert status == 2 and "--keep 0" in told
