@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron.checkpoint.discovery import Search, find, nothing_saved
 from megatron.checkpoint.lock import RunLock, held
-from megatron.checkpoint.neox_store import zero3_partitioned
 from megatron.checkpoint.publishing import recover
 from megatron.checkpoint.resume import COMPARED_ARGS
 from megatron.checkpoint.s3 import Address, open_client, require_boto3
@@ -109,7 +108,7 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     FORMAT: GPT-NeoX reads `intermediate_size` of a gated MLP as 3/2 of the width, its fork as the width itself.
     """
     spec = build_spec(args)
-    if folder is None or not spec.blocks[0].mlp.gated or zero3_partitioned(folder):
+    if folder is None or not spec.blocks[0].mlp.gated:
         return spec
     width = width_over(read_shards(folder), "mlp.linear2.weight", 1) or spec.blocks[0].mlp.width
     convention = mlp_convention_of(args, width)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.steps import saved_steps
+from megatron.errors import CheckpointError, ConfigError
 from support.checkpoints import KINDS, flip, step_folder
 from support.tree import ROOT
 
@@ -46,7 +47,7 @@ def test_verify(run: Path) -> None:
     assert tool("verify.py", run / "global_step20", "--sizes")[:2] == (0, "global_step20: whole (5 files)\n")
     assert tool("verify.py", f"{run / 'global_step20'}/")[0] == 1
     status, _, told = tool("verify.py", run / "global_step20" / "configs")
-    assert status == 1 and "no global_step<N> folder" in told and "Traceback" not in told
+    assert status == CheckpointError.exit_code and "no global_step<N> folder" in told and "Traceback" not in told
     assert "--sizes" in tool("verify.py", "--help")[1]
 
 
@@ -61,4 +62,4 @@ def test_prune(run: Path) -> None:
     assert tool("prune.py", run, "--keep", "1", "--dry-run")[1].splitlines()[-1] == "1 would go; left: 10, 30"
     assert tool("prune.py", run, "--keep", "1", "--sizes", "--dry-run")[1].splitlines()[-1] == "2 would go; left: 30"
     status, _, told = tool("prune.py", run, "--keep", "0")
-    assert status == 2 and "--keep 0" in told
+    assert status == ConfigError.exit_code and "--keep 0" in told
