@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -267,9 +268,17 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     simple(
         "s3-address",
         ("s3_path",),
-        lambda v: not v["s3_path"].startswith("s3://") or not v["s3_path"][5:].strip("/"),
+        lambda v: not re.match(r"s3://[^/]", v["s3_path"]),
         "s3_path is {s3_path!r}",
         "write s3://bucket/prefix",
+    ),
+    simple(
+        "s3-of-what",
+        ("s3_path",),
+        lambda v: v["save"] is None,
+        "s3_path asks for copies of checkpoints, but save is not set",
+        "set save, or remove s3_path",
+        ("s3_path", "save"),
     ),
     simple(
         "profile-window",

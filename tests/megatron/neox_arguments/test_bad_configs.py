@@ -136,6 +136,8 @@ CASES = (
         "with ns_steps 5",
         "remove optimizer.params.ns_steps",
     ),
+    Bad("no bucket in the place of copies", "save: out\ncheckpoint_factor: 5\ns3_path: s3:///runs", 3, "s3:///runs", "s3://bucket/prefix"),
+    Bad("copies of no checkpoints", "s3_path: s3://bucket/runs", 1, "save is not set", "set save"),
     Bad("muP without a base", "use_mup: true", 1, "mup_base_hidden_size is not set", "add mup_base_hidden_size"),
     Bad(
         "muP with MADGRAD",
