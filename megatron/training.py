@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from megatron import faults
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args, own_folder
+from megatron.checkpoint.changes import SCHEDULE, tell_changes, watched_values
 from megatron.checkpoint.neox_store import bookkeeping
 from megatron.data.batch import Batch
-from megatron.data.build import DataSplits, build_data
+from megatron.data.build import DataSplits, build_data, data_fingerprint
+from megatron.data.fingerprint import differences, require_same
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine, join_job
 from megatron.engine.forward_check import compare_forward, forward_pass
@@ -26,11 +31,16 @@ from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.locking import LockHook
 from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import Evaluate
+from megatron.hooks.watching import watched
+from megatron.launch.heartbeat import FOLDER
+from megatron.launch.pulse import LOAD, Pulse
+from megatron.launch.records import claimed
 from megatron.launch.signals import noting_signals
+from megatron.launch.watch import WatchPlan, watching
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import any_rank, barrier
-from megatron.mpu.groups import Groups
+from megatron.mpu.collectives import any_rank, barrier, of_all_ranks
+from megatron.mpu.groups import Group, Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
@@ -41,14 +51,18 @@ from megatron.tokenizer.build import build_tokenizer, with_vocabulary
 log = get_logger(__name__)
 
 
-def pretrain(args: NeoXArgs) -> TrainState:
+def pretrain(args: NeoXArgs, received: Sequence[int] | None = None) -> TrainState:
     """Train the configured model to `train_iters`; returns the state it ended in, and in it what the process's end means.
+
+    received: signals to this process, where they are noted already
 
     A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can mend.
     """
     setup_logging()
-    with noting_signals(insisting=True) as received:
+    if received is not None:
         return _pretrain(args, received)
+    with noting_signals(insisting=True) as noted:
+        return _pretrain(args, noted)
 
 
 def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
@@ -61,15 +75,31 @@ def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     groups, device = join_job(args)
     faults.point("set-up")
     stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
-    with own_folder(args, groups.world) as check_owner:
-        return run(args, groups, device, stop, check_owner)
+    with own_folder(args, groups.world) as check_owner, watching(watch_plan(args, groups.world)) as pulse:
+        return run(args, groups, device, stop, check_owner, pulse)
 
 
-def run(args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest, check_owner: Callable[[], None]) -> TrainState:
+def watch_plan(args: NeoXArgs, world: Group) -> WatchPlan:
+    """How this rank is watched: `heartbeat_interval_in_secs`, `hang_timeout_in_mins`."""
+    place = args.checkpoint.save or args.logs.log_dir
+    return WatchPlan(
+        rank=world.rank,
+        world=world.size,
+        folder=Path(place) / FOLDER if place else None,
+        interval_s=args.logs.heartbeat_interval_in_secs,
+        limit_s=60.0 * args.logs.hang_timeout_in_mins or None,
+        note=claimed(os.environ),
+    )
+
+
+def run(
+    args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest, check_owner: Callable[[], None], pulse: Pulse
+) -> TrainState:
     """Build the parts and train, as one of `groups`.
 
     stop:        whether the run is to stop early
     check_owner: raises when the folder that is saved to is another run's by now
+    pulse:       is told what this rank is doing
     """
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
@@ -78,9 +108,11 @@ def run(args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest,
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
     source = choose_source(args, groups.world)
-    engine, spec = build_engine(args, source, groups, device)
-    position = take_up(args, source, engine, spec)
-    check_forward(args, source, engine, spec)
+    make_place(args)
+    with pulse.during(LOAD):
+        engine, spec = build_engine(args, source, groups, device)
+        position = as_before(args, source, take_up(args, source, engine, spec), objective.streams, groups.world)
+        check_forward(args, source, engine, spec)
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
@@ -91,7 +123,7 @@ def run(args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest,
     hooks.insert(0, LockHook(check_owner))
     batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
     steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    end = train(engine, engine.timers.over("batch generator", steps), objective, hooks, state)
+    end = train(engine, engine.timers.over("batch generator", steps), objective, watched(hooks, pulse), state)
     return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
@@ -104,6 +136,38 @@ def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> 
     if source.take is Take.WEIGHTS_AND_POSITION:
         return resume_position(engine, source.folder, compared=compared, batch_size=batch_size, rng=rng)
     return resume_everything(engine, source.folder, spec, compared=compared, batch_size=batch_size, rng=rng)
+
+
+def make_place(args: NeoXArgs) -> None:
+    """The folders that this run writes to, from here on also its heartbeats. Who cannot write there finds out, and tells, when it must."""
+    for place in filter(None, (args.checkpoint.save, args.logs.log_dir)):
+        with suppress(OSError):
+            Path(place).mkdir(parents=True, exist_ok=True)
+
+
+def as_before(args: NeoXArgs, source: Source, position: Position, streams: Sequence[str], world: Group) -> Position:
+    """The position with what checkpoints from now on keep of data and settings; what a resume changes of them is told, or refused.
+
+    Raises DataError when the data is not the checkpoint's, unless `allow_data_change`.
+    """
+    if not (args.checkpoint.save or source.folder):
+        return position
+    # One rank reads the files, as every rank would find the same.
+    data = of_all_ranks(data_fingerprint(args, streams=streams) if world.rank == 0 else {}, world)[0]
+    settings = watched_values(args.to_flat())
+    if source.folder is not None and source.take in (Take.WEIGHTS_AND_POSITION, Take.EVERYTHING):
+        before = position.kept
+        if DATA in before and not args.data.allow_data_change:
+            require_same(before[DATA], data, where=str(source.folder))
+        if world.rank == 0:
+            found = differences(before.get(DATA, data), data)
+            # The schedule's own changes are told by the schedule.
+            tell_changes(before.get(SETTINGS, {}), settings, without=SCHEDULE, further=found)
+    return replace(position, kept={**position.kept, DATA: data, SETTINGS: settings})
+
+
+DATA, SETTINGS = "data", "settings"
+"""Under these names checkpoints keep the data's fingerprint and the settings that `tell_changes` compares."""
 
 
 def check_forward(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> None:

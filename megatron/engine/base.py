@@ -84,8 +84,8 @@ class Engine(Protocol):
         spec: the model
         """
 
-    def set_schedule_step(self, steps: int) -> None:
-        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
+    def set_schedule_step(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made; `saved` is the checkpoint's schedule."""
 
     def module(self) -> torch.nn.Module:
         """The model (this stage of it), for inspection."""

@@ -59,11 +59,16 @@ def join_job(args: NeoXArgs) -> tuple[Groups, torch.device]:
         context=runtime.context_parallel_size,
         sequence=runtime.sequence_parallel,
     )
-    groups = start(place, device, shape)
+    # The watch names the rank that the others wait for; a collective that gives up before it does knows none.
+    patience = max(PATIENCE_MINUTES, 4 * args.logs.hang_timeout_in_mins)
+    groups = start(place, device, shape, timeout_minutes=patience)
     # Tensor ranks draw alike (mpu/random.py); replicas and stages do not.
     seed_everything(args.run.seed + groups.replicas.rank + STAGE_SEEDS * groups.pp.rank)
     return groups, device
 
+
+PATIENCE_MINUTES = 30.0
+"""A collective that lasts longer fails, at least; see `hang_timeout_in_mins`."""
 
 STAGE_SEEDS = 100_003
 """Distance between the seeds of two pipeline stages; more than there are replicas."""

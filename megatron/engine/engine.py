@@ -103,9 +103,9 @@ class TrainEngine:
         """Read weights, optimizer and schedule, of any layout; returns the client state."""
         return self.runner.load(directory, tag, spec)
 
-    def set_schedule_step(self, steps: int) -> None:
-        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
-        self.runner.schedule.seek(steps)
+    def set_schedule_step(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made; `saved` is the checkpoint's schedule."""
+        self.runner.schedule.seek(steps, saved)
 
     def module(self) -> nn.Module:
         """The model (this stage of it)."""

@@ -64,7 +64,7 @@ def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any]
     if rng:
         take_up_rng(client_state, engine.groups, folder)
     position = _position(client_state, folder, batch_size)
-    engine.set_schedule_step(position.iteration)
+    engine.set_schedule_step(position.iteration, client_state.get("lr_scheduler"))
     return position
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron import faults
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
 from megatron.engine.accounting import MetricSum, add_terms, targets_of, weighted_mean
@@ -58,8 +59,8 @@ class _Terms:
 def evaluate(args: NeoXArgs) -> dict[str, Any]:
     """Losses over `eval_iters` global batches of each of the validation and test splits, for the checkpoint `load` names.
 
-    Returns {"results": {split: {metric: value}}, "config": {...}}. Raises ConfigError when there is nothing to evaluate, StoppedError when
-    a signal came.
+    Returns {"results": {split: {metric: value}}, "config": {...}}. After a signal the split under way is left
+    out, and "stopped_by" is its number. Raises ConfigError when there is nothing to evaluate, StoppedError when a signal leaves nothing.
     """
     with noting_signals() as received:
         return _evaluate(args, received)
@@ -77,7 +78,7 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
     splits = build_data(args, streams=objective.streams)
     device = next(loaded.model.parameters()).device
     batches = args.run.eval_iters * required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
-    results, alone = {}, Groups.single()
+    results, alone, stopped = dict[str, dict[str, float]](), Groups.single(), dict[str, int]()
     for name, split in (("validation", splits.valid), ("test", splits.test)):
         if split is None:
             continue
@@ -85,7 +86,13 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
         counting = Characters(tokenizer.decode, tokenizer.eod)
         seen = counting.counted(micro_batches) if args.run.char_level_ppl else micro_batches
         meter = MetricSum()
-        weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+        try:
+            weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+        except StoppedError:
+            if not results:
+                raise
+            stopped = {"stopped_by": received[0]}
+            break
         metrics = weighted_mean(meter, weight, alone, device)
         if args.run.char_level_ppl:
             metrics[PER_CHARACTER] = counting.per_character(alone.dp, device)
@@ -95,12 +102,13 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
         raise ConfigError(
             "there is no validation or test data", where="valid_data_paths", mend="give valid_data_paths or split, and eval_iters > 0"
         )
-    return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}}
+    return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}, **stopped}
 
 
 def _until_told(received: Sequence[int], batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; raises StoppedError before the next one once a signal came: losses over some of the data are not written."""
     for batch in batches:
+        faults.point("evaluate")
         if received:
             raise StoppedError(received[0])
         yield batch

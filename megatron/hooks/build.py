@@ -109,7 +109,7 @@ def build_hooks(
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
-    position: where the run starts; what hooks keep in checkpoints is in `position.kept`
+    position: where the run starts; what checkpoints keep of the run is in `position.kept`
     splits:   which of "valid", "test" have data; None = what the configured paths say
     stop:     whether the run is to stop early; None = only by `exit_interval`
 
@@ -127,7 +127,7 @@ def build_hooks(
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, {KEPT: ids, RUN_ID: run_id}),
+        checkpoints=_checkpoints(args, engine, spec, {**position.kept, KEPT: ids, RUN_ID: run_id}),
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         tracker_ids=ids,
@@ -173,6 +173,7 @@ def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[
         run_id=str(kept[RUN_ID]),
         layout=_layout(args, engine.groups),
         code_version=code_version(),
+        fingerprint=kept.get("data", {}),
         config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
         background=section.checkpoint_async,
         failures_allowed=section.checkpoint_failures_allowed,

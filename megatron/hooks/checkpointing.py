@@ -99,8 +99,7 @@ class CheckpointHook(BaseHook):
         self.checkpoints.poll()
         if is_save_iteration(state.iteration, self.plan):
             self._save(state)
-        if self.checkpoints.seconds is not None:
-            self._took(self.checkpoints.seconds)
+        self._tell_seconds()
         if self.checkpoints.failures and self._report is not None:
             count = float(self.checkpoints.failures)
             self._report({"checkpoint/failures": count}, {FAILURES: count})
@@ -119,3 +118,8 @@ class CheckpointHook(BaseHook):
     def _save(self, state: TrainState, *, last: bool = False) -> None:
         faults.point("save")
         self.checkpoints.save(state.iteration, state.samples, state.tokens, last=last)
+        self._tell_seconds()
+
+    def _tell_seconds(self) -> None:
+        if self.checkpoints.seconds is not None:
+            self._took(self.checkpoints.seconds)

@@ -31,11 +31,11 @@ def run(plan: Plan, environ: Mapping[str, str], *, told: Callable[[str], object]
     ledger.close(failed=code != 0 and not received and left is None)
     if report := ledger.report():
         told(report)
-    if left is not None and not ledger.failures():
+    if any(not failure.consequence for failure in ledger.failures()):
+        return ledger.status()
+    if left is not None:
         return left
-    if received:
-        return SIGNALLED + received[0]
-    return ledger.status() or shell_status(code)
+    return SIGNALLED + received[0] if received else ledger.status() or shell_status(code)
 
 
 def _run_here(plan: Plan, environ: Mapping[str, str], ledger: Ledger, received: list[int]) -> int:

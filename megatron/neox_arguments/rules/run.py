@@ -241,6 +241,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("iteration", "load"),
     ),
     simple(
+        "data-change-of-what",
+        ("allow_data_change",),
+        lambda v: v["allow_data_change"] and v["load"] is None,
+        "allow_data_change is about a resumed run, but load is not set",
+        "set load, or remove allow_data_change",
+        ("allow_data_change", "load"),
+    ),
+    simple(
         "async-of-what",
         ("checkpoint_async",),
         lambda v: v["checkpoint_async"] and v["save"] is None,

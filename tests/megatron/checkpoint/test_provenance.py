@@ -36,13 +36,13 @@ def test_the_commit_is_the_one_git_tells(tmp_path: Path) -> None:
 
 def test_no_secret_is_kept() -> None:
     assert doctest.testmod(provenance).failed == 0
-    environ = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/home/somebody", "HF_TOKEN": "abc"}
+    environ = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/srv/somebody", "HF_TOKEN": "abc"}
     config = {
         "wandb_api_key": "k" * 40,
         "hf_token": "x",
         "tokenizer_type": "HFTokenizer",
         "eod_token": 0,
-        "save": "/home/somebody/run",
+        "save": "/srv/somebody/run",
         "command": ["run", "--key=0123456789abcdef"],
         "deepspeed_config": {"secret": "s", "depth": {"password": "p"}},
     }

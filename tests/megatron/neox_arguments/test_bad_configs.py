@@ -356,6 +356,15 @@ CASES = (
     Bad("ascent without interval", "ga_dataset: a\nga_iters: 2", 0, "ga_mode interval needs ga_interval", "add ga_interval"),
     Bad("save when", "save: out", 1, "nothing says when to save", "checkpoint_factor"),
     Bad("checkpoint spacing", "save: out\ncheckpoint_factor: 0.5", 2, "checkpoint_factor is 0.5", "number of steps"),
+    Bad("hang timeout below 0", "hang_timeout_in_mins: -1", 1, "hang_timeout_in_mins is -1", "write a number >= 0"),
+    Bad("heartbeat without a pause", "heartbeat_interval_in_secs: 0", 1, "heartbeat_interval_in_secs is 0", "write a number > 0"),
+    Bad(
+        "data may change where nothing is resumed",
+        "allow_data_change: true",
+        1,
+        "allow_data_change is about a resumed run, but load is not set",
+        "remove allow_data_change",
+    ),
     Bad("keep every of all", "keep_every: 100", 1, "keep_last_n_checkpoints is not set", "set keep_last_n_checkpoints"),
     Bad("keep every nothing", "keep_last_n_checkpoints: 2\nkeep_every: 0", 2, "a whole number >= 1", "write a whole number >= 1"),
     Bad("failures below none", "checkpoint_failures_allowed: -1", 1, "a whole number >= 0", "write a whole number >= 0"),
@@ -411,7 +420,7 @@ def test_the_launcher_refuses_them_before_it_starts_anything(tmp_path):
         folder.mkdir()
         command = [sys.executable, str(ROOT / "deepy.py"), str(tmp_path / "script.py"), *write(folder, case.text)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert (done.returncode, done.stdout) == (2, ""), case.name
+        assert (done.returncode, done.stdout) == (77, ""), case.name
         assert f"bad.yml:{case.line}" in done.stderr and case.says in re.sub(r" +", " ", done.stderr), done.stderr
         assert "mend:" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "started").exists()

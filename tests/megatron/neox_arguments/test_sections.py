@@ -19,6 +19,7 @@ OURS = {
     "logits_block_rows", "wsd_decay_fraction", "warmup_from_zero", "torch_compile", "index_map_dir", "exit_duration_in_mins",
     "exit_margin_in_secs", "grace_in_secs",
     "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr",
+    "heartbeat_interval_in_secs", "hang_timeout_in_mins", "allow_data_change",
     "checkpoint_verify", "keep_every", "checkpoint_async", "checkpoint_failures_allowed",
 }  # fmt: skip
 
