@@ -19,6 +19,7 @@ OURS = {
     "logits_block_rows", "wsd_decay_fraction", "warmup_from_zero", "torch_compile", "index_map_dir", "exit_duration_in_mins",
     "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr",
     "checkpoint_verify", "keep_every", "checkpoint_async", "checkpoint_failures_allowed",
+    "replica_check_interval",
 }  # fmt: skip
 
 
