@@ -44,7 +44,8 @@ class ReplicaHook(BaseHook):
             self._equal = state.iteration
             return
         shown = lines[:_MOST] + ([f"and {len(lines) - _MOST} weights more"] if len(lines) > _MOST else [])
-        before = "" if self._equal is None else f" They were equal at iteration {self._equal}: go on from a checkpoint up to there."
+        known = self._equal is not None and self._equal < state.iteration  # a run may have gone back since
+        before = f" They were equal at iteration {self._equal}: go on from a checkpoint up to there." if known else ""
         raise TrainingError(
             "ranks that should hold the same weights do not:\n" + "\n".join(f"    {line}" for line in shown),
             where=f"iteration {state.iteration}, replica_check_interval {self.interval}",
