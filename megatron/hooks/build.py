@@ -28,6 +28,7 @@ from megatron.hooks.metrics_file import NAME, MetricsFile
 from megatron.hooks.noise import NoiseScaleHook
 from megatron.hooks.norms import NormsHook, NormsPlan, Send
 from megatron.hooks.profiling import ProfilingHook
+from megatron.hooks.replicas import ReplicaHook
 from megatron.hooks.sinks import (
     CometSink,
     CometSpec,
@@ -235,6 +236,8 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
     # Before the checkpoint, so that no state is saved after numbers stopped being numbers.
     hooks.append(FiniteHook())
+    if args.run.replica_check_interval is not None:
+        hooks.append(ReplicaHook(interval=args.run.replica_check_interval))
     if logs.profile and parts.rank == 0:
         hooks.append(_profiling(args))
     if logs.memory_profiling and parts.rank == 0:

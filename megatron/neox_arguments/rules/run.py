@@ -208,6 +208,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("moe_num_experts", "zero_optimization.stage"),
     ),
     simple(
+        "replicas-and-zero",
+        ("replica_check_interval",),
+        lambda v: _stage(v) == 3,
+        "replica_check_interval {replica_check_interval} compares what ranks hold alike, and with ZeRO stage 3 each weight is on one only",
+        "remove replica_check_interval, or set ZeRO stage 0, 1 or 2",
+        ("replica_check_interval", "zero_optimization.stage"),
+    ),
+    simple(
         "recurrent-and-zero",
         ("attention_config",),
         lambda v: any(name in ("mamba", "rwkv") for name in v["attention_config"]) and _stage(v) > 2,
