@@ -85,6 +85,12 @@ class TrainingError(NeoXError):
     """Training cannot go on (non-finite loss, lost rank, ...)."""
 
 
+class DivergenceError(TrainingError):
+    """The numbers went wrong for good: going on, or starting again as before, would not help."""
+
+    exit_code = 78
+
+
 class LostRankError(TrainingError):
     """Another rank ended or cannot be reached. What ended it is that rank's report, so this one is told last."""
 

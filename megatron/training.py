@@ -17,18 +17,21 @@ from megatron import faults
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args, own_folder
 from megatron.checkpoint.changes import SCHEDULE, tell_changes, watched_values
 from megatron.checkpoint.neox_store import bookkeeping
+from megatron.checkpoint.verifying import Verify
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data, data_fingerprint
 from megatron.data.fingerprint import differences, require_same
-from megatron.engine.base import Engine
+from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
 from megatron.engine.forward_check import compare_forward, forward_pass
 from megatron.engine.persistence import Position, resume_everything, resume_position
+from megatron.engine.rewinding import Rewinder
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
-from megatron.hooks.build import build_hooks, build_stop
+from megatron.hooks.build import Ends, build_hooks, build_stop
 from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.locking import LockHook
+from megatron.hooks.numbers import Record
 from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import Evaluate
 from megatron.hooks.watching import watched
@@ -119,11 +122,17 @@ def run(
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
     stop.require_time()
     evaluate = evaluator(args, data, objective, engine, stop=stop, counting=counting)
-    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, stop=stop)
+    record = Record.of(position.kept)
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, ends=Ends(stop, record))
     hooks.insert(0, LockHook(check_owner))
-    batches = data.train.batches(objective.collate, start_sample=state.samples) if state.iteration < state.target else iter(())
-    steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
-    end = train(engine, engine.timers.over("batch generator", steps), objective, watched(hooks, pulse), state)
+
+    def steps_from(state: TrainState) -> Iterator[list[Batch]]:
+        done = state.iteration >= state.target
+        batches = iter(()) if done else data.train.batches(objective.collate, start_sample=state.samples, skipped=record.skipped)
+        steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
+        return engine.timers.over("batch generator", steps)
+
+    end = train(engine, steps_from, objective, watched(hooks, pulse), state, rewinding(args, engine, spec, record))
     return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
@@ -168,6 +177,26 @@ def as_before(args: NeoXArgs, source: Source, position: Position, streams: Seque
 
 DATA, SETTINGS = "data", "settings"
 """Under these names checkpoints keep the data's fingerprint and the settings that `tell_changes` compares."""
+
+
+def rewinding(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -> Callable[[TrainState], TrainState]:
+    """What takes the run from a state back to where `record` wants it to be."""
+
+    def rewind(state: TrainState) -> TrainState:
+        rewinder = Rewinder(
+            engine=engine,
+            spec=spec,
+            directory=Path(required(args.checkpoint.save, "save")),
+            compared=compared_args(args),
+            batch_size=required(args.run.train_batch_size, "train_batch_size"),
+            rng=not args.checkpoint.no_save_rng,
+            verify=Verify(args.checkpoint.checkpoint_verify),
+        )
+        position = rewinder.to(required(record.wanted, "the step to go back to").before)
+        record.went_back(position.iteration)
+        return replace(state, iteration=position.iteration, samples=position.samples, tokens=position.tokens)
+
+    return rewind
 
 
 def check_forward(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> None:
@@ -215,18 +244,33 @@ def in_steps(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
         yield step
 
 
-def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, hooks: Sequence[Hook], state: TrainState) -> TrainState:
+def train(
+    engine: Engine,
+    steps_from: Callable[[TrainState], Iterator[list[Batch]]],
+    objective: Objective,
+    hooks: Sequence[Hook],
+    state: TrainState,
+    rewind: Callable[[TrainState], TrainState],
+) -> TrainState:
     """The loop: draw a step's micro batches, step, tell the hooks."""
     try:
         for hook in hooks:
             hook.on_start(state, engine)
+        steps = steps_from(state)
         while state.iteration < state.target:
             faults.begin_step(state.iteration + 1)
             faults.point("step")
             result = engine.train_step(objective, next(steps))
             state = state.after(samples=result.samples, tokens=result.tokens)
-            verdicts = [hook.after_step(state, result, engine) for hook in hooks]
-            if Verdict.STOP in verdicts:
+            verdicts = verdicts_of(hooks, state, result, engine)
+            if Verdict.ROLLBACK in verdicts:
+                for hook in hooks:
+                    hook.before_rollback(state, engine)
+                state = rewind(state)
+                steps = steps_from(state)
+                for hook in hooks:
+                    hook.after_rollback(state, engine)
+            elif Verdict.STOP in verdicts:
                 break
         for hook in hooks:
             hook.on_stop(state, engine)
@@ -235,3 +279,13 @@ def train(engine: Engine, steps: Iterator[list[Batch]], objective: Objective, ho
             hook.on_error(state, error)
         raise
     return state
+
+
+def verdicts_of(hooks: Sequence[Hook], state: TrainState, result: StepResult, engine: Engine) -> set[Verdict]:
+    """What the hooks say to a step, in turn; after ROLLBACK no more are asked, since the step will not have been."""
+    verdicts: set[Verdict] = set()
+    for hook in hooks:
+        verdicts.add(hook.after_step(state, result, engine))
+        if Verdict.ROLLBACK in verdicts:
+            break
+    return verdicts

@@ -76,7 +76,8 @@ def _build(args: NeoXArgs, streams: Sequence[str], rank: int, size: int) -> Data
         warmup=args.data.mmap_warmup,
     )
     train_iters = args.run.train_iters
-    train = _open(args, "train", streams, recipe, None if args.run.train_epochs else (train_iters or 0) * batch_size)
+    spare = spare_steps(args)
+    train = _open(args, "train", streams, recipe, None if args.run.train_epochs else ((train_iters or 0) + spare) * batch_size)
     if train is None:
         raise DataError("there is no training data", where="train_data_paths", mend="give train_data_paths (or data_path with split)")
     if args.run.train_epochs:
@@ -122,6 +123,13 @@ def data_fingerprint(args: NeoXArgs, *, streams: Sequence[str]) -> dict[str, Any
             lists[name] = {_key_of(stream, name): [member[stream] for member in members] for stream in members[0]}
             order[f"{name}_data_weights"] = normalise(getattr(section, f"{name}_data_weights") or [1.0] * len(members))
     return fingerprint(lists, order)
+
+
+def spare_steps(args: NeoXArgs) -> int:
+    """Steps whose samples may be left out by going back to a checkpoint, and are made up for at the end."""
+    run = args.run
+    spikes = run.loss_spike_patience if run.loss_spike_policy == "rollback" else 0
+    return run.rollback_limit * max(1 if run.nonfinite_policy == "rollback" else 0, spikes)
 
 
 def samples_needed(train_iters: int, eval_interval: int | None, eval_iters: int | None, batch_size: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron.data.blend import Dataset
 from megatron.data.sampler import micro_batches
+from megatron.data.skipping import Skipped
 from megatron.data.streams import Item
 from megatron.errors import DataError
 
@@ -44,22 +45,27 @@ class Split:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batches(self, collate: Collate, start_sample: int = 0) -> Iterator[Batch]:
-        """This rank's micro batches from `start_sample` (a count over all ranks) on.
+    def batches(self, collate: Collate, start_sample: int = 0, skipped: Skipped | None = None) -> Iterator[Batch]:
+        """This rank's micro batches from `start_sample` (a count over all ranks of those read before) on.
 
+        skipped: samples that are left out, and that `start_sample` does not count
         Without `wrap` the built length ends with a DataError at the first micro batch that does not fit.
         """
-        plan = micro_batches(
-            start_sample, None if self.wrap else len(self), micro_batch_size=self.micro_batch_size, rank=self.rank, size=self.size
-        )
-        yield from read_ahead(plan, lambda numbers: collate(self.items(numbers)), self.num_workers)
+        skipped = skipped or Skipped()
+        stop = None if self.wrap else skipped.positions(len(self))
+        plan = micro_batches(start_sample, stop, micro_batch_size=self.micro_batch_size, rank=self.rank, size=self.size)
+
+        def make(positions: range) -> Batch:
+            return collate(self.items([skipped.number(position) for position in positions]))
+
+        yield from read_ahead(plan, make, self.num_workers)
         raise DataError(
             f"the {self.name} data ends: {len(self)} samples were built, and the next micro batch needs more",
             where=f"{self.name} data",
             mend="the data is sized by train_iters (or train_epochs) at start: raise it and start again from the last checkpoint",
         )
 
-    def items(self, numbers: range) -> list[Item]:
+    def items(self, numbers: Sequence[int]) -> list[Item]:
         """The samples of global numbers, counted on from the start again where the split wraps."""
         return [self.dataset[number % len(self) if self.wrap else number] for number in numbers]
 

@@ -18,6 +18,7 @@ class Verdict(Enum):
 
     CONTINUE = "continue"
     STOP = "stop"
+    ROLLBACK = "rollback"  # to a checkpoint; hooks that stand behind are not told of the step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,12 @@ class Hook(Protocol):
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """After every optimizer step; state already counts it."""
 
+    def before_rollback(self, state: TrainState, engine: Engine) -> None:
+        """Training is about to go back from `state` to a checkpoint."""
+
+    def after_rollback(self, state: TrainState, engine: Engine) -> None:
+        """Weights, optimizer and random states are those of `state` again."""
+
     def on_stop(self, state: TrainState, engine: Engine) -> None:
         """After the last step, also when another hook stopped the run."""
 
@@ -66,6 +73,12 @@ class BaseHook:
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """Go on."""
         return Verdict.CONTINUE
+
+    def before_rollback(self, state: TrainState, engine: Engine) -> None:
+        """Nothing."""
+
+    def after_rollback(self, state: TrainState, engine: Engine) -> None:
+        """Nothing."""
 
     def on_stop(self, state: TrainState, engine: Engine) -> None:
         """Nothing."""

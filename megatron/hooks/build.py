@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from megatron.checkpoint.build import build_uploader, compared_args
@@ -27,6 +27,7 @@ from megatron.hooks.metrics import ClosingHook, MetricsHook
 from megatron.hooks.metrics_file import NAME, MetricsFile
 from megatron.hooks.noise import NoiseScaleHook
 from megatron.hooks.norms import NormsHook, NormsPlan, Send
+from megatron.hooks.numbers import ActingHook, NumbersHook, NumbersPlan, Policy, Record
 from megatron.hooks.profiling import ProfilingHook
 from megatron.hooks.replicas import ReplicaHook
 from megatron.hooks.sinks import (
@@ -40,7 +41,7 @@ from megatron.hooks.sinks import (
     wandb_key_found,
     wandb_offline,
 )
-from megatron.hooks.stopping import FiniteHook, StopHook, StopRequest
+from megatron.hooks.stopping import StopHook, StopRequest
 from megatron.hooks.throughput import StepFlops
 from megatron.hooks.uploads import UploadHook
 from megatron.hooks.validation import Evaluate, ValidationHook
@@ -48,7 +49,7 @@ from megatron.hooks.wall_clock import Limits, WallClock, job_end
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import on_first_rank
+from megatron.mpu.collectives import any_rank, on_first_rank
 from megatron.mpu.groups import Groups
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class RunParts:
     tracker_ids:    the run's ids at its trackers
     resumed:        whether tracker_ids come from a checkpoint
     stop:           whether the run is to stop early
+    record:         what the run remembers of its numbers
+    any_rank:       "true on any rank?", the same answer on every rank
     """
 
     rank: int = 0
@@ -93,6 +96,15 @@ class RunParts:
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
     resumed: bool = False
     stop: StopRequest = field(default_factory=StopRequest)
+    record: Record = field(default_factory=Record)
+    any_rank: Callable[[bool], bool] = bool
+
+
+class Ends(NamedTuple):
+    """What may end a run early, or turn it back: a request to stop, and what it remembers of its numbers."""
+
+    stop: StopRequest
+    record: Record
 
 
 def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
@@ -110,13 +122,13 @@ def build_hooks(
     evaluate: Evaluate,
     position: Position,
     splits: frozenset[str] | None = None,
-    stop: StopRequest | None = None,
+    ends: Ends | None = None,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
     position: where the run starts; what checkpoints keep of the run is in `position.kept`
     splits:   which of "valid", "test" have data; None = what the configured paths say
-    stop:     whether the run is to stop early; None = only by `exit_interval`
+    ends:     what may end or turn back the run; None = `exit_interval`, and what `position.kept` says of its numbers
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
@@ -125,6 +137,8 @@ def build_hooks(
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
+    ends = ends or Ends(StopRequest(), Record.of(position.kept))
+    record = ends.record
     run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
     uploader = build_uploader(args, rank=world.rank)
     recompute = bool(args.run.checkpoint_activations)
@@ -133,13 +147,15 @@ def build_hooks(
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, {**position.kept, KEPT: ids, RUN_ID: run_id}, uploader),
+        checkpoints=_checkpoints(args, engine, spec, lambda: {**position.kept, KEPT: ids, RUN_ID: run_id, **record.kept()}, uploader),
         uploader=uploader,
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         tracker_ids=ids,
         resumed=KEPT in position.kept,
-        stop=stop or StopRequest(),
+        stop=ends.stop,
+        record=record,
+        any_rank=lambda flag: any_rank(flag, world, engine.device),
     )
     return assemble(args, parts)
 
@@ -160,7 +176,9 @@ def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool
     return StopRequest(received, wall=WallClock(limits), any_rank=any_rank)
 
 
-def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any], uploader: Uploader | None) -> Saver | None:
+def _checkpoints(
+    args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], uploader: Uploader | None
+) -> Saver | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
@@ -171,17 +189,17 @@ def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[
         compared=compared_args(args),
         configs=args.config_files,
         rng=not section.no_save_rng,
-        kept=lambda: kept,
+        kept=kept,
         optimizer=not section.no_save_optim,
         forward=forward_of(args, engine, spec) if section.checkpoint_validation_with_forward_pass else None,
         keep_last=section.keep_last_n_checkpoints,
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
         published=None if uploader is None else uploader.published,
-        run_id=str(kept[RUN_ID]),
+        run_id=str(kept()[RUN_ID]),
         layout=_layout(args, engine.groups),
         code_version=code_version(),
-        fingerprint=kept.get("data", {}),
+        fingerprint=kept().get("data", {}),
         config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
         background=section.checkpoint_async,
         failures_allowed=section.checkpoint_failures_allowed,
@@ -231,11 +249,11 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         openers=_openers(args, parts),
     )
     # What adds to a step's row stands before the row is written.
-    hooks: list[BaseHook] = [*measures(args, metrics.attach), metrics]
+    numbers = NumbersHook(plan=_numbers_plan(args), record=parts.record, send=metrics.attach, any_rank=parts.any_rank)
+    hooks: list[BaseHook] = [*measures(args, metrics.attach), numbers, metrics]
     if parts.rank == 0:
         hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
-    # Before the checkpoint, so that no state is saved after numbers stopped being numbers.
-    hooks.append(FiniteHook())
+    hooks.append(ActingHook(numbers))
     if args.run.replica_check_interval is not None:
         hooks.append(ReplicaHook(interval=args.run.replica_check_interval))
     if logs.profile and parts.rank == 0:
@@ -253,6 +271,19 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
     hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach, hurried=parts.stop.told)]
     return [*hooks, ClosingHook(metrics)]
+
+
+def _numbers_plan(args: NeoXArgs) -> NumbersPlan:
+    run = args.run
+    return NumbersPlan(
+        nonfinite=Policy(run.nonfinite_policy),
+        nonfinite_limit=run.nonfinite_limit,
+        rollback_limit=run.rollback_limit,
+        spike_factor=run.loss_spike_factor,
+        spike_window=run.loss_spike_window,
+        spike_patience=run.loss_spike_patience,
+        spike=Policy(run.loss_spike_policy),
+    )
 
 
 def _save_plan(args: NeoXArgs) -> SavePlan:

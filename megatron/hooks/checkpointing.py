@@ -105,6 +105,16 @@ class CheckpointHook(BaseHook):
             self._report({"checkpoint/failures": count}, {FAILURES: count})
         return Verdict.CONTINUE
 
+    def before_rollback(self, state: TrainState, engine: Engine) -> None:
+        """Finish what is being written: it may be what is gone back to."""
+        self.checkpoints.finish()
+
+    def after_rollback(self, state: TrainState, engine: Engine) -> None:
+        """Write the checkpoint again, with what was decided since: a resume from it must not go the wrong way once more."""
+        # Those written later are set aside.
+        self.checkpoints.saved = self._found = state.iteration
+        self._save(state)
+
     def on_stop(self, state: TrainState, engine: Engine) -> None:
         """Wait for what is being written, and save the last state, once."""
         self.checkpoints.finish()

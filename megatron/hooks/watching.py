@@ -36,6 +36,16 @@ class Phased:
         with self.pulse.during(self.phase):
             self.hook.on_stop(state, engine)
 
+    def before_rollback(self, state: TrainState, engine: Engine) -> None:
+        """The hook's own."""
+        with self.pulse.during(self.phase):
+            self.hook.before_rollback(state, engine)
+
+    def after_rollback(self, state: TrainState, engine: Engine) -> None:
+        """The hook's own."""
+        with self.pulse.during(self.phase):
+            self.hook.after_rollback(state, engine)
+
     def on_error(self, state: TrainState, error: BaseException) -> None:
         """The hook's own."""
         self.hook.on_error(state, error)

@@ -136,8 +136,8 @@ class Job:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def losses(self) -> dict[int, float]:
-        """{iteration: training loss}; where a step was made twice, the last."""
-        return {int(row["iteration"]): float(row["lm_loss"]) for row in self.rows() if "lm_loss" in row}
+        """{iteration: training loss}; where a step was made twice, the last; none where it was not finite."""
+        return {int(row["iteration"]): float(row["lm_loss"]) for row in self.rows() if row.get("lm_loss") is not None}
 
 
 def _environment(entry: Path) -> dict[str, str]:

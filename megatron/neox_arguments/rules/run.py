@@ -93,6 +93,32 @@ def _checkpoint_factor(v: Values) -> Iterable[Problem]:
         )  # fmt: skip
 
 
+def _rollback(v: Values) -> Iterable[Problem]:
+    for key in ("nonfinite_policy", "loss_spike_policy"):
+        if v[key] != "rollback":
+            continue
+        if v["save"] is None:
+            yield Problem(f"{key} rollback goes back to a checkpoint of the run, but save is not set", mend="set save", keys=(key, "save"))
+        if v["no_save_optim"]:
+            yield Problem(
+                f"{key} rollback needs the optimizer's state, which no_save_optim leaves out", mend="remove no_save_optim",
+                keys=(key, "no_save_optim"),
+            )  # fmt: skip
+        if v["train_epochs"] is not None:
+            yield Problem(
+                f"{key} rollback makes up for the samples left out, for which train_epochs leaves none", mend="use train_iters",
+                keys=(key, "train_epochs"),
+            )  # fmt: skip
+
+
+def _spikes(v: Values) -> Iterable[Problem]:
+    if v["loss_spike_factor"] is None and v["loss_spike_policy"] != "warn":
+        yield Problem(
+            f"loss_spike_policy {v['loss_spike_policy']} does nothing: loss_spike_factor is not set", allowed="a number > 1",
+            mend="add loss_spike_factor: 4, for instance, or remove loss_spike_policy", keys=("loss_spike_policy", "loss_spike_factor"),
+        )  # fmt: skip
+
+
 def _extra_saves(v: Values) -> Iterable[Problem]:
     if any(step < 0 for step in v["extra_save_iters"]):
         yield Problem(
@@ -141,6 +167,8 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     Rule("zero-offload", ("zero_optimization",), _offload),
     Rule("zero-superoffload", ("zero_optimization",), _superoffload),
     Rule("when-to-save", (), _checkpoint_factor),
+    Rule("rollback", ("nonfinite_policy", "loss_spike_policy"), _rollback),
+    Rule("spikes", ("loss_spike_policy",), _spikes),
     Rule("extra-saves", ("extra_save_iters",), _extra_saves),
     simple(
         "keep-every",

@@ -91,3 +91,21 @@ class RunArgs(Section):
         False, description="Report validation perplexity per character of the decoded text beside perplexity per token."
     )
     torch_compile: bool = Field(False, description="Compile the blocks with torch.compile.")
+    nonfinite_policy: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="What follows where a loss or gradient is not finite, which is seen before the update: stop, end with status 78; skip,"
+        " go on without the update; rollback, go back to the newest checkpoint and leave the step's samples out. fp16's loss scale is"
+        " another matter.",
+    )
+    nonfinite_limit: Whole = Field(10, ge=1, description="Steps in a row that nonfinite_policy skip may skip; one more ends the run.")
+    rollback_limit: Whole = Field(3, ge=1, description="How often a run, its resumes included, may go back; once more ends it.")
+    loss_spike_factor: float | None = Field(
+        None, gt=1, description="A loss above this many times the median of the losses before is a spike; unset does not look."
+    )
+    loss_spike_window: Whole = Field(50, ge=1, description="Number of ordinary losses whose median a loss is compared with.")
+    loss_spike_patience: Whole = Field(3, ge=1, description="Steps in a row that must be spikes before loss_spike_policy acts.")
+    loss_spike_policy: Literal["warn", "stop", "rollback"] = Field(
+        "warn",
+        description="What follows a spike: warn, a line in the log; stop, end with status 78; rollback, go back to a checkpoint from before"
+        " its first step and leave its samples out.",
+    )

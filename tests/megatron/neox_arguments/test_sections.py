@@ -22,6 +22,8 @@ OURS = {
     "heartbeat_interval_in_secs", "hang_timeout_in_mins", "allow_data_change",
     "checkpoint_verify", "keep_every", "checkpoint_async", "checkpoint_failures_allowed",
     "replica_check_interval",
+    "nonfinite_policy", "nonfinite_limit", "rollback_limit", "loss_spike_factor", "loss_spike_window", "loss_spike_patience",
+    "loss_spike_policy",
 }  # fmt: skip
 
 
