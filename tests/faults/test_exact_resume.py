@@ -87,7 +87,6 @@ def killed_and_whole(tmp_path: Path, world: int, layout: dict[str, Any]) -> None
     killed = Job(tmp_path / "killed", config, faults=[sleeps], env=DEBUG)
     killed.until(lambda text: "saved checkpoint at iteration      10" in text and len(re.findall("tokens of the step", text)) >= 12, 150)
     killed.kill()
-    assert not killed.pids() or world == 1
     before = taken(killed)
     again = Job(tmp_path / "killed", config, env=DEBUG)
     assert again.wait(200) == 0, again.output[-3000:]
