@@ -12,8 +12,8 @@ step:   in which optimizer step, counted from 1; left out = in any
 skip:   how many passes let through before (default 0)
 times:  how often (default 1)
 action: kill (SIGKILL), exit, segfault, raise (RuntimeError), disk (OSError: no space left), sleep, signal;
-        for `changed`: nan, inf, scale
-value:  exit status, seconds, name of the signal, or factor
+        for `changed`: nan, inf, scale; flip (one bit of a CPU tensor's first element)
+value:  exit status, seconds, name of the signal, factor, or number of the bit
 """
 
 from __future__ import annotations
@@ -82,10 +82,20 @@ _ACTIONS: dict[str, Callable[[Any], object]] = {
     "signal": lambda value: os.kill(os.getpid(), signal.Signals[str(value)]),
 }
 
+
+def _flip(subject: Any, value: Any) -> Any:
+    changed = subject.detach().clone()
+    # Whole bytes, whatever the type of the elements is.
+    octets = (ctypes.c_uint8 * changed.element_size()).from_address(changed.data_ptr())
+    octets[int(value or 0) // 8] ^= 1 << int(value or 0) % 8
+    return changed
+
+
 _CHANGES: dict[str, Callable[[Any, Any], Any]] = {
     "nan": lambda subject, value: subject * float("nan"),
     "inf": lambda subject, value: subject * 0 + float("inf"),
     "scale": lambda subject, value: subject * float(value),
+    "flip": _flip,
 }
 
 
@@ -124,6 +134,11 @@ def _read(path: str) -> _Plan:
 
 
 _PLAN = _read(os.environ[PLAN]) if os.environ.get(PLAN) else None
+
+
+def planned() -> bool:
+    """Whether there is a plan at all."""
+    return _PLAN is not None
 
 
 def begin_step(number: int) -> None:

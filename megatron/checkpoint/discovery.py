@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron.checkpoint.manifest import MANIFEST, problems_of
-from megatron.checkpoint.steps import find_tag, latest_tag, saved_steps, set_aside, step_of, step_tag, write_latest
+from megatron.checkpoint.steps import find_tag, holds, latest_tag, saved_steps, set_aside, step_of, step_tag, write_latest
 from megatron.checkpoint.verifying import Finding, Verify, look_at, open_manifest
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
@@ -136,7 +136,7 @@ def _newest(search: Search, world: Group) -> str:
 def _candidates(directory: Path) -> tuple[list[str], str | None]:
     """Folder names, newest step first, and what `latest` names. By number: a file's time says nothing after a copy or a clock set back."""
     tags, hint = [step_tag(step) for step in reversed(saved_steps(directory))], latest_tag(directory)
-    if hint and step_of(hint) is None and (directory / hint).is_dir():
+    if hint and step_of(hint) is None and holds(directory, hint):
         tags.insert(0, hint)  # a name of somebody's own choice
     return tags, hint
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from uuid import uuid4
 
 from megatron.checkpoint.durable import sync_folder
 from megatron.errors import ConfigError, TrainingError
+from megatron.launch.heartbeat import FOLDER as HEARTBEATS
 from megatron.log import get_logger
 
 log = get_logger(__name__)
@@ -120,8 +122,10 @@ def held(directory: Path) -> Iterator[RunLock]:
     finally:
         lock.release()
         if made:
-            with suppress(OSError):  # not empty
-                directory.rmdir()
+            with suppress(OSError):
+                # Heartbeats of a run that never began tell nothing.
+                if {entry.name for entry in directory.iterdir()} <= {HEARTBEATS}:
+                    shutil.rmtree(directory)
 
 
 def acquire(directory: Path) -> RunLock:

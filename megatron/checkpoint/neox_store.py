@@ -156,8 +156,10 @@ def copy_weights(
     own = {canonical_name(name): tensor for name, tensor in held.items()}
     target = {name: tensor for name, tensor in own.items() if not _DERIVED.search(name)}
     # Of a tied slot a stage may hold a part.
-    here = {_slot(name) for name in own} - ({_slot(canonical_name(name)) for name in held if name.startswith(TIED)} if elsewhere else set())
-    wanted = [name for name in weights if name in own or _slot(name) in here or _slot(name) not in elsewhere]
+    here = {slot_of(name) for name in own} - (
+        {slot_of(canonical_name(name)) for name in held if name.startswith(TIED)} if elsewhere else set()
+    )
+    wanted = [name for name in weights if name in own or slot_of(name) in here or slot_of(name) not in elsewhere]
     shapes = {name: weights[name].shape for name in wanted}
     _check_names(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
@@ -167,7 +169,8 @@ def copy_weights(
     return LoadReport(path=folder, tensors=len(target), parameters=sum(_whole_shape(t).numel() for t in target.values()))
 
 
-def _slot(name: str) -> int:
+def slot_of(name: str) -> int:
+    """Number of the layer that a canonical name begins with; -1 where there is none."""
     number = name.partition(".")[0]
     return int(number) if number.isdecimal() else -1
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from megatron.checkpoint.neox_store import bookkeeping_file, model_ranks, partition_files, read_weights, tensor_ranks
+from megatron.checkpoint.neox_store import bookkeeping_file, model_ranks, partition_files, read_weights, slot_of, tensor_ranks
 from megatron.checkpoint.partitions import LAYOUT_MEND, OptimizerShard, fragments, named_shapes, names_in_order, partitions, whole_optimizer
 from megatron.checkpoint.reading import read_torch_file
 from megatron.errors import CheckpointError
@@ -34,7 +34,8 @@ def read_optimizer(folder: Path) -> list[OptimizerShard]:
     for model_rank in range(model_ranks(folder)):
         try:
             # FORMAT: model ranks count stages, and within a stage tensor ranks.
-            found[model_rank % ranks].append(_of_model_rank(folder, model_rank, model_rank % ranks))
+            before = found[model_rank % ranks]
+            before.append(_of_model_rank(folder, model_rank, model_rank % ranks, {name for one in before for name in one.masters}))
         except CheckpointError as error:
             raise CheckpointError(error.what, where=error.where or str(bookkeeping_file(folder, model_rank)), mend=error.mend) from error
     return [_over_stages(stages) for stages in found]
@@ -48,15 +49,15 @@ def recorded(folder: Path, model_rank: int) -> Mapping[str, Any]:
     return record
 
 
-def _of_model_rank(folder: Path, model_rank: int, tensor_rank: int) -> OptimizerShard:
+def _of_model_rank(folder: Path, model_rank: int, tensor_rank: int, taken: set[str]) -> OptimizerShard:
+    """taken: parameters of the stages before"""
     content = read_torch_file(bookkeeping_file(folder, model_rank), deepspeed_types=True)
     files = partition_files(folder, model_rank)
     if not files:
         if not content.get("optimizer"):
             raise CheckpointError("the checkpoint has no optimizer", mend="set `no_load_optim: true`")
         groups, weights = (content.get(RECORD) or {}).get("groups"), read_weights(folder, tensor_rank)
-        if groups is None and tensor_ranks(folder) == model_ranks(folder):
-            groups = names_in_order(content["optimizer"], weights)
+        groups = groups or _told_by_order(content["optimizer"], {name: weights[name] for name in weights if name not in taken})
         if groups is None:
             raise CheckpointError(NAMELESS, mend=LAYOUT_MEND)
         return whole_optimizer(content["optimizer"], groups, weights)
@@ -67,6 +68,16 @@ def _of_model_rank(folder: Path, model_rank: int, tensor_rank: int) -> Optimizer
         raise CheckpointError(NAMELESS, mend=LAYOUT_MEND)
     weights = read_weights(folder, tensor_rank)
     return fragments(parts, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+
+
+def _told_by_order(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[str]] | None:
+    """The parameters of a stage whose file does not name them: those of so many of the next layers as it has numbers for."""
+    slots = sorted({slot_of(name) for name in weights})
+    for count in range(1, len(slots) + 1):
+        of_stage = {name: tensor for name, tensor in weights.items() if slot_of(name) in slots[:count]}
+        if (names := names_in_order(content, of_stage)) is not None:
+            return names
+    return None
 
 
 def _over_stages(stages: Sequence[OptimizerShard]) -> OptimizerShard:

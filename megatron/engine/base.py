@@ -26,7 +26,8 @@ class StepResult:
     learning_rate: of parameter group 0, as used in this step
     grad_norm:     L2 norm of all gradients before clipping; None where the engine does not know it
     loss_scale:    fp16 only
-    skipped:       the update was not made (fp16 overflow)
+    skipped:       the update was not made (fp16 overflow, or `not_finite`); such a step does not move the learning-rate schedule
+    not_finite:    what of loss and gradient was not finite and on which rank first; "" = all was, or fp16's loss scale was too large
     seconds:       wall time of the step
     samples, tokens: consumed over all data ranks
     timings:       phase -> its seconds in this step; empty unless phases are timed
@@ -37,6 +38,7 @@ class StepResult:
     grad_norm: float | None = None
     loss_scale: float | None = None
     skipped: bool = False
+    not_finite: str = ""
     seconds: float = 0.0
     samples: int = 0
     tokens: int = 0

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from megatron.checkpoint.reading import read_torch_file
 from megatron.checkpoint.state import canonical_name
 from megatron.checkpoint.writing import Writing
 from megatron.engine.base import Pieces
+from megatron.engine.disturbing import disturb_backward, disturb_reduced, disturb_weights
 from megatron.engine.grid import counted_here, grid_of, mark_split
+from megatron.engine.guard import UpdateGuard
 from megatron.engine.layout import Layout, stored_layout
 from megatron.engine.pieces import pieces_of
 from megatron.engine.respreading import spread_anew
@@ -99,11 +102,12 @@ class Runner:
         self._watchers: list[Callable[[], None]] = []
         self._clipper: GradientClipper | None = None
         if _is_plain(config):
-            optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._tell_watchers())
             limit, counted = float(config.get("gradient_clipping", 0.0)), counted_here(groups.tp)
             self._clipper = GradientClipper(model.parameters(), limit, over=(groups.tp, groups.pp), counted=counted)
             optimizer.register_step_pre_hook(self._clipper)
             config["gradient_clipping"] = 0.0
+        # After the clipper, which measures the norm that was refused.
+        self.guard = UpdateGuard(optimizer, groups.world, gradients=not bool((config.get("fp16") or {}).get("enabled")))
         mark_split(model)
         self._record = _record_of(model, optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -118,15 +122,29 @@ class Runner:
         self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config, optimizer=save_optimizer)
         copy_script = self.deepspeed._copy_recovery_script
         self.deepspeed._copy_recovery_script = lambda place: _or_warn(copy_script, place)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._make_update = self.deepspeed._take_model_step
+        self.deepspeed._take_model_step = self._update
+        disturb_backward(self._parameters)
 
     def watch(self, look: Callable[[], None]) -> None:
-        """Have `look` called before each update: by the torch optimizer where it is plain, else through `about_to_update`."""
+        """Have `look` called before each update, in every layout: when gradients are complete and not yet clipped."""
         self._watchers.append(look)
 
-    def about_to_update(self) -> None:
-        """The step's last backward pass is done; DeepSpeed's own optimizers tell nobody when they begin."""
-        if self._clipper is None:
-            self._tell_watchers()
+    def _update(self, lr_kwargs: Any) -> None:
+        """Stands between DeepSpeed's backward passes and its update."""
+        pieces = self.pieces()
+        disturb_reduced(self._parameters, pieces)
+        for look in self._watchers:
+            look()
+        self.guard.decide(self._parameters, pieces, self.deepspeed.device)
+        schedule_step = self.schedule.num_iters
+        with _overflow_checked(self.optimizer, bool(self.guard.refused)):
+            self._make_update(lr_kwargs)
+        if self.guard.refused:
+            # DeepSpeed moves the schedule, or does not, by what it noticed itself; a step without an update is none to the schedule.
+            self.schedule.seek(schedule_step)
+        disturb_weights(self._parameters)
 
     def begin_backward(self) -> None:
         """What DeepSpeed does when a backward pass begins; among it, 16-bit gradients of the micro batch before are cleared.
@@ -134,10 +152,6 @@ class Runner:
         DeepSpeed hangs it on the tensors that the model returns. The last stage of a pipeline returns a handle, so its loss calls this.
         """
         self.deepspeed._backward_prologue()
-
-    def _tell_watchers(self) -> None:
-        for look in self._watchers:
-            look()
 
     def pieces(self) -> Pieces:
         """What of each parameter is on this rank."""
@@ -163,8 +177,14 @@ class Runner:
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step made no update (overflow)."""
-        return not self.deepspeed.was_step_applied()
+        """Whether the last step made no update (overflow of fp16, or `not_finite`)."""
+        return bool(self.guard.refused) or not self.deepspeed.was_step_applied()
+
+    @property
+    def not_finite(self) -> str:
+        """What of the last step was not finite, so that no update was made; "" where the loss scale alone was too large."""
+        unseen = not self.deepspeed.fp16_enabled() and not self.deepspeed.was_step_applied()
+        return self.guard.refused or ("gradient norm" if unseen else "")
 
     def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
         """Hand over everything that belongs into directory/tag; `writing` knows when it is there, and what failed."""
@@ -270,6 +290,20 @@ def _weights_alone(state: Mapping[str, Any]) -> dict[str, Any] | None:
     content = state.get("optimizer_state_dict", {})
     kept = ("zero_stage", "partition_count", "fp32_flat_groups")
     return {**state, "optimizer_state_dict": {key: content[key] for key in kept}} if "fp32_flat_groups" in content else None
+
+
+@contextmanager
+def _overflow_checked(optimizer: Any, refused: bool) -> Iterator[None]:
+    """ZeRO 1 and 2 do not check float32 gradients, and bring Muon's momentum up to date before the optimizer is asked."""
+    configured = getattr(optimizer, "check_grad_overflow", None)
+    if not refused or configured is None:
+        yield
+        return
+    optimizer.check_grad_overflow = True
+    try:
+        yield
+    finally:
+        optimizer.check_grad_overflow = configured
 
 
 def _or_warn(copy: Callable[[str], object], place: str) -> None:

@@ -72,6 +72,7 @@ class TrainEngine:
             grad_norm=others.get("grad_norm"),
             loss_scale=self.runner.loss_scale,
             skipped=self.runner.step_was_skipped,
+            not_finite=self.runner.not_finite,
             seconds=time.perf_counter() - started,
             samples=samples,
             tokens=samples * micro_batches[0].tokens.shape[1],

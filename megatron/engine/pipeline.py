@@ -16,6 +16,7 @@ from megatron import faults
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, targets_of
 from megatron.engine.deepspeed_runner import Runner
+from megatron.engine.disturbing import disturbed
 from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
 from megatron.objectives.base import Objective
@@ -30,6 +31,7 @@ class _Step:
     names: tuple[str, ...]
     meter: MetricSum
     factor: float = 1.0
+    see: Callable[[Tensor], None] = lambda loss: None
     before_backward: Callable[[], None] = lambda: None
 
 
@@ -46,6 +48,9 @@ class LossOfStep:
         faults.point("micro_batch")
         step = self.current
         terms = step.objective.loss(logits, dict(zip(step.names, targets, strict=True)), step.denominator)
+        if terms.loss.requires_grad:
+            terms = disturbed(terms)
+            step.see(terms.loss)
         step.meter.add(terms.metrics)
         loss = terms.loss * step.factor
         if loss.requires_grad:
@@ -70,7 +75,7 @@ class PipelinePath:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         prepared = [(batch.tokens, targets_of(batch, self._device)) for batch in micro_batches]
         factor = float(len(micro_batches) * self._runner.groups.replicas.size)
-        step = _Step(objective, denominator, tuple(prepared[0][1]), meter, factor, self._runner.begin_backward)
+        step = _Step(objective, denominator, tuple(prepared[0][1]), meter, factor, self._runner.guard.see, self._runner.begin_backward)
         with self._during(step), self._timers("train_batch"):
             self._fit_buffers(prepared[0][0])
             self._runner.deepspeed.train_batch(data_iter=iter(rows_of(prepared)))

@@ -14,6 +14,7 @@ from megatron import faults
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, add_terms, targets_of
 from megatron.engine.deepspeed_runner import Runner
+from megatron.engine.disturbing import disturbed
 from megatron.engine.timers import Timers
 from megatron.objectives.base import LossTerms, Objective
 
@@ -29,18 +30,17 @@ class SequentialPath:
     def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         engine = self._runner.deepspeed
-        for number, batch in enumerate(micro_batches, start=1):
+        for batch in micro_batches:
             faults.point("micro_batch")
             with self._timers("forward"):
-                terms = self._terms(engine, objective, batch, denominator)
+                terms = disturbed(self._terms(engine, objective, batch, denominator))
                 meter.add(terms.metrics)
+                self._runner.guard.see(terms.loss)
             with self._timers("backward"):
                 # DeepSpeed averages gradients over replicas; the denominator has divided by the whole batch already. The product must be
                 # made on one rank, too: on the very tensor that forward returned, DeepSpeed would divide by the accumulation steps.
                 engine.backward(terms.loss * self._runner.groups.replicas.size, scale_wrt_gas=False)
             with self._timers("optimizer"):
-                if number == len(micro_batches):
-                    self._runner.about_to_update()
                 engine.step()
 
     def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:

@@ -78,7 +78,7 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
     splits = build_data(args, streams=objective.streams)
     device = next(loaded.model.parameters()).device
     batches = args.run.eval_iters * required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
-    results, alone, stopped = {}, Groups.single(), dict[str, int]()
+    results, alone, stopped = dict[str, dict[str, float]](), Groups.single(), dict[str, int]()
     for name, split in (("validation", splits.valid), ("test", splits.test)):
         if split is None:
             continue

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from megatron.checkpoint.build import compared_args
+from megatron.checkpoint.build import build_uploader, compared_args
 from megatron.checkpoint.provenance import code_version, without_secrets
+from megatron.checkpoint.uploading import Uploader
 from megatron.engine.base import Engine
 from megatron.engine.forward_check import forward_pass
 from megatron.engine.persistence import Position
@@ -27,6 +28,7 @@ from megatron.hooks.metrics_file import NAME, MetricsFile
 from megatron.hooks.noise import NoiseScaleHook
 from megatron.hooks.norms import NormsHook, NormsPlan, Send
 from megatron.hooks.profiling import ProfilingHook
+from megatron.hooks.replicas import ReplicaHook
 from megatron.hooks.sinks import (
     CometSink,
     CometSpec,
@@ -40,6 +42,7 @@ from megatron.hooks.sinks import (
 )
 from megatron.hooks.stopping import FiniteHook, StopHook, StopRequest
 from megatron.hooks.throughput import StepFlops
+from megatron.hooks.uploads import UploadHook
 from megatron.hooks.validation import Evaluate, ValidationHook
 from megatron.hooks.wall_clock import Limits, WallClock, job_end
 from megatron.log import get_logger
@@ -71,6 +74,7 @@ class RunParts:
     model_flops:    the same without them
     devices:        number of devices that share the work (world size)
     checkpoints:    writes the run's checkpoints; None = the run keeps none
+    uploader:       copies them elsewhere; None = nobody does, or another rank
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
     tracker_ids:    the run's ids at its trackers
@@ -83,6 +87,7 @@ class RunParts:
     model_flops: float = 0.0
     devices: int = 1
     checkpoints: Checkpoints | None = None
+    uploader: Uploader | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
@@ -121,13 +126,15 @@ def build_hooks(
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
     run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
+    uploader = build_uploader(args, rank=world.rank)
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, {**position.kept, KEPT: ids, RUN_ID: run_id}),
+        checkpoints=_checkpoints(args, engine, spec, {**position.kept, KEPT: ids, RUN_ID: run_id}, uploader),
+        uploader=uploader,
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         tracker_ids=ids,
@@ -153,7 +160,7 @@ def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool
     return StopRequest(received, wall=WallClock(limits), any_rank=any_rank)
 
 
-def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any]) -> Saver | None:
+def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[str, Any], uploader: Uploader | None) -> Saver | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
@@ -170,6 +177,7 @@ def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Mapping[
         keep_last=section.keep_last_n_checkpoints,
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
+        published=None if uploader is None else uploader.published,
         run_id=str(kept[RUN_ID]),
         layout=_layout(args, engine.groups),
         code_version=code_version(),
@@ -228,6 +236,8 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
     # Before the checkpoint, so that no state is saved after numbers stopped being numbers.
     hooks.append(FiniteHook())
+    if args.run.replica_check_interval is not None:
+        hooks.append(ReplicaHook(interval=args.run.replica_check_interval))
     if logs.profile and parts.rank == 0:
         hooks.append(_profiling(args))
     if logs.memory_profiling and parts.rank == 0:
@@ -241,6 +251,7 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     if validation is not None:
         hooks.append(validation)
     hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
+    hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach, hurried=parts.stop.told)]
     return [*hooks, ClosingHook(metrics)]
 
 

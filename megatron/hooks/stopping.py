@@ -47,6 +47,10 @@ class StopRequest:
                 self._interrupted = self._any_rank(signal.SIGINT in self._received)
         return self.reason is not None
 
+    def told(self) -> bool:
+        """Whether the run stops early, or this process was told to since; no other rank is asked."""
+        return self.reason is not None or self._own_reason() is not None
+
     def require_time(self) -> None:
         """Before the first step. Raises NoTimeError on all ranks where the job ends too soon for one."""
         left = self.wall.left_s()

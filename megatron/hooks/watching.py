@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, Hook, TrainState, Verdict
 from megatron.hooks.checkpointing import CheckpointHook
+from megatron.hooks.uploads import UploadHook
 from megatron.hooks.validation import ValidationHook
 from megatron.launch.pulse import EVALUATE, SAVE, STEP, Pulse
 
@@ -72,7 +73,7 @@ class LastHook(BaseHook):
 
 def phase_of(hook: Hook) -> str:
     """What a rank is doing while it is in the hook."""
-    if isinstance(hook, CheckpointHook):
+    if isinstance(hook, (CheckpointHook, UploadHook)):
         return SAVE
     return EVALUATE if isinstance(hook, ValidationHook) else STEP
 

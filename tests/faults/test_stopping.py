@@ -43,6 +43,7 @@ def steps(job: Job) -> list[str]:
         ("evaluation", "pipeline", asked_at("evaluate", "SIGUSR1", step=2, skip=1), 2, VALIDATING),
         pytest.param("evaluation", "data", asked_at("evaluate", "SIGTERM", step=2, skip=2, rank=0), 2, VALIDATING, marks=pytest.mark.full),
         pytest.param("save", "data", asked_at("save", "SIGTERM", step=4), 4, {"checkpoint_factor": 4}, marks=pytest.mark.full),
+        pytest.param("accumulation", "pipeline", asked_at("micro_batch", "SIGUSR1", step=3, skip=1), 3, {}, marks=pytest.mark.full),
         pytest.param("step", "pipeline", asked_at("step", "SIGTERM", step=3, rank=0), 3, {}, marks=pytest.mark.full),
     ],
 )
@@ -105,16 +106,19 @@ def test_ctrl_c_saves_and_says_so(tmp_path: Path) -> None:
     assert steps(job) == ["global_step2"]
 
 
-def test_generation_keeps_the_texts_it_has_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_generation_keeps_the_texts_it_has_finished(tmp_path: Path, world: int) -> None:
+    """Under a launcher, too, this is no failure to report."""
     trained = settings(tmp_path, 1, train_iters=1)
     assert Job(tmp_path, trained).wait(110) == 0
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\n\nthe one\n\nthe other and the third\n\n")
     asked = {"text_gen_type": "input-file", "sample_input_file": str(prompts), "prompt_end": "\n\n", "maximum_tokens": 4}
     asked["sample_output_file"] = str(tmp_path / "texts.jsonl")
-    fault = {"site": "generate", "action": "signal", "value": "SIGTERM", "skip": 1}
-    job = Job(tmp_path, {**trained, **asked}, faults=[fault], script="generate.py")
+    fault = {"site": "generate", "action": "signal", "value": "SIGTERM", "skip": 1, "rank": 0}
+    job = Job(tmp_path, {**trained, **asked, "global_num_gpus": world}, faults=[fault], script="generate.py")
     assert job.wait(110) == 75, job.output
+    assert "failed first" not in job.output
     lines = (tmp_path / "texts.jsonl").read_text().splitlines()
     assert [json.loads(line)["context"] for line in lines] == ["a"]
     assert "stopped by SIGTERM after 1 of 3 texts" in job.output

@@ -146,7 +146,6 @@ def test_refusals(tmp_path: Path) -> None:
         ({"log_gradient_noise_scale": True, "pipe_parallel_size": 2, "global_num_gpus": 2}, "of a micro batch on one rank"),
         ({"log_gradient_noise_scale": True, "gradient_accumulation_steps": 1}, "a step has only one"),
         ({"log_optimizer_states": True, "precision": "fp16"}, "without regard to parameters"),
-        ({"s3_path": "s3://bucket/prefix"}, "uploads to S3"),
     ):
         with pytest.raises(ConfigProblems, match=said):
             run(tmp_path, **bad)

@@ -54,12 +54,14 @@ def main(argv: list[str]) -> int:
 def spec_of(folder: Path, configs: list[Path]) -> Any:
     """The model that the checkpoint is of, from the configuration kept with it."""
     from megatron.checkpoint.build import spec_for
+    from megatron.checkpoint.manifest import read_manifest
     from megatron.checkpoint.whole import read_shards, width_over
 
-    files = configs or sorted((folder / "configs").glob("*.yml")) or sorted((folder / "configs").glob("*"))
-    if not files:
+    files = configs or sorted((folder / "configs").glob("*"))
+    manifest = read_manifest(folder)
+    if not files and not (manifest and manifest.config):
         raise ConfigError("the checkpoint holds no configuration", where=str(folder / "configs"), mend="name it: --config FILE ...")
-    args = NeoXArgs.from_ymls([str(file) for file in files])
+    args = NeoXArgs.from_ymls([str(file) for file in files]) if files else NeoXArgs.from_dict(dict(manifest.config))
     return spec_for(args.replace(padded_vocab_size=width_over(read_shards(folder), "word_embeddings.weight", 0)), folder)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -207,6 +208,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("moe_num_experts", "zero_optimization.stage"),
     ),
     simple(
+        "replicas-and-zero",
+        ("replica_check_interval",),
+        lambda v: _stage(v) == 3,
+        "replica_check_interval {replica_check_interval} compares what ranks hold alike, and with ZeRO stage 3 each weight is on one only",
+        "remove replica_check_interval, or set ZeRO stage 0, 1 or 2",
+        ("replica_check_interval", "zero_optimization.stage"),
+    ),
+    simple(
         "recurrent-and-zero",
         ("attention_config",),
         lambda v: any(name in ("mamba", "rwkv") for name in v["attention_config"]) and _stage(v) > 2,
@@ -267,9 +276,17 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     simple(
         "s3-address",
         ("s3_path",),
-        lambda v: not v["s3_path"].startswith("s3://") or not v["s3_path"][5:].strip("/"),
+        lambda v: not re.match(r"s3://[^/]", v["s3_path"]),
         "s3_path is {s3_path!r}",
         "write s3://bucket/prefix",
+    ),
+    simple(
+        "s3-of-what",
+        ("s3_path",),
+        lambda v: v["save"] is None,
+        "s3_path asks for copies of checkpoints, but save is not set",
+        "set save, or remove s3_path",
+        ("s3_path", "save"),
     ),
     simple(
         "profile-window",

@@ -37,6 +37,13 @@ class RunArgs(Section):
         gt=0,
         description="Seconds from a request to stop to the SIGKILL at this site; a stop that takes longer is warned of.",
     )
+    replica_check_interval: Whole | None = Field(
+        None,
+        ge=1,
+        description="Compare the weights of ranks that should hold the same, bit for bit, at the start and after every so many steps;"
+        " where they differ, end the run and name rank and tensor. With ZeRO 1 and 2 and with bfloat16 it sees only what went wrong"
+        " since the last update, which hands out all weights anew; with ZeRO 3 nothing is held twice.",
+    )
     batch_size: Whole | None = Field(None, ge=1, description="Another name of train_micro_batch_size_per_gpu.", json_schema_extra=DERIVED)
     train_batch_size: Whole | None = Field(
         None, ge=1, description="Samples per optimizer step over all ranks = micro batch * accumulation steps * data-parallel ranks."

@@ -57,9 +57,16 @@ def test_a_checkpoint_of_gpt_neox_goes_on_at_another_layout(tmp_path: Path, capf
 
 
 def test_numbers_that_belong_to_nobody_known_are_refused(tmp_path: Path) -> None:
-    """Stages of a pipeline whose optimizers do not name their parameters."""
+    """Stages of a pipeline whose optimizers do not name their parameters, and have other numbers of them than any layers."""
+    import torch
+
     folder = tmp_path / "ckpt" / "global_step0"
     shutil.copytree(GOLDEN / "neox_pp2" / "ckpt" / "global_step0", folder)
+    assert resumed(index_map_dir=str(tmp_path), load=str(folder), train_iters=1).iteration == 1
+    path = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(path, weights_only=False)
+    del content["optimizer"]["param_groups"][0]["params"][-1]
+    torch.save(content, path)
     with pytest.raises(CheckpointError, match="which parameters its optimizer's numbers belong to(.|\n)*no_load_optim"):
         resumed(index_map_dir=str(tmp_path), load=str(folder), train_iters=1)
     assert resumed(index_map_dir=str(tmp_path), load=str(folder), train_iters=1, no_load_optim=True).iteration == 1

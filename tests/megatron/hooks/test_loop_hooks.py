@@ -176,7 +176,7 @@ def arguments(tmp_path: Path, **logs: Any) -> Any:
     log_keys |= {"log_interval": 2, "use_wandb": False, "wandb_project": "neox", "wandb_host": "https://api.wandb.ai"}
     log_keys |= {"wandb_init_all_ranks": False, "profile": False, "profile_step_start": 1, "profile_step_stop": 2}
     save = {"save": str(tmp_path), "checkpoint_factor": 2, "checkpoint_scale": "linear", "extra_save_iters": [0]}
-    run = {"eval_interval": 2, "eval_iters": 1, "do_valid": None, "do_test": None, "exit_interval": None}
+    run = {"eval_interval": 2, "eval_iters": 1, "do_valid": None, "do_test": None, "exit_interval": None, "replica_check_interval": None}
     return SimpleNamespace(
         logs=SimpleNamespace(**{**log_keys, **logs}),
         checkpoint=SimpleNamespace(**save),

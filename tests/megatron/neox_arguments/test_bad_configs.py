@@ -136,6 +136,8 @@ CASES = (
         "with ns_steps 5",
         "remove optimizer.params.ns_steps",
     ),
+    Bad("no bucket in the place of copies", "save: out\ncheckpoint_factor: 5\ns3_path: s3:///runs", 3, "s3:///runs", "s3://bucket/prefix"),
+    Bad("copies of no checkpoints", "s3_path: s3://bucket/runs", 1, "save is not set", "set save"),
     Bad("muP without a base", "use_mup: true", 1, "mup_base_hidden_size is not set", "add mup_base_hidden_size"),
     Bad(
         "muP with MADGRAD",
@@ -368,6 +370,14 @@ CASES = (
     Bad("keep every of all", "keep_every: 100", 1, "keep_last_n_checkpoints is not set", "set keep_last_n_checkpoints"),
     Bad("keep every nothing", "keep_last_n_checkpoints: 2\nkeep_every: 0", 2, "a whole number >= 1", "write a whole number >= 1"),
     Bad("failures below none", "checkpoint_failures_allowed: -1", 1, "a whole number >= 0", "write a whole number >= 0"),
+    Bad(
+        "replicas of nothing",
+        "replica_check_interval: 5\nzero_optimization: {stage: 3}",
+        1,
+        "each weight is on one only",
+        "ZeRO stage 0, 1 or 2",
+    ),  # fmt: skip
+    Bad("replicas never", "replica_check_interval: 0", 1, "a whole number >= 1", "write a whole number >= 1"),
     Bad("async without save", "checkpoint_async: true", 1, "save is not set", "set save"),
     Bad("verify how", "checkpoint_verify: sizes", 1, "one of full, size, off", "write size"),
     Bad("iteration of nothing", "iteration: 10", 1, "load is not set", "global_step10"),
