@@ -16,7 +16,7 @@ from megatron.neox_arguments.rules import refuse_unfinished
 USAGE = "python deepy.py SCRIPT [-d DIR] CONF [CONF ...] [flags]"
 ABOUT = """\
 Merges the config files, checks them, and starts SCRIPT (train.py, eval.py, generate.py) on every rank.
-The exit status is that of the workers; 2 means that the configuration cannot be used and nothing was started."""
+The exit status is that of the workers; 77 means that the configuration cannot be used and nothing was started."""
 
 
 def main(argv: list[str]) -> int:

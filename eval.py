@@ -7,6 +7,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+from megatron.errors import StoppedError
 from megatron.generation.layout import ALONE
 from megatron.neox_arguments.cli import consume_neox_args, run_face
 
@@ -23,7 +24,10 @@ def main(argv: list[str]) -> None:
 
     prefix = f"{args.text.eval_results_prefix}_" if args.text.eval_results_prefix else ""
     path = Path(f"{prefix}eval_results_{datetime.now():%m-%d-%Y-%H-%M-%S}.json")
-    print(f"wrote {write_results(evaluate(args), path)}")
+    found = evaluate(args)
+    print(f"wrote {write_results(found, path)}")
+    if "stopped_by" in found:
+        raise StoppedError(found["stopped_by"], f" after {len(found['results'])} split", where=str(path))
 
 
 if __name__ == "__main__":

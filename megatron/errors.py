@@ -3,9 +3,28 @@
 
 from __future__ import annotations
 
+import signal
+from enum import IntEnum
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class ExitStatus(IntEnum):
+    """What a process's end means to whoever started it, a person or a chain of jobs."""
+
+    DONE = 0
+    CRASH = 1
+    REQUEUE = 75
+    """Stopped early on request, everything is saved: start it again."""
+    NO_PROGRESS = 76
+    """Stopped early with nothing gained since its start: starting it again would go on forever."""
+    BAD_INPUT = 77
+    """The configuration, the data or the checkpoint must be mended first."""
+    DIVERGED = 78
+    """The numbers went wrong beyond what the policy allows: somebody must decide."""
+    INTERRUPTED = 130
+    """Ctrl-C."""
 
 
 class NeoXError(Exception):
@@ -16,7 +35,7 @@ class NeoXError(Exception):
     mend:  what the user does about it
     """
 
-    exit_code = 1
+    exit_code: int = ExitStatus.CRASH
 
     def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
         self.what = what
@@ -37,15 +56,25 @@ class NeoXError(Exception):
 class ConfigError(NeoXError):
     """A YAML key, command-line flag or combination of keys cannot be used."""
 
-    exit_code = 2
+    exit_code = ExitStatus.BAD_INPUT
 
 
 class DataError(NeoXError):
     """A dataset, index map or tokenizer file is missing, damaged or does not fit."""
 
+    exit_code = ExitStatus.BAD_INPUT
+
 
 class CheckpointError(NeoXError):
     """A checkpoint is missing, damaged or does not fit the model."""
+
+    exit_code = ExitStatus.BAD_INPUT
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written."""
+
+    exit_code = ExitStatus.CRASH
 
 
 class BackendError(NeoXError):
@@ -64,6 +93,26 @@ class DivergenceError(TrainingError):
 
 class LostRankError(TrainingError):
     """Another rank ended or cannot be reached. What ended it is that rank's report, so this one is told last."""
+
+
+class NoTimeError(TrainingError):
+    """There is no time left for a single step; starting again in the same way would go on forever."""
+
+    exit_code = ExitStatus.NO_PROGRESS
+
+
+class StoppedError(NeoXError):
+    """The process was asked to end before it was done, and has kept what it had.
+
+    received: the signal that asked
+    """
+
+    exit_code = ExitStatus.REQUEUE
+
+    def __init__(self, received: int, done: str = "", *, where: str | None = None) -> None:
+        super().__init__(f"stopped by {signal.Signals(received).name}{done}", where=where, mend="start it again")
+        if received == signal.SIGINT:
+            self.exit_code = ExitStatus.INTERRUPTED
 
 
 def required(value: T | None, key: str) -> T:

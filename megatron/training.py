@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,10 +15,12 @@ import torch
 
 from megatron import faults
 from megatron.checkpoint.build import Source, Take, choose_source, compared_args, own_folder
+from megatron.checkpoint.changes import SCHEDULE, tell_changes, watched_values
 from megatron.checkpoint.neox_store import bookkeeping
 from megatron.checkpoint.verifying import Verify
 from megatron.data.batch import Batch
-from megatron.data.build import DataSplits, build_data
+from megatron.data.build import DataSplits, build_data, data_fingerprint
+from megatron.data.fingerprint import differences, require_same
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
 from megatron.engine.forward_check import compare_forward, forward_pass
@@ -24,14 +28,22 @@ from megatron.engine.persistence import Position, resume_everything, resume_posi
 from megatron.engine.rewinding import Rewinder
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
-from megatron.hooks.build import build_hooks
+from megatron.hooks.build import Ends, build_hooks, build_stop
 from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.locking import LockHook
 from megatron.hooks.numbers import Record
+from megatron.hooks.stopping import StopRequest
+from megatron.hooks.validation import Evaluate
+from megatron.hooks.watching import watched
+from megatron.launch.heartbeat import FOLDER
+from megatron.launch.pulse import LOAD, Pulse
+from megatron.launch.records import claimed
+from megatron.launch.signals import noting_signals
+from megatron.launch.watch import WatchPlan, watching
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
-from megatron.mpu.collectives import barrier
-from megatron.mpu.groups import Groups
+from megatron.mpu.collectives import any_rank, barrier, of_all_ranks
+from megatron.mpu.groups import Group, Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
@@ -42,12 +54,21 @@ from megatron.tokenizer.build import build_tokenizer, with_vocabulary
 log = get_logger(__name__)
 
 
-def pretrain(args: NeoXArgs) -> TrainState:
-    """Train the configured model to `train_iters`; returns the state it ended in.
+def pretrain(args: NeoXArgs, received: Sequence[int] | None = None) -> TrainState:
+    """Train the configured model to `train_iters`; returns the state it ended in, and in it what the process's end means.
 
-    Raises NeoXError for everything a user can mend.
+    received: signals to this process, where they are noted already
+
+    A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can mend.
     """
     setup_logging()
+    if received is not None:
+        return _pretrain(args, received)
+    with noting_signals(insisting=True) as noted:
+        return _pretrain(args, noted)
+
+
+def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     for line in argument_lines(args):
         log.info(line)
     refuse_unfinished(args)
@@ -55,14 +76,33 @@ def pretrain(args: NeoXArgs) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
-    with own_folder(args, groups.world) as check_owner:
-        return run(args, groups, device, check_owner)
+    faults.point("set-up")
+    stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
+    with own_folder(args, groups.world) as check_owner, watching(watch_plan(args, groups.world)) as pulse:
+        return run(args, groups, device, stop, check_owner, pulse)
 
 
-def run(args: NeoXArgs, groups: Groups, device: torch.device, check_owner: Callable[[], None]) -> TrainState:
+def watch_plan(args: NeoXArgs, world: Group) -> WatchPlan:
+    """How this rank is watched: `heartbeat_interval_in_secs`, `hang_timeout_in_mins`."""
+    place = args.checkpoint.save or args.logs.log_dir
+    return WatchPlan(
+        rank=world.rank,
+        world=world.size,
+        folder=Path(place) / FOLDER if place else None,
+        interval_s=args.logs.heartbeat_interval_in_secs,
+        limit_s=60.0 * args.logs.hang_timeout_in_mins or None,
+        note=claimed(os.environ),
+    )
+
+
+def run(
+    args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest, check_owner: Callable[[], None], pulse: Pulse
+) -> TrainState:
     """Build the parts and train, as one of `groups`.
 
+    stop:        whether the run is to stop early
     check_owner: raises when the folder that is saved to is another run's by now
+    pulse:       is told what this rank is doing
     """
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
@@ -71,16 +111,19 @@ def run(args: NeoXArgs, groups: Groups, device: torch.device, check_owner: Calla
     if args.run.train_epochs:
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
     source = choose_source(args, groups.world)
-    engine, spec = build_engine(args, source, groups, device)
-    position = take_up(args, source, engine)
-    check_forward(args, source, engine, spec)
+    make_place(args)
+    with pulse.during(LOAD):
+        engine, spec = build_engine(args, source, groups, device)
+        position = as_before(args, source, take_up(args, source, engine, spec), objective.streams, groups.world)
+        check_forward(args, source, engine, spec)
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
     counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
-    evaluate = evaluator(args, data, objective, engine, counting)
+    stop.require_time()
+    evaluate = evaluator(args, data, objective, engine, stop=stop, counting=counting)
     record = Record.of(position.kept)
-    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, record=record)
+    hooks = build_hooks(args, engine=engine, spec=spec, evaluate=evaluate, position=position, splits=splits, ends=Ends(stop, record))
     hooks.insert(0, LockHook(check_owner))
 
     def steps_from(state: TrainState) -> Iterator[list[Batch]]:
@@ -89,26 +132,60 @@ def run(args: NeoXArgs, groups: Groups, device: torch.device, check_owner: Calla
         steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
         return engine.timers.over("batch generator", steps)
 
-    return train(engine, steps_from, objective, hooks, state, rewinding(args, engine, record))
+    end = train(engine, steps_from, objective, watched(hooks, pulse), state, rewinding(args, engine, spec, record))
+    return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
-def take_up(args: NeoXArgs, source: Source, engine: Engine) -> Position:
+def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> Position:
     """Where the run goes on, after what `source` gives was taken."""
-    if source.directory is None or source.tag is None or source.take in (Take.NOTHING, Take.WEIGHTS):
+    if source.folder is None or source.take in (Take.NOTHING, Take.WEIGHTS):
         return Position()
     compared, rng = compared_args(args), not args.checkpoint.no_load_rng
     batch_size = required(args.run.train_batch_size, "train_batch_size")
     if source.take is Take.WEIGHTS_AND_POSITION:
-        return resume_position(engine, source.directory / source.tag, compared=compared, batch_size=batch_size, rng=rng)
-    return resume_everything(engine, source.directory, source.tag, compared=compared, batch_size=batch_size, rng=rng)
+        return resume_position(engine, source.folder, compared=compared, batch_size=batch_size, rng=rng)
+    return resume_everything(engine, source.folder, spec, compared=compared, batch_size=batch_size, rng=rng)
 
 
-def rewinding(args: NeoXArgs, engine: Engine, record: Record) -> Callable[[TrainState], TrainState]:
+def make_place(args: NeoXArgs) -> None:
+    """The folders that this run writes to, from here on also its heartbeats. Who cannot write there finds out, and tells, when it must."""
+    for place in filter(None, (args.checkpoint.save, args.logs.log_dir)):
+        with suppress(OSError):
+            Path(place).mkdir(parents=True, exist_ok=True)
+
+
+def as_before(args: NeoXArgs, source: Source, position: Position, streams: Sequence[str], world: Group) -> Position:
+    """The position with what checkpoints from now on keep of data and settings; what a resume changes of them is told, or refused.
+
+    Raises DataError when the data is not the checkpoint's, unless `allow_data_change`.
+    """
+    if not (args.checkpoint.save or source.folder):
+        return position
+    # One rank reads the files, as every rank would find the same.
+    data = of_all_ranks(data_fingerprint(args, streams=streams) if world.rank == 0 else {}, world)[0]
+    settings = watched_values(args.to_flat())
+    if source.folder is not None and source.take in (Take.WEIGHTS_AND_POSITION, Take.EVERYTHING):
+        before = position.kept
+        if DATA in before and not args.data.allow_data_change:
+            require_same(before[DATA], data, where=str(source.folder))
+        if world.rank == 0:
+            found = differences(before.get(DATA, data), data)
+            # The schedule's own changes are told by the schedule.
+            tell_changes(before.get(SETTINGS, {}), settings, without=SCHEDULE, further=found)
+    return replace(position, kept={**position.kept, DATA: data, SETTINGS: settings})
+
+
+DATA, SETTINGS = "data", "settings"
+"""Under these names checkpoints keep the data's fingerprint and the settings that `tell_changes` compares."""
+
+
+def rewinding(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -> Callable[[TrainState], TrainState]:
     """What takes the run from a state back to where `record` wants it to be."""
 
     def rewind(state: TrainState) -> TrainState:
         rewinder = Rewinder(
             engine=engine,
+            spec=spec,
             directory=Path(required(args.checkpoint.save, "save")),
             compared=compared_args(args),
             batch_size=required(args.run.train_batch_size, "train_batch_size"),
@@ -138,24 +215,25 @@ class Counting(NamedTuple):
 
 
 def evaluator(
-    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, counting: Counting | None = None
-) -> Callable[[str, int], Mapping[str, float]]:
+    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, *, stop: StopRequest, counting: Counting | None = None
+) -> Evaluate:
     """(split, iterations) -> metrics over that many global batches, always from the split's first sample on.
 
+    stop:     where the run is to stop, a pass is broken off and gives None
     counting: also give how many tokens stand for one character
     """
     micro_batches = required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
 
-    def evaluate(split: str, iterations: int) -> Mapping[str, float]:
+    def evaluate(split: str, iterations: int) -> Mapping[str, float] | None:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
             raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
-        batches = islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches)
-        if counting is None:
-            return engine.eval_step(objective, batches)
-        characters = Characters(*counting)
-        metrics = engine.eval_step(objective, characters.counted(batches))
-        return {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
+        batches = stop.until(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
+        characters = None if counting is None else Characters(*counting)
+        metrics = engine.eval_step(objective, batches if characters is None else characters.counted(batches))
+        if characters is not None:
+            metrics = {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
+        return None if stop.reason else metrics
 
     return evaluate
 

@@ -22,18 +22,17 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yml")
 SCRIPT = "worker 'x'; touch pwned.py"
 WORKER = """\
 import json, os, signal, sys, time
-rank = os.environ["RANK"]
+rank, mode = os.environ["RANK"], os.environ.get("WORKER_MODE", "")
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "DS_ACCELERATOR", "WANDB_API_KEY")
 told = {"argv": sys.argv[1:], "env": {name: os.environ.get(name) for name in names}}
 def stop(signum, frame):
     open(f"stopped{rank}", "w").write(str(signum))
-    sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
-signal.signal(signal.SIGINT, stop)
+    sys.exit({"wait": 75, "fail": 75}.get(mode, 0))
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_DFL if mode == "deaf" else stop)
 with open(f"rank{rank}.tmp", "w") as out:
     json.dump(told, out)
 os.rename(f"rank{rank}.tmp", f"rank{rank}.json")
-mode = os.environ.get("WORKER_MODE", "")
 if mode == "fail" and rank == "1":
     sys.exit(7)
 if mode == "config error":
@@ -50,7 +49,7 @@ if mode == "same error":
     sys.exit(run_face(fails, [], usage="", about=""))
 if mode == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if mode in ("fail", "wait"):
+if mode in ("fail", "wait", "finish", "deaf"):
     time.sleep(100)
 """
 
@@ -89,10 +88,10 @@ def test_help_and_config_errors_answer_at_once_and_start_nothing(tmp_path: Path)
     assert not {"torch", "deepspeed", "numpy"} & {line.rsplit("|", 1)[-1].strip() for line in told.stderr.splitlines()}
     assert time.process_time() - begin < 1
     wrong = run(tmp_path, "--train_batch_size", "7", "--global_num_gpus", "2", "--hiden_size", "3")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert (wrong.returncode, wrong.stdout) == (77, "")
     assert "closest: --hidden_size" in wrong.stderr and "Traceback" not in wrong.stderr
     wrong = run(tmp_path, "--num_attention_heads", "5", "--norm", "lyernorm", "--debug")
-    assert wrong.returncode == 2
+    assert wrong.returncode == 77
     assert "--norm" in wrong.stderr and "--num_attention_heads" in wrong.stderr and "Traceback" in wrong.stderr
     assert not list(tmp_path.glob("rank*"))
 
@@ -120,18 +119,18 @@ def test_exit_statuses_of_workers_come_through(tmp_path: Path) -> None:
     assert "exit status 7" in failed.stdout + failed.stderr
     # The other worker was told to stop, and did so in order.
     assert (tmp_path / "stopped0").read_text() == str(int(signal.SIGTERM))
-    assert run(tmp_path, mode="config error").returncode == 2
+    assert run(tmp_path, mode="config error").returncode == 77
     told_once = run(tmp_path, "--global_num_gpus", "2", mode="same error")
-    assert told_once.returncode == 1
+    assert told_once.returncode == 77
     assert told_once.stderr.splitlines()[0].endswith("failed first:") and told_once.stderr.count("wrong everywhere") == 1
     alone = run(tmp_path, mode="same error")
-    assert (alone.returncode, alone.stderr) == (1, "wrong everywhere\n")
+    assert (alone.returncode, alone.stderr) == (77, "wrong everywhere\n")
     killed = run(tmp_path, mode="killed")
     assert killed.returncode == 128 + signal.SIGKILL
     assert "out of memory" in killed.stdout + killed.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_launcher_stops_every_worker(tmp_path: Path, signum: signal.Signals) -> None:
     (tmp_path / SCRIPT).write_text(WORKER)
     process = subprocess.Popen(command("--global_num_gpus", "2"), cwd=tmp_path, env=environment("wait"))
@@ -140,7 +139,7 @@ def test_a_signal_to_the_launcher_stops_every_worker(tmp_path: Path, signum: sig
         # The launcher takes its handlers on just after it has started the workers.
         time.sleep(0.5)
         process.send_signal(signum)
-        assert process.wait(timeout=60) == (-signal.SIGKILL if signum == signal.SIGKILL else 128 + signum)
+        assert process.wait(timeout=60) == (-signal.SIGKILL if signum == signal.SIGKILL else 75)
         await_files(tmp_path, "stopped0", "stopped1")
         # The signal itself, not the launcher's SIGTERM with a SIGKILL after 30 s: a checkpoint may take longer.
         expected = signal.SIGTERM if signum == signal.SIGKILL else signum
@@ -148,6 +147,18 @@ def test_a_signal_to_the_launcher_stops_every_worker(tmp_path: Path, signum: sig
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(("mode", "status"), [("finish", 0), ("deaf", 128 + signal.SIGTERM)])
+def test_the_launchers_status_is_what_its_workers_made_of_the_signal(tmp_path: Path, mode: str, status: int) -> None:
+    """Workers that finish are done, whatever was asked; those that know no signal end by it."""
+    (tmp_path / SCRIPT).write_text(WORKER)
+    with subprocess.Popen(command("--global_num_gpus", "2"), cwd=tmp_path, env=environment(mode), stderr=subprocess.PIPE) as process:
+        await_files(tmp_path, "rank0.json", "rank1.json")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == status and b"failed" not in told
 
 
 def await_files(folder: Path, *names: str) -> None:

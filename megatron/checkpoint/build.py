@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ from typing import Any
 
 from megatron.checkpoint.discovery import Search, find, nothing_saved
 from megatron.checkpoint.lock import RunLock, held
-from megatron.checkpoint.neox_store import zero3_partitioned
 from megatron.checkpoint.publishing import recover
 from megatron.checkpoint.resume import COMPARED_ARGS
+from megatron.checkpoint.s3 import Address, open_client, require_boto3
 from megatron.checkpoint.steps import named_step
+from megatron.checkpoint.uploading import Uploader
 from megatron.checkpoint.verifying import Verify
 from megatron.checkpoint.whole import read_shards, width_over
 from megatron.log import get_logger
@@ -106,7 +108,7 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     FORMAT: GPT-NeoX reads `intermediate_size` of a gated MLP as 3/2 of the width, its fork as the width itself.
     """
     spec = build_spec(args)
-    if folder is None or not spec.blocks[0].mlp.gated or zero3_partitioned(folder):
+    if folder is None or not spec.blocks[0].mlp.gated:
         return spec
     width = width_over(read_shards(folder), "mlp.linear2.weight", 1) or spec.blocks[0].mlp.width
     convention = mlp_convention_of(args, width)
@@ -126,3 +128,21 @@ def compared_args(args: NeoXArgs) -> dict[str, Any]:
     """What a checkpoint keeps under "args"."""
     flat = args.to_flat()
     return {key: flat.get(key) for key in COMPARED_ARGS}
+
+
+def build_uploader(args: NeoXArgs, *, rank: int) -> Uploader | None:
+    """What copies this run's checkpoints to `s3_path`, on the first rank; None where nothing is to be copied.
+
+    Raises BackendError without boto3 (on every rank), ConfigError without credentials or bucket.
+    """
+    section = args.checkpoint
+    if not (section.s3_path and section.save):
+        return None
+    require_boto3()
+    if rank != 0:
+        return None
+    # FORMAT: <s3_path>/<name of save>/global_step<N>/..., as GPT-NeoX uploads.
+    address = Address.of(section.s3_path).below(os.path.basename(os.path.abspath(section.save)))
+    uploader = Uploader(Path(section.save), open_client(), address, part_bytes=section.s3_chunk_size)
+    uploader.place.check()
+    return uploader

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron.checkpoint.manifest import MANIFEST, problems_of
-from megatron.checkpoint.steps import find_tag, latest_tag, saved_steps, set_aside, step_of, step_tag, write_latest
+from megatron.checkpoint.steps import find_tag, holds, latest_tag, saved_steps, set_aside, step_of, step_tag, write_latest
 from megatron.checkpoint.verifying import Finding, Verify, look_at, open_manifest
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
@@ -51,7 +51,7 @@ def find(search: Search, world: Group | None = None) -> str:
     world = world or Group.single()
     tag = _newest(search, world) if search.iteration is None else _asked_for(search, world)
     # What the first rank has renamed or seen a moment ago may take its time to appear on other hosts.
-    on_every_rank(partial(wait_until_seen, search.directory / tag), world)
+    on_every_rank(partial(wait_until_seen, search.directory / tag, SEEN_WITHIN_S), world)
     return tag
 
 
@@ -77,7 +77,7 @@ def set_aside_after(directory: Path, step: int) -> list[int]:
     return later
 
 
-def wait_until_seen(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
+def wait_until_seen(folder: Path, within_s: float) -> None:
     """Return when this host sees `folder`. Raises CheckpointError when it does not in time."""
     deadline = time.monotonic() + within_s
     while not os.path.isdir(folder):
@@ -97,7 +97,7 @@ def inspect(folder: Path, verify: Verify, world: Group) -> Finding:
     finding = on_first_rank(partial(open_manifest, folder), world)
     if finding.manifest is None:
         return finding
-    on_every_rank(partial(wait_until_seen, folder), world)
+    on_every_rank(partial(wait_until_seen, folder, SEEN_WITHIN_S), world)
     files = finding.manifest.files
     largest_first = sorted(files, key=lambda name: files[name].bytes, reverse=True)
     share = largest_first[world.rank :: world.size]
@@ -136,7 +136,7 @@ def _newest(search: Search, world: Group) -> str:
 def _candidates(directory: Path) -> tuple[list[str], str | None]:
     """Folder names, newest step first, and what `latest` names. By number: a file's time says nothing after a copy or a clock set back."""
     tags, hint = [step_tag(step) for step in reversed(saved_steps(directory))], latest_tag(directory)
-    if hint and step_of(hint) is None and (directory / hint).is_dir():
+    if hint and step_of(hint) is None and holds(directory, hint):
         tags.insert(0, hint)  # a name of somebody's own choice
     return tags, hint
 

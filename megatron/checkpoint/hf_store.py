@@ -37,6 +37,12 @@ def read_state(directory: Path) -> LazyState:
     owners: dict[str, Path] = {}
     for file in files:
         path = directory / file
+        if Path(file).name != file:
+            raise CheckpointError(
+                f"{INDEX} names {file}, which is not in the folder",
+                where=str(directory / INDEX),
+                mend="copy the model again from its source",
+            )
         if not path.is_file():
             mend = "copy all files of the model, saved as safetensors (save_pretrained does that)"
             raise CheckpointError(f"{file} is missing", where=str(directory), mend=mend)

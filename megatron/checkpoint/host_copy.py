@@ -51,4 +51,11 @@ def _on_host(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tenso
         flat.copy_(torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(original), non_blocking=pinned)
         storages[original._cdata] = flat.untyped_storage()
     same = torch.empty(0, dtype=tensor.dtype).set_(storages[original._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
-    return torch.nn.Parameter(same, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else same
+    # What a file also tells of a tensor.
+    same = (
+        torch.nn.Parameter(same, tensor.requires_grad)
+        if isinstance(tensor, torch.nn.Parameter)
+        else same.requires_grad_(tensor.requires_grad)
+    )
+    same.__dict__.update(tensor.__dict__)
+    return same

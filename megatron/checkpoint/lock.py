@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from uuid import uuid4
 
 from megatron.checkpoint.durable import sync_folder
 from megatron.errors import ConfigError, TrainingError
+from megatron.launch.heartbeat import FOLDER as HEARTBEATS
 from megatron.log import get_logger
 
 log = get_logger(__name__)
@@ -39,6 +41,7 @@ class Holder:
     place:   boot and process namespace: equal numbers mean the same process only within one
     started: clock ticks from boot to the process's start (/proc/<pid>/stat, field 22); None where there is no /proc
     since:   when it took the lock, for people
+    job, restarts: of Slurm, which runs a job once at a time: after a restart, the earlier life is over wherever it was
     """
 
     host: str
@@ -46,6 +49,8 @@ class Holder:
     place: str
     started: int | None
     since: str
+    job: str = ""
+    restarts: int = 0
     token: str = field(default_factory=lambda: uuid4().hex)
 
     def __str__(self) -> str:
@@ -55,7 +60,16 @@ class Holder:
 def this_process() -> Holder:
     """The calling process as a holder."""
     pid, now = os.getpid(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Holder(host=os.uname().nodename, pid=pid, place=_place(), started=process_start(pid), since=now)
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return Holder(
+        host=os.uname().nodename,
+        pid=pid,
+        place=_place(),
+        started=process_start(pid),
+        since=now,
+        job=os.environ.get("SLURM_JOB_ID", ""),
+        restarts=int(restarts) if restarts.isdecimal() else 0,
+    )
 
 
 class RunLock:
@@ -108,8 +122,10 @@ def held(directory: Path) -> Iterator[RunLock]:
     finally:
         lock.release()
         if made:
-            with suppress(OSError):  # not empty
-                directory.rmdir()
+            with suppress(OSError):
+                # Heartbeats of a run that never began tell nothing.
+                if {entry.name for entry in directory.iterdir()} <= {HEARTBEATS}:
+                    shutil.rmtree(directory)
 
 
 def acquire(directory: Path) -> RunLock:
@@ -125,7 +141,7 @@ def acquire(directory: Path) -> RunLock:
             holder = _holder_of(path)
             if holder is None:
                 _forget_half_written(path)
-            elif _alive(holder, path):
+            elif _alive(holder, path, me):
                 raise ConfigError(
                     f"another run writes to this folder: {holder}",
                     where=str(path),
@@ -148,8 +164,10 @@ def process_start(pid: int) -> int | None:
     return None if after_name[0] in "ZX" else int(after_name[19])
 
 
-def _alive(holder: Holder, path: Path) -> bool:
-    if holder.host == os.uname().nodename and holder.place == _place() and holder.started is not None:
+def _alive(holder: Holder, path: Path, me: Holder) -> bool:
+    if holder.job and holder.job == me.job and holder.restarts < me.restarts:
+        return False
+    if (holder.host, holder.place) == (me.host, me.place) and holder.started is not None:
         return process_start(holder.pid) == holder.started
     return _age_s(path) < STALE_AFTER_S
 

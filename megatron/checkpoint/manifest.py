@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +22,7 @@ log = get_logger(__name__)
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
+_THREADS = 4
 _MEND = "copy the checkpoint again, or choose another step with `iteration`"
 # Also of a folder that waits under a name like global_step10.partial.
 _STEP = re.compile(r"^global_step(\d+)(?:\.|$)")
@@ -97,10 +99,11 @@ def problems_of(folder: Path, manifest: Manifest, *, digests: bool, only: Collec
     match = _STEP.match(folder.name)
     if match is not None and int(match.group(1)) != manifest.step:
         found.append(f"{MANIFEST}: is of step {manifest.step}, the folder of step {match.group(1)}")
-    for name, entry in manifest.files.items():
-        if only is None or name in only:
-            problem = _problem(folder / name, entry, manifest.files, digests)
-            found += [] if problem is None else [f"{name}: {problem}"]
+    names = [name for name in manifest.files if only is None or name in only]
+    # Hashing leaves Python's lock to others.
+    with ThreadPoolExecutor(_THREADS if digests else 1) as pool:
+        problems = pool.map(lambda name: _problem(folder / name, manifest.files[name], manifest.files, digests), names)
+        found += [f"{name}: {problem}" for name, problem in zip(names, problems, strict=True) if problem is not None]
     if only is None and (extra := sorted(_names(folder) - set(manifest.files) - {MANIFEST})):
         log.debug("%s holds files that its manifest does not know: %s", folder, ", ".join(extra))
     return found

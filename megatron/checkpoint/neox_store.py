@@ -12,13 +12,17 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpoint.partitions import named_shapes, partitions
 from megatron.checkpoint.reading import read_torch_file
+from megatron.checkpoint.state import TIED, LazyState
+from megatron.checkpoint.state import canonical_name as canonical_name
 from megatron.checkpoint.steps import find_tag as find_tag
 from megatron.checkpoint.steps import named_step as named_step
 from megatron.checkpoint.steps import saved_steps as saved_steps
@@ -28,7 +32,8 @@ from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
 
 _LAYER = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
-_RANK = re.compile(r"^mp_rank_(\d+)_model_states\.pt$")
+_RANK = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")
+_PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
 
 @dataclass(frozen=True)
@@ -45,18 +50,35 @@ def model_file(folder: Path, rank: int = 0) -> Path:
     return folder / f"mp_rank_{rank:02d}_model_states.pt"
 
 
-def bookkeeping(folder: Path, *, deepspeed_types: bool = False) -> dict[str, Any]:
-    """Everything in the first model rank's file but the weights; empty when there is no such file."""
+def bookkeeping_file(folder: Path, rank: int = 0) -> Path:
+    """The file of a model rank that is there, also where no rank has whole weights; that of the plain form where none is."""
+    path = model_file(folder, rank)
     # FORMAT: under ZeRO-3 every data rank has such a file of its own.
-    paths = (model_file(folder), folder / f"zero_pp_rank_0_{model_file(folder).name}")
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    spread = folder / f"zero_pp_rank_0_{path.name}"
+    return spread if spread.is_file() and not path.is_file() else path
+
+
+def model_ranks(folder: Path) -> int:
+    """How many pipeline stages times tensor ranks wrote a folder."""
+    return len({int(m.group(1)) for entry in folder.iterdir() if (m := _RANK.match(entry.name))}) if folder.is_dir() else 0
+
+
+def partition_files(folder: Path, model_rank: int) -> list[Path]:
+    """The files over which ZeRO, or the bfloat16 optimizer, has spread a model rank's optimizer, by data rank."""
+    found = {int(m.group(1)): entry for entry in folder.iterdir() if (m := _PARTITION.match(entry.name)) and int(m.group(2)) == model_rank}
+    return [path for _, path in sorted(found.items())]
+
+
+def bookkeeping(folder: Path, *, deepspeed_types: bool = False, rank: int = 0) -> dict[str, Any]:
+    """Everything in a model rank's file but the weights; empty when there is no such file."""
+    path = bookkeeping_file(folder, rank)
+    if not path.is_file():
         return {}
     content = read_torch_file(path, deepspeed_types=deepspeed_types)
     return {key: value for key, value in content.items() if key not in ("module", "optimizer")}
 
 
-def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
+def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     """All weights of one tensor rank by canonical name `<slot>.<parameter>`.
 
     Raises CheckpointError when the folder holds none.
@@ -71,11 +93,7 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
         return weights
     path = model_file(folder, tensor_rank)
     if not path.exists() and zero3_partitioned(folder):
-        raise CheckpointError(
-            "the weights are spread over data-parallel ranks (ZeRO-3), which only a run of the same layout can read",
-            where=str(folder),
-            mend="resume with `zero_optimization: {stage: 3}` and as many ranks, optimizer included",
-        )
+        return _of_partitions(folder, tensor_rank)
     module = read_torch_file(path, deepspeed_types=_may_hold_deepspeed_types(folder)).get("module")
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
@@ -84,12 +102,29 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> dict[str, Tensor]:
     return {name.removeprefix("sequential."): tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
 
 
+def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
+    """ZeRO-3: the float32 weights, joined on access, and what is whole in each file."""
+    files = partition_files(folder, tensor_rank)
+    if not files:
+        raise CheckpointError(
+            "the weights were spread over data-parallel ranks (ZeRO-3), and their files are not there",
+            where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"),
+            mend="copy all files of the folder, or choose another step",
+        )
+    content = read_torch_file(bookkeeping_file(folder, tensor_rank), deepspeed_types=True)
+    parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
+    masters = partitions(parts, named_shapes(content)).masters
+    # FORMAT: "module" has empty tensors in place of parameters.
+    whole = {canonical_name(name): tensor for name, tensor in content["module"].items() if tensor.numel()}
+    return LazyState({name: partial(source.__getitem__, name) for source in (masters, whole) for name in source})
+
+
 def tensor_ranks(folder: Path) -> int:
     """Over how many tensor parallel ranks the weights of a folder are spread."""
     entries = list(folder.iterdir()) if folder.is_dir() else []
     pieces = {int(m.group(2)) for entry in entries if (m := _LAYER.match(entry.name))}
     # FORMAT: beside layer files there is a bookkeeping file per pipeline and tensor rank, which says nothing here.
-    return len(pieces) or sum(1 for entry in entries if _RANK.match(entry.name))
+    return len(pieces) or model_ranks(folder)
 
 
 def zero3_partitioned(folder: Path) -> bool:
@@ -117,10 +152,14 @@ def copy_weights(
     elsewhere: slots that other pipeline stages may hold; those of them that `module` lacks are passed over
     Raises CheckpointError naming the tensors that do not fit; then nothing was copied.
     """
-    own = {canonical_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    held = module.state_dict(keep_vars=True)
+    own = {canonical_name(name): tensor for name, tensor in held.items()}
     target = {name: tensor for name, tensor in own.items() if not _DERIVED.search(name)}
-    here = {_slot(name) for name in own}
-    wanted = [name for name in weights if _slot(name) in here or _slot(name) not in elsewhere]
+    # Of a tied slot a stage may hold a part.
+    here = {slot_of(name) for name in own} - (
+        {slot_of(canonical_name(name)) for name in held if name.startswith(TIED)} if elsewhere else set()
+    )
+    wanted = [name for name in weights if name in own or slot_of(name) in here or slot_of(name) not in elsewhere]
     shapes = {name: weights[name].shape for name in wanted}
     _check_names(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
@@ -130,7 +169,8 @@ def copy_weights(
     return LoadReport(path=folder, tensors=len(target), parameters=sum(_whole_shape(t).numel() for t in target.values()))
 
 
-def _slot(name: str) -> int:
+def slot_of(name: str) -> int:
+    """Number of the layer that a canonical name begins with; -1 where there is none."""
     number = name.partition(".")[0]
     return int(number) if number.isdecimal() else -1
 
@@ -142,12 +182,6 @@ def _whole_shape(tensor: Tensor) -> torch.Size:
 
 # FORMAT: derived tables some versions keep and none needs.
 _DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|alibi_embed\.slopes|attention\.norm_factor)$")
-
-
-def canonical_name(name: str) -> str:
-    """A name of the module, sequential or pipeline, as `<slot>.<parameter>`."""
-    # DeepSpeed files a shared module under its key; the embedding, slot 0, is the only one.
-    return re.sub(r"^(sequential\.|tied_modules\.embed\.)", lambda match: "" if match.group(1) == "sequential." else "0.", name)
 
 
 def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, torch.Size], unused: tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ def publish(aside: Path, final: Path) -> None:
     replaces = final.exists()
     if replaces:
         final.rename(old)
-        faults.point("publish")
+        faults.point("replace")
     aside.rename(final)
     sync_folder(final.parent)
     if replaces:

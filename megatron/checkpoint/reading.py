@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ _DATA_TYPES = (
 
 
 def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What unpickling a numpy array (the RNG state) needs, under the names of numpy 1 and 2."""
+    """What unpickling numpy arrays (the RNG state) and numbers (a learning rate) needs, under the names of numpy 1 and 2."""
     rebuild: Any = np.zeros(1).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in ("u1", "u4", "u8", "i4", "i8", "f4", "f8")]
+    number: Any = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in ("?", "u1", "u4", "u8", "i4", "i8", "f2", "f4", "f8")]
     return [
         (rebuild, "numpy.core.multiarray._reconstruct"),
         (rebuild, "numpy._core.multiarray._reconstruct"),
+        (number, "numpy.core.multiarray.scalar"),
+        (number, "numpy._core.multiarray.scalar"),
         np.ndarray,
         np.dtype,
         *dtypes,
@@ -62,18 +66,24 @@ def read_torch_file(path: Path, *, deepspeed_types: bool = False) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError("checkpoint file is missing", where=str(path), mend="check the folder, or choose another step") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _reason(error)
         raise CheckpointError(
             f"checkpoint file is damaged or holds objects that are not plain data: {reason}",
             where=str(path),
             mend="use a file written by this project or by GPT-NeoX; nothing in the file was executed",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in any way: assertions, indices, unknown encodings
         raise CheckpointError(
-            f"checkpoint file cannot be read: {error}", where=str(path), mend="copy it again, or choose another step"
+            f"checkpoint file cannot be read: {_reason(error)}", where=str(path), mend="copy it again, or choose another step"
         ) from error
 
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(2) == b"PK"
+
+
+def _reason(error: Exception) -> str:
+    """What torch has found, without its advice to read the file without care."""
+    found = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?=\. Please| was not an allowed|\n|$)|GLOBAL [\w.]+", str(error))
+    return found.group() if found else str(error).strip().partition("\n")[0].partition(" In PyTorch 2.6")[0].replace("`", "")

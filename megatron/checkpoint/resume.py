@@ -28,8 +28,8 @@ COMPARED_ARGS = (
     "tokenizer_type",
     "model_parallel_size",
 )
-_MAY_DIFFER = ("max_position_embeddings", "tokenizer_type")
-_LAYOUT = ("model_parallel_size",)
+_MAY_DIFFER = ("max_position_embeddings", "tokenizer_type", "model_parallel_size")
+_FILLING = ("padded_vocab_size", "make_vocab_size_divisible_by")
 
 
 def capture_rng() -> dict[str, Any]:
@@ -64,26 +64,42 @@ def restore_rng(client_state: Mapping[str, Any], where: Path) -> None:
         torch.cuda.set_rng_state(client_state["cuda_rng_state"])
 
 
-def compare_args(now: Mapping[str, Any], stored: Mapping[str, Any] | None, where: Path, *, weights_only: bool = False) -> None:
+def compare_args(now: Mapping[str, Any], stored: Mapping[str, Any] | None, where: Path) -> None:
     """Refuse a checkpoint of another model; say once where a harmless value differs.
 
-    weights_only: the optimizer is not taken, so it does not matter over how many ranks it was spread
     Raises CheckpointError naming every differing key with both values.
     """
     if not stored:
         return
     different = {key: (stored[key], now[key]) for key in COMPARED_ARGS if key in stored and key in now and stored[key] != now[key]}
-    for key in (*_MAY_DIFFER, *(_LAYOUT if weights_only else ())):
+    filled = _FILLING if only_filling_differs(now, stored) else ()
+    for key in (*_MAY_DIFFER, *filled):
         if key in different:
             before, after = different.pop(key)
             log.warning("%s was %r when the checkpoint was written and is %r now", key, before, after)
     if different:
         listed = ", ".join(f"{key}: checkpoint {before!r}, now {after!r}" for key, (before, after) in different.items())
         mend = "use the configuration it was trained with"
-        if set(different) <= set(_LAYOUT):
-            mend += ", or take the weights alone: `no_load_optim: true` keeps the position, `finetune: true` starts anew"
-            raise CheckpointError(f"the checkpoint was written at another layout ({listed})", where=str(where), mend=mend)
         raise CheckpointError(f"the checkpoint is of another model ({listed})", where=str(where), mend=mend)
+
+
+def only_filling_differs(now: Mapping[str, Any], stored: Mapping[str, Any] | None) -> bool:
+    """Whether one vocabulary can have been filled up to both numbers of rows, each for its own number of tensor ranks.
+
+    >>> only_filling_differs(
+    ...     {"make_vocab_size_divisible_by": 128, "model_parallel_size": 1, "padded_vocab_size": 384},
+    ...     {"make_vocab_size_divisible_by": 128, "model_parallel_size": 2, "padded_vocab_size": 512},
+    ... )
+    True
+    """
+    rows, filled = [], []
+    for args in (now, stored or {}):
+        padded, unit, ranks = (args.get(key) for key in ("padded_vocab_size", "make_vocab_size_divisible_by", "model_parallel_size"))
+        if not (isinstance(padded, int) and isinstance(unit, int) and isinstance(ranks, int)):
+            return False
+        rows.append(padded)
+        filled.append(padded - unit * ranks)
+    return rows[0] != rows[1] and max(filled) < min(rows)
 
 
 def write_configs(folder: Path, config_files: Mapping[str, str]) -> None:

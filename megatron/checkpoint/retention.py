@@ -31,15 +31,17 @@ def outdated(steps: Collection[int], *, keep: int, protected: Collection[int], e
     return [step for step in sorted(steps) if step not in newest and step not in protected and (every is None or step % every)]
 
 
-def removable(directory: Path, *, keep: int, protected: Collection[int] = (), every: int | None = None) -> list[int]:
+def removable(
+    directory: Path, *, keep: int, protected: Collection[int] = (), every: int | None = None, verify: Verify = Verify.SIZE
+) -> list[int]:
     """Steps of `directory` that may be deleted; nothing is.
 
-    A step that its manifest contradicts, by names and sizes, is none of the `keep`: it goes once it is older than all of them.
+    A step that its manifest contradicts, as far as `verify` looks, is none of the `keep`: it goes once it is older than all of them.
     A step without a manifest counts, but never instead of the newest one that has its manifest's word.
     Links, and steps of which an upload is under way, stay.
     """
     steps = saved_steps(directory)
-    findings = {step: look_at(directory / step_tag(step), Verify.SIZE) for step in steps}
+    findings = {step: look_at(directory / step_tag(step), verify) for step in steps}
     sound = [step for step in steps if not findings[step].bad]
     if not sound:
         return []
@@ -55,14 +57,19 @@ def uploading(directory: Path, step: int) -> bool:
     return (directory / UPLOADING / step_tag(step)).exists()
 
 
-def prune(directory: Path, *, keep: int, protected: Collection[int], every: int | None = None) -> list[int]:
+def prune(directory: Path, *, keep: int, protected: Collection[int], every: int | None = None, verify: Verify = Verify.SIZE) -> list[int]:
     """Delete what `removable` names; returns their steps. Call after a save is complete, on one rank.
 
     A folder is renamed before it is deleted, so that half of one is never taken for a checkpoint.
     A folder that cannot be deleted is named in a warning: a full or read-only disk must not end a run that has just saved.
     """
-    deleted = []
-    for step in removable(directory, keep=keep, protected=protected, every=every):
+    deleted: list[int] = []
+    try:
+        old = removable(directory, keep=keep, protected=protected, every=every, verify=verify)
+    except OSError as error:
+        log.warning(f"old checkpoints could not be looked at: {error}")
+        return deleted
+    for step in old:
         try:
             remove(directory / step_tag(step))
         except OSError as error:

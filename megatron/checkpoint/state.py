@@ -7,6 +7,7 @@ the layer's number.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from megatron.errors import CheckpointError
 
 SEQUENTIAL = "sequential."
+TIED = "tied_modules.embed."
 
 
 class LazyState(Mapping[str, Tensor]):
@@ -34,6 +36,12 @@ class LazyState(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._makers
+
+
+def canonical_name(name: str) -> str:
+    """A name of the module, sequential or pipeline, as `<slot>.<parameter>`."""
+    # DeepSpeed files a shared module under its key; the embedding, slot 0, is the only one.
+    return re.sub(r"^(sequential\.|tied_modules\.embed\.)", lambda match: "" if match.group(1) == "sequential." else "0.", name)
 
 
 def canonical_state(module: nn.Module) -> dict[str, Tensor]:

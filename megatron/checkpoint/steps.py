@@ -51,6 +51,15 @@ def latest_tag(directory: Path) -> str | None:
         return None
 
 
+def holds(directory: Path, tag: str) -> bool:
+    """Whether `tag` names a folder right inside `directory`; a path that leads elsewhere is not followed.
+
+    >>> holds(Path("."), ".."), holds(Path("."), "../other"), holds(Path("."), "")
+    (False, False, False)
+    """
+    return Path(tag).name == tag != ".." and (directory / tag).is_dir()
+
+
 def find_tag(directory: Path, iteration: int | None = None) -> str:
     """The folder name of `iteration`, or the one that `latest` names; nothing is verified.
 
@@ -66,10 +75,12 @@ def find_tag(directory: Path, iteration: int | None = None) -> str:
         return step_tag(iteration)
     tag = latest_tag(directory)
     if tag is not None:
-        if tag and (directory / tag).is_dir():
+        if tag and holds(directory, tag):
             return tag
         raise CheckpointError(
-            f"`latest` names {tag}, which is not there; {there}", where=str(directory / "latest"), mend="set `iteration` to one of them"
+            f"`latest` names {tag}, which is no folder beside it; {there}",
+            where=str(directory / "latest"),
+            mend="set `iteration` to one of them",
         )
     raise CheckpointError(
         f"no checkpoint found: no file named latest; {there}",

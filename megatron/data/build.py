@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron.data.fingerprint import fingerprint
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.loader import Split
 from megatron.data.opening import Amount, Paths, Recipe, open_dataset, open_epochs, open_mixture
@@ -102,6 +103,26 @@ def _build(args: NeoXArgs, streams: Sequence[str], rank: int, size: int) -> Data
         test=None if test is None else split("test", test),
         train_iters=train_iters or 0,
     )
+
+
+def data_fingerprint(args: NeoXArgs, *, streams: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint keeps of the data of the splits that are read, see `fingerprint`."""
+    section, run = args.data, args.run
+    needed = samples_needed(run.train_iters or 0, run.eval_interval, run.eval_iters, run.train_batch_size or 1)
+    order: dict[str, Any] = {"seed": run.seed, "seq_length": args.model.seq_length, "pack_impl": section.pack_impl}
+    if section.pack_impl != "packed":
+        order["allow_chopped"] = section.allow_chopped
+    if section.data_path:
+        return fingerprint({"train": {"data_path": [section.data_path]}}, {**order, "split": section.split})
+    if section.weight_by_num_documents:
+        order["weighted_sampler_alpha"] = section.weighted_sampler_alpha
+    lists: dict[str, dict[str, list[str | None]]] = {}
+    for name in NAMES:
+        members = member_paths(args, name, streams) if name == "train" or needed[name] else []
+        if members:
+            lists[name] = {_key_of(stream, name): [member[stream] for member in members] for stream in members[0]}
+            order[f"{name}_data_weights"] = normalise(getattr(section, f"{name}_data_weights") or [1.0] * len(members))
+    return fingerprint(lists, order)
 
 
 def spare_steps(args: NeoXArgs) -> int:

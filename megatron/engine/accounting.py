@@ -110,6 +110,16 @@ def require_same_batch(micro_batches: Sequence[Batch], groups: Groups) -> None:
             )
 
 
+def tokens_digest(micro_batches: Sequence[Batch], dp: Group) -> str:
+    """A fingerprint of the rows of tokens of a step over all data ranks, whichever rank has which; for debugging.
+
+    It shows that a run that went on, also at another number of ranks, took the samples that one run would have taken.
+    """
+    own = [hashlib.blake2b(row.numpy().tobytes()).digest() for batch in micro_batches for row in batch.tokens.cpu()]
+    rows = [row for rows in of_all_ranks(own, dp) for row in rows]
+    return hashlib.blake2b(b"".join(sorted(rows)), digest_size=16).hexdigest()
+
+
 def digest_of(micro_batches: Sequence[Batch]) -> str:
     """A fingerprint of everything in the batches."""
     digest = hashlib.blake2b(digest_size=16)

@@ -12,6 +12,7 @@ import torch
 
 from megatron.checkpoint.writing import Writing
 from megatron.data.batch import Batch
+from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.objectives.base import Objective
@@ -79,11 +80,14 @@ class Engine(Protocol):
     def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
         """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for. All ranks call it."""
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Read weights, optimizer and schedule that `save` wrote; returns the client state. All ranks call it."""
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
+        """Read weights, optimizer and schedule that `save` wrote at any layout; returns the client state. All ranks call it.
 
-    def set_schedule_step(self, steps: int) -> None:
-        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
+        spec: the model
+        """
+
+    def set_schedule_step(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made; `saved` is the checkpoint's schedule."""
 
     def module(self) -> torch.nn.Module:
         """The model (this stage of it), for inspection."""

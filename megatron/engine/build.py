@@ -7,8 +7,9 @@ import os
 
 import torch
 
-from megatron.checkpoint.build import Source, Take, spec_for
-from megatron.checkpoint.neox_store import copy_weights
+from megatron.checkpoint.build import Source, Take, compared_args, spec_for
+from megatron.checkpoint.neox_store import bookkeeping, copy_weights
+from megatron.checkpoint.resume import only_filling_differs
 from megatron.checkpoint.whole import read_shards, shard_for
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.distributed import Shape, choose_device, rendezvous_from, seed_everything, start
@@ -58,11 +59,16 @@ def join_job(args: NeoXArgs) -> tuple[Groups, torch.device]:
         context=runtime.context_parallel_size,
         sequence=runtime.sequence_parallel,
     )
-    groups = start(place, device, shape)
+    # The watch names the rank that the others wait for; a collective that gives up before it does knows none.
+    patience = max(PATIENCE_MINUTES, 4 * args.logs.hang_timeout_in_mins)
+    groups = start(place, device, shape, timeout_minutes=patience)
     # Tensor ranks draw alike (mpu/random.py); replicas and stages do not.
     seed_everything(args.run.seed + groups.replicas.rank + STAGE_SEEDS * groups.pp.rank)
     return groups, device
 
+
+PATIENCE_MINUTES = 30.0
+"""A collective that lasts longer fails, at least; see `hang_timeout_in_mins`."""
 
 STAGE_SEEDS = 100_003
 """Distance between the seeds of two pipeline stages; more than there are replicas."""
@@ -83,7 +89,8 @@ def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.d
             model = build_transformer(args, spec, groups=groups, gather=partitioning.gather)
         model = model if partitioning.active else model.to(device)
     if source.folder is not None and source.take in (Take.WEIGHTS, Take.WEIGHTS_AND_POSITION):
-        shard = shard_for(read_shards(source.folder), spec, groups.tp)
+        padding = only_filling_differs(compared_args(args), bookkeeping(source.folder, deepspeed_types=True).get("args"))
+        shard = shard_for(read_shards(source.folder), spec, groups.tp, padding=padding)
         slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
         report = copy_weights(shard, model, source.folder, elsewhere=slots, gather=partitioning.gather)
         log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")

@@ -14,16 +14,21 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from megatron.checkpoint.optimizer_store import RECORD, recorded
 from megatron.checkpoint.reading import read_torch_file
+from megatron.checkpoint.state import canonical_name
 from megatron.checkpoint.writing import Writing
 from megatron.engine.base import Pieces
 from megatron.engine.disturbing import disturb_backward, disturb_reduced, disturb_weights
 from megatron.engine.grid import counted_here, grid_of, mark_split
 from megatron.engine.guard import UpdateGuard
-from megatron.engine.layout import Layout, refuse_other_layout
+from megatron.engine.layout import Layout, stored_layout
 from megatron.engine.pieces import pieces_of
+from megatron.engine.respreading import spread_anew
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
+from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import of_all_ranks
 from megatron.mpu.groups import Groups
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.schedules import LRScheduler
@@ -56,7 +61,10 @@ class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         if self._optimizer:
             self._target().add(state_dict, Path(path))
         # FORMAT: ZeRO keeps the optimizer in files of its own; otherwise it is beside the weights.
-        elif not path.endswith("optim_states.pt"):
+        elif path.endswith("optim_states.pt"):
+            if (weights := _weights_alone(state_dict)) is not None:
+                self._target().add(weights, Path(path))
+        else:
             self._target().add({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, Path(path))
 
     def _target(self) -> Writing:
@@ -101,6 +109,7 @@ class Runner:
         # After the clipper, which measures the norm that was refused.
         self.guard = UpdateGuard(optimizer, groups.world, gradients=not bool((config.get("fp16") or {}).get("enabled")))
         mark_split(model)
+        self._record = _record_of(model, optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -182,17 +191,23 @@ class Runner:
         engine = self.deepspeed.checkpoint_engine
         engine.writing = writing
         try:
-            self.deepspeed.save_checkpoint(str(directory), tag=tag, client_state=dict(client_state), save_latest=False)
+            self.deepspeed.save_checkpoint(str(directory), tag=tag, client_state={**client_state, RECORD: self.record()}, save_latest=False)
         finally:
             engine.writing = None
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Read weights, optimizer and schedule; returns the client state.
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
+        """Read weights, optimizer and schedule, of any layout; returns the client state.
 
-        Raises CheckpointError when the folder does not fit this layout.
+        Raises CheckpointError when the folder does not fit this model or optimizer.
         """
         folder = directory / tag
-        refuse_other_layout(folder, self._layout())
+        if not self._fits(folder):
+            stored, ours = stored_layout(folder), self._layout()
+            log.info("the checkpoint was written at: %s; this run has: %s; its weights and optimizer are spread anew", stored, ours)
+            state = spread_anew(self.deepspeed, self.groups, folder, spec)
+            if state.get("lr_scheduler") is not None:
+                self.schedule.load_state_dict(state["lr_scheduler"])
+            return state
         configured = [{key: group[key] for key in _NUMBERS if key in group} for group in self.optimizer.param_groups]
         kinds = [set(group) for group in self.optimizer.param_groups]
         try:
@@ -224,7 +239,23 @@ class Runner:
             pipelined=bool(engine.pipeline_parallelism),
             partitions=self.groups.replicas.size if engine.zero_optimization() else 0,
             model_ranks=self.groups.tp.size * self.groups.pp.size,
+            tensor_ranks=self.groups.tp.size,
+            spread=engine.zero_optimization_stage() == 3,
         )
+
+    def record(self) -> dict[str, Any]:
+        """How the optimizer is kept, and over which parameters; see RECORD."""
+        engine = self.deepspeed
+        precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+        return {"form": f"{type(self.optimizer).__name__} {precision}", **self._record}
+
+    def _fits(self, folder: Path) -> bool:
+        """Whether DeepSpeed's own loader can read the folder: on every rank its files are of the same form and order."""
+        fits = stored_layout(folder) == self._layout()
+        record = recorded(folder, self.deepspeed.checkpoint_mp_rank) if fits else {}
+        ours = self.record()
+        fits = fits and all(record.get(key, ours[key]) == ours[key] for key in ("form", "groups"))
+        return all(of_all_ranks(fits, self.groups.world))
 
     def _restore_numbers(self, configured: list[dict[str, Any]]) -> None:
         """The configuration's optimizer numbers win over the checkpoint's; every change is said once."""
@@ -247,6 +278,18 @@ def _forget_rehearsal(optimizer: Any) -> None:
     """Without ZeRO, DeepSpeed's 16-bit optimizer makes its state by a step on zero gradients, which Adam's bias correction counts."""
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         optimizer.optimizer.state.clear()
+
+
+def _record_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
+    return {"kind": type(optimizer).__name__, "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]}
+
+
+def _weights_alone(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What of a file of ZeRO's optimizer are weights that are nowhere else (ZeRO-3); None where there are none."""
+    content = state.get("optimizer_state_dict", {})
+    kept = ("zero_stage", "partition_count", "fp32_flat_groups")
+    return {**state, "optimizer_state_dict": {key: content[key] for key in kept}} if "fp32_flat_groups" in content else None
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.writing import Writing
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, weighted_mean
+from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, tokens_digest, weighted_mean
 from megatron.engine.base import Pieces, StepResult
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.timers import Timers
 from megatron.log import get_logger
+from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.objectives.base import Objective
 
@@ -58,6 +59,7 @@ class TrainEngine:
         learning_rate = self.runner.learning_rate
         if log.isEnabledFor(logging.DEBUG):
             require_same_batch(micro_batches, groups)
+            log.debug("tokens of the step: %s", tokens_digest(micro_batches, groups.dp))
         denominator = global_denominator(objective, micro_batches, groups.dp, self.device)
         meter = MetricSum()
         self.module().train()
@@ -98,13 +100,13 @@ class TrainEngine:
         """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for."""
         self.runner.save(directory, tag, client_state, writing)
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
-        """Read weights, optimizer and schedule; returns the client state."""
-        return self.runner.load(directory, tag)
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
+        """Read weights, optimizer and schedule, of any layout; returns the client state."""
+        return self.runner.load(directory, tag, spec)
 
-    def set_schedule_step(self, steps: int) -> None:
-        """Move the learning-rate schedule to where `steps` optimizer steps have been made."""
-        self.runner.schedule.seek(steps)
+    def set_schedule_step(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        """Move the learning-rate schedule to where `steps` optimizer steps have been made; `saved` is the checkpoint's schedule."""
+        self.runner.schedule.seek(steps, saved)
 
     def module(self) -> nn.Module:
         """The model (this stage of it)."""

@@ -14,9 +14,11 @@ from megatron.checkpoint.neox_store import bookkeeping
 from megatron.checkpoint.resume import compare_args, restore_rng
 from megatron.engine.base import Engine
 from megatron.engine.distributed import seed_everything
+from megatron.engine.respreading import stored_stages, stored_state
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
-from megatron.mpu.groups import Group
+from megatron.model.spec import ModelSpec
+from megatron.mpu.groups import Groups
 
 log = get_logger(__name__)
 
@@ -37,9 +39,10 @@ class Position:
     kept: Mapping[str, Any] = field(default_factory=dict)
 
 
-def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
-    """Load weights, optimizer, schedule, position and (rng) random states. All ranks call it."""
-    folder = directory / tag
+def resume_everything(
+    engine: Engine, folder: Path, spec: ModelSpec, *, compared: Mapping[str, Any], batch_size: int, rng: bool
+) -> Position:
+    """Load weights, optimizer, schedule, position and (rng) random states, whatever layout wrote them. All ranks call it."""
     stored = bookkeeping(folder, deepspeed_types=True)
     compare_args(compared, stored.get("args"), folder)
     if (stored.get(OURS) or {}).get("optimizer") is False:
@@ -48,36 +51,36 @@ def resume_everything(engine: Engine, directory: Path, tag: str, *, compared: Ma
             where=str(folder),
             mend="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
         )
-    client_state = engine.load(directory, tag)
+    client_state = engine.load(folder.parent, folder.name, spec)
     if rng:
-        take_up_rng(client_state, engine.groups.replicas, folder)
+        take_up_rng(client_state, engine.groups, folder)
     return _position(client_state, folder, batch_size)
 
 
 def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
     """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
-    client_state = bookkeeping(folder, deepspeed_types=True)
-    compare_args(compared, client_state.get("args"), folder, weights_only=True)
+    client_state = stored_state(folder, engine.groups)
+    compare_args(compared, client_state.get("args"), folder)
     if rng:
-        take_up_rng(client_state, engine.groups.replicas, folder)
+        take_up_rng(client_state, engine.groups, folder)
     position = _position(client_state, folder, batch_size)
-    engine.set_schedule_step(position.iteration)
+    engine.set_schedule_step(position.iteration, client_state.get("lr_scheduler"))
     return position
 
 
-def take_up_rng(client_state: Mapping[str, Any], dp: Group, folder: Path) -> None:
+def take_up_rng(client_state: Mapping[str, Any], groups: Groups, folder: Path) -> None:
     """Set this rank's random states to what they were.
 
-    Where the checkpoint knows the states of one rank only, or of another number of ranks, the others start streams of their own
-    from it: two ranks with one state would drop the same activations.
+    Where the checkpoint knows the states of one rank only, or of another number of ranks or stages, the others start streams of
+    their own from it: two ranks with one state would drop the same activations.
     """
+    dp = groups.replicas
+    stage = groups.pp.rank if stored_stages(folder) != groups.pp.size else 0
     states = (client_state.get(OURS) or {}).get(RNG) or []
-    if len(states) == dp.size:
-        restore_rng(states[dp.rank], folder)
-        return
-    restore_rng(client_state, folder)
-    if dp.rank > 0:
-        seed_everything(int(torch.randint(2**62, ())) + dp.rank)
+    known = len(states) == dp.size
+    restore_rng(states[dp.rank] if known else client_state, folder)
+    if stage > 0 or (dp.rank > 0 and not known):
+        seed_everything(int(torch.randint(2**62, ())) + stage * dp.size + dp.rank)
 
 
 def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) -> Position:

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from megatron.engine.base import Pieces
@@ -17,17 +18,21 @@ class WholePieces:
     """Every data rank holds everything: float32 without ZeRO, or half precision without ZeRO.
 
     scale: gives what gradients are multiplied by (the fp16 loss scale)
+    copies: float32 copies of 16-bit parameters, which are what the optimizer updates
     """
 
     spread = False
 
-    def __init__(self, state: Mapping[Any, Mapping[str, Any]], scale: Callable[[], float]) -> None:
+    def __init__(
+        self, state: Mapping[Any, Mapping[str, Any]], scale: Callable[[], float], copies: Mapping[nn.Parameter, nn.Parameter]
+    ) -> None:
         self._state = state
         self._scale = scale
+        self._copies = copies
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter itself."""
-        return parameter.detach()
+        """The parameter itself, or its float32 copy."""
+        return self._copies.get(parameter, parameter).detach()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The summed gradient; there only until the update."""
@@ -36,7 +41,7 @@ class WholePieces:
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The optimizer's tensors of the parameter's shape."""
-        own = self._state.get(parameter, {})
+        own = self._state.get(self._copies.get(parameter, parameter), {})
         return {name: value for name, value in own.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
@@ -121,7 +126,15 @@ def pieces_of(engine: Any, scale: Callable[[], float], rank: int) -> Pieces:
         return PartitionPieces(inner.state, scale, rank)
     if any(hasattr(parameter, "_hp_mapping") for parameter in engine.module.parameters()):
         return FragmentPieces(inner, scale)
-    return WholePieces(inner.state, scale)
+    return WholePieces(inner.state, scale, copies_of(outer))
+
+
+def copies_of(outer: Any) -> dict[nn.Parameter, nn.Parameter]:
+    """16-bit parameter -> float32 copy, of DeepSpeed's optimizer for 16 bits without ZeRO; empty for all others."""
+    if not isinstance(outer, FP16_UnfusedOptimizer):
+        return {}
+    pairs = zip(outer.fp16_groups, outer.fp32_groups, strict=True)
+    return {half: copy for halves, wholes in pairs for half, copy in zip(halves, wholes, strict=True)}
 
 
 def _nothing(parameter: nn.Parameter) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron import faults
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, targets_of
 from megatron.engine.deepspeed_runner import Runner
@@ -44,6 +45,7 @@ class LossOfStep:
         """Loss of one micro batch, scaled so that DeepSpeed's division by accumulation steps and data ranks is undone."""
         if self.current is None:
             raise TrainingError("the pipeline ran outside a step", mend="call train_step or eval_step")
+        faults.point("micro_batch")
         step = self.current
         terms = step.objective.loss(logits, dict(zip(step.names, targets, strict=True)), step.denominator)
         if terms.loss.requires_grad:

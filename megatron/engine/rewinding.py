@@ -15,6 +15,7 @@ from megatron.checkpoint.verifying import Verify
 from megatron.engine.base import Engine
 from megatron.engine.persistence import Position, resume_everything
 from megatron.errors import DivergenceError
+from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import on_first_rank
 
 
@@ -30,6 +31,7 @@ class Rewinder:
     """
 
     engine: Engine
+    spec: ModelSpec
     directory: Path
     compared: Mapping[str, Any]
     batch_size: int
@@ -49,7 +51,8 @@ class Rewinder:
                 mend="save more often (checkpoint_factor), and before the first step: extra_save_iters: [0]",
             )
         tag = find(Search(directory=self.directory, own=True, verify=self.verify), world)
-        return resume_everything(self.engine, self.directory, tag, compared=self.compared, batch_size=self.batch_size, rng=self.rng)
+        folder = self.directory / tag
+        return resume_everything(self.engine, folder, self.spec, compared=self.compared, batch_size=self.batch_size, rng=self.rng)
 
     def _clear_way(self, before: int) -> bool:
         steps = [step for step in saved_steps(self.directory) if step <= before]

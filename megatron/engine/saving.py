@@ -29,7 +29,7 @@ from megatron.checkpoint.writing import Writing, Written
 from megatron.engine.base import Engine
 from megatron.engine.forward_check import STORED
 from megatron.engine.persistence import OURS, RNG
-from megatron.errors import CheckpointError
+from megatron.errors import SaveError
 from megatron.log import get_logger
 from megatron.mpu.collectives import any_ranks, of_all_ranks, on_first_rank, to_first_rank
 
@@ -102,7 +102,7 @@ class Saver:
 
         last: the run ends with it, so it is waited for, and its failure is an error
 
-        Raises CheckpointError when it failed and no further failure is allowed. Other errors are logged and counted.
+        Raises SaveError when it failed and no further failure is allowed. Other errors are logged and counted.
         """
         if self._begun is not None:
             self._wait_for_the_one_before()
@@ -124,7 +124,7 @@ class Saver:
     def finish(self, *, last: bool = False) -> None:
         """Wait for what is under way, if anything, and publish it.
 
-        Raises CheckpointError as `save` does.
+        Raises SaveError as `save` does.
         """
         if self._begun is None:
             return
@@ -140,7 +140,7 @@ class Saver:
         if last or self._in_a_row > self.failures_allowed:
             how_often = "" if last else f" ({self._in_a_row} in a row; checkpoint_failures_allowed: {self.failures_allowed})"
             what = f"the checkpoint of step {begun.iteration} was not saved{how_often}:\n" + "\n".join(f"    {line}" for line in problems)
-            raise CheckpointError(what, where=str(self.directory), mend=_MEND)
+            raise SaveError(what, where=str(self.directory), mend=_MEND)
 
     def abandon(self, error: BaseException) -> None:
         """The run ends by an exception: a single process finishes what is under way, several discard it. Does not raise.

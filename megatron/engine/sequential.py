@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron import faults
 from megatron.data.batch import Batch
 from megatron.engine.accounting import MetricSum, add_terms, targets_of
 from megatron.engine.deepspeed_runner import Runner
@@ -30,6 +31,7 @@ class SequentialPath:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         engine = self._runner.deepspeed
         for batch in micro_batches:
+            faults.point("micro_batch")
             with self._timers("forward"):
                 terms = disturbed(self._terms(engine, objective, batch, denominator))
                 meter.add(terms.metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron import faults
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
 from megatron.engine.accounting import MetricSum, add_terms, targets_of, weighted_mean
 from megatron.engine.distributed import choose_device
-from megatron.errors import ConfigError, required
+from megatron.errors import ConfigError, StoppedError, required
 from megatron.evaluation.coordinates import Size, Subject, measure
 from megatron.generation.build import load_model
 from megatron.hooks.characters import PER_CHARACTER, Characters
 from megatron.hooks.validation import with_perplexity
+from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.build import build_transformer
 from megatron.model.transformer import Transformer
@@ -57,8 +59,14 @@ class _Terms:
 def evaluate(args: NeoXArgs) -> dict[str, Any]:
     """Losses over `eval_iters` global batches of each of the validation and test splits, for the checkpoint `load` names.
 
-    Returns {"results": {split: {metric: value}}, "config": {...}}. Raises ConfigError when there is nothing to evaluate.
+    Returns {"results": {split: {metric: value}}, "config": {...}}. After a signal the split under way is left
+    out, and "stopped_by" is its number. Raises ConfigError when there is nothing to evaluate, StoppedError when a signal leaves nothing.
     """
+    with noting_signals() as received:
+        return _evaluate(args, received)
+
+
+def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
     if args.text.eval_tasks:
         raise ConfigError(
             "evaluation tasks are not built yet", where="eval_tasks", mend="remove eval_tasks: eval.py reports the validation and test loss"
@@ -70,15 +78,21 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
     splits = build_data(args, streams=objective.streams)
     device = next(loaded.model.parameters()).device
     batches = args.run.eval_iters * required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
-    results, alone = {}, Groups.single()
+    results, alone, stopped = dict[str, dict[str, float]](), Groups.single(), dict[str, int]()
     for name, split in (("validation", splits.valid), ("test", splits.test)):
         if split is None:
             continue
-        micro_batches = islice(split.batches(objective.collate, start_sample=0), batches)
+        micro_batches = _until_told(received, islice(split.batches(objective.collate, start_sample=0), batches))
         counting = Characters(tokenizer.decode, tokenizer.eod)
         seen = counting.counted(micro_batches) if args.run.char_level_ppl else micro_batches
         meter = MetricSum()
-        weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+        try:
+            weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+        except StoppedError:
+            if not results:
+                raise
+            stopped = {"stopped_by": received[0]}
+            break
         metrics = weighted_mean(meter, weight, alone, device)
         if args.run.char_level_ppl:
             metrics[PER_CHARACTER] = counting.per_character(alone.dp, device)
@@ -88,7 +102,16 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
         raise ConfigError(
             "there is no validation or test data", where="valid_data_paths", mend="give valid_data_paths or split, and eval_iters > 0"
         )
-    return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}}
+    return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}, **stopped}
+
+
+def _until_told(received: Sequence[int], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; raises StoppedError before the next one once a signal came: losses over some of the data are not written."""
+    for batch in batches:
+        faults.point("evaluate")
+        if received:
+            raise StoppedError(received[0])
+        yield batch
 
 
 def coordinate_check(args: NeoXArgs, widths: Sequence[int], *, steps: int) -> list[Size]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +18,7 @@ from megatron.errors import ConfigError
 from megatron.generation.decode import ModelScorer, Settings
 from megatron.generation.modes import TextGenType, Writer, input_file, interactive, unconditional
 from megatron.generation.sampling import Sampling
+from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.build import build_spec, build_transformer
 from megatron.model.spec import ModelSpec
@@ -108,19 +109,21 @@ def mode_of(args: NeoXArgs) -> TextGenType:
 def generate(args: NeoXArgs, source: TextIO, screen: TextIO) -> Path | None:
     """Run the mode that `args` asks for; returns the file written, None for interactive.
 
+    Raises StoppedError when a signal came; then the texts finished by then are written.
     Under a launcher only the first rank works, on the whole model: every rank would write the same.
     """
     mode = mode_of(args)
     if int(os.environ.get("RANK", "0")) > 0:
         return None
-    writer = build_writer(args)
     text = args.text
     output = Path(text.sample_output_file) if text.sample_output_file else None
     if mode is TextGenType.INTERACTIVE:
-        interactive(writer, text.prompt_end, source, screen)
+        interactive(build_writer(args), text.prompt_end, source, screen)
         return None
-    if mode is TextGenType.INPUT_FILE:
-        return input_file(writer, Path(text.sample_input_file or ""), text.prompt_end, output)
-    output = output or Path("samples.txt")
-    unconditional(writer, text.num_samples, output)
-    return output
+    with noting_signals() as received:
+        writer = replace(build_writer(args), received=received)
+        if mode is TextGenType.INPUT_FILE:
+            return input_file(writer, Path(text.sample_input_file or ""), text.prompt_end, output)
+        output = output or Path("samples.txt")
+        unconditional(writer, text.num_samples, output)
+        return output

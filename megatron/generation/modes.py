@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron.errors import DataError
+from megatron import faults
+from megatron.errors import DataError, StoppedError
 from megatron.generation.decode import Completion, Scorer, Settings, decode
 from megatron.tokenizer import Tokenizer
 
@@ -37,12 +38,17 @@ class TextGenType(str, Enum):
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes: scorer, tokenizer and settings together. seed: the same seed gives the same texts"""
+    """A model that writes: scorer, tokenizer and settings together.
+
+    seed:     the same seed gives the same texts
+    received: signals to this process so far: with one, no further text is begun
+    """
 
     scorer: Scorer
     tokenizer: Tokenizer
     settings: Settings
     seed: int = 1234
+    received: Sequence[int] = ()
 
     def ids(self, context: str) -> list[int]:
         """Ids of a context; an empty one starts, like a document, after an eod."""
@@ -53,17 +59,32 @@ class Writer:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**63)
 
     def write(self, contexts: Sequence[str]) -> list[Record]:
-        """One record per context, in order. A text does not depend on the other contexts, only on its own and its number."""
+        """One record per context, in order. A text does not depend on the other contexts, only on its own and its number.
+
+        A request to stop leaves out the contexts that were not begun.
+        """
         prompts = [self.ids(context) for context in contexts]
         records: list[Record | None] = [None] * len(contexts)
+        hopeless = [len(prompt) >= self.scorer.longest for prompt in prompts]
         for numbers in self._batches(prompts):
+            faults.point("generate")
+            if self.received:
+                break
             start = time.monotonic()
             batch = torch.tensor([prompts[number] for number in numbers])
             completions = decode(self.scorer, batch, self.settings, [self.generator(number) for number in numbers])
             seconds = time.monotonic() - start
             for number, completion in zip(numbers, completions, strict=True):
                 records[number] = self.record(contexts[number], completion, seconds)
-        return [record if record is not None else self.too_long(contexts[number], prompts[number]) for number, record in enumerate(records)]
+        for number in range(len(contexts)):
+            if hopeless[number]:
+                records[number] = self.too_long(contexts[number], prompts[number])
+        return [record for record in records if record is not None]
+
+    def refuse_to_go_on(self, written: int, asked: int, output: Path) -> None:
+        """Raise StoppedError where a request to stop has cut the texts short."""
+        if self.received and written < asked:
+            raise StoppedError(self.received[0], f" after {written} of {asked} texts", where=str(output))
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Numbers of prompts of one length, so that no row needs padding; those that leave no room are left out."""
@@ -100,6 +121,7 @@ def unconditional(writer: Writer, num_samples: int, output: Path) -> list[Record
     """Write `num_samples` texts from nothing to `output`."""
     records = writer.write([""] * num_samples)
     write_records(records, output)
+    writer.refuse_to_go_on(len(records), num_samples, output)
     return records
 
 
@@ -115,7 +137,9 @@ def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | No
     if not contexts:
         raise DataError(f"{prompts} holds no prompt", where="sample_input_file", mend=f"prompts end with {prompt_end!r} (prompt_end)")
     output = output or prompts.with_name(f"{prompts.name}.output.jsonl")
-    write_records(writer.write(contexts), output)
+    records = writer.write(contexts)
+    write_records(records, output)
+    writer.refuse_to_go_on(len(records), len(contexts), output)
     return output
 
 

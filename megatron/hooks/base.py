@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from megatron.errors import ExitStatus
+
 if TYPE_CHECKING:
     from megatron.engine.base import Engine, StepResult
 
@@ -26,12 +28,14 @@ class TrainState:
     iteration: optimizer steps done
     target:    iteration at which training ends
     samples, tokens: consumed so far, over all data ranks
+    status:    once the run is over, what the process's end means
     """
 
     iteration: int = 0
     target: int = 0
     samples: int = 0
     tokens: int = 0
+    status: ExitStatus = ExitStatus.DONE
 
     def after(self, *, samples: int, tokens: int) -> TrainState:
         """The state one step later."""

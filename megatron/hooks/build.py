@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from megatron.checkpoint.build import compared_args
+from megatron.checkpoint.build import build_uploader, compared_args
 from megatron.checkpoint.provenance import code_version, without_secrets
+from megatron.checkpoint.uploading import Uploader
 from megatron.engine.base import Engine
 from megatron.engine.forward_check import forward_pass
 from megatron.engine.persistence import Position
@@ -27,7 +29,7 @@ from megatron.hooks.noise import NoiseScaleHook
 from megatron.hooks.norms import NormsHook, NormsPlan, Send
 from megatron.hooks.numbers import ActingHook, NumbersHook, NumbersPlan, Policy, Record
 from megatron.hooks.profiling import ProfilingHook
-from megatron.hooks.replicas import ReplicasHook
+from megatron.hooks.replicas import ReplicaHook
 from megatron.hooks.sinks import (
     CometSink,
     CometSpec,
@@ -39,9 +41,11 @@ from megatron.hooks.sinks import (
     wandb_key_found,
     wandb_offline,
 )
-from megatron.hooks.stopping import StopHook
+from megatron.hooks.stopping import StopHook, StopRequest
 from megatron.hooks.throughput import StepFlops
+from megatron.hooks.uploads import UploadHook
 from megatron.hooks.validation import Evaluate, ValidationHook
+from megatron.hooks.wall_clock import Limits, WallClock, job_end
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
@@ -71,13 +75,14 @@ class RunParts:
     model_flops:    the same without them
     devices:        number of devices that share the work (world size)
     checkpoints:    writes the run's checkpoints; None = the run keeps none
+    uploader:       copies them elsewhere; None = nobody does, or another rank
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
-    any_rank:       "true on any rank?", the same answer on every rank
     tracker_ids:    the run's ids at its trackers
     resumed:        whether tracker_ids come from a checkpoint
-    time_limit_s:   stop after this many seconds
+    stop:           whether the run is to stop early
     record:         what the run remembers of its numbers
+    any_rank:       "true on any rank?", the same answer on every rank
     """
 
     rank: int = 0
@@ -85,13 +90,21 @@ class RunParts:
     model_flops: float = 0.0
     devices: int = 1
     checkpoints: Checkpoints | None = None
+    uploader: Uploader | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
-    any_rank: Callable[[bool], bool] = bool
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
     resumed: bool = False
-    time_limit_s: float | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
     record: Record = field(default_factory=Record)
+    any_rank: Callable[[bool], bool] = bool
+
+
+class Ends(NamedTuple):
+    """What may end a run early, or turn it back: a request to stop, and what it remembers of its numbers."""
+
+    stop: StopRequest
+    record: Record
 
 
 def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
@@ -109,13 +122,13 @@ def build_hooks(
     evaluate: Evaluate,
     position: Position,
     splits: frozenset[str] | None = None,
-    record: Record | None = None,
+    ends: Ends | None = None,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
-    position: where the run starts; what hooks keep in checkpoints is in `position.kept`
+    position: where the run starts; what checkpoints keep of the run is in `position.kept`
     splits:   which of "valid", "test" have data; None = what the configured paths say
-    record:   what the run remembers of its numbers; None = what `position.kept` says
+    ends:     what may end or turn back the run; None = `exit_interval`, and what `position.kept` says of its numbers
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
@@ -124,27 +137,48 @@ def build_hooks(
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
-    record = record or Record.of(position.kept)
+    ends = ends or Ends(StopRequest(), Record.of(position.kept))
+    record = ends.record
     run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
+    uploader = build_uploader(args, rank=world.rank)
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, lambda: {KEPT: ids, RUN_ID: run_id, **record.kept()}),
+        checkpoints=_checkpoints(args, engine, spec, lambda: {**position.kept, KEPT: ids, RUN_ID: run_id, **record.kept()}, uploader),
+        uploader=uploader,
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
-        any_rank=lambda flag: any_rank(flag, world, engine.device),
         tracker_ids=ids,
         resumed=KEPT in position.kept,
-        time_limit_s=None if args.run.exit_duration_in_mins is None else 60.0 * args.run.exit_duration_in_mins,
+        stop=ends.stop,
         record=record,
+        any_rank=lambda flag: any_rank(flag, world, engine.device),
     )
     return assemble(args, parts)
 
 
-def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]]) -> Saver | None:
+def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool], bool]) -> StopRequest:
+    """What ends the run early.
+
+    received: signals to this process so far
+    any_rank: "true on any rank?", the same answer on every rank
+    """
+    run = args.run
+    limits = Limits(
+        duration_s=None if run.exit_duration_in_mins is None else 60.0 * run.exit_duration_in_mins,
+        killed_at=job_end(os.environ),
+        margin_s=run.exit_margin_in_secs,
+        grace_s=run.grace_in_secs,
+    )
+    return StopRequest(received, wall=WallClock(limits), any_rank=any_rank)
+
+
+def _checkpoints(
+    args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], uploader: Uploader | None
+) -> Saver | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
@@ -161,9 +195,11 @@ def _checkpoints(args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable
         keep_last=section.keep_last_n_checkpoints,
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
+        published=None if uploader is None else uploader.published,
         run_id=str(kept()[RUN_ID]),
         layout=_layout(args, engine.groups),
         code_version=code_version(),
+        fingerprint=kept().get("data", {}),
         config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
         background=section.checkpoint_async,
         failures_allowed=section.checkpoint_failures_allowed,
@@ -218,19 +254,22 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     if parts.rank == 0:
         hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
     hooks.append(ActingHook(numbers))
-    if args.run.replica_check_interval:
-        hooks.append(ReplicasHook(interval=args.run.replica_check_interval))
+    if args.run.replica_check_interval is not None:
+        hooks.append(ReplicaHook(interval=args.run.replica_check_interval))
     if logs.profile and parts.rank == 0:
         hooks.append(_profiling(args))
     if logs.memory_profiling and parts.rank == 0:
         place = logs.memory_profiling_path or _place(args, "memory_profiling", "memory_profiling_path")
         hooks.append(MemoryHook(stop=logs.profile_step_stop, directory=Path(place)))
     if parts.checkpoints is not None and args.checkpoint.save:
-        hooks.append(CheckpointHook(plan=_save_plan(args), checkpoints=parts.checkpoints, report=metrics.attach))
+        hooks.append(
+            CheckpointHook(plan=_save_plan(args), checkpoints=parts.checkpoints, report=metrics.attach, took=parts.stop.wall.save_took)
+        )
     validation = _validation(args, parts, metrics)
     if validation is not None:
         hooks.append(validation)
-    hooks.append(StopHook(rank=parts.rank, exit_interval=args.run.exit_interval, time_limit_s=parts.time_limit_s, any_rank=parts.any_rank))
+    hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
+    hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach, hurried=parts.stop.told)]
     return [*hooks, ClosingHook(metrics)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron import faults
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 
@@ -20,6 +21,7 @@ class Checkpoints(Protocol):
 
     saved: int | None
     failures: int
+    seconds: float | None
 
     def save(self, iteration: int, samples: int, tokens: int, *, last: bool = False) -> None:
         """Write one, or begin to. last: the run ends with it, so it is complete on return, or this raises."""
@@ -69,6 +71,7 @@ class CheckpointHook(BaseHook):
     """Saves by plan, and at the end what was not saved yet.
 
     report: takes numbers for the trackers and for a step's row
+    took:   is told how many seconds the last checkpoint took, again and again
     """
 
     def __init__(
@@ -77,10 +80,12 @@ class CheckpointHook(BaseHook):
         plan: SavePlan,
         checkpoints: Checkpoints,
         report: Callable[[Mapping[str, float], Mapping[str, float]], None] | None = None,
+        took: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.plan = plan
         self.checkpoints = checkpoints
         self._report = report
+        self._took = took
         self._found = 0
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
@@ -94,6 +99,7 @@ class CheckpointHook(BaseHook):
         self.checkpoints.poll()
         if is_save_iteration(state.iteration, self.plan):
             self._save(state)
+        self._tell_seconds()
         if self.checkpoints.failures and self._report is not None:
             count = float(self.checkpoints.failures)
             self._report({"checkpoint/failures": count}, {FAILURES: count})
@@ -120,4 +126,10 @@ class CheckpointHook(BaseHook):
         self.checkpoints.abandon(error)
 
     def _save(self, state: TrainState, *, last: bool = False) -> None:
+        faults.point("save")
         self.checkpoints.save(state.iteration, state.samples, state.tokens, last=last)
+        self._tell_seconds()
+
+    def _tell_seconds(self) -> None:
+        if self.checkpoints.seconds is not None:
+            self._took(self.checkpoints.seconds)

@@ -4,89 +4,106 @@
 from __future__ import annotations
 
 import signal
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from types import FrameType
-from typing import Any
+from typing import TypeVar
 
+from megatron import faults
 from megatron.engine.base import Engine, StepResult
+from megatron.errors import ExitStatus, NoTimeError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.wall_clock import SLURM_END, WallClock
 from megatron.log import get_logger
 from megatron.progress import format_exit
 
 log = get_logger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+T = TypeVar("T")
+
+
+class StopRequest:
+    """Whether the run is to stop early: one answer for all ranks, for everybody who asks at the same place.
+
+    received: signals to this process so far, in order; whoever notes them appends
+    wall:     when time is up
+    any_rank: "true on any rank?", the same answer everywhere; by default this process alone decides
+    reason:   why the run stops; None while it goes on
+    """
+
+    def __init__(self, received: Sequence[int] = (), *, wall: WallClock | None = None, any_rank: Callable[[bool], bool] = bool) -> None:
+        self.wall = wall or WallClock()
+        self.reason: str | None = None
+        self._received = received
+        self._any_rank = any_rank
+        self._interrupted = False
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop here. A collective call: every rank asks at the same place."""
+        if self.reason is None:
+            own = self._own_reason()
+            if self._any_rank(own is not None):
+                self.reason = own or "another rank was told to stop"
+                self._interrupted = self._any_rank(signal.SIGINT in self._received)
+        return self.reason is not None
+
+    def told(self) -> bool:
+        """Whether the run stops early, or this process was told to since; no other rank is asked."""
+        return self.reason is not None or self._own_reason() is not None
+
+    def require_time(self) -> None:
+        """Before the first step. Raises NoTimeError on all ranks where the job ends too soon for one."""
+        left = self.wall.left_s()
+        if self._any_rank(left is not None and left <= self.wall.limits.margin_s):
+            raise NoTimeError(
+                f"the job ends in {max(0.0, left or 0.0):.0f} s, before a step could be made and saved",
+                where=f"{SLURM_END}, exit_margin_in_secs {self.wall.limits.margin_s:g}",
+                mend="ask for more time (sbatch --time), or lower exit_margin_in_secs",
+            )
+
+    def until(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, ending early where the run is to stop. Every rank goes through as many items."""
+        for item in items:
+            faults.point("evaluate")
+            if self.agreed():
+                return
+            yield item
+
+    def status(self, *, kept: bool) -> ExitStatus:
+        """What the process's end means.
+
+        kept: steps were made since the start, and saved
+        """
+        if self.reason is None:
+            return ExitStatus.DONE
+        if self._interrupted:
+            return ExitStatus.INTERRUPTED
+        return ExitStatus.REQUEUE if kept else ExitStatus.NO_PROGRESS
+
+    def _own_reason(self) -> str | None:
+        if self._received:
+            return signal.Signals(self._received[0]).name
+        return self.wall.reason()
 
 
 class StopHook(BaseHook):
     """Answers STOP at a step boundary on which all ranks agree. Must be the last hook that acts on steps.
 
-    exit_interval: stop after iterations that are a multiple of it
-    time_limit_s:  stop when this much time has passed since the hook was made
-    any_rank:      "true on any rank?", the same answer everywhere; by default this process alone decides
-    reason:        why the run stops; None while it goes on
+    exit_interval: stop after iterations that are a multiple of it; such an end is no early one
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int = 0,
-        exit_interval: int | None = None,
-        time_limit_s: float | None = None,
-        any_rank: Callable[[bool], bool] = bool,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, request: StopRequest | None = None, *, rank: int = 0, exit_interval: int | None = None) -> None:
+        self.request = request or StopRequest()
         self.rank = rank
         self.exit_interval = exit_interval
-        self.any_rank = any_rank
-        self.clock = clock
-        self.deadline = None if time_limit_s is None else clock() + time_limit_s
-        self.reason: str | None = None
-        self._signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def on_start(self, state: TrainState, engine: Engine) -> None:
-        """From here on, signals wait for the end of a step."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """STOP when any rank has a reason to."""
-        own = self._own_reason()
-        if self.any_rank(own is not None):
-            self.reason = own or "another rank was told to stop"
-        elif self.exit_interval and state.iteration % self.exit_interval == 0:
-            self.reason = f"exit_interval {self.exit_interval}"
-        if self.reason is None or state.iteration >= state.target:
+        self.request.wall.step_took(result.seconds)
+        reason = self.request.reason if self.request.agreed() else None
+        if reason is None and self.exit_interval and state.iteration % self.exit_interval == 0:
+            reason = f"exit_interval {self.exit_interval}"
+        if reason is None or state.iteration >= state.target:
             return Verdict.CONTINUE
-        log.info(f"stopping after this step: {self.reason}")
+        log.info(f"stopping after this step: {reason}")
         log.info(format_exit(self.rank, state.iteration, datetime.now()))
         return Verdict.STOP
-
-    def on_stop(self, state: TrainState, engine: Engine) -> None:
-        """Signals mean again what they meant before."""
-        self._restore()
-
-    def on_error(self, state: TrainState, error: BaseException) -> None:
-        """As at a normal end."""
-        self._restore()
-
-    def _own_reason(self) -> str | None:
-        if self._signal is not None:
-            return signal.Signals(self._signal).name
-        if self.deadline is not None and self.clock() >= self.deadline:
-            return "time limit"
-        return None
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: the user does not want to wait for the step
-        self._signal = number
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

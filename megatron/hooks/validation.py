@@ -13,8 +13,8 @@ from megatron.progress import EvaluationBlock, format_evaluation, perplexity
 
 log = get_logger(__name__)
 
-Evaluate = Callable[[str, int], Mapping[str, float]]
-"""(split "valid" | "test", number of batches) -> metrics, the same on every rank. Called on all ranks."""
+Evaluate = Callable[[str, int], Mapping[str, float] | None]
+"""(split "valid" | "test", number of batches) -> metrics, the same on every rank; None = broken off. Called on all ranks."""
 
 Report = Callable[[str, TrainState, Mapping[str, float]], None]
 
@@ -63,18 +63,21 @@ class ValidationHook(BaseHook):
         if state.iteration < state.target:
             return
         if self.valid:
-            if self._last is None or self._last[0] != state.iteration:
-                self._last = (state.iteration, self._run("valid", state))
-            _show("validation", "the end of training for val data", self._last[1])
+            known = self._last[1] if self._last is not None and self._last[0] == state.iteration else self._run("valid", state)
+            _show("validation", "the end of training for val data", known)
         if self.test:
             _show("test", "the end of training for test data", self._run("test", state))
 
     def _validate(self, state: TrainState) -> None:
-        self._last = (state.iteration, self._run("valid", state))
-        _show("validation", f"iteration {state.iteration}", self._last[1])
+        metrics = self._run("valid", state)
+        self._last = None if metrics is None else (state.iteration, metrics)
+        _show("validation", f"iteration {state.iteration}", metrics)
 
-    def _run(self, split: str, state: TrainState) -> Mapping[str, float]:
-        metrics = with_perplexity(self.evaluate(split, self.iters))
+    def _run(self, split: str, state: TrainState) -> Mapping[str, float] | None:
+        found = self.evaluate(split, self.iters)
+        if found is None:
+            return None
+        metrics = with_perplexity(found)
         if self.report is not None:
             self.report(split, state, metrics)
         return metrics
@@ -95,6 +98,9 @@ def with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _show(chart: str, prefix: str, metrics: Mapping[str, float]) -> None:
+def _show(chart: str, prefix: str, metrics: Mapping[str, float] | None) -> None:
+    if metrics is None:
+        log.info("the %s pass at %s was broken off", chart, prefix)
+        return
     for line in format_evaluation(EvaluationBlock(chart, prefix, metrics)).split("\n"):
         log.info(line)

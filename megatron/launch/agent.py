@@ -21,7 +21,7 @@ from typing import Any
 from megatron.errors import ConfigError
 from megatron.launch.environment import PRIVATE, Seat, machine_environment
 from megatron.launch.place import place_from
-from megatron.launch.records import Event, lines_of, shell_status
+from megatron.launch.records import LEAVING, Event, lines_of, shell_status
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
 from megatron.launch.wire import connect, tell
 
@@ -50,8 +50,12 @@ class Agent:
             signal.signal(signum, self._receive)
 
     def tell(self, event: Event) -> None:
-        """Pass an event on. The first rank that did not end in order gives the exit status."""
-        if event.what in ("failed", "stopped") and self.code == 0:
+        """Pass an event on. The first rank that did not end in order gives the exit status.
+
+        One that stopped on request does not: mpirun and srun would kill the others for it, in the midst of their saves.
+        """
+        leaving = event.what == "stopped" and event.code in LEAVING
+        if event.what in ("failed", "stopped") and not leaving and self.code == 0:
             self.code = shell_status(event.code)
         if self._wire is not None and tell(self._wire, event):
             return

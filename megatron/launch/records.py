@@ -14,13 +14,15 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from megatron.errors import ExitStatus
 from megatron.launch.environment import scrub
 
 FAILURE_FILE = "NEOX_FAILURE_FILE"
+OWNED_FILE = "NEOX_FAILURE_FILE_OF"
 # Enough for any traceback worth reading; the end says most.
 LONGEST_TEXT = 16_000
 # Launchers pass on whole lines, but cut and mix long ones.
@@ -30,6 +32,8 @@ LINE = re.compile(rf"{MARK} (\S+) (\d+)/(\d+) ([A-Za-z0-9+/=]+)\s*$")
 LOST = 1
 TRACE = "Traceback (most recent call last)"
 SIGNALLED = 128
+LEAVING = (ExitStatus.REQUEUE, ExitStatus.NO_PROGRESS, ExitStatus.INTERRUPTED)
+"""Statuses of a rank that was asked to end before it was done, and did so in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class Event:
     at:          seconds since 1970, by the clock of `host`
     code:        as subprocess gives it: an exit status, or -n for signal n
     consequence: the rank failed because another one was gone
+    about:       the rank that the text is about, where it is another one, which could not tell itself
     """
 
     what: str
@@ -50,11 +55,26 @@ class Event:
     code: int = 0
     text: str = ""
     consequence: bool = False
+    about: int | None = None
 
 
-def leave(path: str, text: str, *, consequence: bool) -> None:
-    """Write a failing rank's own words where its starter looks for them."""
-    record = {"at": time.time(), "text": scrub(text, os.environ)[-LONGEST_TEXT:], "consequence": consequence}
+def claim(environ: MutableMapping[str, str]) -> str | None:
+    """Where this process is to leave its last words; what it starts in its turn does not find the place. None where nobody asks."""
+    note = environ.pop(FAILURE_FILE, None)
+    if note is not None:
+        environ[OWNED_FILE] = f"{os.getpid()} {note}"
+    return note
+
+
+def claimed(environ: Mapping[str, str]) -> str | None:
+    """What `claim` gave to this very process."""
+    owner, _, note = environ.get(OWNED_FILE, "").partition(" ")
+    return note if owner == str(os.getpid()) else None
+
+
+def leave(path: str, text: str, *, consequence: bool, about: int | None = None) -> None:
+    """Write a failing rank's own words, or those about another one, where its starter looks for them."""
+    record = {"at": time.time(), "text": scrub(text, os.environ)[-LONGEST_TEXT:], "consequence": consequence, "about": about}
     aside = Path(f"{path}.tmp")
     aside.write_text(json.dumps(record), encoding="utf-8")
     aside.replace(path)
@@ -165,6 +185,13 @@ class Ledger:
             text = "lost: nothing was heard of its end; it was killed together with what watched it, or its host is gone"
             self.events.append(Event(what="lost", host=event.host, rank=event.rank, at=event.at, code=LOST, text=text))
 
+    def left(self) -> int | None:
+        """The status with which ranks ended in order: 0 of all that are done, or what was told to stop left with; None where none did."""
+        done = {event.rank for event in self.events if event.what == "ended"}
+        if done == set(self.hosts):
+            return ExitStatus.DONE
+        return next((int(event.code) for event in self.events if event.what == "stopped" and event.code in LEAVING), None)
+
     def status(self) -> int:
         """The first failing rank's exit status as a shell shows it; 0 without failures."""
         failed = self.failures()
@@ -180,7 +207,8 @@ class Ledger:
             return first.text
         same = [event for event in others if event.text == first.text]
         rest = [event for event in others if event.text not in ("", first.text) and event.rank != first.rank]
-        heading = _name(first) + (f" (and {_ranks(same)} in the same way)" if same else "")
+        subject = first if first.about is None else replace(first, rank=first.about, host=self.hosts.get(first.about, first.host))
+        heading = _name(subject) + (f" (and {_ranks(same)} in the same way)" if same else "")
         lines = [f"{heading} failed first:", first.text]
         lines += [f"then {_name(event)}: {event.text.strip().splitlines()[-1 if TRACE in event.text else 0]}" for event in rest]
         return "\n".join(lines)

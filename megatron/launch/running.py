@@ -3,52 +3,39 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Mapping
 
 from megatron.launch.environment import PRIVATE, Seat, machine_environment
 from megatron.launch.launched import Launched
 from megatron.launch.plan import Plan
 from megatron.launch.records import SIGNALLED, Ledger, shell_status
+from megatron.launch.signals import noting_signals
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
+
+HANDED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 def run(plan: Plan, environ: Mapping[str, str], *, told: Callable[[str], object]) -> int:
-    """Start the plan, hand SIGINT, SIGTERM and SIGHUP on to its ranks, wait, and return the exit status a shell would show.
+    """Start the plan, hand signals on to its ranks, wait, and return the exit status a shell would show.
 
     told: takes the report when ranks have failed
-    A rank's own exit status comes through; a rank killed by signal n, or a signal n to us, gives 128 + n.
+    A rank's own exit status comes through, such as 75 from ranks that were told to stop and have saved; a rank killed by signal n gives
+    128 + n, and so does a signal n to us about which the ranks say nothing.
     """
     ledger = Ledger(plan.places())
     base = {name: value for name, value in environ.items() if name not in PRIVATE or name == "CUDA_VISIBLE_DEVICES"}
-    with _noting_signals() as received:
+    with noting_signals(HANDED_ON) as received:
         code = _run_here(plan, base, ledger, received) if not plan.argv else Launched(plan, base, ledger, received).run()
-    ledger.close(failed=code != 0 and not received)
+    left = ledger.left()
+    ledger.close(failed=code != 0 and not received and left is None)
     if report := ledger.report():
         told(report)
-    if received:
-        return SIGNALLED + received[0]
-    return ledger.status() or shell_status(code)
-
-
-@contextmanager
-def _noting_signals() -> Iterator[list[int]]:
-    """Within, signals are only written down, in the list that is given."""
-    received: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-
-    names = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(name, note) for name in names}
-    try:
-        yield received
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    if any(not failure.consequence for failure in ledger.failures()):
+        return ledger.status()
+    if left is not None:
+        return left
+    return SIGNALLED + received[0] if received else ledger.status() or shell_status(code)
 
 
 def _run_here(plan: Plan, environ: Mapping[str, str], ledger: Ledger, received: list[int]) -> int:

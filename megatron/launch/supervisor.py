@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.launch.records import FAILURE_FILE, Event, found
+from megatron.launch.records import FAILURE_FILE, LEAVING, Event, found
 
 POLL_S = 0.05
 # After the first death: so long may the others take to fail by themselves, and then to end when told to.
@@ -23,6 +23,8 @@ GRACE_S = 3.0
 LAST_S = 5.0
 # After a signal from the user, ranks may be in the midst of a checkpoint.
 PATIENT_LAST_S = 30.0
+# After the first rank that stopped on request: others may still be writing their parts of a checkpoint.
+LEAVING_S = 600.0
 # So often a signal is passed on; at the next one everything is killed.
 PATIENCE = 3
 
@@ -86,7 +88,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """End all ranks: another one has died, here or elsewhere, or nobody is left to report to."""
-        self._stop_at = min(self._stop_at or time.monotonic(), time.monotonic())
+        self._stop_soon(0.0)
 
     def alive(self) -> bool:
         """Look after the ranks: notice deaths, and stop or kill the others when their time is over. False once all have ended."""
@@ -115,6 +117,11 @@ class Supervisor:
             child.process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _stop_soon(self, seconds: float) -> None:
+        """Have all ranks told to end after so long, or earlier where that was meant already."""
+        at = time.monotonic() + seconds
+        self._stop_at = at if self._stop_at is None else min(self._stop_at, at)
+
     def _running(self) -> list[_Child]:
         return [child for child in self._children if child.process.poll() is None]
 
@@ -122,11 +129,12 @@ class Supervisor:
         event = Event(what="ended", host=self.host, rank=child.number, at=time.time(), code=code)
         if code:
             failure = found(child.note, host=self.host, rank=child.number, code=code)
-            # A rank that was told to end and did is no failure, unless it had words of its own.
-            quiet = not child.note.exists() and (child.told or self._signals > 0)
+            # A rank that was told to end and did is no failure, unless it had words of its own, or something else killed it.
+            killed = code == -signal.SIGKILL and not child.told
+            quiet = not child.note.exists() and not killed and (child.told or self._signals > 0 or code in LEAVING)
             event = replace(event, what="stopped") if quiet else failure
-            if self._stop_at is None and self._kill_at is None:
-                self._stop_at = time.monotonic() + GRACE_S
+            if self._kill_at is None:
+                self._stop_soon(LEAVING_S if quiet and code in LEAVING else GRACE_S)
         # What it started itself, such as data workers, must not outlive it.
         try:
             os.killpg(child.process.pid, signal.SIGKILL)

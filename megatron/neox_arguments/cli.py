@@ -16,9 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from megatron.errors import ConfigError, LostRankError, NeoXError
+from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
 from megatron.launch.place import place_from
-from megatron.launch.records import FAILURE_FILE, leave
+from megatron.launch.records import claim, leave
 from megatron.log import setup_logging
 
 from . import payload
@@ -133,14 +133,17 @@ def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, us
     if not set(argv).isdisjoint(("-h", "--help")):
         sys.stdout.write(HELP.format(usage=usage, about=about))
         return 0
-    # Not for what this process starts in its turn.
-    note = os.environ.pop(FAILURE_FILE, None)
+    note = claim(os.environ)
     try:
         if ranks:
             _take_place()
         setup_logging()
         _prepare_environment()
         return main(list(argv)) or 0
+    except StoppedError as error:
+        # No failure, for which a launcher would end the other ranks and report.
+        sys.stderr.write(error.report() + "\n")
+        return error.exit_code
     except NeoXError as error:
         _report(error, note, debug="--debug" in argv)
         return error.exit_code

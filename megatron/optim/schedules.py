@@ -11,7 +11,10 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from megatron.errors import ConfigError
+from megatron.log import get_logger
 from megatron.optim.groups import rate_of
+
+log = get_logger(__name__)
 
 
 class Decay(str, Enum):
@@ -148,8 +151,14 @@ class LRScheduler:
         self.num_iters += 1
         self.apply()
 
-    def seek(self, steps: int) -> None:
-        """Go to where `steps` optimizer steps have been made."""
+    def seek(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        """Go to where `steps` optimizer steps have been made.
+
+        saved: the checkpoint's schedule, where the optimizer begins anew. It is followed if `on_resume` says so; else the
+            configuration's is, and the difference told, as nothing else of that optimizer goes on.
+        """
+        if saved:
+            self._choose(spec_from_state(saved, self.spec))
         self.num_iters = steps
         self.apply()
 
@@ -172,12 +181,21 @@ class LRScheduler:
         Raises ConfigError naming every value that differs, unless `on_resume` says which side wins.
         """
         saved = spec_from_state(state, self.spec)
-        if self.on_resume is OnResume.SAVED:
-            self.spec = saved
-        elif self.on_resume is OnResume.COMPARE:
+        if self.on_resume is OnResume.COMPARE:
             _refuse_change(_plain(saved), _plain(self.spec))
+        self._choose(saved)
         self.num_iters = int(state["num_iters"])
         self.apply()
+
+    def _choose(self, saved: ScheduleSpec) -> None:
+        """Follow the schedule that `on_resume` says, and tell what differs."""
+        changed = _changed(_plain(saved), _plain(self.spec))
+        if changed:
+            which = "checkpoint" if self.on_resume is OnResume.SAVED else "configuration"
+            lines = [f"  {_KEYS[name]}: {old} in the checkpoint, {new} in the configuration" for name, old, new in changed]
+            log.warning("the learning rate follows the schedule of the %s:\n%s", which, "\n".join(lines))
+        if self.on_resume is OnResume.SAVED:
+            self.spec = saved
 
 
 def spec_from_state(state: Mapping[str, Any], default: ScheduleSpec) -> ScheduleSpec:
@@ -207,16 +225,21 @@ _KEYS: Mapping[str, str] = MappingProxyType(
 )
 
 
+def _changed(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, saved, configured) of each difference between two schedules."""
+    names = [name for name in _KEYS if name in saved or name in configured]
+    return [(name, saved.get(name), configured.get(name)) for name in names if not _same(saved.get(name), configured.get(name))]
+
+
 def _refuse_change(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> None:
     """Raise when two schedules differ, naming key, saved and configured value of each difference."""
-    names = [name for name in _KEYS if name in saved or name in configured]
-    changed = [name for name in names if not _same(saved.get(name), configured.get(name))]
+    changed = _changed(saved, configured)
     if not changed:
         return
-    lines = [f"{_KEYS[name]}: {saved.get(name)} in the checkpoint, {configured.get(name)} in the configuration" for name in changed]
+    lines = [f"{_KEYS[name]}: {old} in the checkpoint, {new} in the configuration" for name, old, new in changed]
     raise ConfigError(
         "the learning-rate schedule changed since the checkpoint was saved: " + "; ".join(lines),
-        where=", ".join(_KEYS[name] for name in changed),
+        where=", ".join(_KEYS[name] for name, _, _ in changed),
         mend="set override_lr_scheduler: true to go on with the configuration's schedule, "
         "use_checkpoint_lr_scheduler: true to go on with the checkpoint's, or restore the old values",
     )

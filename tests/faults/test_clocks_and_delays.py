@@ -17,6 +17,7 @@ from megatron.checkpoint.retention import prune
 from megatron.checkpoint.steps import saved_steps, write_latest
 from megatron.errors import CheckpointError, ConfigError
 from support.checkpoints import step_folder
+from support.dist import run_distributed
 
 
 def test_order_is_by_step(tmp_path: Path) -> None:
@@ -33,9 +34,9 @@ def test_order_is_by_step(tmp_path: Path) -> None:
 
 def test_a_clock_set_back_makes_no_lock_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ages are told by the file system's clock, and waiting is by one that only goes on."""
+    true = time.time()
     with held(tmp_path):
-        for moved in (-7200.0, 7200.0):
-            now = time.time() + moved
+        for now in (true - 7200, true + 7200):
             monkeypatch.setattr(time, "time", lambda now=now: now)
             monkeypatch.setattr("megatron.checkpoint.lock._place", lambda: "another host")
             with pytest.raises(ConfigError, match="another run writes"):
@@ -61,7 +62,7 @@ def test_a_folder_that_appears_late_is_waited_for(tmp_path: Path, monkeypatch: p
     folder = step_folder(tmp_path, 10)
     monkeypatch.setattr(discovery, "_POLL_S", 0.01)
     seen = late(monkeypatch, folder, looks=6)
-    wait_until_seen(folder)
+    wait_until_seen(folder, within_s=30)
     assert seen == [6]
 
 
@@ -73,3 +74,32 @@ def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(CheckpointError, match="does not see the checkpoint after 0.2 s") as error:
         wait_until_seen(folder, within_s=0.2)
     assert time.monotonic() - began < 10 and error.value.where == str(folder) and "all hosts share" in str(error.value.mend)
+
+
+def find_late(rank: int, world: int, directory: str, looks: int, within_s: float) -> str:
+    """What `find` gives on two ranks, of which the second sees the newest folder late."""
+    import torch.distributed as dist
+
+    from megatron.mpu.groups import Group
+
+    discovery.SEEN_WITHIN_S, discovery._POLL_S = within_s, 0.01
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            late(patch, Path(directory) / "global_step10", looks)
+        group = Group(rank=rank, size=world, ranks=tuple(range(world)), handle=dist.group.WORLD)
+        try:
+            return find(Search(directory=Path(directory), own=True), group)
+        except CheckpointError as error:
+            return str(error)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_the_ranks_agree_on_a_folder_that_one_sees_late(tmp_path: Path) -> None:
+    """Neither does the late one miss files, nor does the other go on alone."""
+    step_folder(tmp_path, 10)
+    told = run_distributed(find_late, world=2, timeout_s=90, directory=str(tmp_path), looks=10, within_s=30.0)
+    assert told == ["global_step10"] * 2
+    first, second = run_distributed(find_late, world=2, timeout_s=90, directory=str(tmp_path), looks=10**9, within_s=0.2)
+    assert first == second and "rank 1 on" in first and "does not see the checkpoint after 0.2 s" in first
+    assert saved_steps(tmp_path) == [10]  # what is late is not damaged

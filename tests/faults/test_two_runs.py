@@ -15,7 +15,9 @@ import pytest
 
 from megatron.checkpoint import lock as module
 from megatron.checkpoint.lock import LOCK, Holder, RunLock, acquire, held, this_process
+from megatron.checkpoint.steps import saved_steps
 from megatron.errors import ConfigError, TrainingError
+from support.checkpoints import flip
 from support.jobs import Job, settings
 from support.tree import ROOT
 
@@ -116,10 +118,40 @@ def test_locks_of_the_dead_are_taken_over(tmp_path: Path, caplog: pytest.LogCapt
             assert f"took over {tmp_path / LOCK}" in caplog.text and holder.host in caplog.text
         assert list(tmp_path.iterdir()) == []
     zombie.wait()
-    for holder in (elsewhere, replace(me, place="other boot")):
+    for holder in (elsewhere, replace(me, place="other boot"), replace(elsewhere, job="7")):
         write_lock(tmp_path, holder, module.STALE_AFTER_S - 60)
         with pytest.raises(ConfigError, match="another run writes"):
             acquire(tmp_path)
+
+
+def test_a_requeued_job_does_not_wait_for_its_earlier_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose node may have vanished a moment ago."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = replace(this_process(), host="elsewhere", token="before")
+    write_lock(tmp_path, before)
+    with pytest.raises(ConfigError, match="another run writes"):
+        acquire(tmp_path)  # another part of the same life
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with held(tmp_path) as lock:
+        assert (lock.holder.job, lock.holder.restarts) == ("7", 1)
+        write_lock(tmp_path / "other", replace(before, job="8"))
+        with pytest.raises(ConfigError, match="another run writes"):
+            acquire(tmp_path / "other")
+
+
+def test_a_lock_taken_in_between_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run takes over the dead one's lock after this one has looked at it, and before it renames it."""
+    write_lock(tmp_path, gone())
+    living, true = replace(this_process(), token="living"), Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        write_lock(tmp_path, living)
+        return true(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ConfigError, match="another run writes"):
+        acquire(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == "living" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_unreadable_lock_is_waited_for_and_then_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,17 +194,22 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.timeout(300)
-def test_a_second_run_is_refused_and_a_killed_one_succeeded(tmp_path: Path) -> None:
-    config = settings(tmp_path, 1, train_iters=3, checkpoint_factor=1)
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_second_run_is_refused_and_a_killed_one_succeeded(tmp_path: Path, world: int) -> None:
+    """The successor also finds the newest checkpoint damaged, and makes the steps behind the one before again, to the last bit."""
+    config = settings(tmp_path, world, train_iters=3, checkpoint_factor=1)
     first = Job(tmp_path / "a", config, faults=[{"site": "step", "step": 3, "action": "sleep", "value": 600}])
     first.until("saved checkpoint at iteration       2", 120)
+    losses = first.losses()
     second = Job(tmp_path / "b", config)
     assert second.wait(120) == ConfigError.exit_code
     assert f"process {first.pids()[0]} on" in second.output and "another `save`" in second.output
-    before = sorted(path.name for path in first.save.iterdir())
-    assert LOCK in before
+    assert (first.save / LOCK).exists()
     first.kill()
+    flip(first.save / "global_step2" / "mp_rank_00_model_states.pt")
     third = Job(tmp_path / "c", config)
     assert third.wait(120) == 0, third.output[-3000:]
-    assert "took over" in third.output and "starting from iteration 2" in third.output
+    assert "took over" in third.output and "mp_rank_00_model_states.pt: content differs" in third.output
+    assert "starting from iteration 1" in third.output and {**third.losses(), **losses} == third.losses()
+    assert saved_steps(first.save) == [1, 2, 3] and (first.save / "global_step2.corrupt").is_dir()
     assert not (first.save / LOCK).exists()

@@ -32,7 +32,7 @@ def test_requirement_files_equal_pyproject():
         assert listed(f"requirements-{extra}.txt") == ["-r requirements.txt", *wanted], extra
     names = {path.name for path in (ROOT / "requirements").glob("*.txt")}
     assert names == {"requirements.txt", "constraints.txt", *(f"requirements-{extra}.txt" for extra in extras)}
-    assert set(extras) >= {"dev", "wandb", "comet", "eval", "serve", "flash", "te", "fp8"}
+    assert set(extras) >= {"dev", "wandb", "comet", "eval", "s3", "serve", "flash", "te", "fp8"}
 
 
 def test_constraints_lie_inside_the_ranges():

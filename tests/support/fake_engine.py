@@ -14,6 +14,7 @@ from megatron.checkpoint.writing import Writing
 from megatron.data.batch import Batch
 from megatron.engine.base import Pieces, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
+from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.objectives.base import Objective
@@ -38,7 +39,7 @@ class FakeEngine:
         writing.add(client_state, directory / tag / "mp_rank_00_model_states.pt")
         self.saved.append(tag)
 
-    def load(self, directory: Path, tag: str) -> dict[str, Any]:
+    def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
         return {}
 
     def set_schedule_step(self, steps: int) -> None:
@@ -62,6 +63,7 @@ class FakeCheckpoints:
     failing: frozenset[int] = frozenset()
     saved: int | None = None
     failures: int = 0
+    seconds: float | None = None
     calls: list[str] = field(default_factory=list)
 
     def save(self, iteration: int, samples: int, tokens: int, *, last: bool = False) -> None:

@@ -37,9 +37,10 @@ def settings(folder: Path, world: int = 1, style: str = "neox", **changes: Any) 
 
 
 class Job:
-    """A training run in processes of its own: train.py alone, or deepy.py with its ranks on this host.
+    """A run in processes of its own: one script alone, or deepy.py with its ranks on this host.
 
     faults: rows of a plan, see megatron/faults.py
+    script: what is run, train.py by default
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Job:
         *,
         faults: Sequence[Mapping[str, Any]] = (),
         env: Mapping[str, str] | None = None,
-        arguments: Sequence[str] = (),
+        script: str = "train.py",
     ) -> None:
         self.folder = folder
         self.world = int(config["global_num_gpus"])
@@ -63,12 +64,12 @@ class Job:
             plan = folder / "faults.yml"
             plan.write_text(yaml.safe_dump([dict(row) for row in faults]))
             environ["NEOX_FAULTS"] = str(plan)
-        script = ["deepy.py", "train.py"] if self.world > 1 else ["train.py"]
+        words = ["deepy.py", script] if self.world > 1 else [script]
         self._log = folder / "output.log"
         with self._log.open("ab") as log:
             self._from = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, *(str(ROOT / name) for name in script), str(path), *arguments],
+                [sys.executable, *(str(ROOT / word) for word in words), str(path)],
                 cwd=ROOT,
                 env=environ,
                 stdin=subprocess.DEVNULL,

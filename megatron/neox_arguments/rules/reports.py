@@ -80,12 +80,4 @@ REPORT_RULES: Final[tuple[Rule, ...]] = (
         "char_level_ppl is a perplexity of text, which train_impl {train_impl} has none of",
         "remove char_level_ppl",
     ),
-    simple(
-        "optimizer-holds-weights",
-        ("no_save_optim",),
-        lambda v: v["no_save_optim"] and _stage(v) == 3,
-        "no_save_optim: ZeRO stage 3 keeps the weights with the optimizer's state, so a checkpoint without it holds no model",
-        "set zero_optimization.stage to 2 or less, or remove no_save_optim",
-        ("no_save_optim", "zero_optimization.stage"),
-    ),
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -168,14 +169,6 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     Rule("when-to-save", (), _checkpoint_factor),
     Rule("rollback", ("nonfinite_policy", "loss_spike_policy"), _rollback),
     Rule("spikes", ("loss_spike_policy",), _spikes),
-    simple(
-        "replicas-and-zero",
-        ("replica_check_interval",),
-        lambda v: _stage(v) >= 3,
-        "replica_check_interval {replica_check_interval} compares whole copies of the weights, of which ZeRO stage 3 keeps none",
-        "remove replica_check_interval, or set ZeRO stage 0, 1 or 2",
-        ("replica_check_interval", "zero_optimization.stage"),
-    ),
     Rule("extra-saves", ("extra_save_iters",), _extra_saves),
     simple(
         "keep-every",
@@ -243,6 +236,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("moe_num_experts", "zero_optimization.stage"),
     ),
     simple(
+        "replicas-and-zero",
+        ("replica_check_interval",),
+        lambda v: _stage(v) == 3,
+        "replica_check_interval {replica_check_interval} compares what ranks hold alike, and with ZeRO stage 3 each weight is on one only",
+        "remove replica_check_interval, or set ZeRO stage 0, 1 or 2",
+        ("replica_check_interval", "zero_optimization.stage"),
+    ),
+    simple(
         "recurrent-and-zero",
         ("attention_config",),
         lambda v: any(name in ("mamba", "rwkv") for name in v["attention_config"]) and _stage(v) > 2,
@@ -277,6 +278,14 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("iteration", "load"),
     ),
     simple(
+        "data-change-of-what",
+        ("allow_data_change",),
+        lambda v: v["allow_data_change"] and v["load"] is None,
+        "allow_data_change is about a resumed run, but load is not set",
+        "set load, or remove allow_data_change",
+        ("allow_data_change", "load"),
+    ),
+    simple(
         "async-of-what",
         ("checkpoint_async",),
         lambda v: v["checkpoint_async"] and v["save"] is None,
@@ -295,9 +304,17 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     simple(
         "s3-address",
         ("s3_path",),
-        lambda v: not v["s3_path"].startswith("s3://") or not v["s3_path"][5:].strip("/"),
+        lambda v: not re.match(r"s3://[^/]", v["s3_path"]),
         "s3_path is {s3_path!r}",
         "write s3://bucket/prefix",
+    ),
+    simple(
+        "s3-of-what",
+        ("s3_path",),
+        lambda v: v["save"] is None,
+        "s3_path asks for copies of checkpoints, but save is not set",
+        "set save, or remove s3_path",
+        ("s3_path", "save"),
     ),
     simple(
         "profile-window",

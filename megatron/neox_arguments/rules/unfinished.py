@@ -88,5 +88,4 @@ UNFINISHED: Final[tuple[Unfinished, ...]] = (
     Unfinished("autotuning", "autotuning", _on),
     Unfinished("elastic training", "elasticity", _on),
     Unfinished("cluster auto-resume", "adlr_autoresume"),
-    Unfinished("uploads to S3", "s3_path"),
 )

@@ -53,8 +53,10 @@ class CheckpointArgs(Section):
     checkpoint_validation_with_forward_pass: bool = Field(
         False, description="Store the logits of a fixed input with each checkpoint and compare them after reading it."
     )
-    s3_path: str | None = Field(None, description="Place s3://bucket/prefix to which every checkpoint is copied.")
-    s3_chunk_size: Whole = Field(104857600, ge=5242880, description="Bytes per part of an S3 upload, at least 5 MiB.")
+    s3_path: str | None = Field(None, description="Place s3://bucket/prefix to which every checkpoint is copied, beside the training.")
+    s3_chunk_size: Whole = Field(
+        104857600, ge=5242880, description="Bytes per part of an S3 upload, at least 5 MiB; four are in memory at a time."
+    )
     config_files: dict[str, str] | None = Field(
         None, description="Text of the config files by name, copied into every checkpoint.", json_schema_extra=RUNTIME
     )

@@ -62,6 +62,7 @@ class DataArgs(DataPathKeys):
         "gpt2", description="Kind of data: token streams, preference pairs, or samples from a rollout server."
     )
     allow_chopped: bool = Field(True, description="Keep documents longer than a sample, cut to its length; not for pack_impl packed.")
+    allow_data_change: bool = Field(False, description="Resume although the data or its order is not what it was: a warning, not an error.")
     mmap_warmup: bool = Field(False, description="Read the token files through once when they are opened.")
     index_map_dir: str | None = Field(None, description="Folder for cached index maps; unset keeps them beside the data.")
     split: str = Field("969, 30, 1", description="Shares of training, validation and test documents in data_path, in any unit.")

@@ -59,7 +59,21 @@ class ProfileKeys(Section):
     )
 
 
-class LogsArgs(ServiceKeys, ProfileKeys):
+class WatchKeys(Section):
+    """Signs of life of each rank, and what happens when there are none."""
+
+    heartbeat_interval_in_secs: float = Field(
+        10.0, gt=0, description="Seconds between two writes of each rank's heartbeat/rank_N.json, in save or else in log_dir."
+    )
+    hang_timeout_in_mins: float = Field(
+        30.0,
+        ge=0,
+        description="End the run when no rank has made progress for so long, three times as long before the first step is done, and name"
+        " the rank that the others wait for; 0 waits for ever.",
+    )
+
+
+class LogsArgs(ServiceKeys, ProfileKeys, WatchKeys):
     """What is reported."""
 
     git_hash: str | None = Field(None, description="Commit of the code, read from the repository; null outside of one.")

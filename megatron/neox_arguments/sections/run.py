@@ -27,6 +27,23 @@ class RunArgs(Section):
     exit_duration_in_mins: float | None = Field(
         None, gt=0, description="End the run, with a checkpoint, at the first step that ends after so many minutes of training."
     )
+    exit_margin_in_secs: float = Field(
+        60.0,
+        ge=0,
+        description="Time to keep free before Slurm ends the job, besides what steps and checkpoints are seen to take.",
+    )
+    grace_in_secs: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds from a request to stop to the SIGKILL at this site; a stop that takes longer is warned of.",
+    )
+    replica_check_interval: Whole | None = Field(
+        None,
+        ge=1,
+        description="Compare the weights of ranks that should hold the same, bit for bit, at the start and after every so many steps;"
+        " where they differ, end the run and name rank and tensor. With ZeRO 1 and 2 and with bfloat16 it sees only what went wrong"
+        " since the last update, which hands out all weights anew; with ZeRO 3 nothing is held twice.",
+    )
     batch_size: Whole | None = Field(None, ge=1, description="Another name of train_micro_batch_size_per_gpu.", json_schema_extra=DERIVED)
     train_batch_size: Whole | None = Field(
         None, ge=1, description="Samples per optimizer step over all ranks = micro batch * accumulation steps * data-parallel ranks."
@@ -91,7 +108,4 @@ class RunArgs(Section):
         "warn",
         description="What follows a spike: warn, a line in the log; stop, end with status 78; rollback, go back to a checkpoint from before"
         " its first step and leave its samples out.",
-    )
-    replica_check_interval: Whole | None = Field(
-        None, ge=1, description="Compare the weights of all replicas bit by bit at every multiple of so many steps; unset never does."
     )

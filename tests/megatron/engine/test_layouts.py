@@ -33,10 +33,9 @@ def config(folder: str, world: int, style: str = "neox", **changes: Any) -> dict
 
 
 def written_and_read(rank: int, world: int, folder: str) -> dict[str, Any]:
-    """Validation losses of what two tensor ranks trained, read by two stages; and what a full resume is told."""
+    """Validation losses of what two tensor ranks trained, read by two stages."""
     import json
 
-    from megatron.errors import CheckpointError
     from megatron.neox_arguments import NeoXArgs
     from megatron.training import pretrain
 
@@ -50,21 +49,15 @@ def written_and_read(rank: int, world: int, folder: str) -> dict[str, Any]:
 
     trained = losses("tensor", model_parallel_size=2, train_iters=2)
     stages = {"pipe_parallel_size": 2, "no_load_optim": True, "train_iters": 2}
-    said = ""
-    try:
-        pretrain(NeoXArgs.from_dict(config(folder, world, **{**common, **stages, "no_load_optim": False, "train_iters": 3})))
-    except CheckpointError as error:
-        said = str(error)
-    return {"trained": trained, "stages": losses("stages", **stages), "said": said}
+    return {"trained": trained, "stages": losses("stages", **stages)}
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(120)
 def test_weights_go_from_tensor_ranks_to_stages(tmp_path: Path) -> None:
-    """The same model comes out, biases that lay in shares among it; the optimizer asks for its own layout."""
+    """The same model comes out, biases that lay in shares among it."""
     for found in run_distributed(written_and_read, 2, 100, init=False, folder=str(tmp_path)):
         assert found["stages"][-1] == pytest.approx(found["trained"][-1], rel=1e-6)
-        assert "written at another layout (model_parallel_size: checkpoint 2, now 1)" in found["said"]
 
 
 def losses_by_partition(rank: int, world: int, folder: str) -> dict[str, list[float]]:

@@ -23,8 +23,10 @@ from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.hooks.build import RunParts, assemble, tracker_ids
 from megatron.hooks.checkpointing import CheckpointHook, SavePlan, is_save_iteration
 from megatron.hooks.profiling import ProfilingHook
-from megatron.hooks.stopping import StopHook
+from megatron.hooks.stopping import StopHook, StopRequest
 from megatron.hooks.validation import ValidationHook
+from megatron.hooks.wall_clock import Limits, WallClock
+from megatron.launch.signals import noting_signals
 from megatron.log import setup_logging
 from megatron.progress import parse_evaluation, parse_exit
 from support.fake_engine import FakeCheckpoints, FakeEngine, drive, result
@@ -112,14 +114,17 @@ class Signalled(BaseHook):
         return Verdict.CONTINUE
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_at_the_step_boundary(number: int) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+def test_a_signal_stops_at_the_step_boundary(number: int, status: int) -> None:
     out, before, kept = io.StringIO(), signal.getsignal(number), FakeCheckpoints()
     setup_logging(rank=0, stream=out)
-    stop = StopHook()
-    save = CheckpointHook(plan=SavePlan(), checkpoints=kept)
-    state = drive([Signalled(number, 3), save, stop], [result()] * 9)
+    with noting_signals() as received:
+        stop = StopRequest(received)
+        save = CheckpointHook(plan=SavePlan(), checkpoints=kept)
+        state = drive([Signalled(number, 3), save, StopHook(stop)], [result()] * 9)
     assert state.iteration == 3 and kept.steps == [3] and stop.reason == signal.Signals(number).name
+    assert stop.status(kept=True) == status and StopRequest().status(kept=False) == 0
+    assert stop.status(kept=False) == (76 if status == 75 else status)
     leaving = [found for found in map(parse_exit, out.getvalue().splitlines()) if found]
     assert [found[:2] for found in leaving] == [(0, 3)]
     assert signal.getsignal(number) is before
@@ -128,7 +133,8 @@ def test_a_signal_stops_at_the_step_boundary(number: int) -> None:
 def test_other_reasons_to_stop() -> None:
     assert drive([StopHook(exit_interval=4)], [result()] * 9).iteration == 4
     ticks = iter(range(100))
-    assert drive([StopHook(time_limit_s=5.0, clock=lambda: float(next(ticks)))], [result()] * 9).iteration == 5
+    wall = WallClock(Limits(duration_s=5.0), clock=lambda: float(next(ticks)))
+    assert drive([StopHook(StopRequest(wall=wall))], [result()] * 9).iteration == 5
     # Another rank's wish is this rank's wish.
     asked: list[bool] = []
 
@@ -136,8 +142,9 @@ def test_other_reasons_to_stop() -> None:
         asked.append(flag)
         return len(asked) == 2
 
-    other = StopHook(any_rank=anywhere)
-    assert drive([other], [result()] * 9).iteration == 2 and asked == [False, False] and "another rank" in str(other.reason)
+    other = StopRequest(any_rank=anywhere)
+    assert drive([StopHook(other)], [result()] * 9).iteration == 2
+    assert asked == [False, False, False] and "another rank" in str(other.reason) and other.status(kept=True) == 75
     finished = StopHook(exit_interval=3)
     assert drive([finished], [result()] * 3).iteration == 3  # at the end there is nothing to stop
 

@@ -93,7 +93,7 @@ def test_only_what_is_asked_for_is_done() -> None:
             return torch.nn.Linear(2, 2)
 
         def pieces(self) -> WholePieces:
-            return WholePieces({}, lambda: 1.0)
+            return WholePieces({}, lambda: 1.0, {})
 
     sent: list[Any] = []
     hook = NormsHook(plan=NormsPlan(parameters=True), send=lambda values, row: sent.append((values, row)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.records import Event, Ledger, Lines, found, leave, lines_of, shell_status
+from megatron.launch.records import Event, Ledger, Lines, claim, claimed, found, leave, lines_of, shell_status
 
 
 def failed(rank: int, at: float, text: str = "", *, host: str = "a", code: int = 1, consequence: bool = False) -> Event:
@@ -87,3 +87,22 @@ def test_lost_hosts_and_silent_ranks_are_named() -> None:
     fine.note(Event(what="started", host="a", rank=0))
     fine.close(failed=False)
     assert fine.report() == ""
+
+
+def test_the_report_begins_with_the_rank_that_a_text_is_about(tmp_path: Path) -> None:
+    leave(str(tmp_path / "note"), "stuck: rank 1 on b has not been heard of", consequence=False, about=1)
+    event = found(tmp_path / "note", host="a", rank=0, code=1)
+    (line,) = lines_of(event, "s")
+    assert Lines().take(line) == event
+    ledger = Ledger({0: "a", 1: "b", 2: "b"})
+    ledger.note(failed(2, 0.0, "rank 2 on b waits", consequence=True))
+    ledger.note(event)
+    assert ledger.report() == ("rank 1 on b failed first:\nstuck: rank 1 on b has not been heard of\nthen rank 2 on a: rank 2 on b waits")
+    assert ledger.status() == 1
+
+
+def test_a_note_belongs_to_one_process() -> None:
+    environ = {"NEOX_FAILURE_FILE": "/x/a note.json"}
+    assert claim(environ) == claimed(environ) == "/x/a note.json" and "NEOX_FAILURE_FILE" not in environ
+    assert claimed({name: value.replace(str(os.getpid()), "1") for name, value in environ.items()}) is None
+    assert claim({}) is None and claimed({}) is None

@@ -56,6 +56,36 @@ def test_a_failure_ends_even_a_deaf_rank(tmp_path: Path, monkeypatch: pytest.Mon
     assert not status.exists() or "Z (zombie)" in status.read_text()
 
 
+def test_a_rank_that_leaves_on_request_hurries_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 leaves with 75, rank 1 still writes for longer than failures are given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "GRACE_S", 0.1)
+    monkeypatch.setattr(supervisor, "LAST_S", 0.1)
+    heard: list[Event] = []
+    watched = Supervisor("here", heard.append)
+    watched.start(ranks("import sys; sys.exit(75)", "import sys, time; time.sleep(1.5); sys.exit(75)"))
+    while watched.alive():
+        time.sleep(0.01)
+    watched.close()
+    assert [(event.what, event.code) for event in heard if event.what != "started"] == [("stopped", 75)] * 2
+
+
+def test_a_rank_killed_from_outside_is_told_after_a_signal_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    heard: list[Event] = []
+    watched = Supervisor("here", heard.append)
+    watched.start(
+        ranks("import os, signal; signal.signal(15, lambda *_: os.kill(os.getpid(), 9)); open('deaf0', 'w').close(); signal.pause()")
+    )
+    while not (tmp_path / "deaf0").exists():
+        time.sleep(0.01)
+    watched.signal(signal.SIGTERM)
+    while watched.alive():
+        time.sleep(0.01)
+    watched.close()
+    assert [(event.what, event.code) for event in heard[1:]] == [("failed", -signal.SIGKILL)]
+
+
 def test_several_signals_kill_a_deaf_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     heard: list[Event] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs that must be refused: one report with file:line, reason and mend, exit code 2."""
+"""Configs that must be refused: one report with file:line, reason and mend, exit status 77."""
 
 from __future__ import annotations
 
@@ -136,6 +136,8 @@ CASES = (
         "with ns_steps 5",
         "remove optimizer.params.ns_steps",
     ),
+    Bad("no bucket in the place of copies", "save: out\ncheckpoint_factor: 5\ns3_path: s3:///runs", 3, "s3:///runs", "s3://bucket/prefix"),
+    Bad("copies of no checkpoints", "s3_path: s3://bucket/runs", 1, "save is not set", "set save"),
     Bad("muP without a base", "use_mup: true", 1, "mup_base_hidden_size is not set", "add mup_base_hidden_size"),
     Bad(
         "muP with MADGRAD",
@@ -356,9 +358,26 @@ CASES = (
     Bad("ascent without interval", "ga_dataset: a\nga_iters: 2", 0, "ga_mode interval needs ga_interval", "add ga_interval"),
     Bad("save when", "save: out", 1, "nothing says when to save", "checkpoint_factor"),
     Bad("checkpoint spacing", "save: out\ncheckpoint_factor: 0.5", 2, "checkpoint_factor is 0.5", "number of steps"),
+    Bad("hang timeout below 0", "hang_timeout_in_mins: -1", 1, "hang_timeout_in_mins is -1", "write a number >= 0"),
+    Bad("heartbeat without a pause", "heartbeat_interval_in_secs: 0", 1, "heartbeat_interval_in_secs is 0", "write a number > 0"),
+    Bad(
+        "data may change where nothing is resumed",
+        "allow_data_change: true",
+        1,
+        "allow_data_change is about a resumed run, but load is not set",
+        "remove allow_data_change",
+    ),
     Bad("keep every of all", "keep_every: 100", 1, "keep_last_n_checkpoints is not set", "set keep_last_n_checkpoints"),
     Bad("keep every nothing", "keep_last_n_checkpoints: 2\nkeep_every: 0", 2, "a whole number >= 1", "write a whole number >= 1"),
     Bad("failures below none", "checkpoint_failures_allowed: -1", 1, "a whole number >= 0", "write a whole number >= 0"),
+    Bad(
+        "replicas of nothing",
+        "replica_check_interval: 5\nzero_optimization: {stage: 3}",
+        1,
+        "each weight is on one only",
+        "ZeRO stage 0, 1 or 2",
+    ),  # fmt: skip
+    Bad("replicas never", "replica_check_interval: 0", 1, "a whole number >= 1", "write a whole number >= 1"),
     Bad("async without save", "checkpoint_async: true", 1, "save is not set", "set save"),
     Bad("rollback to nothing", "nonfinite_policy: rollback", 1, "save is not set", "set save"),
     Bad(
@@ -378,7 +397,6 @@ CASES = (
     Bad("spikes of what", "loss_spike_policy: stop", 1, "loss_spike_factor is not set", "loss_spike_factor: 4"),
     Bad("spikes below", "loss_spike_factor: 1", 1, "a number > 1", "write a number > 1"),
     Bad("unknown policy", "nonfinite_policy: ignore", 1, "one of stop, skip, rollback", "write"),
-    Bad("replicas of parts", "zero_optimization: {stage: 3}\nreplica_check_interval: 5", 2, "ZeRO stage 3 keeps none", "ZeRO stage 0, 1"),
     Bad("verify how", "checkpoint_verify: sizes", 1, "one of full, size, off", "write size"),
     Bad("iteration of nothing", "iteration: 10", 1, "load is not set", "global_step10"),
     Bad("hostfile missing", "global_num_gpus: null\nhostfile: no/such/file", 2, "cannot read the hostfile", "global_num_gpus"),
@@ -412,7 +430,7 @@ def test_every_bad_config_is_refused_with_place_and_mend(tmp_path):
         with pytest.raises(ConfigError) as caught:
             NeoXArgs.from_ymls(write(folder, case.text))
         report = caught.value.report()
-        assert caught.value.exit_code == 2, case.name
+        assert caught.value.exit_code == 77, case.name
         assert len(caught.value.problems) == 1, f"{case.name}: one fault, one problem\n{report}"
         assert case.says in re.sub(r" +", " ", report), f"{case.name}:\n{report}"
         assert case.mend in caught.value.problems[0].mend, f"{case.name}:\n{report}"
@@ -430,7 +448,7 @@ def test_the_launcher_refuses_them_before_it_starts_anything(tmp_path):
         folder.mkdir()
         command = [sys.executable, str(ROOT / "deepy.py"), str(tmp_path / "script.py"), *write(folder, case.text)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert (done.returncode, done.stdout) == (2, ""), case.name
+        assert (done.returncode, done.stdout) == (77, ""), case.name
         assert f"bad.yml:{case.line}" in done.stderr and case.says in re.sub(r" +", " ", done.stderr), done.stderr
         assert "mend:" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "started").exists()

@@ -199,9 +199,9 @@ def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFix
     def fails(argv: list[str]) -> None:
         raise ConfigError("it is wrong", where="a.yml:1", mend="do right")
 
-    assert run_face(fails, [], usage="u", about="a") == 2
+    assert run_face(fails, [], usage="u", about="a") == 77
     assert capsys.readouterr().err == "[rank 3] it is wrong\n  where: a.yml:1\n  mend:  do right\n"
-    assert run_face(fails, ["--debug"], usage="u", about="a") == 2
+    assert run_face(fails, ["--debug"], usage="u", about="a") == 77
     assert "Traceback" in capsys.readouterr().err
     assert len(waits) == 2  # rank 0 speaks first
     assert run_face(fails, ["--help"], usage="how", about="what") == 0
@@ -214,7 +214,7 @@ def test_a_rank_of_deepy_leaves_its_report_to_it(
     note = tmp_path / "note"
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("nobody else tells it first"))
-    for error, status, consequence in ((ConfigError("wrong"), 2, False), (LostRankError("gone"), 1, True), (KeyError("bug"), 1, False)):
+    for error, status, consequence in ((ConfigError("wrong"), 77, False), (LostRankError("gone"), 1, True), (KeyError("bug"), 1, False)):
 
         def fails(argv: list[str], error: Exception = error) -> None:
             assert "NEOX_FAILURE_FILE" not in os.environ  # not for what this rank starts

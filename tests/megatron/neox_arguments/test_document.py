@@ -75,7 +75,7 @@ def test_the_command_answers_with_its_exit_status() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "megatron.neox_arguments", *words], capture_output=True, text=True, timeout=60, check=False
         )
-        assert (done.returncode, done.stdout) == (2, "")
+        assert (done.returncode, done.stdout) == (77, "")
         assert told in done.stderr and "Traceback" not in done.stderr
 
 

@@ -17,10 +17,13 @@ CHANGED = {"gradient_accumulation_steps": None, "git_hash": None}
 OURS = {
     "attention_over_documents", "attention_backend", "rope_scaling", "sliding_window_pattern", "intermediate_size_convention",
     "logits_block_rows", "wsd_decay_fraction", "warmup_from_zero", "torch_compile", "index_map_dir", "exit_duration_in_mins",
+    "exit_margin_in_secs", "grace_in_secs",
     "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr",
+    "heartbeat_interval_in_secs", "hang_timeout_in_mins", "allow_data_change",
     "checkpoint_verify", "keep_every", "checkpoint_async", "checkpoint_failures_allowed",
+    "replica_check_interval",
     "nonfinite_policy", "nonfinite_limit", "rollback_limit", "loss_spike_factor", "loss_spike_window", "loss_spike_patience",
-    "loss_spike_policy", "replica_check_interval",
+    "loss_spike_policy",
 }  # fmt: skip
 
 

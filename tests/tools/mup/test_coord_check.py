@@ -28,4 +28,4 @@ def test_growth_is_a_failure(repo: Path, tmp_path: Path) -> None:
     assert bad.returncode == 1 and "grows with width to the power of" in bad.stderr
     assert (tmp_path / "other" / "coordinates.png").is_file()
     wrong = check(repo, tmp_path, "--widths", "30,60", **mup)
-    assert wrong.returncode == 2 and "does not divide hidden_size 30" in wrong.stderr
+    assert wrong.returncode == 77 and "does not divide hidden_size 30" in wrong.stderr
