@@ -3,25 +3,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file holds: its size, and the SHA-256 of its content in hex."""
+    """What a file holds: its size, and the XXH3-128 digest of its content in hex.
+
+    Made against faulty disks, memory and copies, not against forgers, who could as well write another manifest. It is ten times as fast
+    as SHA-256: about 20 GB/s on one core, faster than any disk.
+    """
 
     bytes: int
-    sha256: str
+    xxh128: str
+
+
+def new_digest() -> Any:
+    """A digest to be fed with `update`; `hexdigest` gives what stands in an Entry (as does the command `xxh128sum`)."""
+    return xxhash.xxh3_128()
 
 
 def digest_of(path: Path) -> Entry:
     """Size and digest of a file, read in pieces."""
-    digest, size = hashlib.sha256(), 0
+    digest, size = new_digest(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)

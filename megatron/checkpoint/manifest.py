@@ -126,7 +126,7 @@ def _problem(path: Path, entry: Entry, files: Mapping[str, Entry], digests: bool
         return f"holds the content of {whose}"
     if actual.bytes != entry.bytes:
         return f"{actual.bytes} bytes, manifest says {entry.bytes}"
-    return "content differs (sha256)"
+    return "content differs (xxh128)"
 
 
 def _names(folder: Path) -> set[str]:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron import faults
-from megatron.checkpoint.durable import Entry
+from megatron.checkpoint.durable import Entry, new_digest
 from megatron.errors import BackendError, CheckpointError, ConfigError
 from megatron.log import get_logger
 
 log = get_logger(__name__)
 
 KEY = "s3_path"
+DIGEST = "xxh128"
+"""Under this name an object keeps its file's digest (Entry)."""
+
 MOST_PARTS = 10_000
 """Of one object (Amazon S3 user guide, multipart upload limits)."""
 
@@ -152,7 +155,7 @@ class Place:
             if _status(error) == 404:
                 return False
             raise
-        if head["ContentLength"] != entry.bytes or head.get("Metadata", {}).get("sha256") != entry.sha256:
+        if head["ContentLength"] != entry.bytes or head.get("Metadata", {}).get(DIGEST) != entry.xxh128:
             return False
         stored = head.get("ChecksumSHA256")
         return stored is None or checksum is None or stored.partition("-")[0] == checksum
@@ -198,21 +201,22 @@ class Place:
 
     def _checksum_of(self, path: Path, entry: Entry, size: int) -> str:
         if entry.bytes <= size:
-            return _base64(bytes.fromhex(entry.sha256))
+            return _base64(_sha256(path.read_bytes()))
         return _combined([_sha256(piece) for piece in _pieces(path, size)])
 
     def _put(self, path: Path, name: str, entry: Entry) -> str:
         self._go_on()
         content = path.read_bytes()
-        digest = _sha256(content)
-        if digest.hex() != entry.sha256:
+        digest, seen = _sha256(content), new_digest()
+        seen.update(content)
+        if seen.hexdigest() != entry.xxh128:
             raise _damaged(path)
         self._client.put_object(
             Bucket=self.address.bucket,
             Key=self.address.key(name),
             Body=content,
             ChecksumSHA256=_base64(digest),
-            Metadata={"sha256": entry.sha256},
+            Metadata={DIGEST: entry.xxh128},
         )
         self.moved(len(content))
         return _base64(digest)
@@ -221,11 +225,11 @@ class Place:
         where = {"Bucket": self.address.bucket, "Key": self.address.key(name)}
         upload = self._unfinished(where["Key"])
         if upload is None:
-            made = self._client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256", Metadata={"sha256": entry.sha256})
+            made = self._client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256", Metadata={DIGEST: entry.xxh128})
             upload, there = str(made["UploadId"]), {}
         else:
             there = self._parts_of(where, upload)
-        whole, digests, parts = hashlib.sha256(), [], []
+        whole, digests, parts = new_digest(), [], []
         for number, piece in enumerate(_pieces(path, size), start=1):
             self._go_on()
             whole.update(piece)
@@ -237,7 +241,7 @@ class Place:
             digests.append(digest)
             parts.append({"PartNumber": number, "ETag": tag, "ChecksumSHA256": _base64(digest)})
             self.moved(len(piece))
-        if whole.hexdigest() != entry.sha256:
+        if whole.hexdigest() != entry.xxh128:
             self._client.abort_multipart_upload(**where, UploadId=upload)
             raise _damaged(path)
         self._client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})

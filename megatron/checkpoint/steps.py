@@ -78,7 +78,7 @@ def find_tag(directory: Path, iteration: int | None = None) -> str:
         if tag and holds(directory, tag):
             return tag
         raise CheckpointError(
-            f"`latest` names {tag}, which is no folder beside it; {there}",
+            f"`latest` names {tag}, which is not there; {there}",
             where=str(directory / "latest"),
             mend="set `iteration` to one of them",
         )

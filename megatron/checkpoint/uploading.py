@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.checkpoint.durable import Entry, sync_folder, write_durably
+from megatron.checkpoint.durable import Entry, digest_of, sync_folder, write_durably
 from megatron.checkpoint.manifest import MANIFEST, read_manifest
 from megatron.checkpoint.retention import UPLOADING
 from megatron.checkpoint.s3 import Address, Place, Stopped, told
@@ -33,7 +32,7 @@ def mark(directory: Path, tag: str) -> None:
     if not markers.is_dir():
         markers.mkdir(parents=True, exist_ok=True)
         sync_folder(directory)
-    write_durably(markers / tag, _own_entry(directory / tag).sha256)
+    write_durably(markers / tag, _own_entry(directory / tag).xxh128)
 
 
 def marked(directory: Path) -> list[str]:
@@ -177,7 +176,7 @@ class Uploader:
             "  uploaded %s to %s: %d of %d files, %.1f MiB in %.1f s (%.1f MiB/s)",
             *(tag, self.place.address, len(sent), len(manifest.files), sum(sent) / 2**20, seconds, sum(sent) / 2**20 / seconds),
         )
-        return own.sha256
+        return own.xxh128
 
     def _point_latest(self, tag: str) -> None:
         """Name the newest in `latest`: an older one that was late does not take its place, but a run that was set back does."""
@@ -222,5 +221,4 @@ def each(items: Iterable[T], work: Callable[[T], None], workers: int) -> None:
 
 
 def _own_entry(folder: Path) -> Entry:
-    content = (folder / MANIFEST).read_bytes()
-    return Entry(len(content), hashlib.sha256(content).hexdigest())
+    return digest_of(folder / MANIFEST)

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import queue
 import threading
 import time
 from collections.abc import Mapping
@@ -14,15 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-import numpy as np
 import torch
 
 from megatron import faults
-from megatron.checkpoint.durable import CHUNK_BYTES, Entry
-from megatron.checkpoint.host_copy import host_copy, tensors_in
-
-QUEUED = 16
-"""Pieces that may wait to be hashed; those that are a tensor's own memory take none."""
+from megatron.checkpoint.durable import CHUNK_BYTES, Entry, new_digest
+from megatron.checkpoint.host_copy import host_copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,37 +117,27 @@ def write_torch_file(state: Any, path: Path, stop: threading.Event | None = None
     Raises OSError or RuntimeError; what was written until then is left.
     """
     with path.open("wb", buffering=CHUNK_BYTES) as file:
-        sink = _Sink(file, state, stop or threading.Event())
-        try:
-            torch.save(state, cast(IO[bytes], sink))
-        finally:
-            digest = sink.finish()
+        sink = _Sink(file, stop or threading.Event())
+        torch.save(state, cast(IO[bytes], sink))
         if sink.error is not None:
             raise sink.error
         file.flush()
         os.fsync(file.fileno())
-    return Entry(sink.bytes, digest)
+    return Entry(sink.bytes, sink.digest.hexdigest())
 
 
 class _Sink:
-    """What `torch.save` writes to: passes everything on to a file and, in a thread, to a digest.
+    """What `torch.save` writes to: passes everything on to a file and to a digest, which costs less than a copy in memory.
 
     Behind an error it swallows the rest: an exception would have to pass through torch's C++, which tries to go on writing.
     """
 
-    def __init__(self, file: BinaryIO, state: Any, stop: threading.Event) -> None:
+    def __init__(self, file: BinaryIO, stop: threading.Event) -> None:
         self.error: BaseException | None = None
         self.bytes = 0
+        self.digest = new_digest()
         self._file = file
         self._stop = stop
-        # Memory that stays as it is for as long as the state does, so it is hashed where it lies.
-        storages = [tensor.untyped_storage() for tensor in tensors_in(state) if tensor.device.type == "cpu"]
-        self._lasting = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        self._digest = hashlib.sha256()
-        self._small = bytearray()
-        self._queue: queue.Queue[bytes | memoryview | None] = queue.Queue(QUEUED)
-        self._thread = threading.Thread(target=self._hash, name="checkpoint-digest", daemon=True)
-        self._thread.start()
 
     def write(self, data: memoryview | bytes) -> int:
         """One piece of the file."""
@@ -164,7 +148,7 @@ class _Sink:
             if self._stop.is_set():
                 raise Abandoned
             faults.point("write")
-            self._pass_on(data, size)
+            self.digest.update(data)
             self._file.write(data)
         except Exception as error:
             self.error = error
@@ -173,29 +157,6 @@ class _Sink:
 
     def flush(self) -> None:
         """Nothing: the file is flushed once, at its end."""
-
-    def finish(self) -> str:
-        """The digest of everything, in hex."""
-        self._queue.put(bytes(self._small))
-        self._queue.put(None)
-        self._thread.join()
-        return self._digest.hexdigest()
-
-    def _pass_on(self, data: memoryview | bytes, size: int) -> None:
-        if size < CHUNK_BYTES:
-            self._small += data
-            if len(self._small) < CHUNK_BYTES:
-                return
-        if self._small:
-            self._queue.put(bytes(self._small))
-            self._small.clear()
-        if size >= CHUNK_BYTES:
-            address = np.frombuffer(data, np.uint8).ctypes.data
-            self._queue.put(data if self._lasting.get(address) == size else bytes(data))
-
-    def _hash(self) -> None:
-        while (piece := self._queue.get()) is not None:
-            self._digest.update(piece)
 
 
 def _reason(error: BaseException) -> str:

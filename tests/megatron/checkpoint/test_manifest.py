@@ -30,10 +30,10 @@ def test_written_and_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert "note.txt" in caplog.text
 
 
-def test_the_digest_is_that_of_sha256sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_is_that_of_xxh128sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(durable, "CHUNK_BYTES", 2)
     (tmp_path / "file").write_bytes(b"abc")
-    assert digest_of(tmp_path / "file") == Entry(3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    assert digest_of(tmp_path / "file") == Entry(3, "06b05ab6733a618578af5f94892f3950")
 
 
 def test_only_some_files_are_looked_at(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_only_some_files_are_looked_at(tmp_path: Path) -> None:
         flip(folder / name)
     assert problems_of(folder, manifest, digests=False) == []
     assert len(problems_of(folder, manifest, digests=True)) == len(manifest.files) == 5
-    assert problems_of(folder, manifest, digests=True, only=[KINDS["weights"]]) == [f"{KINDS['weights']}: content differs (sha256)"]
+    assert problems_of(folder, manifest, digests=True, only=[KINDS["weights"]]) == [f"{KINDS['weights']}: content differs (xxh128)"]
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b"[1]", b'{"format": 1}', b"\xff\xfe", b"[" * 100_000])

@@ -29,7 +29,7 @@ def test_which_step_is_meant(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint of iteration 6"):
         find_tag(tmp_path, 6)
     write_latest(tmp_path, "global_step11")
-    with pytest.raises(CheckpointError, match="global_step11, which is no folder beside it"):
+    with pytest.raises(CheckpointError, match="global_step11, which is not there"):
         find_tag(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint found"):
         find_tag(tmp_path / "nowhere")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from megatron.errors import BackendError, CheckpointError, ConfigError
 from support.s3 import BUCKET, Store, s3_server
@@ -37,7 +37,7 @@ def checkpoint(save: Path, step: int, **files: bytes) -> Path:
     for name, content in ({"mp_rank_00_model_states.pt": b"weights %d" % step, "configs/a.yml": b"seed: 1"} | files).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-        entries[name] = Entry(len(content), hashlib.sha256(content).hexdigest())
+        entries[name] = Entry(len(content), xxh3_128_hexdigest(content))
     empty: dict[str, Any] = {"layout": {}, "config": {}, "data": {}}
     numbers: dict[str, Any] = {"samples": 0, "tokens": 0}
     write_manifest(folder, Manifest(step=step, run_id="r", files=entries, code_version="", written="", **empty, **numbers))
@@ -85,7 +85,7 @@ def test_a_checkpoint_arrives_whole_with_its_manifest_last(store: Store, tmp_pat
     assert [key.rpartition("/")[2] for _, key in store.asked[-2:]] == ["MANIFEST.json", "latest"]
     assert sum(request == "UploadPart" for request, _ in store.asked) == 3
     head = store.client.head_object(Bucket=BUCKET, Key=f"runs/run/{folder.name}/layer_00-model_00-model_states.pt")
-    assert head["Metadata"]["sha256"] == hashlib.sha256(big).hexdigest()
+    assert head["Metadata"]["xxh128"] == xxh3_128_hexdigest(big)
     store.asked.clear()
     assert uploaded(store, tmp_path).done
     assert [key for _, key in store.asked] == ["runs/run/latest"]
@@ -121,7 +121,7 @@ def test_what_was_sent_before_an_interruption_is_not_sent_again(store: Store, tm
 def test_an_unfinished_upload_of_other_content_is_replaced(store: Store, tmp_path: Path) -> None:
     """Parts of an earlier save of the same step are there: the object is nevertheless that of the new one, digest included."""
     key = "runs/run/global_step10/mp_rank_00_model_states.pt"
-    old = store.client.create_multipart_upload(Bucket=BUCKET, Key=key, Metadata={"sha256": "old"})["UploadId"]
+    old = store.client.create_multipart_upload(Bucket=BUCKET, Key=key, Metadata={"xxh128": "old"})["UploadId"]
     store.client.upload_part(Bucket=BUCKET, Key=key, UploadId=old, PartNumber=1, Body=bytes(PART))
     folder = checkpoint(tmp_path, 10, **{"mp_rank_00_model_states.pt": os.urandom(PART + 9)})
     assert uploaded(store, tmp_path).done
@@ -141,7 +141,7 @@ def test_a_damaged_object_is_replaced(store: Store, tmp_path: Path, forged: bool
     folder = checkpoint(tmp_path, 10, **{"mp_rank_00_model_states.pt": content})
     assert uploaded(store, tmp_path).done
     key = "runs/run/global_step10/mp_rank_00_model_states.pt"
-    beside = {"Metadata": {"sha256": hashlib.sha256(content).hexdigest()}, "ChecksumAlgorithm": "SHA256"} if forged else {}
+    beside = {"Metadata": {"xxh128": xxh3_128_hexdigest(content)}, "ChecksumAlgorithm": "SHA256"} if forged else {}
     store.client.put_object(Bucket=BUCKET, Key=key, Body=content[:-1] + bytes([content[-1] ^ 1]), **beside)
     store.asked.clear()
     mark(tmp_path, folder.name)
@@ -288,6 +288,6 @@ def test_a_store_that_drops_what_it_gets_is_noticed(store: Store, tmp_path: Path
     client = open_client()
     monkeypatch.setattr(client, "put_object", lambda **request: {})
     (tmp_path / "a").write_bytes(b"content")
-    entry = Entry(7, hashlib.sha256(b"content").hexdigest())
+    entry = Entry(7, xxh3_128_hexdigest(b"content"))
     with pytest.raises(CheckpointError, match="does not hold what it was sent"):
         Place(client, Address(BUCKET), part_bytes=PART).send(tmp_path / "a", "a", entry)

@@ -40,7 +40,7 @@ def test_verify(run: Path) -> None:
     status, told, _ = tool("verify.py", run)
     assert status == 1 and told.splitlines()[2:] == [
         "global_step20: bad",
-        f"    {KINDS['weights']}: content differs (sha256)",
+        f"    {KINDS['weights']}: content differs (xxh128)",
         "global_step30: bad",
         f"    {KINDS['optimizer']}: missing",
     ]
