@@ -76,4 +76,4 @@ def test_pydoc_as_a_user_would(tmp_path: Path) -> None:
     offline = subprocess.run(
         [sys.executable, "prepare_data.py", "enwik8", "-t", "HFTokenizer", "-d", str(tmp_path)], cwd=REPO, capture_output=True, text=True
     )
-    assert offline.returncode == 1 and "--vocab-file" in offline.stderr and "Traceback" not in offline.stderr
+    assert offline.returncode == 77 and "--vocab-file" in offline.stderr and "Traceback" not in offline.stderr

@@ -31,4 +31,4 @@ def test_json_lines_and_plain_text_give_a_tokenizer(tmp_path: Path) -> None:
     assert plain.returncode == 0
     assert (tmp_path / "plain" / "tokenizer.json").read_bytes() == (tmp_path / "tok" / "my.json").read_bytes()
     bad = call("--input", str(tmp_path / "absent"), "--tokenizer_output_path", str(tmp_path / "x.json"))
-    assert bad.returncode == 1 and "there is no" in bad.stderr and "Traceback" not in bad.stderr
+    assert bad.returncode == 77 and "there is no" in bad.stderr and "Traceback" not in bad.stderr
