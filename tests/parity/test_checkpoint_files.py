@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of ours has the files, names, shapes and fused orders of GPT-NeoX's: read from a recorded one and saved again, it is the same."""
+"""Files, names, shapes and fused orders are GPT-NeoX's: a recorded checkpoint, read and saved again, is the same."""
 
 from __future__ import annotations
 
