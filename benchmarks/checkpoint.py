@@ -166,8 +166,7 @@ def files(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         if title == "writing":
             cost = 100 * (ratio(taken["ours"], taken["ours, without hashing"]) - 1)
             peer_cost = 100 * (ratio(taken["ours"], taken["torch.save"]) - 1)
-            print(f"\nHashing costs {cost:.0f} % of the save without it, and {peer_cost:.0f} % against torch.save and fsync.", end=" ")
-            print("It works beside the writing: with no core to spare, its CPU seconds are added.")
+            print(f"\nHashing costs {cost:.0f} % of the save without it, and {peer_cost:.0f} % against torch.save and fsync.")
     return found
 
 
