@@ -41,12 +41,13 @@ class Skipped:
     def numbers(self, start: int, end: int) -> list[tuple[int, int]]:
         """The numbers of the samples at positions [start, end), as ranges [start, end)."""
         found: list[tuple[int, int]] = []
-        for position in range(start, end):
-            number = self.number(position)
-            if found and found[-1][1] == number:
-                found[-1] = (found[-1][0], number + 1)
-            else:
-                found.append((number, number + 1))
+        position, number = 0, 0  # where the samples between two ranges begin
+        for low, high in (*self.ranges, (None, 0)):
+            length = end if low is None else low - number
+            first, last = max(start, position), min(end, position + length)
+            if first < last:
+                found.append((number + first - position, number + last - position))
+            position, number = position + length, high
         return found
 
     def positions(self, size: int) -> int:

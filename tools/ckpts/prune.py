@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from megatron.checkpoint.retention import prune, removable  # noqa: E402
 from megatron.checkpoint.steps import saved_steps, step_tag  # noqa: E402
 from megatron.checkpoint.verifying import Verify  # noqa: E402
-from megatron.errors import ConfigError  # noqa: E402
+from megatron.errors import CheckpointError, ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 
 ABOUT = "Deletes old checkpoints. The newest whole one, and one that is being uploaded, always stay."
@@ -40,6 +40,10 @@ def main(argv: list[str]) -> int:
     for flag, least in (("keep", given.keep), ("keep-every", given.keep_every)):
         if least is not None and least < 1:
             raise ConfigError(f"--{flag} {least} is no number of checkpoints or steps", where="command line", mend="give 1 or more")
+    if not saved_steps(given.directory):
+        raise CheckpointError(
+            "no global_step<N> folder is there", where=str(given.directory), mend="name the folder of several checkpoints"
+        )
     choose = removable if given.dry_run else prune
     verify = Verify.SIZE if given.sizes else Verify.FULL
     gone = choose(given.directory, keep=given.keep, protected=given.protect, every=given.keep_every, verify=verify)

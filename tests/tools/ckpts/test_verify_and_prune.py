@@ -61,5 +61,7 @@ def test_prune(run: Path) -> None:
     flip(run / "global_step30" / KINDS["weights"])
     assert tool("prune.py", run, "--keep", "1", "--dry-run")[1].splitlines()[-1] == "1 would go; left: 10, 30"
     assert tool("prune.py", run, "--keep", "1", "--sizes", "--dry-run")[1].splitlines()[-1] == "2 would go; left: 30"
+    status, _, told = tool("prune.py", run / "elsewhere", "--keep", "1")
+    assert status == 77 and "no global_step<N> folder" in told
     status, _, told = tool("prune.py", run, "--keep", "0")
     assert status == ConfigError.exit_code and "--keep 0" in told
