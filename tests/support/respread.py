@@ -22,15 +22,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 """Ways in which two processes share a model: what the tests go to and from."""
 
+LAYERS: dict[str, Any] = {"num_layers": 3, "attention_config": [[["global"], 3]]}
+"""With two layers, the shares of two data ranks end where parameters end, and none is cut."""
+
 SAVED_AT, BEYOND = 4, 10
 
 
 def flat_of(folder: str, layout: Mapping[str, Any], style: str, **changes: Any) -> dict[str, Any]:
     """A tiny model without dropout, the same at every layout."""
     same = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "padded_vocab_size": 512, "train_iters": 40, "lr_decay_iters": 40}
-    # Three layers: with two, the shares of two data ranks end where parameters end, and none is cut.
-    layers = {"num_layers": 3, "attention_config": [[["global"], 3]]}
-    return settings(Path(folder), int(os.environ["WORLD_SIZE"]), style, **{**same, **layers, **changes, **layout})
+    return settings(Path(folder), int(os.environ["WORLD_SIZE"]), style, **{**same, **LAYERS, **changes, **layout})
 
 
 def forget_groups() -> None:

@@ -13,7 +13,7 @@ import pytest
 from megatron.errors import CheckpointError
 from support.dist import run_distributed
 from support.jobs import settings
-from support.respread import Run, changes
+from support.respread import LAYERS, Run, changes, flat_of
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "train"
 TO_PIPELINE = {"pipe_parallel_size": 1}
@@ -100,7 +100,6 @@ def _optimizer(folder: Path) -> Any:
 def weights_alone(rank: int, world: int, folder: str) -> dict[str, Any]:
     """A ZeRO-3 run saved without its optimizer: its weights, and those with which two tensor ranks go on."""
     from megatron.engine.saving import Saver
-    from support.respread import flat_of
 
     os.chdir(folder)
     run = Run(flat_of(folder, {"zero_optimization": {"stage": 3}, "no_save_optim": True}, "neox"))
@@ -132,9 +131,9 @@ def test_weights_of_zero_3_are_read_at_any_layout(tmp_path: Path) -> None:
     assert set(stored) == set(held) and all(torch.equal(stored[name], torch.from_numpy(held[name])) for name in held)
     for path in folder.glob("*optim_states.pt"):
         assert "optimizer_state_dict" not in read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"]
-    flat = settings(tmp_path, 1, load=str(tmp_path / "ckpt"), padded_vocab_size=512)
+    flat = settings(tmp_path, 1, load=str(tmp_path / "ckpt"), padded_vocab_size=512, **LAYERS)
     model = load_model(NeoXArgs.from_dict(flat)).model
-    assert torch.equal(model.state_dict()["sequential.6.final_linear.weight"], torch.from_numpy(held["6.final_linear.weight"]))
+    assert torch.equal(model.state_dict()["sequential.7.final_linear.weight"], torch.from_numpy(held["7.final_linear.weight"]))
     next(iter(folder.glob("*rank_1*optim_states.pt"))).unlink()
     with pytest.raises(CheckpointError, match="spread over 2 ranks, and 1 file is there"):
         read_weights(folder)
@@ -152,5 +151,5 @@ def test_a_filled_up_vocabulary_is_cut_and_filled(tmp_path: Path) -> None:
     for seen in found.values():
         assert seen["names"] == [] and seen["rows"]
         # Only the tables have other shapes; a row of zeros more is one more guess among hundreds.
-        assert {name.split()[0] for name in seen["unequal"]} == {"0.word_embeddings.weight", "6.final_linear.weight"}
+        assert {name.split()[0] for name in seen["unequal"]} == {"0.word_embeddings.weight", "7.final_linear.weight"}
         assert 0 < seen["loss"] < 0.02
