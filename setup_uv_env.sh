@@ -12,7 +12,7 @@ Creates .venv beside this script (or brings it up to date) with everything the p
 Nothing outside this folder is changed. Where uv is missing it is fetched with pip into .bootstrap/.
 
   --python PYTHON   interpreter, 3.10 to 3.13 (default: the first that runs of python3.11 3.12 3.10 3.13 python3)
-  --extra NAME      also install an extra of pyproject.toml: wandb comet eval s3 serve flash te fp8 (may be repeated)
+  --extra NAME      also install an extra of pyproject.toml: wandb comet eval s3 serve clean flash te fp8 (may be repeated)
   --no-dev          leave out the test tools
   --cpu, --cuda     what to install for, instead of what is found on this machine
   --latest          ignore requirements/constraints.txt: take the newest versions that pyproject.toml allows
@@ -126,6 +126,7 @@ install() {
     fi
     names=(${extras[@]+"${extras[@]}"})
     [ "$dev" = 0 ] || names+=(dev)
+    case "$(uname -s)-$(uname -m)" in Linux-x86_64 | Linux-aarch64 | Darwin-arm64) names+=(fast) ;; esac # elsewhere it has no wheel
     list=$(IFS=,; echo "${names[*]:-}")
     for attempt in 1 2 3; do
         if "$uv" pip install -p "$venv/bin/python" "${args[@]}" -e ".${list:+[$list]}" >&2; then break; fi
