@@ -19,11 +19,12 @@ from support.tree import ROOT
 
 TOOL = ROOT / "tools" / "datasets" / "preprocess_data.py"
 TOKENIZER = ROOT / "tests" / "golden" / "tokenizer" / "tokenizer.json"
-# As the tool, but with a record of progress after every block.
+# As the tool, but in small blocks, with a record of progress after every one.
 OFTEN = f"""
 import runpy, sys
-import megatron.data.partial as partial
+import megatron.data.partial as partial, megatron.data.sources as sources
 partial.RECORD_EVERY_S = 0.0
+sources.BLOCK_BYTES = 30_000
 sys.argv = [{str(TOOL)!r}, *sys.argv[1:]]
 if __name__ == "__main__":
     runpy.run_path(sys.argv[0], run_name="__main__")
