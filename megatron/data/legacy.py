@@ -58,7 +58,7 @@ class LegacyDataset:
         wanted, found = int(starts[-1]) * width, data.stat().st_size
         if wanted != found:
             raise DataError(f"the data file has {found} bytes, its index promises {wanted}", where=str(data), mend=mend)
-        self.values: NDArray[np.generic] = np.asarray(np.memmap(data, dtype=self.dtype, mode="r")) if found else np.zeros(0, self.dtype)
+        self.values: NDArray[np.number] = np.asarray(np.memmap(data, dtype=self.dtype, mode="r")) if found else np.zeros(0, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sizes)
