@@ -110,7 +110,7 @@ def statistics(tokens: Pair, labels: Pair | None = None, *, vocab_size: int | No
     outside = eod_values = eod_ends = trained = untrained = 0
     fits = labels is not None and np.array_equal(labels.sizes, tokens.sizes)
     masks = labels.values if labels is not None and fits else tokens.values
-    for ends, start, stop in _blocks(tokens.sizes):
+    for ends, start, stop in blocks(tokens.sizes):
         values = tokens.values[start:stop]
         if len(values):
             smallest = min(values.min(), values.min() if smallest is None else smallest)
@@ -160,7 +160,7 @@ def compare(tokens: Pair, labels: Pair, *, show: int = 10) -> Agreement:
     # Behind the first document of another length every place is another one.
     same = int(odd[0]) if len(odd) else both
     done = 0
-    for ends, start, stop in _blocks(tokens.sizes[:same]):
+    for ends, start, stop in blocks(tokens.sizes[:same]):
         theirs, mine = tokens.values[start:stop], labels.values[start:stop]
         wrong = np.flatnonzero((mine != theirs) & (mine != IGNORED))
         found.differing += len(wrong)
@@ -171,7 +171,7 @@ def compare(tokens: Pair, labels: Pair, *, show: int = 10) -> Agreement:
     return found
 
 
-def _blocks(sizes: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+def blocks(sizes: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.int64], int, int]]:
     """Blocks of whole documents: (borders within the block [documents + 1], first value, behind the last)."""
     start, first = 0, 0
     while first < len(sizes):
