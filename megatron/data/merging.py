@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -110,6 +111,7 @@ def merge(prefixes: Sequence[str], output: str | Path) -> Merged:
         dtype,
     )
     _check_space(done)
+    _clear_leftovers(output)
     data_tmp, index_tmp = (Path(f"{path}.tmp.{os.getpid()}") for path in (data_file(output), index_file(output)))
     try:
         with data_tmp.open("wb") as file:
@@ -222,6 +224,15 @@ def _all_sizes(prefixes: Sequence[str]) -> Iterator[NDArray[np.int32]]:
 def _settle(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _clear_leftovers(output: str | Path) -> None:
+    """Remove what runs that were killed left behind."""
+    for path in (data_file(output), index_file(output)):
+        for left in path.parent.glob(f"{glob.escape(path.name)}.tmp.*"):
+            number = left.suffix[1:]
+            if number.isdecimal() and not Path(f"/proc/{number}").exists():
+                left.unlink(missing_ok=True)
 
 
 def _check_space(done: Merged) -> None:

@@ -183,7 +183,7 @@ def _fit_capacity(sample: NDArray[np.int64], setup: Setup, max_length: int) -> i
     while capacity < max_length * sample.shape[1]:
         capacity *= 2
     few = sample[: setup.batch * 16]
-    for _ in range(3):
+    for _ in range(8):
         if packed(few, replace(setup, capacity=capacity)).time_each <= GOOD:
             break
         capacity *= 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -35,6 +35,7 @@ def write(prefix: Path, documents: list[list[int]], dtype: object = np.int32) ->
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(DOCUMENT, max_size=8))
+@example(documents=[[], [(1, True), (7, False)], [], [], [(7, True), (2, False)]])
 def test_statistics_are_those_of_plain_python(tmp_path: Path, documents: list[list[tuple[int, bool]]]) -> None:
     tokens = IndexedDataset(write(tmp_path / "t", [[token for token, _ in document] for document in documents]))
     labels = IndexedDataset(write(tmp_path / "l", [[token if on else -100 for token, on in document] for document in documents]))

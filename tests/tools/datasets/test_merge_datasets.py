@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, data_file
+from megatron.data.indexed_dataset import HEADER, MAGIC, VERSION, IndexedDataset, IndexedDatasetBuilder, data_file
 from megatron.data.legacy import LegacyDataset
+from megatron.data.merging import merge as library_merge
+from megatron.errors import DataError
 from megatron.tokenizer import TokenizerKind, TokenizerSource, open_tokenizer
 from support.tree import ROOT
 
@@ -96,7 +102,7 @@ def test_legacy_files_are_read(tmp_path: Path, corpus: list[list[int]], capsys: 
     # cut short
     (source / "ds_text_document.bin").write_bytes((source / "ds_text_document.bin").read_bytes()[:-4])
     assert merge(source, tmp_path / "again") == 77 and not data_file(tmp_path / "again").exists()
-    with pytest.raises(Exception, match="promises 337316"):
+    with pytest.raises(DataError, match="promises 337316"):
         LegacyDataset(source / "ds_text_document")
 
 
@@ -177,6 +183,57 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for folder in ("empty", "nowhere"):
         assert merge(tmp_path / folder, tmp_path / "out") == 77
     assert not data_file(tmp_path / "out").exists()
+    with pytest.raises(DataError, match="one of the inputs"):
+        library_merge([str(tmp_path / "in" / "a")], tmp_path / "in" / "a")
+
+
+def test_documents_of_several_sequences_keep_their_marks(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for name, marks in (("a", [0, 2, 3]), ("b", [0, 1, 2])):
+        write(source / name, [[1], [2, 2], [3]])
+        raw = (source / f"{name}.idx").read_bytes()
+        # three sequences in two documents, of b the last in none
+        head = HEADER.pack(MAGIC, VERSION, 8, 3, 3)
+        (source / f"{name}.idx").write_bytes(head + raw[HEADER.size : HEADER.size + 36] + np.array(marks, "<i8").tobytes())
+    assert merge(source, tmp_path / "out") == 0
+    assert IndexedDataset(tmp_path / "out").doc_idx.tolist() == [0, 2, 3, 4, 5, 6]
+
+
+def test_damaged_indexes_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "in" / "a", [[1], [2, 2], [3]])
+    raw = bytearray((tmp_path / "in" / "a.idx").read_bytes())
+    for offset, value, said in ((34 + 12 + 8, 4, "one after the other"), (34 + 36 + 8, 9, "marks do not fit")):
+        spoilt = raw[:offset] + np.array([value], "<i8").tobytes() + raw[offset + 8 :]
+        (tmp_path / "in" / "a.idx").write_bytes(spoilt)
+        assert merge(tmp_path / "in", tmp_path / "out") == 77 and said in capsys.readouterr().err
+    assert not data_file(tmp_path / "out").exists()
+
+
+def test_a_killed_run_is_cleared_up_by_the_next(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a", [[1], [2, 2], [3]])
+    code = "import os, signal, sys, runpy, shutil; shutil.copyfileobj = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+    call = (
+        f"sys.argv = ['m', '--input', 'in', '--output-prefix', 'out/m']; runpy.run_path({merge_datasets.__file__!r}, run_name='__main__')"
+    )
+    assert subprocess.run([sys.executable, "-c", code + call], cwd=tmp_path, timeout=60).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert merge(tmp_path / "in", tmp_path / "out" / "m") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["m.bin", "m.idx"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in" / "a", [[1], [2, 2], [3]])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:  # filled by somebody else meanwhile
+        patch.setattr("megatron.data.merging.shutil.copyfileobj", full)
+        assert merge(tmp_path / "in", tmp_path / "out" / "m") == 77 and "No space left" in capsys.readouterr().err
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("megatron.data.merging.shutil.disk_usage", lambda _: usage._replace(free=20))
+    assert merge(tmp_path / "in", tmp_path / "out" / "m") == 77 and "are free" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_count_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
