@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.encoders import UNTRAINED
 from megatron.data.indexed_dataset import IndexedDataset, exists
 from megatron.data.legacy import LegacyDataset
 
-IGNORED = -100
 BLOCK_VALUES = 4 * 2**20
 BLOCK_DOCUMENTS = 2**16
 QUANTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99}
@@ -116,7 +116,7 @@ def statistics(tokens: Pair, labels: Pair | None = None, *, vocab_size: int | No
             smallest = min(values.min(), values.min() if smallest is None else smallest)
             largest = max(values.max(), values.max() if largest is None else largest)
         if vocab_size is not None:
-            outside += int(((values >= vocab_size) | ((values < 0) & (values != IGNORED))).sum())
+            outside += int(((values >= vocab_size) | ((values < 0) & (values != UNTRAINED))).sum())
         if eod is not None:
             is_eod = np.concatenate([[False], values == eod])
             eod_values += int(is_eod.sum())
@@ -162,13 +162,26 @@ def compare(tokens: Pair, labels: Pair, *, show: int = 10) -> Agreement:
     done = 0
     for ends, start, stop in blocks(tokens.sizes[:same]):
         theirs, mine = tokens.values[start:stop], labels.values[start:stop]
-        wrong = np.flatnonzero((mine != theirs) & (mine != IGNORED))
+        wrong = np.flatnonzero((mine != theirs) & (mine != UNTRAINED))
         found.differing += len(wrong)
         for place in wrong[: show - len(found.first)]:
             document = int(np.searchsorted(ends, place, side="right")) - 1
             found.first.append(Difference(done + document, int(place - ends[document]), int(theirs[place]), int(mine[place])))
         done += len(ends) - 1
     return found
+
+
+def first_trained(labels: NDArray[np.number], sizes: NDArray[np.int32]) -> NDArray[np.int64]:
+    """[d] place of the first trained token of each document; its length where none is trained.
+
+    >>> first_trained(np.array([-100, 5, -100, 7]), np.array([3, 0, 1]))
+    array([1, 0, 0])
+    """
+    found = []
+    for ends, start, stop in blocks(sizes):
+        places = np.append(np.flatnonzero(labels[start:stop] >= 0), np.iinfo(np.int64).max)
+        found.append(np.minimum(places[np.searchsorted(places, ends[:-1])], ends[1:]) - ends[:-1])
+    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def blocks(sizes: NDArray[np.int32]) -> Iterator[tuple[NDArray[np.int64], int, int]]:

@@ -1,31 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The legacy "cached" and "lazy" token files, read only, for tools that turn them into today's. Training never sees them.
-
-FORMAT, all integers little-endian. `<prefix>.bin`: the values of all sequences back to back. `<prefix>.idx`:
-
-    offset    bytes     content
-    0         8         magic "TNTIDX\\0\\0"
-    8         8         u64 version = 1
-    16        16        u64 dtype code (as in today's index), u64 bytes per value
-    32        24        u64 N sequences, u64 S numbers of dimension sizes, u64 D document marks
-    56        8 (N+1)   int64 place of each sequence's first dimension among the sizes
-    ...       8 (N+1)   int64 place of each sequence in .bin, in values
-    ...       8 S       int64 dimension sizes; for sequences of tokens S = N
-    ...       8 D       int64 document marks
+legacy_index.py tells the format, and writes it.
 """
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.indexed_dataset import DTYPES, LEGACY_MAGIC, IndexedDataset, data_file, index_file
+from megatron.data.indexed_dataset import LEGACY_MAGIC, IndexedDataset, data_file, index_file
+from megatron.data.legacy_index import HEADER
 from megatron.errors import DataError
 
-HEADER = struct.Struct("<8s6Q")
+# 6 and 7 are the floats of C, or both of 8 bytes, whichever tool wrote them: their width tells.
+DTYPES = {
+    **{(1, 1): np.dtype("u1"), (2, 1): np.dtype("i1"), (3, 2): np.dtype("<i2"), (4, 4): np.dtype("<i4"), (5, 8): np.dtype("<i8")},
+    **{(code, width): np.dtype(f"<f{width}") for code in (6, 7) for width in (4, 8)},
+}
 
 
 class LegacyDataset:
@@ -44,9 +37,9 @@ class LegacyDataset:
         if len(raw) < HEADER.size:
             raise DataError(f"the index has {len(raw)} bytes, less than its header", where=str(path), mend=mend)
         _, version, code, width, n, dimensions, marks = HEADER.unpack_from(raw)
-        if version != 1 or code not in DTYPES or DTYPES[code].itemsize != width:
+        if version != 1 or (code, width) not in DTYPES:
             raise DataError(f"version {version}, dtype code {code}, {width} bytes per value: not known", where=str(path), mend=mend)
-        self.dtype = DTYPES[code]
+        self.dtype = DTYPES[code, width]
         expected = HEADER.size + 8 * (2 * (n + 1) + dimensions + marks)
         if len(raw) != expected:
             raise DataError(f"the index has {len(raw)} bytes, its header promises {expected} ({n} sequences)", where=str(path), mend=mend)

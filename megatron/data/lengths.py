@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron.data.indexed_dataset import exists
-from megatron.data.inspecting import Pair, blocks, labels_beside, quantiles
+from megatron.data.inspecting import first_trained, labels_beside, quantiles
 from megatron.data.legacy import open_any
 from megatron.data.padding import Mode, Setup, waste
 from megatron.errors import DataError
@@ -134,7 +133,7 @@ def of_pairs(prompt: ArrayLike, chosen: ArrayLike, rejected: ArrayLike) -> Lengt
 def read_lengths(prefixes: Sequence[str], *, rejected: str | None = None) -> Lengths:
     """The samples of one or several prefixes, of the kind that the names beside each tell:
 
-    P_lengths_document, three numbers a pair; P_chosen_document and P_rejected_document; else single sequences, with labels or without.
+    P_lengths_document, the numbers of pairs; P_chosen_document and P_rejected_document; else single sequences, with labels or without.
     rejected: the prefix that holds the rejected sequences of `prefixes`, which is then one prefix of the chosen ones
     """
     if rejected is not None:
@@ -202,19 +201,6 @@ def fit(values: NDArray[np.int64]) -> Lognormal | None:
     return found._replace(gap=gap)
 
 
-def first_trained(tokens: Pair, labels: Pair) -> NDArray[np.int64]:
-    """[d] place of the first trained token of each document; its length where none is trained."""
-    if not np.array_equal(tokens.sizes, labels.sizes):
-        raise DataError(
-            "the labels have other lengths than the tokens", where=labels.prefix, mend="look at both with tools/datasets/inspect_dataset.py"
-        )
-    found = []
-    for ends, start, stop in blocks(labels.sizes):
-        places = np.append(np.flatnonzero(labels.values[start:stop] >= 0), np.iinfo(np.int64).max)
-        found.append(np.minimum(places[np.searchsorted(places, ends[:-1])], ends[1:]) - ends[:-1])
-    return np.concatenate([np.zeros(0, np.int64), *found])
-
-
 def _column(values: NDArray[np.int64]) -> Column:
     within = {limit: float((values <= limit).mean()) for limit in LIMITS}
     return Column(len(values), quantiles(values), within, fit(values))
@@ -232,8 +218,15 @@ def _read(prefix: str) -> Lengths:
 def _single(prefix: str) -> Lengths:
     tokens = open_any(prefix)
     beside = labels_beside(prefix)
-    prompt = first_trained(tokens, open_any(beside))[:, None] if beside else None
-    return Lengths(tokens.sizes.astype(np.int64)[:, None], prompt)
+    rows = tokens.sizes.astype(np.int64)[:, None]
+    if beside is None:
+        return Lengths(rows)
+    labels = open_any(beside)
+    if not np.array_equal(tokens.sizes, labels.sizes):
+        raise DataError(
+            "the labels have other lengths than the tokens", where=beside, mend="look at both with tools/datasets/inspect_dataset.py"
+        )
+    return Lengths(rows, first_trained(labels.values, labels.sizes)[:, None])
 
 
 def _pair(chosen: str, rejected: str) -> Lengths:
@@ -247,20 +240,13 @@ def _pair(chosen: str, rejected: str) -> Lengths:
 
 
 def _stored(stem: str) -> Lengths:
-    """FORMAT: `<stem>_lengths_document` holds n_prompt, n_chosen, n_rejected of each pair.
-
-    Whether the last two count the prompt is told by the sizes of the token files, where they are there; else they do.
-    """
+    """FORMAT: `<stem>_lengths_document` holds the tokens of the prompt, the chosen and the rejected answer of each pair."""
     path = f"{stem}_lengths_document"
     stored = open_any(path)
     if bool((stored.sizes != 3).any()):
         raise DataError("a document of lengths must hold three numbers", where=path, mend="make the set again")
     prompt, chosen, rejected = np.asarray(stored.values, dtype=np.int64).reshape(-1, 3).T
-    tokens = Path(f"{stem}_chosen_document")
-    if exists(tokens):
-        sizes = open_any(tokens).sizes
-        if np.array_equal(sizes, prompt + chosen):
-            chosen, rejected = prompt + chosen, prompt + rejected
-        elif not np.array_equal(sizes, chosen):
-            raise DataError("the stored lengths are not those of the token files", where=path, mend="make the set again")
-    return of_pairs(prompt, chosen, rejected)
+    tokens = f"{stem}_chosen_document"
+    if exists(tokens) and not np.array_equal(open_any(tokens).sizes, prompt + chosen):
+        raise DataError("the stored lengths are not those of the token files", where=path, mend="make the set again")
+    return of_pairs(prompt, prompt + chosen, prompt + rejected)

@@ -8,29 +8,39 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
+from megatron.data import flags as shared  # noqa: E402
+from megatron.data.encoders import TextSource  # noqa: E402
+from megatron.data.inputs import find  # noqa: E402
 from megatron.data.lengths import LIMITS, Lengths, Report, read_lengths, summarise  # noqa: E402
+from megatron.data.measuring import measure  # noqa: E402
 from megatron.data.padding import Setup  # noqa: E402
+from megatron.data.sources import Files  # noqa: E402
 from megatron.errors import DataError, NeoXError  # noqa: E402
 
 ABOUT = """Lengths of a set of .bin/.idx files: percentiles, coverage, the recommended max_length, and the expected waste per batch mode.
 
-PREFIX, without .bin/.idx:
+INPUT is a prefix, without .bin/.idx:
   P                      one sequence per sample, with P's labels where they lie beside it
   P of preference pairs  as given to --output-prefix: P_chosen_document and P_rejected_document, or P_lengths_document, are found
-  CHOSEN --rejected R    pairs under any names"""
+  CHOSEN --rejected R    pairs under any names
+or files (JSON lines, Parquet, text..., folders and globs) with a tokenizer:
+  FILES --tokenizer-path FOLDER     preference pairs, rendered with the folder's chat template
+  FILES --tokenizer-type HFTokenizer --vocab-file tokenizer.json   plain texts"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     flags = argparse.ArgumentParser(description=ABOUT, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("prefix", nargs="+", help="one or more; taken together as one set")
-    flags.add_argument("--rejected", help="prefix of the rejected sequences; PREFIX holds the chosen ones")
+    flags.add_argument("input", nargs="+", help="one or more; taken together as one set")
+    flags.add_argument("--rejected", help="prefix of the rejected sequences; INPUT holds the chosen ones")
+    add_records(flags)
     flags.add_argument("--coverage", type=float, default=0.95, help="share of samples that max_length must hold whole (default: 0.95)")
     flags.add_argument("--max-length", type=int, help="cut samples here (default: the recommended length)")
     flags.add_argument("--gpus", type=int, default=4, help="data-parallel ranks (default: 4)")
@@ -44,6 +54,19 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def add_records(flags: argparse.ArgumentParser) -> None:
+    """The flags of inputs that are not tokenized yet."""
+    group = flags.add_argument_group("files of records")
+    shared.add_tokenizer(group, required=False)
+    group.add_argument("--tokenizer-path", help="folder of the tokenizer with a chat template, or a Hub name; for preference pairs")
+    group.add_argument("--chat-template", help="Jinja file to use instead of the tokenizer's template")
+    group.add_argument("--prompt-key", default="prompt", help="key of a pair's prompt; records may lack it (default: prompt)")
+    group.add_argument("--jsonl-keys", nargs="+", help="key of the texts (default: text), or of both answers (default: chosen rejected)")
+    group.add_argument("--split", help="of a folder saved with several splits")
+    group.add_argument("--workers", type=int, default=1, help="processes; 1 uses all cores through the tokenizer's threads")
+    group.add_argument("--skip-bad", type=int, default=0, metavar="N", help="leave out up to N malformed records instead of stopping")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Tell; 0, or the error's exit code."""
     given = parser().parse_args(argv)
@@ -53,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
                 raise DataError(f"--{flag.replace('_', '-')} {getattr(given, flag)} is not above 0", where="command line")
         if given.plot and given.plot.suffix not in (".png", ".pdf", ".svg"):
             raise DataError(f"--plot {given.plot} is no picture", where="command line", mend="end its name in .png, .pdf or .svg")
-        lengths = read_lengths(given.prefix, rejected=given.rejected)
+        lengths, left_out = measured(given)
         setup = Setup(ranks=given.gpus, batch=given.batch, micro=given.micro_batch, capacity=given.capacity, seed=given.seed)
         report = summarise(lengths, setup, coverage=given.coverage, max_length=given.max_length, tokens_per_second=given.tokens_per_second)
-        told = json.dumps({"inputs": given.prefix, **report.as_dict()}, indent=1)
+        told = json.dumps({"inputs": given.input, "left_out": dict(left_out), **report.as_dict()}, indent=1)
         if given.json and str(given.json) != "-":
             aside = given.json.with_name(f"{given.json.name}.tmp.{os.getpid()}")
             aside.write_text(told + "\n", encoding="utf-8")
@@ -72,8 +95,37 @@ def main(argv: list[str] | None = None) -> int:
     if str(given.json) == "-":
         print(told)
     else:
+        for reason, count in left_out.items():
+            print(f"left out: {count:,} records ({reason})")
         print_report(report, setup)
     return 0
+
+
+def measured(given: argparse.Namespace) -> tuple[Lengths, Counter[str]]:
+    """The lengths of the input, and the records left out by reason."""
+    if given.tokenizer_path is None and given.tokenizer_type is None:
+        return read_lengths(given.input, rejected=given.rejected), Counter()
+    if given.rejected or (given.tokenizer_path and given.tokenizer_type) or given.workers < 1:
+        raise DataError(
+            "these flags do not go together",
+            where="command line",
+            mend="files need --tokenizer-path (pairs) or --tokenizer-type (texts), not both; --rejected is for prefixes; --workers from 1",
+        )
+    files = find(given.input, split=given.split)
+    if given.tokenizer_type:
+        keys = tuple(given.jsonl_keys or ["text"])[:1]
+        source = Files(files, columns=keys)
+        return measure(
+            source, TextSource(shared.tokenizer_source(given, source, keys), True, keys), workers=given.workers, skip_bad=given.skip_bad
+        )
+    from megatron.data.chat.pairs import PairSource
+    from megatron.data.chat.sources import chat_format
+
+    keys = tuple(given.jsonl_keys or ["chosen", "rejected"])
+    if len(keys) != 2:
+        raise DataError("a pair has two answers", where="--jsonl-keys", mend="for instance --jsonl-keys chosen rejected")
+    pairs = PairSource(chat_format(given.tokenizer_path, given.chat_template), given.prompt_key, *keys)
+    return measure(Files(files, columns=(given.prompt_key, *keys)), pairs, workers=given.workers, skip_bad=given.skip_bad)
 
 
 def print_report(report: Report, setup: Setup) -> None:

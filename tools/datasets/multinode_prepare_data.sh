@@ -99,13 +99,14 @@ main() {
         argument=$1
         shift
         case "$argument" in
-            --output-prefix)
-                [ $# -gt 0 ] || fail "--output-prefix needs a value"
+            # The tools take flags cut short, too.
+            --ou*=*) prefix=${argument#*=} ;;
+            --ou*)
+                [ $# -gt 0 ] || fail "$argument needs a value"
                 prefix=$1
                 shift
                 ;;
-            --output-prefix=*) prefix=${argument#*=} ;;
-            --input | --input=*) fail "--input is made from $list: leave it out" ;;
+            --in*) fail "--input is made from $list: leave it out" ;;
             *) flags+=("$argument") ;;
         esac
     done

@@ -54,6 +54,7 @@ def test_flags_pass_untouched(tmp_path: Path) -> None:
     expected = ["--input", "x.jsonl", "--output-prefix", "p_rank0", *own]
     assert flags_of(call(tmp_path, "list.txt", *own[:2], "--output-prefix", "p", *own[2:])) == expected
     assert flags_of(call(tmp_path, "list.txt", *own, "--output-prefix=p")) == expected
+    assert flags_of(call(tmp_path, "list.txt", *own, "--output", "p")) == expected
     assert flags_of(call(tmp_path, "list.txt")) == ["--input", "x.jsonl", "--output-prefix", "rank0"]
 
 
