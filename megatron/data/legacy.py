@@ -6,6 +6,7 @@ legacy_index.py tells the format, and writes it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from megatron.data.legacy_index import HEADER
 from megatron.errors import DataError
 
 # 6 and 7 are the floats of C, or both of 8 bytes, whichever tool wrote them: their width tells.
-DTYPES = {
+DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
     **{(1, 1): np.dtype("u1"), (2, 1): np.dtype("i1"), (3, 2): np.dtype("<i2"), (4, 4): np.dtype("<i4"), (5, 8): np.dtype("<i8")},
     **{(code, width): np.dtype(f"<f{width}") for code in (6, 7) for width in (4, 8)},
 }
