@@ -80,7 +80,7 @@ def test_packing_is_that_of_the_table(of: tuple[float, float], limit: int, capac
     assert 1 <= mode.time <= mode.time_each < 1.02 and mode.peak <= capacity
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(rows=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), min_size=1, max_size=40), micro=st.integers(1, 3))
 def test_any_set_gives_sound_numbers(rows: list[tuple[int, int]], micro: int) -> None:
     limit = 64

@@ -33,7 +33,7 @@ def write(prefix: Path, documents: list[list[int]], dtype: object = np.int32) ->
     return str(prefix)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(DOCUMENT, max_size=8))
 @example(documents=[[], [(1, True), (7, False)], [], [], [(7, True), (2, False)]])
 def test_statistics_are_those_of_plain_python(tmp_path: Path, documents: list[list[tuple[int, bool]]]) -> None:
@@ -62,7 +62,7 @@ def test_statistics_are_those_of_plain_python(tmp_path: Path, documents: list[li
         }
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(DOCUMENT, min_size=1, max_size=8), wrong=st.sets(st.integers(0, 63), max_size=5))
 def test_every_wrong_label_is_found(tmp_path: Path, documents: list[list[tuple[int, bool]]], wrong: set[int]) -> None:
     places = [(document, position) for document, row in enumerate(documents) for position in range(len(row))]

@@ -106,7 +106,7 @@ def test_legacy_files_are_read(tmp_path: Path, corpus: list[list[int]], capsys: 
         LegacyDataset(source / "ds_text_document")
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(
         st.tuples(st.lists(st.lists(st.integers(0, 60000), max_size=5), max_size=5), st.sampled_from(["u2", "i4", "i8"])),
