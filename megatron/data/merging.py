@@ -36,13 +36,13 @@ class Merged(NamedTuple):
 
 
 def stream_of(prefix: str) -> str:
-    """The end of a prefix that names its stream; "" where it has none.
+    """The end of a prefix that names its stream; other names are taken for tokens.
 
     >>> stream_of("a/set_text_document"), stream_of("a/set_chosen_label_document"), stream_of("a/merged")
-    ('_document', '_chosen_label_document', '')
+    ('_document', '_chosen_label_document', '_document')
     """
     found = STREAM.search(prefix)
-    return found.group() if found else ""
+    return found.group() if found else "_document"
 
 
 def find_pairs(folder: str | Path) -> list[str]:
@@ -77,7 +77,7 @@ def merge_folder(folder: str | Path, output: str | Path, *, by_stream: bool = Fa
         streams.setdefault(stream_of(prefix), []).append(prefix)
     if not by_stream:
         if len(streams) > 1:
-            held = ", ".join(f"*{name or '(other names)'}: {len(parts)}" for name, parts in sorted(streams.items()))
+            held = ", ".join(f"*{name}: {len(parts)}" for name, parts in sorted(streams.items()))
             raise DataError(
                 f"the folder holds several streams, which must not follow each other in one file ({held})",
                 where=str(folder),
@@ -86,7 +86,7 @@ def merge_folder(folder: str | Path, output: str | Path, *, by_stream: bool = Fa
         return [merge(prefixes, output)]
     # By the name without its ending: else 'a' and 'a_l' would change places between tokens and labels.
     for name, parts in streams.items():
-        parts.sort(key=lambda prefix, name=name: prefix.removesuffix(name) if name else prefix)  # type: ignore[misc]
+        parts.sort(key=lambda prefix, name=name: prefix.removesuffix(name))  # type: ignore[misc]
     _check_aligned(streams, str(folder))
     return [merge(parts, f"{output}{name}") for name, parts in sorted(streams.items())]
 
@@ -101,7 +101,8 @@ def merge(prefixes: Sequence[str], output: str | Path) -> Merged:
         if outputs & {data_file(prefix).resolve(), index_file(prefix).resolve()}:
             raise DataError("the output is one of the inputs", where=str(output), mend="choose another output prefix")
     heads = [_head(prefix) for prefix in prefixes]
-    dtype = _common_dtype([head.dtype for head in heads], str(output))
+    rewards = all(prefix.endswith("_reward_document") for prefix in prefixes)
+    dtype = _common_dtype([head.dtype for head in heads], str(output), rewards=rewards)
     done = Merged(
         str(output),
         tuple(prefixes),
@@ -171,12 +172,15 @@ def _marks(doc_idx: NDArray[np.int64], sequences: int, prefix: str) -> NDArray[n
     return ends if int(ends[-1]) == sequences else np.append(ends, sequences)
 
 
-def _common_dtype(dtypes: Sequence[np.dtype], where: str) -> np.dtype:
+def _common_dtype(dtypes: Sequence[np.dtype], where: str, *, rewards: bool) -> np.dtype:
     floats = [dtype for dtype in dtypes if dtype.kind == "f"]
+    mend = "merge them apart"
+    if 0 < len(floats) < len(dtypes) and not rewards:
+        raise DataError("some pairs hold ids, others fractions", where=where, mend=mend)
     # Rewards of one part may be whole numbers, of another fractions; int32 beside float32 need not become float64.
     common = np.dtype(np.result_type(*(floats or dtypes))).newbyteorder("<")
     if common not in DTYPES.values():
-        raise DataError(f"no dtype of the format holds {sorted({str(d) for d in dtypes})}", where=where, mend="merge them apart")
+        raise DataError(f"no dtype of the format holds {sorted({str(d) for d in dtypes})}", where=where, mend=mend)
     return common
 
 

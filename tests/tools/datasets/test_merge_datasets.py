@@ -153,6 +153,11 @@ def test_whole_and_fractional_rewards(tmp_path: Path, capsys: pytest.CaptureFixt
     assert IndexedDataset(tmp_path / "out").values.tolist() == [1.0, -3.0, 0.25]
     write(tmp_path / "in" / "a_reward_document", [[2**24 + 1]], np.int32)
     assert merge(tmp_path / "in", tmp_path / "out") == 77 and "cannot be held as float32" in capsys.readouterr().err
+    write(tmp_path / "in" / "c", [[1]])
+    assert merge(tmp_path / "in", tmp_path / "out") == 77 and "several streams" in capsys.readouterr().err
+    write(tmp_path / "ids" / "a_document", [[1]])
+    write(tmp_path / "ids" / "a_document_logprobs", [[0.5]], np.float32)  # type: ignore[list-item]
+    assert merge(tmp_path / "ids", tmp_path / "out") == 77 and "others fractions" in capsys.readouterr().err
     # The earlier result is untouched and nothing half-made is left.
     assert IndexedDataset(tmp_path / "out").values.tolist() == [1.0, -3.0, 0.25]
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx"]
