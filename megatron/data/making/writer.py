@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.data.encoders import Encoder, EncoderSource
-from megatron.data.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
-from megatron.data.partial import Counts, Partial
-from megatron.data.progress import Progress
-from megatron.data.sources import Source
-from megatron.data.stream_files import StreamFiles
+from megatron.data.making.encoders import Encoder, EncoderSource
+from megatron.data.making.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
+from megatron.data.making.partial import Counts, Partial
+from megatron.data.making.progress import Progress
+from megatron.data.making.sources import Source
+from megatron.data.making.stream_files import StreamFiles
 from megatron.errors import DataError
 from megatron.log import get_logger
 from megatron.tokenizer import set_library_threads
@@ -146,9 +146,7 @@ def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource
         )
 
 
-def _encoded(
-    source: Source, encoder: Encoder | None, encoder_source: EncoderSource, partial: Partial, options: Options
-) -> Iterator[Done]:
+def _encoded(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, partial: Partial, options: Options) -> Iterator[Done]:
     blocks = source.blocks(partial.position)
     if encoder is not None:
         for block in blocks:
