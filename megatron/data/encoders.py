@@ -62,6 +62,7 @@ class Batch:
     dropped:   reason -> records
     faults:    (number of the record in the batch, what is wrong)
     droppings: (number of the record, reason) of every dropped record, in order
+    notes:     kept records by what is worth telling of them
     """
 
     streams: dict[str, Ragged]
@@ -69,6 +70,7 @@ class Batch:
     dropped: Counter[str] = field(default_factory=Counter)
     faults: list[tuple[int, str]] = field(default_factory=list)
     droppings: list[tuple[int, str]] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
 
     @property
     def documents(self) -> int:

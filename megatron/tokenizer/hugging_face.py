@@ -51,6 +51,10 @@ class EngineTokenizer:
         """Text of ids; ids beyond the vocabulary (padding rows of the embedding) give nothing."""
         return str(self._engine.decode(list(ids), skip_special_tokens=False))
 
+    def engine_copy(self) -> Engine:
+        """A `tokenizers` pipeline equal to this one's, for whoever needs what is not offered here."""
+        return Engine.from_str(self._engine.to_str())
+
 
 def open_hf(vocab_file: str | None) -> EngineTokenizer:
     """HFTokenizer: a tokenizer.json, or a folder that holds one.
