@@ -74,21 +74,22 @@ class Masked(NamedTuple):
     crossing: bool
 
 
-def plan(template: ChatTemplate, talk: Conversation, masking: Masking) -> Plan:
-    """Render what the masking needs. Raises UnmaskableError."""
+def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first: int = 0) -> Plan:
+    """Render what the masking needs; turns before `first` are not trained. Raises UnmaskableError."""
     if masking.borders is Borders.NEOX and not masking.reward:
-        return _neox_plan(template, talk, masking)
+        wanted = wanted_turns(talk.turns, masking.role, only_last=masking.only_last, first=first)
+        return Plan(_neox_texts(template, talk, masking.role), trained=tuple(wanted))
     if masking.reward or not masking.labels:
         return Plan((rendered(template, talk).text,))
-    marked = mark(template, talk, masking.role, only_last=masking.only_last)
+    marked = mark(template, talk, masking.role, only_last=masking.only_last, first=first)
     return Plan((marked.text,), marked.spans)
 
 
-def _neox_plan(template: ChatTemplate, talk: Conversation, masking: Masking) -> Plan:
+def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[str, ...]:
     whole = rendered(template, talk).text
     texts = []
     for count in range(1, len(talk.turns)):
-        prompting = talk.turns[count]["role"] == masking.role
+        prompting = talk.turns[count]["role"] == role
         try:
             part = template.render(talk.turns[:count], talk.tools, add_generation_prompt=prompting).text
         except RenderError as error:
@@ -99,7 +100,7 @@ def _neox_plan(template: ChatTemplate, talk: Conversation, masking: Masking) -> 
             raise UnmaskableError(f"{error}; if only the generation prompt differs, {NEOX_MEND}") from error
         texts.append(part)
     # The text of the whole conversation last: turns are cut from it, too.
-    return Plan((*texts, whole), trained=tuple(wanted_turns(talk.turns, masking.role, only_last=masking.only_last)))
+    return (*texts, whole)
 
 
 def apply(made: Plan, encoded: Sequence[Spans]) -> Masked:
@@ -132,6 +133,11 @@ def _neox(encoded: Sequence[Spans], trained: Sequence[int]) -> Masked:
         labels.append(piece if number in trained else np.full(len(piece), IGNORED, dtype=np.int32))
     ids = np.concatenate(pieces)
     return Masked(ids, np.concatenate(labels), not np.array_equal(ids, encoded[-1].ids))
+
+
+def count_trained(masked: Masked) -> int:
+    """Tokens with a label."""
+    return int((masked.labels != IGNORED).sum())
 
 
 def close(masked: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from megatron.data.chat.folder import special_tokens, template_sources
-from megatron.data.chat.masks import IGNORED, Masked, Masking, Plan, apply, close, plan
+from megatron.data.chat.masks import Masked, Masking, Plan, apply, close, count_trained, plan
+from megatron.data.chat.records import answered, reward_of, talk_of
 from megatron.data.chat.template import ChatTemplate
-from megatron.data.chat.turns import Conversation, UnmaskableError, conversation
+from megatron.data.chat.turns import UnmaskableError
 from megatron.data.encoders import Batch, Dropped, Fault, Outcome, Stream, gather
 from megatron.tokenizer.spans import Spans, SpanTokenizer
 
@@ -72,7 +72,8 @@ def _found(form: ChatFormat) -> tuple[dict[str, str], dict[str, Any]]:
 class ChatSource:
     """Conversations under `keys` -> streams `<key>`, `<key>_label` (unless the masking has none), `<key>_reward` (with `reward_key`).
 
-    binary: rewards are 1 (true, or above 0) and -1, as KTO needs them
+    binary:     rewards are 1 (true, or above 0) and -1, as KTO needs them
+    prompt_key: the turns under `keys` answer the prompt under this key, which is not trained
     """
 
     form: ChatFormat
@@ -81,6 +82,7 @@ class ChatSource:
     tools_key: str | None = None
     reward_key: str | None = None
     binary: bool = False
+    prompt_key: str | None = None
 
     def open(self) -> ChatEncoder:
         """Open tokenizer and template."""
@@ -125,12 +127,16 @@ class ChatEncoder:
 
     def _plans(self, record: Mapping[str, Any]) -> list[Plan] | Fault:
         try:
-            return [plan(self.template, self._talk(record, key), self.source.masking) for key in self.source.keys]
+            return [self._plan(record, key) for key in self.source.keys]
         except UnmaskableError as error:
             return Fault(str(error))
 
-    def _talk(self, record: Mapping[str, Any], key: str) -> Conversation:
-        return talk_of(record, key, self.source.tools_key)
+    def _plan(self, record: Mapping[str, Any], key: str) -> Plan:
+        source = self.source
+        if source.prompt_key is None:
+            return plan(self.template, talk_of(record, key, source.tools_key), source.masking)
+        talk, first = answered(record, source.prompt_key, key, source.masking.role, source.tools_key)
+        return plan(self.template, talk, source.masking, first=first)
 
     def _masked(self, made: Plan, encoded: Sequence[Spans]) -> Masked:
         return close(apply(made, encoded), self.tokenizer, reward=self.source.masking.reward)
@@ -150,22 +156,3 @@ class ChatEncoder:
             values = {key: one.ids, f"{key}_label": one.labels, f"{key}_reward": reward}
             found.update((name, value) for name, value in values.items() if name in self.streams)
         return found
-
-
-def talk_of(record: Mapping[str, Any], key: str, tools_key: str | None) -> Conversation:
-    """The conversation under a key. Raises UnmaskableError where there is none."""
-    if key not in record:
-        raise UnmaskableError(f"no key {key}; the record has {', '.join(sorted(map(str, record))) or 'none'}")
-    return conversation(record[key], key, record.get(tools_key) if tools_key else None)
-
-
-def count_trained(masked: Masked) -> int:
-    """Tokens with a label."""
-    return int((masked.labels != IGNORED).sum())
-
-
-def reward_of(value: Any, key: str, *, binary: bool) -> np.ndarray[Any, Any]:
-    """[1] float32, or with `binary` int32: 1 or -1. Raises UnmaskableError for what is no number."""
-    if not isinstance(value, bool | int | float) or not math.isfinite(value):
-        raise UnmaskableError(f"{key}: not a number but {value!r:.40}")
-    return np.array([1 if value > 0 else -1], dtype="<i4") if binary else np.array([value], dtype="<f4")

@@ -9,7 +9,7 @@ that is only true if each shorter conversation is the beginning of the longer on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from megatron.data.chat.template import ChatTemplate, RenderError, Rendering, Span, Turn
@@ -40,21 +40,6 @@ class Marked(NamedTuple):
     spans: tuple[Span, ...]
 
 
-def conversation(value: Any, key: str, tools: Any = None) -> Conversation:
-    """`value` as a conversation. Raises UnmaskableError where it is none."""
-    if not isinstance(value, list) or not value:
-        raise UnmaskableError(f"{key}: not a list of turns but {type(value).__name__}{' of none' if value == [] else ''}")
-    for number, turn in enumerate(value):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-            hint = " (rename from/value to role/content)" if isinstance(turn, Mapping) and "from" in turn else ""
-            raise UnmaskableError(f"{key}: turn {number} is not {{role, content}}{hint}")
-        if "content" not in turn and not any(turn.get(name) for name in GENERATED_KEYS):
-            raise UnmaskableError(f"{key}: turn {number} ({turn['role']}) has no content")
-    if tools is not None and not isinstance(tools, list):
-        raise UnmaskableError(f"{key}: tools are not a list but {type(tools).__name__}")
-    return Conversation(value, tools or None)
-
-
 def rendered(template: ChatTemplate, talk: Conversation) -> Rendering:
     """The whole conversation. Raises UnmaskableError."""
     try:
@@ -66,16 +51,16 @@ def rendered(template: ChatTemplate, talk: Conversation) -> Rendering:
 def mark(template: ChatTemplate, talk: Conversation, role: str, *, only_last: bool = False, first: int = 0) -> Marked:
     """The text and its trained characters; turns before `first` are not trained. Raises UnmaskableError."""
     text, generated = rendered(template, talk)
-    wanted = [number for number in wanted_turns(talk.turns, role, only_last=only_last) if number >= first]
+    wanted = wanted_turns(talk.turns, role, only_last=only_last, first=first)
     if generated and role == "assistant":
         return Marked(text, _within(generated, template, talk, wanted, text))
     ends = turn_ends(template, talk, text)
     return Marked(text, merged(_turn_span(template, talk, number, text, ends) for number in wanted))
 
 
-def wanted_turns(turns: Sequence[Turn], role: str, *, only_last: bool) -> list[int]:
-    """Numbers of the turns to train; with `only_last` the last turn of the conversation, if it has the role."""
-    start = len(turns) - 1 if only_last else 0
+def wanted_turns(turns: Sequence[Turn], role: str, *, only_last: bool, first: int = 0) -> list[int]:
+    """Numbers of the turns to train, from `first` on; with `only_last` the last turn of the conversation, if it has the role."""
+    start = len(turns) - 1 if only_last else first
     return [number for number in range(start, len(turns)) if turns[number]["role"] == role]
 
 
