@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as Engine
 
-from megatron.tokenizer.hugging_face import open_hf
+from megatron.tokenizer.hugging_face import AT_A_TIME, open_hf
+from megatron.tokenizer.tokenizer import spans
 
 
 class Spans(NamedTuple):
@@ -31,7 +33,7 @@ class SpanTokenizer:
         self.eod = plain.eod
         self.vocab_size = plain.vocab_size
         self.digest = plain.digest
-        self._engine = plain.engine_copy()
+        self._engine = Engine.from_str(plain.content())
         self._engine.post_processor = None
 
     def encode(self, text: str) -> Spans:
@@ -39,8 +41,11 @@ class SpanTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Spans]:
-        """Several texts, in order."""
-        return [_spans(encoding) for encoding in self._engine.encode_batch(list(texts), add_special_tokens=False)]
+        """Several texts, in order. Every text must be encodable."""
+        found: list[Spans] = []
+        for first, last in spans(texts, AT_A_TIME):
+            found += [_spans(encoding) for encoding in self._engine.encode_batch(list(texts[first:last]), add_special_tokens=False)]
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out."""
@@ -49,10 +54,6 @@ class SpanTokenizer:
     def is_space(self, number: int) -> bool:
         """Whether the token is nothing but white space."""
         return self.decode([number]).isspace()
-
-    def text_of(self, number: int) -> str:
-        """The token as the vocabulary spells it."""
-        return str(self._engine.id_to_token(int(number)))
 
 
 def _spans(encoding: Any) -> Spans:

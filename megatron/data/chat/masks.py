@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From marked text to ids and labels. Knows tokenizers and spans; templates only to cut as the reference does.
 
-A label is the token's own id where it is trained, else IGNORED; labels are not shifted.
+A label is the token's own id where it is trained, else UNTRAINED; labels are not shifted.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from megatron.data.chat.template import ChatTemplate, RenderError, Span
 from megatron.data.chat.turns import Conversation, UnmaskableError, check_prefix, mark, rendered, wanted_turns
+from megatron.data.encoders import UNTRAINED
 from megatron.tokenizer.spans import Spans, SpanTokenizer
 
-IGNORED = -100
 NEOX_MEND = "--turn-borders exact masks it"
 
 
@@ -109,7 +109,7 @@ def apply(made: Plan, encoded: Sequence[Spans]) -> Masked:
         return _neox(encoded, made.trained)
     spans = encoded[0]
     trained, crossing = trained_tokens(spans, made.spans)
-    return Masked(spans.ids, np.where(trained, spans.ids, IGNORED).astype(np.int32), crossing > 0)
+    return Masked(spans.ids, np.where(trained, spans.ids, UNTRAINED).astype(np.int32), crossing > 0)
 
 
 def trained_tokens(tokens: Spans, spans: Sequence[Span]) -> tuple[NDArray[np.bool_], int]:
@@ -130,14 +130,14 @@ def _neox(encoded: Sequence[Spans], trained: Sequence[int]) -> Masked:
         piece = spans.ids[count:]
         count += len(piece)
         pieces.append(piece)
-        labels.append(piece if number in trained else np.full(len(piece), IGNORED, dtype=np.int32))
+        labels.append(piece if number in trained else np.full(len(piece), UNTRAINED, dtype=np.int32))
     ids = np.concatenate(pieces)
     return Masked(ids, np.concatenate(labels), not np.array_equal(ids, encoded[-1].ids))
 
 
 def count_trained(masked: Masked) -> int:
     """Tokens with a label."""
-    return int((masked.labels != IGNORED).sum())
+    return int((masked.labels != UNTRAINED).sum())
 
 
 def close(masked: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
@@ -148,11 +148,11 @@ def close(masked: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
     eod = tokenizer.eod
     ids, labels = masked.ids.tolist(), masked.labels.tolist()
     if reward:
-        labels = [IGNORED] * len(ids)
+        labels = [UNTRAINED] * len(ids)
     if not ends_with_eod(ids, tokenizer):
-        trained = bool(labels) and labels[-1] != IGNORED
+        trained = bool(labels) and labels[-1] != UNTRAINED
         ids.append(eod)
-        labels.append(eod if trained else IGNORED)
+        labels.append(eod if trained else UNTRAINED)
     if reward:
         ids.append(eod)
         labels.append(eod)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron.data.chat.masks import IGNORED, Masked, close, count_trained, trained_tokens
+from megatron.data.chat.masks import Masked, close, count_trained, trained_tokens
 from megatron.data.chat.records import answered, common_turns
 from megatron.data.chat.sources import IDS, NOTHING, ChatFormat
 from megatron.data.chat.turns import Marked, UnmaskableError, mark
-from megatron.data.encoders import Batch, Dropped, Fault, Outcome, Stream, gather
+from megatron.data.encoders import UNTRAINED, Batch, Dropped, Fault, Outcome, Stream, gather
 from megatron.tokenizer.spans import Spans
 
 LENGTHS = "lengths"
@@ -66,7 +66,7 @@ class PairEncoder:
         whole = iter(self.tokenizer.encode_batch([side.text for pair in pairs if isinstance(pair, Pair) for side in pair[:2]]))
         outcomes = [self._outcome(pair, (next(whole), next(whole))) if isinstance(pair, Pair) else pair for pair in pairs]
         labels = [outcome[f"{key}_label"] for outcome in outcomes if isinstance(outcome, Mapping) for key in self.keys]
-        return gather(outcomes, self.streams, trained=sum(int((label != IGNORED).sum()) for label in labels))
+        return gather(outcomes, self.streams, trained=sum(int((label != UNTRAINED).sum()) for label in labels))
 
     def _pair(self, record: Mapping[str, Any]) -> Pair | Dropped | Fault:
         source = self.source
@@ -112,7 +112,7 @@ class PairEncoder:
 
     def _masked(self, spans: Spans, side: Marked) -> Masked:
         trained, crossing = trained_tokens(spans, side.spans)
-        labels = np.where(trained, spans.ids, IGNORED).astype(np.int32)
+        labels = np.where(trained, spans.ids, UNTRAINED).astype(np.int32)
         return close(Masked(spans.ids, labels, crossing > 0), self.tokenizer, reward=False)
 
 

@@ -8,7 +8,7 @@ begin with the prompt's, or follow a prompt given as text but do not begin with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +49,12 @@ def answered(record: Mapping[str, Any], prompt_key: str, key: str, role: str, to
     return Answered(Conversation(whole, _tools(record, tools_key)), first)
 
 
+def mended(talk: Conversation, mend: Callable[[str], str]) -> Conversation:
+    """The conversation with its contents mended."""
+    turns = [{**turn, "content": mend(turn["content"])} if isinstance(turn.get("content"), str) else turn for turn in talk.turns]
+    return Conversation(turns, talk.tools)
+
+
 def common_turns(one: Sequence[Turn], other: Sequence[Turn]) -> int:
     """How many turns two conversations begin with alike.
 
@@ -80,7 +86,8 @@ def _turns(value: Any, key: str) -> Sequence[Turn]:
             raise UnmaskableError(f"{key}: turn {number} is not {{role, content}}{hint}")
         if "content" not in turn and not any(turn.get(name) for name in GENERATED_KEYS):
             raise UnmaskableError(f"{key}: turn {number} ({turn['role']}) has no content")
-    return value
+    # Tables give every turn every key; templates ask whether a key is there.
+    return [{name: held for name, held in turn.items() if held is not None or name == "content"} for turn in value]
 
 
 def _tools(record: Mapping[str, Any], key: str | None) -> Sequence[Any] | None:

@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 
 from megatron.data.chat.folder import special_tokens, template_sources
-from megatron.data.chat.masks import Masked, Masking, Plan, apply, close, count_trained, plan
-from megatron.data.chat.records import answered, reward_of, talk_of
+from megatron.data.chat.masks import Borders, Masked, Masking, Plan, apply, close, count_trained, plan
+from megatron.data.chat.records import answered, mended, reward_of, talk_of
 from megatron.data.chat.template import ChatTemplate
 from megatron.data.chat.turns import UnmaskableError
-from megatron.data.encoders import Batch, Dropped, Fault, Outcome, Stream, gather
+from megatron.data.encoders import Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
 from megatron.tokenizer.spans import Spans, SpanTokenizer
 
 IDS = Stream(np.dtype("<i4"))
 REWARDS = Stream(np.dtype("<f4"), integral=np.dtype("<i4"))
 SIGNS = Stream(np.dtype("<i4"))
 NOTHING = "nothing to train"
-CROSSING = "a token across a turn's border"
+CUT = "conversations cut as the reference cuts them lose or double characters at a turn's border (--turn-borders exact keeps them)"
+CROSSING = "conversations have a token across the border of what is trained: that token is not trained"
+KEPT = "conversations have nothing to train, and are kept as the reference keeps them"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class ChatSource:
 
     binary:     rewards are 1 (true, or above 0) and -1, as KTO needs them
     prompt_key: the turns under `keys` answer the prompt under this key, which is not trained
+    ftfy:       mend mis-decoded text first
     """
 
     form: ChatFormat
@@ -83,6 +86,7 @@ class ChatSource:
     reward_key: str | None = None
     binary: bool = False
     prompt_key: str | None = None
+    ftfy: bool = False
 
     def open(self) -> ChatEncoder:
         """Open tokenizer and template."""
@@ -96,6 +100,7 @@ class ChatEncoder:
         self.source = source
         self.tokenizer = source.form.open_tokenizer()
         self.template = source.form.open_template()
+        self.mend = text_mender() if source.ftfy else None
         self.streams: dict[str, Stream] = {}
         for key in source.keys:
             self.streams[key] = IDS
@@ -109,8 +114,9 @@ class ChatEncoder:
         plans = [self._plans(record) for record in records]
         texts = [text for made in plans if not isinstance(made, Fault) for one in made for text in one.texts]
         encoded = iter(self.tokenizer.encode_batch(texts))
-        crossing = trained = 0
         outcomes: list[Outcome] = []
+        notes: Counter[str] = Counter()
+        trained = 0
         for record, made in zip(records, plans, strict=True):
             if isinstance(made, Fault):
                 outcomes.append(made)
@@ -119,11 +125,20 @@ class ChatEncoder:
             outcome = self._outcome(record, masked)
             outcomes.append(outcome)
             if isinstance(outcome, Mapping):
-                crossing += any(one.crossing for one in masked)
                 trained += sum(count_trained(one) for one in masked)
+                notes.update(self._notes(masked))
         batch = gather(outcomes, self.streams, trained=trained if self.source.masking.labels else None)
-        batch.notes = +Counter({CROSSING: crossing})
+        batch.notes = notes
         return batch
+
+    def _notes(self, masked: Sequence[Masked]) -> list[str]:
+        masking = self.source.masking
+        notes = []
+        if any(one.crossing for one in masked):
+            notes.append(CUT if masking.borders is Borders.NEOX else CROSSING)
+        if masking.labels and not all(count_trained(one) for one in masked):
+            notes.append(KEPT)
+        return notes
 
     def _plans(self, record: Mapping[str, Any]) -> list[Plan] | Fault:
         try:
@@ -134,8 +149,10 @@ class ChatEncoder:
     def _plan(self, record: Mapping[str, Any], key: str) -> Plan:
         source = self.source
         if source.prompt_key is None:
-            return plan(self.template, talk_of(record, key, source.tools_key), source.masking)
-        talk, first = answered(record, source.prompt_key, key, source.masking.role, source.tools_key)
+            talk, first = talk_of(record, key, source.tools_key), 0
+        else:
+            talk, first = answered(record, source.prompt_key, key, source.masking.role, source.tools_key)
+        talk = mended(talk, self.mend) if self.mend else talk
         return plan(self.template, talk, source.masking, first=first)
 
     def _masked(self, made: Plan, encoded: Sequence[Spans]) -> Masked:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from megatron.data.chat.template import ChatTemplate, RenderError, Rendering, Span, Turn
+from megatron.tokenizer.tokenizer import encodable
 
 UNSTABLE = "the template is not prefix-stable"
 MEND = "put {% generation %} blocks into the template, or use one that renders a turn the same way whatever follows it"
@@ -43,9 +44,12 @@ class Marked(NamedTuple):
 def rendered(template: ChatTemplate, talk: Conversation) -> Rendering:
     """The whole conversation. Raises UnmaskableError."""
     try:
-        return template.render(talk.turns, talk.tools)
+        whole = template.render(talk.turns, talk.tools)
     except RenderError as error:
         raise UnmaskableError(f"the template does not take this conversation: {error}") from error
+    if not encodable(whole.text):
+        raise UnmaskableError("the text holds half of a surrogate pair, which is no character")
+    return whole
 
 
 def mark(template: ChatTemplate, talk: Conversation, role: str, *, only_last: bool = False, first: int = 0) -> Marked:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.chat.masks import IGNORED, Masking
+from megatron.data.chat.masks import Masking
 from megatron.data.chat.pairs import LENGTHS, PROMPTS_DIFFER, SAME, PairEncoder, PairSource
 from megatron.data.chat.sources import NOTHING, ChatSource, chat_format
+from megatron.data.encoders import UNTRAINED
 from tests.support.chat import STYLES, chat_folder, turns
 
 NAMES = ["chatml", "llama3", "mistral", "olmo", "gemma", "deepseek", "marked", "qwen3"]
@@ -37,8 +38,8 @@ def check(encoder: PairEncoder, found: dict[str, np.ndarray], answers: tuple[str
     for key, count, answer in zip(("chosen", "rejected"), counts, answers, strict=True):
         ids, labels = found[key], found[f"{key}_label"]
         assert len(ids) == len(labels) == prompt + count
-        assert (labels[:prompt] == IGNORED).all()
-        assert encoder.tokenizer.decode(ids[labels != IGNORED]) == answer
+        assert (labels[:prompt] == UNTRAINED).all()
+        assert encoder.tokenizer.decode(ids[labels != UNTRAINED]) == answer
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,4 +125,4 @@ def test_labelled_answers(tmp_path: Path) -> None:
     batch = encoder(rows)
     assert batch.streams["completion_reward"].values.tolist() == [1, -1] and len(batch.faults) == 1
     ids, labels = batch.streams["completion"].values, batch.streams["completion_label"].values
-    assert encoder.tokenizer.decode(ids[labels != IGNORED]) == "Yes<|im_end|>\n" * 2
+    assert encoder.tokenizer.decode(ids[labels != UNTRAINED]) == "Yes<|im_end|>\n" * 2
