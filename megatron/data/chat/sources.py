@@ -19,6 +19,7 @@ from megatron.data.chat.records import answered, mended, reward_of, talk_of
 from megatron.data.chat.template import ChatTemplate
 from megatron.data.chat.turns import UnmaskableError
 from megatron.data.encoders import Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
+from megatron.tokenizer.hugging_face import from_hub
 from megatron.tokenizer.spans import Spans, SpanTokenizer
 
 IDS = Stream(np.dtype("<i4"))
@@ -43,6 +44,12 @@ class ChatFormat:
     moment: str | None = None
     digest: str = ""
 
+    def about(self) -> dict[str, Any]:
+        """What a dataset's metadata says of it."""
+        tokenizer = self.open_tokenizer()
+        facts = {"path": self.tokenizer, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod}
+        return {"tokenizer": facts, "chat_template": {"file": self.template, "digest": self.digest, "moment": self.moment}}
+
     def open_tokenizer(self) -> SpanTokenizer:
         """Open the tokenizer."""
         return SpanTokenizer(self.tokenizer)
@@ -54,7 +61,10 @@ class ChatFormat:
 
 
 def chat_format(tokenizer: str, template: str | None = None) -> ChatFormat:
-    """The format of a tokenizer folder, or of it with another template file. Raises DataError when there is no template."""
+    """The format of a tokenizer folder (or a name on the Hub), or of it with another template file. Raises DataError when there is
+    no template."""
+    if not Path(tokenizer).expanduser().exists():
+        tokenizer = str(from_hub(tokenizer, "--tokenizer-path", "tokenizer"))
     asked = ChatFormat(tokenizer, template)
     sources, variables = _found(asked)
     digest = hashlib.sha256(repr((sorted(sources.items()), sorted(variables.items()))).encode()).hexdigest()[:16]
