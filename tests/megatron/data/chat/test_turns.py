@@ -43,10 +43,25 @@ def test_a_call_whose_header_is_shorter() -> None:
 def test_refused_beginnings_are_passed_over() -> None:
     before = "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}"
     assert trained(loop("<{{ m.role }}>{{ m.content }}", before=before), turns("a", "b", "c", "d", system="s")) == ["b", "d"]
+    # The text before a turn must be certain even where it cannot be rendered alone.
+    before = "{% if messages | length == 3 %}{{ raise_exception('odd') }}{% endif %}{% if messages[-1].content == 'd' %}!{% endif %}"
+    with pytest.raises(UnmaskableError, match="depends on that turn's content"):
+        trained(loop("<{{ m.role }}>{{ m.content }}", before=before), turns("a", "b", "c", "d"), first=3)
     # Here the first assistant turn's end is never seen.
     before = "{% if messages | length == 2 %}{{ raise_exception('not two') }}{% endif %}"
     with pytest.raises(UnmaskableError, match=r"refuses the conversation up to turn 1 \(assistant\)"):
         trained(loop("<{{ m.role }}>{{ m.content }}", before=before), turns("a", "b", "c", "d"))
+
+
+def test_other_turns_may_depend_on_what_follows() -> None:
+    """Two tool outputs in one bracket: after the first alone the text would end the bracket, but no border is needed there."""
+    opening = "{% if m.role == 'tool' %}{% if loop.previtem.role != 'tool' %}({% endif %}{{ m.content }}"
+    closing = "{% if loop.last or loop.nextitem.role != 'tool' %}){% endif %}"
+    source = loop(opening + closing + "{% else %}<{{ m.role }}>{{ m.content }}{% endif %}")
+    outputs = [{"role": "tool", "content": content} for content in "xy"]
+    assert trained(source, [*turns("a", "b"), *outputs, {"role": "assistant", "content": "c"}]) == ["b", "c"]
+    with pytest.raises(UnmaskableError, match=r"with 3 of 4 turns, the last being turn 2 \(tool\)"):
+        text, spans = mark(ChatTemplate({"default": source}, {}), Conversation([*turns("a", "b"), *outputs]), "tool")
 
 
 @pytest.mark.parametrize(
