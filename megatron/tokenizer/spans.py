@@ -47,6 +47,14 @@ class SpanTokenizer:
             found += [_spans(encoding) for encoding in self._engine.encode_batch(list(texts[first:last]), add_special_tokens=False)]
         return found
 
+    def encode_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Only the ids of several texts, which takes half the time."""
+        found: list[NDArray[np.int32]] = []
+        for first, last in spans(texts, AT_A_TIME):
+            encodings = self._engine.encode_batch_fast(list(texts[first:last]), add_special_tokens=False)
+            found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out."""
         return str(self._engine.decode([int(number) for number in ids], skip_special_tokens=False))

@@ -103,13 +103,18 @@ def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[
     return (*texts, whole)
 
 
-def apply(made: Plan, encoded: Sequence[Spans]) -> Masked:
-    """Ids and labels of the plan's encoded texts, without the end-of-document token."""
-    if made.trained is not None:
-        return _neox(encoded, made.trained)
-    spans = encoded[0]
-    trained, crossing = trained_tokens(spans, made.spans)
-    return Masked(spans.ids, np.where(trained, spans.ids, UNTRAINED).astype(np.int32), crossing > 0)
+def masked(tokenizer: SpanTokenizer, plans: Sequence[Plan]) -> list[Masked]:
+    """Ids and labels of every plan, without the end-of-document token. All plans are of one kind."""
+    texts = [text for made in plans for text in made.texts]
+    if any(made.trained is not None for made in plans):
+        ids = iter(tokenizer.encode_ids(texts))
+        return [_neox([next(ids) for _ in made.texts], made.trained or ()) for made in plans]
+    return [_exact(spans, made.spans) for spans, made in zip(tokenizer.encode_batch(texts), plans, strict=True)]
+
+
+def _exact(tokens: Spans, spans: Sequence[Span]) -> Masked:
+    trained, crossing = trained_tokens(tokens, spans)
+    return Masked(tokens.ids, np.where(trained, tokens.ids, UNTRAINED).astype(np.int32), crossing > 0)
 
 
 def trained_tokens(tokens: Spans, spans: Sequence[Span]) -> tuple[NDArray[np.bool_], int]:
@@ -123,30 +128,30 @@ def trained_tokens(tokens: Spans, spans: Sequence[Span]) -> tuple[NDArray[np.boo
     return inside, int(across.sum())
 
 
-def _neox(encoded: Sequence[Spans], trained: Sequence[int]) -> Masked:
+def _neox(encoded: Sequence[NDArray[np.int32]], trained: Sequence[int]) -> Masked:
     pieces, labels = [], []
     count = 0
-    for number, spans in enumerate(encoded):
-        piece = spans.ids[count:]
+    for number, so_far in enumerate(encoded):
+        piece = so_far[count:]
         count += len(piece)
         pieces.append(piece)
         labels.append(piece if number in trained else np.full(len(piece), UNTRAINED, dtype=np.int32))
     ids = np.concatenate(pieces)
-    return Masked(ids, np.concatenate(labels), not np.array_equal(ids, encoded[-1].ids))
+    return Masked(ids, np.concatenate(labels), not np.array_equal(ids, encoded[-1]))
 
 
-def count_trained(masked: Masked) -> int:
+def count_trained(found: Masked) -> int:
     """Tokens with a label."""
-    return int((masked.labels != UNTRAINED).sum())
+    return int((found.labels != UNTRAINED).sum())
 
 
-def close(masked: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
+def close(found: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
     """End with the end-of-document token, unless the template has written it already (white space may follow it).
 
     It is trained if the token before it is. With `reward` nothing is trained but one more such token.
     """
     eod = tokenizer.eod
-    ids, labels = masked.ids.tolist(), masked.labels.tolist()
+    ids, labels = found.ids.tolist(), found.labels.tolist()
     if reward:
         labels = [UNTRAINED] * len(ids)
     if not ends_with_eod(ids, tokenizer):
@@ -156,7 +161,7 @@ def close(masked: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
     if reward:
         ids.append(eod)
         labels.append(eod)
-    return Masked(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), masked.crossing)
+    return Masked(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), found.crossing)
 
 
 def ends_with_eod(ids: Sequence[int], tokenizer: SpanTokenizer) -> bool:
