@@ -58,20 +58,27 @@ class Plan(NamedTuple):
 
     texts:   one, or (NEOX) the text after each turn
     spans:   trained characters of the one text
+    blocks:  the template told them
     trained: turns to train (NEOX)
     """
 
     texts: tuple[str, ...]
     spans: tuple[Span, ...] = ()
     trained: tuple[int, ...] | None = None
+    blocks: bool = False
 
 
 class Masked(NamedTuple):
-    """ids [n] int32; labels [n] int32; crossing: whether a token lies across the border of something trained."""
+    """ids [n] int32; labels [n] int32.
+
+    crossing: a token lies across the border of something trained
+    endless:  the template's blocks leave out the special token behind them, so the model would not learn to end its turn
+    """
 
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     crossing: bool
+    endless: bool = False
 
 
 def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first: int = 0) -> Plan:
@@ -82,7 +89,7 @@ def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first:
     if masking.reward or not masking.labels:
         return Plan((rendered(template, talk).text,))
     marked = mark(template, talk, masking.role, only_last=masking.only_last, first=first)
-    return Plan((marked.text,), marked.spans)
+    return Plan((marked.text,), marked.spans, blocks=marked.blocks)
 
 
 def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[str, ...]:
@@ -109,12 +116,16 @@ def masked(tokenizer: SpanTokenizer, plans: Sequence[Plan]) -> list[Masked]:
     if any(made.trained is not None for made in plans):
         ids = iter(tokenizer.encode_ids(texts))
         return [_neox([next(ids) for _ in made.texts], made.trained or ()) for made in plans]
-    return [_exact(spans, made.spans) for spans, made in zip(tokenizer.encode_batch(texts), plans, strict=True)]
+    return [_exact(tokenizer, tokens, made) for tokens, made in zip(tokenizer.encode_batch(texts), plans, strict=True)]
 
 
-def _exact(tokens: Spans, spans: Sequence[Span]) -> Masked:
-    trained, crossing = trained_tokens(tokens, spans)
-    return Masked(tokens.ids, np.where(trained, tokens.ids, UNTRAINED).astype(np.int32), crossing > 0)
+def _exact(tokenizer: SpanTokenizer, tokens: Spans, made: Plan) -> Masked:
+    trained, crossing = trained_tokens(tokens, made.spans)
+    endless = False
+    if made.blocks:
+        behind = np.searchsorted(tokens.starts, [end for _, end in made.spans])
+        endless = any(place < len(trained) and not trained[place] and int(tokens.ids[place]) in tokenizer.special for place in behind)
+    return Masked(tokens.ids, np.where(trained, tokens.ids, UNTRAINED).astype(np.int32), crossing > 0, endless)
 
 
 def trained_tokens(tokens: Spans, spans: Sequence[Span]) -> tuple[NDArray[np.bool_], int]:
@@ -161,7 +172,7 @@ def close(found: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
     if reward:
         ids.append(eod)
         labels.append(eod)
-    return Masked(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), found.crossing)
+    return Masked(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), found.crossing, found.endless)
 
 
 def ends_with_eod(ids: Sequence[int], tokenizer: SpanTokenizer) -> bool:

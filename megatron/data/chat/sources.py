@@ -28,6 +28,10 @@ SIGNS = Stream(np.dtype("<i4"))
 NOTHING = "nothing to train"
 CUT = "conversations cut as the reference cuts them lose or double characters at a turn's border (--turn-borders exact keeps them)"
 CROSSING = "conversations have a token across the border of what is trained: that token is not trained"
+ENDLESS = (
+    "conversations have a {% generation %} block without the end-of-turn token behind it: the model would not learn to end its turn "
+    "(put the token into the block)"
+)
 KEPT = "conversations have nothing to train, and are kept as the reference keeps them"
 
 
@@ -146,6 +150,8 @@ class ChatEncoder:
         notes = []
         if any(one.crossing for one in found):
             notes.append(CUT if masking.borders is Borders.NEOX else CROSSING)
+        if any(one.endless for one in found):
+            notes.append(ENDLESS)
         if masking.labels and not all(count_trained(one) for one in found):
             notes.append(KEPT)
         return notes

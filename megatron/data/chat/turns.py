@@ -34,10 +34,11 @@ class Conversation(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A rendered conversation; spans are the trained characters, in order, not touching each other."""
+    """A rendered conversation; spans are the trained characters, in order, not touching each other. blocks: the template told them."""
 
     text: str
     spans: tuple[Span, ...]
+    blocks: bool = False
 
 
 def rendered(template: ChatTemplate, talk: Conversation) -> Rendering:
@@ -56,7 +57,7 @@ def mark(template: ChatTemplate, talk: Conversation, role: str, *, only_last: bo
     text, generated = rendered(template, talk)
     wanted = wanted_turns(talk.turns, role, only_last=only_last, first=first)
     if generated and role == "assistant":
-        return Marked(text, _within(generated, template, talk, wanted, text))
+        return Marked(text, _within(generated, template, talk, wanted, text), blocks=True)
     ends = turn_ends(template, talk, text, wanted)
     return Marked(text, merged(_turn_span(template, talk, number, text, ends) for number in wanted))
 

@@ -88,6 +88,17 @@ def test_pairs(face: Callable[[list[str]], int], tmp_path: Path) -> None:
         assert (len(one), len(other)) == (prompt + first, prompt + second) and (one[:prompt] == other[:prompt]).all()
 
 
+def test_labelled_answers(face: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "Q", "completion": "yes", "label": True}, {"prompt": turns("a", "b", "c"), "completion": "no", "label": False}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer-path", str(GOLDEN / "tokenizer"), "--output-prefix", str(tmp_path / "ds")]
+    kto = ["--prompt-key", "prompt", "--jsonl-keys", "completion", "--reward-key", "label", "--binary-reward"]
+    assert face([*words, *kto]) == 0
+    assert "<|assistant|>\n[[yes\n<|endoftext|>]]" in capsys.readouterr().out
+    rewards = IndexedDataset(tmp_path / "ds_completion_reward_document")
+    assert [rewards[0].tolist(), rewards[1].tolist()] == [[1], [-1]] and rewards.dtype == np.int32
+
+
 def test_marked_templates_are_cut_exactly_and_a_given_template_wins(
     face: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
 
 
 def trained(source: str, talk: list[Any], **how: Any) -> list[str]:
-    text, spans = mark(ChatTemplate({"default": source}, {}), Conversation(talk), "assistant", **how)
+    text, spans, _ = mark(ChatTemplate({"default": source}, {}), Conversation(talk), "assistant", **how)
     return [text[start:end] for start, end in spans]
 
 
@@ -61,7 +61,7 @@ def test_other_turns_may_depend_on_what_follows() -> None:
     outputs = [{"role": "tool", "content": content} for content in "xy"]
     assert trained(source, [*turns("a", "b"), *outputs, {"role": "assistant", "content": "c"}]) == ["b", "c"]
     with pytest.raises(UnmaskableError, match=r"with 3 of 4 turns, the last being turn 2 \(tool\)"):
-        text, spans = mark(ChatTemplate({"default": source}, {}), Conversation([*turns("a", "b"), *outputs]), "tool")
+        mark(ChatTemplate({"default": source}, {}), Conversation([*turns("a", "b"), *outputs]), "tool")
 
 
 @pytest.mark.parametrize(
