@@ -115,9 +115,8 @@ def measured(given: argparse.Namespace) -> tuple[Lengths, Counter[str]]:
     if given.tokenizer_type:
         keys = tuple(given.jsonl_keys or ["text"])[:1]
         source = Files(files, columns=keys)
-        return measure(
-            source, TextSource(shared.tokenizer_source(given, source, keys), True, keys), workers=given.workers, skip_bad=given.skip_bad
-        )
+        chosen = shared.choose_tokenizer(given, source, keys)
+        return measure(source, TextSource(chosen.source, True, keys), workers=given.workers, skip_bad=given.skip_bad)
     from megatron.data.chat.pairs import PairSource
     from megatron.data.chat.sources import chat_format
 
