@@ -107,7 +107,7 @@ CONTENT = st.lists(WORD, min_size=1, max_size=5).map(" ".join)
 
 
 @pytest.mark.parametrize("name", STABLE)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_trained_is_what_the_assistant_writes(name: str, data: st.DataObject) -> None:
     style = STYLES[name]
@@ -130,7 +130,7 @@ def test_trained_is_what_the_assistant_writes(name: str, data: st.DataObject) ->
     assert ending[-1] == tokenizer.eod != ending[-2]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(contents=st.lists(st.text(st.characters(codec="utf-8"), max_size=8), min_size=2, max_size=4))
 def test_every_character_is_kept_and_only_crossing_tokens_are_not_trained(contents: list[str]) -> None:
     batch = encoder("olmo", keep_untrained=True)([{"talk": turns(*contents)}])
