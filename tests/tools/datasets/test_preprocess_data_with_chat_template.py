@@ -9,8 +9,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,13 +31,16 @@ FLAGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def face() -> Callable[[list[str]], int]:
+def loaded() -> Any:
+    """The face's module. Loaded once, before the forks."""
     spec = importlib.util.spec_from_file_location("chat_face", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+face = loaded().main
 
 
 def command(tmp_path: Path, kind: str, *more: str, tokenizer: Path = GOLDEN / "tokenizer") -> list[str]:
@@ -46,7 +49,7 @@ def command(tmp_path: Path, kind: str, *more: str, tokenizer: Path = GOLDEN / "t
 
 
 @pytest.mark.parametrize("case", sorted(FLAGS))
-def test_files_equal_the_recordings(face: Callable[[list[str]], int], tmp_path: Path, case: str) -> None:
+def test_files_equal_the_recordings(tmp_path: Path, case: str) -> None:
     assert face(command(tmp_path, case.split("_")[0], *FLAGS[case])) == 0
     written = {path.name for path in tmp_path.iterdir()} - {"ds_metadata.json"}
     assert written == set(RECORDED[case])
@@ -72,15 +75,13 @@ def test_as_a_user_calls_it(tmp_path: Path) -> None:
     assert len(facts["chat_template"]["digest"]) == 16 and facts["tokenizer"]["vocab_size"] == 512
 
 
-def test_exact_borders_keep_the_text_and_drop_what_teaches_nothing(
-    face: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exact_borders_keep_the_text_and_drop_what_teaches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert face(command(tmp_path, "chat", "--turn-borders", "exact", "--only-last")) == 0
     assert "left out 6 (nothing to train)" in capsys.readouterr().out
     assert len(IndexedDataset(tmp_path / "ds_conversation_document")) == 54
 
 
-def test_pairs(face: Callable[[list[str]], int], tmp_path: Path) -> None:
+def test_pairs(tmp_path: Path) -> None:
     assert face(command(tmp_path, "pairs", "--pairs")) == 0
     chosen, rejected, lengths = (IndexedDataset(tmp_path / f"ds_{name}_document") for name in ("chosen", "rejected", "lengths"))
     assert len(chosen) == len(rejected) == len(lengths) > 40
@@ -88,7 +89,7 @@ def test_pairs(face: Callable[[list[str]], int], tmp_path: Path) -> None:
         assert (len(one), len(other)) == (prompt + first, prompt + second) and (one[:prompt] == other[:prompt]).all()
 
 
-def test_labelled_answers(face: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labelled_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "Q", "completion": "yes", "label": True}, {"prompt": turns("a", "b", "c"), "completion": "no", "label": False}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer-path", str(GOLDEN / "tokenizer"), "--output-prefix", str(tmp_path / "ds")]
@@ -99,9 +100,7 @@ def test_labelled_answers(face: Callable[[list[str]], int], tmp_path: Path, caps
     assert [rewards[0].tolist(), rewards[1].tolist()] == [[1], [-1]] and rewards.dtype == np.int32
 
 
-def test_marked_templates_are_cut_exactly_and_a_given_template_wins(
-    face: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_marked_templates_are_cut_exactly_and_a_given_template_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = chat_folder(tmp_path / "tok", "chatml")
     (tmp_path / "in.jsonl").write_text(json.dumps({"talk": turns("a", "b")}) + "\n")
     words = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer-path", str(tokenizer), "--jsonl-keys", "talk"]
@@ -114,7 +113,7 @@ def test_marked_templates_are_cut_exactly_and_a_given_template_wins(
     assert not (tmp_path / "c_talk_label_document.bin").exists() and "[[b" not in capsys.readouterr().out
 
 
-def test_a_conversation_that_cannot_be_masked_is_named(face: Callable[[list[str]], int], tmp_path: Path) -> None:
+def test_a_conversation_that_cannot_be_masked_is_named(tmp_path: Path) -> None:
     tokenizer = chat_folder(tmp_path / "tok", "qwen3")
     rows = [turns("a", "b"), turns("a", "<think>x</think>b", "c", "d")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"conversation": row}) + "\n" for row in rows))
@@ -134,6 +133,6 @@ def test_a_conversation_that_cannot_be_masked_is_named(face: Callable[[list[str]
         (["--binary-reward"], "how a reward is stored"),
     ],
 )
-def test_flags_without_effect_are_refused(face: Callable[[list[str]], int], tmp_path: Path, words: list[str], what: str) -> None:
+def test_flags_without_effect_are_refused(tmp_path: Path, words: list[str], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         face(command(tmp_path, "pairs", *words))
