@@ -175,6 +175,11 @@ def engine_of(tokenizer: Tokenizer) -> EngineTokenizer:
 def _load(engine: EngineTokenizer) -> Any:
     if find_spec("gigatoken") is None:
         raise BackendError("the package gigatoken is not installed", where="--tokenizer-backend", mend="uv pip install gigatoken, or hf")
+    # The library takes no notice of this flag, and a word that shows it may not be among the hard strings.
+    if whole := engine.whole_words():
+        raise DataError(
+            f"gigatoken cannot run this tokenizer: {whole[0]!r} is a token only as a whole word", where="vocab_file", mend=HF_INSTEAD
+        )
     try:
         import gigatoken
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from megatron.errors import BackendError, DataError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer, settle
@@ -63,6 +64,13 @@ def test_hf_where_gigatoken_cannot(tmp_path: Path, kind: str) -> None:
     for use in (settle, open_tokenizer):
         with pytest.raises(DataError, match="gigatoken cannot run this tokenizer: Unsupported"):
             use(source_of(path, GIGATOKEN))
+
+
+def test_hf_where_a_token_has_to_be_a_whole_word(tmp_path: Path) -> None:
+    engine = SUPPORTED["golden"]()
+    engine.add_tokens([AddedToken("foo", single_word=True)])
+    path = saved(tmp_path / "whole", engine.to_str())
+    assert settle(source_of(path, AUTO)).reason == "gigatoken cannot run this tokenizer: 'foo' is a token only as a whole word"
 
 
 def test_hf_for_the_other_families() -> None:
