@@ -146,9 +146,7 @@ def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource
         )
 
 
-def _encoded(
-    source: Source, encoder: Encoder | None, encoder_source: EncoderSource, partial: Partial, options: Options
-) -> Iterator[Done]:
+def _encoded(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, partial: Partial, options: Options) -> Iterator[Done]:
     blocks = source.blocks(partial.position)
     if encoder is not None:
         for block in blocks:
