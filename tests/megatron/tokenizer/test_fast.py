@@ -7,6 +7,7 @@ import multiprocessing
 from functools import cache
 from typing import Any
 
+import awkward  # noqa: F401 - gigatoken imports it at its first batch: done once here, not in each test's process
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,7 +82,10 @@ def test_every_other_character_is_the_same_to_both(kind: str) -> None:
     # Nothing of the planes left out is assigned by any edition; a few of each stand for them.
     tried = [*range(0x33500), *range(0x33500, 0x110000, 97), *range(0xE0000, 0xE0200)]
     known = [chr(i) for i in tried if NOT_NEWER[i] and not 0xD800 <= i < 0xE000]
-    forms = "{0}{0} {0}{0},{0}\n  {0},.\nA{0}a \u4e00{0}a; {0}a{0}\n\n{0}\r\n;1234{0}1234's{0}'s;a\u0301{0}\u0323b\u0323{0}\u0301;--{0}--  {0};\u1100{0}\u11a8\u0915{0}\u093c."
+    forms = (
+        "{0}{0} {0}{0},{0}\n  {0},.\nA{0}a \u4e00{0}a; {0}a{0}\n\n{0}\r\n;1234{0}1234's{0}'s;"
+        "a\u0301{0}\u0323b\u0323{0}\u0301;--{0}--  {0};\u1100{0}\u11a8\u0915{0}\u093c."
+    )
     texts = ["".join(map(forms.format, known[i : i + 16])) for i in range(0, len(known), 16)]
     difference = fast.difference(texts)
     assert difference is None, difference
