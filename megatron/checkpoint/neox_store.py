@@ -161,7 +161,7 @@ def copy_weights(
     )
     wanted = [name for name in weights if name in own or slot_of(name) in here or slot_of(name) not in elsewhere]
     shapes = {name: weights[name].shape for name in wanted}
-    _check_names(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
+    check_fit(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
         for name, tensor in target.items():
             with nullcontext() if gather is None else gather([tensor]):
@@ -184,7 +184,8 @@ def _whole_shape(tensor: Tensor) -> torch.Size:
 _DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|alibi_embed\.slopes|attention\.norm_factor)$")
 
 
-def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, torch.Size], unused: tuple[str, ...]) -> None:
+def check_fit(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, torch.Size], unused: tuple[str, ...]) -> None:
+    """Raise CheckpointError, naming the tensors, unless the files hold each weight of a model in its shape and nothing else."""
     missing = sorted(set(target) - set(weights))
     surplus = sorted(name for name in set(weights) - set(target) if not (_DERIVED.search(name) or name.startswith(unused)))
     shapes = [

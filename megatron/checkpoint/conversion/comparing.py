@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits of a checkpoint and of a Hugging Face directory on fixed tokens, ours by our model, theirs by transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.conversion.weights import Whole
+from megatron.checkpoint.state import load_canonical, summary
+from megatron.errors import CheckpointError
+from megatron.model.spec import ModelSpec
+from megatron.model.transformer import Transformer
+
+ROWS, LENGTH = 2, 64
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Of the greatest difference, relative to the greatest logit where that is above 1; for weights that were rounded."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """greatest: absolute difference of logits; largest: absolute logit; bound: what the difference may be"""
+
+    greatest: float
+    largest: float
+    bound: float
+
+    @property
+    def good(self) -> bool:
+        """Whether the two are the same model (a NaN is not)."""
+        return self.greatest <= self.bound
+
+
+def fixed_tokens(vocab: int, longest: int) -> Tensor:
+    """[b, s] int64, the same ones every time."""
+    return torch.randint(vocab, (ROWS, min(LENGTH, longest)), generator=torch.Generator().manual_seed(1234))
+
+
+def neox_logits(step: Path, spec: ModelSpec, tokens: Tensor) -> Tensor:
+    """[b, s, v] float32 by our model; the arithmetic is in float32 whatever the weights are."""
+    model = Transformer(spec, dtype=torch.float32).eval()
+    load_canonical(model, Whole(step, spec).state())
+    with torch.no_grad():
+        logits: Tensor = model(tokens).full().float()
+    return logits
+
+
+def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
+    """[b, s, v] float32 by transformers. Raises CheckpointError where it cannot open the directory."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, torch_dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot open the model: {error}", where=str(directory)) from error
+    finally:
+        logging.set_verbosity(level)
+    if found["missing_keys"] or found["mismatched_keys"]:
+        names = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        raise CheckpointError(f"transformers misses weights: {summary(names)}", where=str(directory))
+    with torch.no_grad():
+        logits: Tensor = model.eval()(tokens).logits.float()
+    return logits
+
+
+def difference(ours: Tensor, theirs: Tensor, rounded: torch.dtype | None) -> Difference:
+    """Of two tensors of logits, over the vocabulary that both have.
+
+    rounded: the dtype to which the weights were cast on the way; None: both hold the same numbers
+    """
+    rows = min(ours.shape[-1], theirs.shape[-1])
+    ours, theirs = ours[..., :rows], theirs[..., :rows]
+    largest = float(ours.abs().max())
+    return Difference(float((ours - theirs).abs().max()), largest, BOUNDS[rounded or torch.float32] * max(1.0, largest))
