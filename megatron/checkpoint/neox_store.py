@@ -94,7 +94,7 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     path = model_file(folder, tensor_rank)
     if not path.exists() and zero3_partitioned(folder):
         return _of_partitions(folder, tensor_rank)
-    module = read_torch_file(path, deepspeed_types=_may_hold_deepspeed_types(folder)).get("module")
+    module = _read_model_file(path).get("module")
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
     if not isinstance(module, Mapping) or not module:
@@ -132,9 +132,17 @@ def zero3_partitioned(folder: Path) -> bool:
     return any(folder.glob("zero_pp_rank_*_model_states.pt"))
 
 
-def _may_hold_deepspeed_types(folder: Path) -> bool:
-    """ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file."""
-    return not any(folder.glob("*zero_pp_rank_*"))
+def _read_model_file(path: Path) -> Any:
+    """With DeepSpeed's types only where it needs them, since importing them takes seconds.
+
+    ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file.
+    """
+    try:
+        return read_torch_file(path)
+    except CheckpointError:
+        if not path.is_file() or any(path.parent.glob("*zero_pp_rank_*")):
+            raise
+    return read_torch_file(path, deepspeed_types=True)
 
 
 Gather = Callable[[Any], AbstractContextManager[Any]]

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.weights import Whole
 from megatron.checkpoint.state import load_canonical, summary
 from megatron.errors import CheckpointError
-from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
 
 ROWS, LENGTH = 2, 64
@@ -39,10 +39,10 @@ def fixed_tokens(vocab: int, longest: int) -> Tensor:
     return torch.randint(vocab, (ROWS, min(LENGTH, longest)), generator=torch.Generator().manual_seed(1234))
 
 
-def neox_logits(step: Path, spec: ModelSpec, tokens: Tensor) -> Tensor:
+def neox_logits(step: Path, described: Described, tokens: Tensor) -> Tensor:
     """[b, s, v] float32 by our model; the arithmetic is in float32 whatever the weights are."""
-    model = Transformer(spec, dtype=torch.float32).eval()
-    load_canonical(model, Whole(step, spec).state())
+    model = Transformer(described.spec, dtype=torch.float32).eval()
+    load_canonical(model, Whole(step, described).state())
     with torch.no_grad():
         logits: Tensor = model(tokens).full().float()
     return logits

@@ -6,12 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
 
 from megatron.checkpoint.hf_store import SHARD_BYTES
+from megatron.checkpoint.state import canonical_name, canonical_state
+from megatron.model.block import unused_stored_prefixes
 from megatron.model.spec import ModelSpec
+from megatron.model.transformer import Transformer
 
 
 class Precision(StrEnum):
@@ -34,6 +39,28 @@ class Described:
 
     keys: Mapping[str, Any]
     spec: ModelSpec
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Whole shape of each stored tensor by canonical name."""
+        return self._outline[0]
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Beginnings of names that a checkpoint may hold and the model does not read."""
+        return self._outline[1]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are stored."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def _outline(self) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+        # Building a model costs a noticeable time even without numbers, so it is done once.
+        module = Transformer(self.spec, device="meta")
+        shapes = {name: tuple(tensor.shape) for name, tensor in canonical_state(module).items()}
+        return shapes, tuple(map(canonical_name, unused_stored_prefixes(module)))
 
 
 @dataclass(frozen=True, kw_only=True)

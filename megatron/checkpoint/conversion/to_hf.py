@@ -19,7 +19,6 @@ from megatron.checkpoint.convert import hf_config
 from megatron.checkpoint.families.registry import FAMILIES, family_named
 from megatron.checkpoint.hf_store import CONFIG, write_json
 from megatron.checkpoint.mapping import Bound, Family, bound_rows, from_canonical
-from megatron.checkpoint.whole import shapes_of
 from megatron.errors import ConfigError, NeoXError
 from megatron.log import get_logger
 
@@ -42,7 +41,7 @@ def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, 
     if choice.architecture is not None:  # what it cannot express is told first
         hf_config(family_named(choice.architecture), model.keys, spec, vocab_size=rows)
     check_files(step)
-    weights = Whole(step, spec)
+    weights = Whole(step, model)
     family = family_for(model, weights.names, choice.architecture)
     config = hf_config(family, model.keys, spec, vocab_size=rows)
     from_canonical(family, weights.state(), spec, vocab_size=rows)
@@ -82,10 +81,9 @@ def family_for(model: Described, names: Sequence[str], architecture: str | None)
 
 def planned(bound: Sequence[Bound], model: Described, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> list[Planned]:
     """The tensors that the rows will give, in their order; the layouts run without numbers."""
-    shapes = shapes_of(model.spec)
     plan = []
     for row in bound:
-        ours = torch.empty(shapes[row.ours], dtype=dtypes[row.ours], device="meta")
+        ours = torch.empty(model.shapes[row.ours], dtype=dtypes[row.ours], device="meta")
         parts = row.op.unpack([ours], row.place)
         plan += [Planned(name, tuple(part.shape), dtype or part.dtype) for name, part in zip(row.theirs, parts, strict=True)]
     return plan

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from megatron.checkpoint.durable import digest_of
 from megatron.checkpoint.families.registry import family_of
 from megatron.checkpoint.hf_store import read_config, read_state
 from megatron.checkpoint.manifest import Manifest, write_manifest
-from megatron.checkpoint.mapping import Bound, Family, bound_rows, to_canonical
+from megatron.checkpoint.mapping import Bound, bound_rows, to_canonical, usual_names
 from megatron.checkpoint.neox_store import model_file
 from megatron.checkpoint.provenance import code_version
 from megatron.checkpoint.state import SEQUENTIAL
 from megatron.checkpoint.steps import step_tag, write_latest
-from megatron.checkpoint.streaming import Later, save_streaming
-from megatron.checkpoint.whole import shapes_of, shardings_of
+from megatron.checkpoint.streaming import Later, streaming
+from megatron.checkpoint.whole import shardings_of
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 from megatron.mpu.sharding import Replicated, Sharding, split
@@ -46,18 +47,17 @@ def convert_to_neox(hf: Path, out: Path, model: Described, choice: NeoXChoice, *
     stored = read_state(hf)
     total = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     table = Table(Progress("converting", total))
-    ours = to_canonical(family, stored, model.spec)
-    bound = list(bound_rows(family, model.spec, rows))
-    check_shapes(hf, bound, model, to_theirs(family, stored, bound))
     ours = to_canonical(family, Noted(stored, table), model.spec)
+    bound = list(bound_rows(family, model.spec, rows))
+    theirs = usual_names(family, stored, {name for row in bound for name in row.theirs})
+    check_shapes(hf, bound, model, theirs)
+    dtypes = {row.ours: theirs[row.theirs[0]].dtype for row in bound}
     log.info("%s -> %s: %s, %d tensor ranks, %d stages", hf, out, family.hf, choice.tensor, choice.pipe)
     tag = step_tag(choice.iteration)
     with written_aside(out, overwrite=choice.overwrite) as aside:
         step = aside / tag
         step.mkdir()
-        writer = _Writer(step, ours, model, choice)
-        for rank in range(choice.tensor):
-            writer.write_rank(rank)
+        _Writer(step, ours, dtypes, model, choice).write()
         table.progress.close()
         facts = {"direction": "hf -> neox", "source": str(hf), "architecture": family.hf, "vocab_size": rows, "source_config": config}
         layout = {"tensor": choice.tensor, "pipe": choice.pipe, "iteration": choice.iteration}
@@ -69,19 +69,11 @@ def convert_to_neox(hf: Path, out: Path, model: Described, choice: NeoXChoice, *
     return out / tag
 
 
-def to_theirs(family: Family, stored: Mapping[str, Tensor], bound: Sequence[Bound]) -> Mapping[str, Tensor]:
-    """The stored tensors under the names that the rows use."""
-    from megatron.checkpoint.mapping import usual_names
-
-    return usual_names(family, stored, {name for row in bound for name in row.theirs})
-
-
 def check_shapes(hf: Path, bound: Sequence[Bound], model: Described, stored: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError, naming the tensors, unless each has the shape that config.json gives it."""
-    shapes = shapes_of(model.spec)
     wrong = []
     for row in bound:
-        parts = row.op.unpack([torch.empty(shapes[row.ours], device="meta")], row.place)
+        parts = row.op.unpack([torch.empty(model.shapes[row.ours], device="meta")], row.place)
         for name, part in zip(row.theirs, parts, strict=True):
             found = tuple(stored[name].shape)
             if found != tuple(part.shape):
@@ -105,35 +97,46 @@ _EMPTY = (
 
 
 class _Writer:
-    """The files of a step, one tensor rank after the other."""
+    """The files of a step."""
 
-    def __init__(self, step: Path, ours: Mapping[str, Tensor], model: Described, choice: NeoXChoice) -> None:
-        self._step, self._ours, self._choice, self._model = step, ours, choice, model
-        self._shardings = shardings_of(model.spec, choice.tensor)
-        self._shapes = shapes_of(model.spec)
+    def __init__(
+        self, step: Path, ours: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], model: Described, choice: NeoXChoice
+    ) -> None:
+        self._step, self._ours, self._dtypes, self._choice = step, ours, dtypes, choice
+        self._shardings = shardings_of(model.spec, choice.tensor) if choice.tensor > 1 else {}
+        self._shapes = model.shapes
+        self._last = ("", torch.empty(0))
 
-    def write_rank(self, rank: int) -> None:
-        """All files of one tensor rank."""
-        choice = self._choice
-        weights = {name: self._later(name, rank) for name in self._shapes}
-        slots = sorted({int(name.partition(".")[0]) for name in weights})
+    def write(self) -> None:
+        """All files. Those of the tensor ranks grow together, so that a tensor is made once for all of them."""
+        choice, ranks = self._choice, range(self._choice.tensor)
+        weights = [{name: self._later(name, rank) for name in self._shapes} for rank in ranks]
         if choice.pipe:
-            for slot in slots:
-                of_slot = {name.partition(".")[2]: later for name, later in weights.items() if name.startswith(f"{slot}.")}
-                save_streaming(of_slot, self._step / f"layer_{slot:02d}-model_{rank:02d}-model_states.pt")
+            for slot in sorted({int(name.partition(".")[0]) for name in self._shapes}):
+                begins = f"{slot}."
+                parts = [{name.removeprefix(begins): one[name] for name in one if name.startswith(begins)} for one in weights]
+                self._together(parts, [f"layer_{slot:02d}-model_{rank:02d}-model_states.pt" for rank in ranks])
         for stage in range(max(1, choice.pipe)):
             # FORMAT: with a pipeline the weights are in the layers' files.
-            module = None if choice.pipe else {f"{SEQUENTIAL}{name}": later for name, later in weights.items()}
-            save_streaming({"module": module, **self._state()}, model_file(self._step, stage * choice.tensor + rank))
+            modules = [None if choice.pipe else {f"{SEQUENTIAL}{name}": later for name, later in one.items()} for one in weights]
+            names = [model_file(self._step, stage * choice.tensor + rank).name for rank in ranks]
+            self._together([{"module": module, **self._state()} for module in modules], names)
+
+    def _together(self, contents: Sequence[Any], names: Sequence[str]) -> None:
+        files = [streaming(content, self._step / name, plain=True) for content, name in zip(contents, names, strict=True)]
+        for _ in zip_longest(*files):
+            pass
 
     def _later(self, name: str, rank: int) -> Later:
         how = self._shardings.get(name, Replicated())
         shape = split(torch.empty(self._shapes[name], device="meta"), how, rank, self._choice.tensor).shape
-        dtype = self._choice.precision.dtype or self._ours[name].dtype
+        dtype = self._choice.precision.dtype or self._dtypes[name]
         return Later(shape=tuple(shape), dtype=dtype, make=partial(self._make, name, how, rank))
 
     def _make(self, name: str, how: Sharding, rank: int) -> Tensor:
-        return split(self._ours[name], how, rank, self._choice.tensor)
+        if self._last[0] != name:
+            self._last = (name, self._ours[name])
+        return split(self._last[1], how, rank, self._choice.tensor)
 
     def _state(self) -> dict[str, Any]:
         """FORMAT: what DeepSpeed and GPT-NeoX look for beside the weights. There are no random states: it is loaded with `finetune`."""
