@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.neox_store import find_tag, named_step
 from megatron.checkpoint.resharding import target_rows
 from megatron.checkpoint.steps import step_tag
-from megatron.checkpoint.whole import read_shards, shapes_of, width_over
+from megatron.checkpoint.whole import read_shards, width_over
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import get_logger
 from megatron.model.build import build_spec
@@ -117,8 +116,8 @@ def to_hf(request: ToHF) -> str:
         finish.append(lambda aside: save_tokenizer(vocab_file, aside))
     finish.append(lambda aside: write_generation_config(aside, fields))
     lines: list[str] = []
-    if _verifies(request, model.spec):
-        finish.append(lambda aside: lines.append(verify(step, aside, model.spec, request.precision.dtype)))
+    if _verifies(request, model):
+        finish.append(lambda aside: lines.append(verify(step, aside, model, request.precision.dtype)))
     family = convert_to_hf(step, out, model, choice, finish=finish)
     return "; ".join([f"wrote {out}: {family.hf}", *lines])
 
@@ -148,9 +147,9 @@ def to_neox(request: ToNeoX) -> str:
 
     finish: list[Finish] = [add_files]
     lines: list[str] = []
-    if _verifies(request, model.spec):
+    if _verifies(request, model):
         tag = step_tag(request.iteration)
-        finish.append(lambda aside: lines.append(verify(aside / tag, source, model.spec, request.precision.dtype)))
+        finish.append(lambda aside: lines.append(verify(aside / tag, source, model, request.precision.dtype)))
     step = convert_to_neox(source, out, model, choice, finish=finish)
     layout = f"{request.tensor} tensor ranks, " + (f"{request.pipe} stages" if request.pipe else "no pipeline")
     return "; ".join([f"wrote {step} ({layout}) and {out / NAME}", *lines])
@@ -193,10 +192,10 @@ def describe_hf(hf: Path, out: Path, request: ToNeoX) -> tuple[NeoXArgs, Describ
     return args, Described(args.to_flat(), build_spec(args)), render(f"{family.hf} {hf.name}", sections)
 
 
-def verify(step: Path, hf: Path, spec: ModelSpec, rounded: torch.dtype | None) -> str:
+def verify(step: Path, hf: Path, model: Described, rounded: torch.dtype | None) -> str:
     """Compare the logits of a checkpoint with those of a Hugging Face directory. Raises CheckpointError when they differ."""
-    tokens = fixed_tokens(int(read_config(hf)["vocab_size"]), spec.seq_length)
-    found = difference(neox_logits(step, spec, tokens), hf_logits(hf, tokens), rounded)
+    tokens = fixed_tokens(int(read_config(hf)["vocab_size"]), model.spec.seq_length)
+    found = difference(neox_logits(step, model, tokens), hf_logits(hf, tokens), rounded)
     line = f"logits differ by at most {found.greatest:.2e} (bound {found.bound:.1e}, largest logit {found.largest:.1f})"
     if not found.good:
         raise CheckpointError(
@@ -228,10 +227,10 @@ def tokenizer_file(args: NeoXArgs, request: ToHF) -> Path | None:
     return None
 
 
-def _verifies(request: Common, spec: ModelSpec) -> bool:
+def _verifies(request: Common, model: Described) -> bool:
     if request.verify is not None:
         return request.verify
-    count = sum(prod(shape) for shape in shapes_of(spec).values())
+    count = model.parameters
     if count > VERIFIED_UP_TO:
         log.info("%.1f billion parameters: logits are not compared (--verify does)", count / 1e9)
     return count <= VERIFIED_UP_TO
