@@ -127,3 +127,63 @@ def test_mistral(tmp_path: Path) -> None:
     size = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=88)
     for index, window in enumerate([7, None]):
         check(MistralConfig(**size, max_position_embeddings=64, sliding_window=window), tmp_path / str(index))
+
+
+SIZE = dict(vocab_size=97, hidden_size=64, num_attention_heads=4, intermediate_size=88, max_position_embeddings=64)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+
+
+@pytest.mark.timeout(180)
+def test_qwen2(tmp_path: Path) -> None:
+    """Biases on q, k and v alone; windows in the last layers, in all, in none; tied and untied."""
+    from transformers import Qwen2Config
+
+    cases: list[dict[str, Any]] = [
+        dict(num_key_value_heads=2, use_sliding_window=True, sliding_window=9, max_window_layers=1, tie_word_embeddings=True),
+        dict(num_key_value_heads=4, use_sliding_window=True, sliding_window=9, max_window_layers=0),
+        dict(num_key_value_heads=1, sliding_window=9, rope_theta=1e6, rope_scaling=dict(YARN)),
+    ]
+    for index, case in enumerate(cases):
+        check(Qwen2Config(**SIZE, num_hidden_layers=3, **case), tmp_path / str(index))
+
+
+@pytest.mark.timeout(180)
+def test_qwen3(tmp_path: Path) -> None:
+    """A norm of each head, heads wider and narrower than the model, biases, windows."""
+    from transformers import Qwen3Config
+
+    cases: list[dict[str, Any]] = [
+        dict(num_key_value_heads=2, head_dim=24),
+        dict(num_key_value_heads=4, head_dim=8, attention_bias=True, tie_word_embeddings=True),
+        dict(num_key_value_heads=1, head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    ]
+    for index, case in enumerate(cases):
+        check(Qwen3Config(**SIZE, num_hidden_layers=2, **case), tmp_path / str(index))
+
+
+@pytest.mark.timeout(180)
+def test_olmo2(tmp_path: Path) -> None:
+    """Norms after the sublayers and over all queries, all keys."""
+    from transformers import Olmo2Config
+
+    cases: list[dict[str, Any]] = [
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True, rope_scaling=dict(type="linear", factor=4.0)),
+    ]
+    for index, case in enumerate(cases):
+        check(Olmo2Config(**SIZE, num_hidden_layers=2, pad_token_id=1, eos_token_id=0, **case), tmp_path / str(index))
+
+
+@pytest.mark.timeout(180)
+def test_olmo3(tmp_path: Path) -> None:
+    """Windows in three of four layers, whose positions are plain, with YaRN in the fourth; other lists of types."""
+    from transformers import Olmo3Config
+
+    cases: list[dict[str, Any]] = [
+        dict(num_hidden_layers=5, num_key_value_heads=2, sliding_window=9, rope_scaling={**YARN, "attention_factor": 1.2}),
+        dict(num_hidden_layers=2, num_key_value_heads=4, sliding_window=9, layer_types=["full_attention", "sliding_attention"]),
+        dict(num_hidden_layers=2, num_key_value_heads=1, sliding_window=9, layer_types=["sliding_attention"] * 2, attention_bias=True),
+        dict(num_hidden_layers=1, num_key_value_heads=2, layer_types=["full_attention"], rope_scaling=dict(YARN)),
+    ]
+    for index, case in enumerate(cases):
+        check(Olmo3Config(**SIZE, pad_token_id=1, eos_token_id=0, **case), tmp_path / str(index))

@@ -10,10 +10,12 @@ from megatron.checkpoint.families.gpt2 import GPT2
 from megatron.checkpoint.families.gpt_neox import GPT_NEOX
 from megatron.checkpoint.families.llama import LLAMA
 from megatron.checkpoint.families.mistral import MISTRAL
+from megatron.checkpoint.families.olmo import OLMO2, OLMO3
+from megatron.checkpoint.families.qwen import QWEN2, QWEN3
 from megatron.checkpoint.mapping import Family
 from megatron.errors import ConfigError
 
-FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPT2, LLAMA, MISTRAL)
+FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3)
 
 
 def family_named(name: str) -> Family:

@@ -52,7 +52,6 @@ def test_what_the_other_side_cannot_express():
 
 def test_what_our_side_cannot_be():
     for change in (
-        {"head_dim": 32},
         {"hidden_act": "tanh"},
         {"quantization_config": {"bits": 4}},
         {"partial_rotary_factor": 0.5},
