@@ -52,6 +52,11 @@ def attention_bias(spec: ModelSpec) -> bool:
     return spec.blocks[0].attention.bias
 
 
+def output_bias(spec: ModelSpec) -> bool:
+    """Whether the output projection of attention has a bias."""
+    return spec.blocks[0].attention.output_bias
+
+
 def mlp_bias(spec: ModelSpec) -> bool:
     """Whether the MLP projections have biases."""
     return spec.blocks[0].mlp.bias

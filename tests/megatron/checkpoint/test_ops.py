@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.checkpoint.families.dialects import DIALECTS
 from megatron.checkpoint.families.registry import FAMILIES
 from megatron.checkpoint.mapping import bound_rows
 from megatron.checkpoint.ops import Concat, FuseQKV, Place
@@ -34,10 +35,11 @@ def place(heads: int, kv_heads: int, vocab_size: int) -> Place:
 )
 def test_unpack_undoes_pack(kv_heads: int, repeat: int, half: int, width: int, vocab_size: int, padding: int, tied: bool):
     """Every row of every family, for any sizes: foreign tensors of distinct values become ours, of our shape, and themselves again."""
-    for family in FAMILIES:
+    for family in (*FAMILIES, *DIALECTS):
         heads = kv_heads if family.name == "gpt2" else kv_heads * repeat  # one matrix there is three equal parts
+        name = "llama" if family in DIALECTS else family.name
         sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": 2 * half, "width": width}
-        spec = resized(family_spec(family.name), **sizes, vocab_size=vocab_size + padding, tied=tied)
+        spec = resized(family_spec(name), **sizes, vocab_size=vocab_size + padding, tied=tied)
         shapes = shapes_of(spec)
         for row in bound_rows(family, spec, vocab_size):
             like = row.op.unpack([torch.zeros(shapes[row.ours])], row.place)
