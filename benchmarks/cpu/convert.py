@@ -124,7 +124,8 @@ def work(kind: str, source: Path, out: Path, given: argparse.Namespace) -> dict[
         return watched(lambda: copy(source, out))
     import torch._dynamo  # noqa: F401  what writing imports
 
-    from megatron.checkpoint.conversion.build import ToHF, ToNeoX, to_hf, to_neox
+    from megatron.checkpoint.conversion.build import to_hf, to_neox
+    from megatron.checkpoint.conversion.requests import ToHF, ToNeoX
 
     if kind == "to_hf":
         return watched(lambda: to_hf(ToHF(source=source, out=out, verify=False, overwrite=True)))

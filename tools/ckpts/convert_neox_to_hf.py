@@ -39,10 +39,11 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--vocab-is-hf-tokenizer", action="store_true")
     flags.add_argument("--vocab-size", type=int)
     flags.add_argument("--pad-token-id", type=int, default=-1)
-    flags.add_argument("--max-shard-size", type=int)
+    flags.add_argument("--max-shard-size", type=int, default=5 * 10**9)
     given = flags.parse_args(argv)
-    from megatron.checkpoint.conversion.build import ToHF, to_hf
+    from megatron.checkpoint.conversion.build import to_hf
     from megatron.checkpoint.conversion.model import Precision
+    from megatron.checkpoint.conversion.requests import ToHF
 
     request = ToHF(
         source=given.input_dir,
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         vocab_size=given.vocab_size,
         tokenizer=not given.no_save_tokenizer,
         pad_token_id=None if given.pad_token_id < 0 else given.pad_token_id,
-        max_shard_bytes=given.max_shard_size,
+        shard_bytes=given.max_shard_size,
         **shared(given),
     )
     print(to_hf(request))

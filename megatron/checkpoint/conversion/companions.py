@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.hf_store import read_json, write_json
+from megatron.errors import ConfigError
 from megatron.log import get_logger
 
 log = get_logger(__name__)
@@ -60,6 +62,40 @@ def special_ids(tokenizer: Path) -> dict[str, int]:
         if token in ids:
             found[f"{name}_id"] = ids[token]
     return found
+
+
+def special_fields(source: Mapping[str, Any], vocab_file: Path | None, pad: int | None) -> dict[str, Any]:
+    """Ids of special tokens for config.json: those of the model it was made of, else the tokenizer's; never the defaults of transformers.
+
+    source: that model's config.json, where there was one
+    """
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields: dict[str, Any] = {name: source[name] for name in ids if name in source}
+    if not fields:
+        fields = {"bos_token_id": None, "eos_token_id": None, **({} if vocab_file is None else special_ids(vocab_file.parent))}
+    return fields if pad is None else {**fields, "pad_token_id": pad}
+
+
+def find_tokenizer(wanted: bool, folder: Path | None, kind: str | None, vocab_file: str | None, configs: Sequence[Path]) -> Path | None:
+    """The tokenizer.json to be written beside the weights; None, with a warning, where there is none to be found.
+
+    folder: where somebody says it is; kind, vocab_file: what the configuration says, looked for from here and from its files
+    """
+    if not wanted:
+        return None
+    if folder is not None:
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError("no tokenizer.json is there", where=str(folder), mend="name the folder of a Hugging Face tokenizer")
+        return folder / "tokenizer.json"
+    if kind != "HFTokenizer" or not vocab_file:
+        log.warning("tokenizer_type is %s: no tokenizer is written", kind)
+        return None
+    for place in (Path(vocab_file), *(config.parent / vocab_file for config in configs)):
+        found = place / "tokenizer.json" if place.is_dir() else place
+        if found.is_file():
+            return found
+    log.warning("vocab_file %s is not there: no tokenizer is written", vocab_file)
+    return None
 
 
 def save_tokenizer(vocab_file: Path, target: Path) -> None:

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.weights import Whole
+from megatron.checkpoint.hf_store import read_config
 from megatron.checkpoint.state import load_canonical, summary
 from megatron.errors import CheckpointError
+from megatron.log import get_logger
 from megatron.model.transformer import Transformer
 
+log = get_logger(__name__)
+
+VERIFIED_UP_TO = 2_000_000_000
+"""Parameters of a model whose logits are compared unless somebody says otherwise."""
 ROWS, LENGTH = 2, 64
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Of the greatest difference, relative to the greatest logit where that is above 1; for weights that were rounded."""
@@ -80,3 +86,22 @@ def difference(ours: Tensor, theirs: Tensor, rounded: torch.dtype | None) -> Dif
     ours, theirs = ours[..., :rows], theirs[..., :rows]
     largest = float(ours.abs().max())
     return Difference(float((ours - theirs).abs().max()), largest, BOUNDS[rounded or torch.float32] * max(1.0, largest))
+
+
+def verify(step: Path, hf: Path, model: Described, rounded: torch.dtype | None, *, asked: bool | None) -> list[str]:
+    """Compare the logits of a checkpoint with those of a Hugging Face directory, and say so in a line; none where it is not to be done.
+
+    Raises CheckpointError when they differ by more than the precision explains.
+    """
+    if asked is None and model.parameters > VERIFIED_UP_TO:
+        log.info("%.1f billion parameters: logits are not compared (--verify does)", model.parameters / 1e9)
+    if asked is False or (asked is None and model.parameters > VERIFIED_UP_TO):
+        return []
+    tokens = fixed_tokens(int(read_config(hf)["vocab_size"]), model.spec.seq_length)
+    found = difference(neox_logits(step, model, tokens), hf_logits(hf, tokens), rounded)
+    line = f"logits differ by at most {found.greatest:.2e} (bound {found.bound:.1e}, largest logit {found.largest:.1f})"
+    if not found.good:
+        mend = "nothing was kept; report it with the configuration of the model"
+        raise CheckpointError(f"source and result are not the same model: {line}", where=str(hf), mend=mend)
+    log.info("verified: %s", line)
+    return [line]

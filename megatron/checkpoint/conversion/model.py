@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from megatron.checkpoint.state import canonical_name, canonical_state
 from megatron.model.block import unused_stored_prefixes
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
+
+Finish = Callable[[Path], None]
+"""(the folder, not yet under its name): adds files, or raises where it must not be kept."""
 
 
 class Precision(StrEnum):
@@ -86,6 +90,7 @@ class NeoXChoice:
 
     tensor:    ranks; pipe: stages, 0 = all weights in one file per tensor rank
     iteration: number of the step's folder
+    dialect:   name of the family whose names the tensors get; None: ours
     args:      what the checkpoint keeps of the configuration, to be compared when it is loaded
     """
 
@@ -94,4 +99,5 @@ class NeoXChoice:
     iteration: int = 0
     precision: Precision = Precision.AUTO
     overwrite: bool = False
+    dialect: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)

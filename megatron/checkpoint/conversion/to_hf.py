@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.conversion.folder import check_free, written_aside
-from megatron.checkpoint.conversion.model import Described, HFChoice
+from megatron.checkpoint.conversion.model import Described, Finish, HFChoice
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
 from megatron.checkpoint.conversion.table import Progress, Table, dtype_name, write_record
 from megatron.checkpoint.conversion.weights import Whole, check_files
@@ -23,9 +23,6 @@ from megatron.errors import ConfigError, NeoXError
 from megatron.log import get_logger
 
 log = get_logger(__name__)
-
-Finish = Callable[[Path], None]
-"""(the folder, not yet under its name): adds files, or raises where it must not be kept."""
 
 
 def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, finish: Sequence[Finish] = ()) -> Family:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.conversion.model import Described
+from megatron.checkpoint.families.dialects import canonical_weights
 from megatron.checkpoint.neox_store import bookkeeping_file, check_fit, zero3_partitioned
 from megatron.checkpoint.reading import read_torch_file
 from megatron.checkpoint.resharding import AT_ONCE, let_go
@@ -34,16 +35,20 @@ class Whole:
         """Raises CheckpointError, naming the tensors, where model and files differ."""
         self._step = step
         self._read = 0
-        self._shards = read_shards(step)
+        self._model = model
+        stored = read_shards(step)
+        ranks = len(stored)
+        self._shards = [canonical_weights(shard, model.spec, ranks=ranks) for shard in stored]
         self.names = list(model.shapes)
-        ranks = len(self._shards)
         self._how = shardings_of(model.spec, ranks) if ranks > 1 else {}
         for rank, shard in enumerate(self._shards):
             local = {
                 name: split(torch.empty(shape, device="meta"), self._how.get(name, Replicated()), rank, ranks)
                 for name, shape in model.shapes.items()
             }
-            check_fit(step, local, {name: shard[name].shape for name in shard}, model.unused)
+            # What is made on access is looked at when it is read.
+            lazy = local if isinstance(shard, LazyState) else {}
+            check_fit(step, local, {name: (lazy[name] if name in lazy else shard[name]).shape for name in shard}, model.unused)
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """As the model has them; under ZeRO-3 the files have float32 ones only."""
@@ -61,6 +66,9 @@ class Whole:
             let_go(self._step)
         parts = [shard[name] for shard in self._shards]
         tensor = parts[0] if len(parts) == 1 else join(parts, self._how.get(name, Replicated()))
+        if tuple(tensor.shape) != self._model.shapes[name]:
+            what = f"{name} is {tuple(tensor.shape)} in the checkpoint and {self._model.shapes[name]} in the model"
+            raise CheckpointError(what, where=str(self._step), mend="use the configuration that the checkpoint was trained with")
         self._read += tensor.numel() * tensor.element_size()
         return tensor
 
