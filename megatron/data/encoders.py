@@ -157,7 +157,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.keys = source.keys
         self.eod = tokenizer.eod if source.append_eod else None
-        self.mend = _ftfy() if source.ftfy else None
+        self.mend = text_mender() if source.ftfy else None
         dtype = best_dtype(None if source.wide else tokenizer.vocab_size)
         self.streams = {key: Stream(dtype) for key in self.keys}
 
@@ -270,7 +270,8 @@ def _end_of(pattern: NDArray[Any], values: NDArray[Any]) -> int | None:
     return None
 
 
-def _ftfy() -> Callable[[str], str]:
+def text_mender() -> Callable[[str], str]:
+    """Mends mis-decoded text."""
     import ftfy
 
     mend: Callable[[str], str] = ftfy.fix_text

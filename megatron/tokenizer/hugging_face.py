@@ -23,6 +23,7 @@ PAD_NAMES = ("<|padding|>", "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_i
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
 # Characters of text whose encodings are held at once.
 AT_A_TIME = 2**20
+HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*"]
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -152,7 +153,7 @@ def open_hf_gpt2(vocab_file: str | None) -> EngineTokenizer:
     """
     folder = Path(vocab_file).expanduser() if vocab_file else None
     if folder is None or not folder.exists():
-        folder = _from_hub(vocab_file or "gpt2")
+        folder = from_hub(vocab_file or "gpt2")
     if folder.is_file():
         folder = folder.parent
     if (folder / "tokenizer.json").exists():
@@ -259,21 +260,22 @@ def _other_family(folder: Path) -> str:
     return "give the path of a tokenizer.json"
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str, kind: str = "HFGPT2Tokenizer", where: str = "vocab_file") -> Path:
+    """The folder of a tokenizer of the Hub, its chat template included. Raises DataError where there is none."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise DataError(
-            f"HFGPT2Tokenizer: there is no folder {name}, and huggingface_hub is not installed",
-            where="vocab_file",
+            f"{kind}: there is no folder {name}, and huggingface_hub is not installed",
+            where=where,
             mend="give a local folder",
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise DataError(
-            f"HFGPT2Tokenizer: {name!r} is neither a folder nor a tokenizer the Hub would give: {type(error).__name__}",
-            where="vocab_file",
-            mend="give the folder of a saved GPT-2 tokenizer; offline, download it first",
+            f"{kind}: {name!r} is neither a folder nor a tokenizer the Hub would give: {type(error).__name__}",
+            where=where,
+            mend="give the folder of a saved tokenizer; offline, download it first",
         ) from error
