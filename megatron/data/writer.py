@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.data.blocks import Position
 from megatron.data.encoders import Encoder, EncoderSource
 from megatron.data.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
 from megatron.data.partial import Counts, Partial
@@ -70,7 +71,7 @@ def write(source: Source, encoder_source: EncoderSource, prefix: Path, options: 
     options = options or Options()
     if options.workers < 1:
         raise DataError(f"{options.workers} workers cannot work", where="workers", mend="give 1 or more")
-    encoder = _open(encoder_source, options)
+    encoder = open_encoder(encoder_source, options)
     files = {stream: stream_prefix(prefix, stream) for stream in encoder.streams}
     with Partial(prefix, files, asked=_asked(source, encoder_source, encoder, options)) as partial:
         if not partial.publishing:
@@ -89,7 +90,8 @@ def write(source: Source, encoder_source: EncoderSource, prefix: Path, options: 
     return Written(files, facts["tokens"], facts["documents"], partial.counts, partial.counts.seconds)
 
 
-def _open(source: EncoderSource, options: Options) -> Encoder:
+def open_encoder(source: EncoderSource, options: Options) -> Encoder:
+    """The encoder for this process; with one worker it uses all cores."""
     if options.workers == 1:
         set_library_threads(usable_cores())
     return source.open()
@@ -122,8 +124,8 @@ def _fill(source: Source, encoder: Encoder, encoder_source: EncoderSource, sinks
     counts = partial.counts
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(source.total_bytes, counts, options.log_interval, options.num_docs))
-        for done in _encoded(source, encoder, encoder_source, partial, options):
-            _add(counts, done, options.skip_bad)
+        for done in encoded(source, encoder, encoder_source, partial.position, options):
+            tally(counts, done, options.skip_bad)
             for name, part in done.batch.streams.items():
                 streams[name].append(part)
             progress.update(counts)
@@ -138,8 +140,9 @@ def _fill(source: Source, encoder: Encoder, encoder_source: EncoderSource, sinks
         )
 
 
-def _encoded(source: Source, encoder: Encoder, encoder_source: EncoderSource, partial: Partial, options: Options) -> Iterator[Done]:
-    blocks = source.blocks(partial.position)
+def encoded(source: Source, encoder: Encoder, encoder_source: EncoderSource, start: Position, options: Options) -> Iterator[Done]:
+    """The blocks from `start` on, encoded, in order."""
+    blocks = source.blocks(start)
     if options.workers == 1:
         for block in blocks:
             yield encode(block, encoder)
@@ -148,7 +151,8 @@ def _encoded(source: Source, encoder: Encoder, encoder_source: EncoderSource, pa
         yield from pool.encoded(blocks)
 
 
-def _add(counts: Counts, done: Done, allowed: int) -> None:
+def tally(counts: Counts, done: Done, allowed: int) -> None:
+    """Add what became of a block's records. Raises DataError when more than `allowed` cannot be used."""
     counts.records += done.records
     counts.source_bytes += done.source_bytes
     counts.documents += done.batch.documents

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prepare_hf_dataset.py as a user runs it, against a Hub on this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron.data.indexed_dataset import IndexedDataset
+from prepare_hf_dataset import parser
+from tests.support.chat import chat_folder, turns
+from tests.support.hub_server import Fault, Hub, serve
+
+REPO = Path(__file__).parents[1]
+FLAGS = """--dataset --subset --split --data-dir --data-files --output-dir --output-base --text-column --vocab-file --hf-tokenizer
+--skip-count --skip-tokenize --count-only --skip-chat-template --midtrain-chat-messages --join-columns --num-proc --batch-size
+--tokenize-workers --download-workers""".split()
+
+
+def parquet(records: list[dict[str, object]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), sink)
+    return sink.getvalue()
+
+
+def run(*words: str, hub: Hub, home: Path) -> subprocess.CompletedProcess[str]:
+    """The face in a process of its own, with nothing cached but what is in `home`."""
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, str(REPO / "prepare_hf_dataset.py"), "--output-base", str(home), "--num-proc", "1", *words]
+    return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=100)
+
+
+def test_from_the_hub_with_too_many_requests_and_again(tmp_path: Path) -> None:
+    records = [{"id": number, "messages": turns("question?", f"answer {number}")} for number in range(300)]
+    shards = {f"data/train-0000{n}-of-00002.parquet": parquet(records[150 * n : 150 * (n + 1)]) for n in range(2)}
+    tokenizer = {path.name: path.read_bytes() for path in chat_folder(tmp_path / "tokenizer", "chatml").iterdir()}
+    hub = Hub({("datasets", "org/chats"): {"README.md": b"# chats\n", **shards}, ("models", "org/tokenizer"): tokenizer})
+    hub.faults += [Fault("GET /api/datasets", 429, {"Retry-After": "0"}, 2), Fault("GET .*train-00001", 429, {"Retry-After": "0"})]
+    with serve(hub):
+        first = run("--dataset", "org/chats", "--tokenizer", "org/tokenizer", hub=hub, home=tmp_path)
+        assert first.returncode == 0, first.stderr
+        folder = tmp_path / "chats_train"
+        assert f'"train_label_data_paths": ["{folder}/chats_train_messages_label_document"],' in first.stdout
+        assert first.stdout.count("too many requests") == 3 and "hf_secret" not in first.stdout + first.stderr
+        assert hub.tokens == {"Bearer hf_secret"}
+        results = json.loads((folder / "pipeline_results.json").read_text(encoding="utf-8"))
+        assert (results["num_documents"], results["rows"], results["status"]) == (300, 300, "completed")
+        assert results["commit"] == hub.commit("datasets", "org/chats")
+        assert len(IndexedDataset(f"{folder}/chats_train_messages_document")) == 300
+        exported = (folder / "dataset.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in exported] == [{"messages": record["messages"]} for record in records]
+        hub.log.clear()
+        second = run("--dataset", "org/chats", "--tokenizer", "org/tokenizer", hub=hub, home=tmp_path)
+        assert second.returncode == 0 and "nothing to do" in second.stdout
+        assert len(hub.log) == 2, "one question each for the commits of dataset and tokenizer"
+
+
+@pytest.mark.full
+def test_what_is_not_on_the_hub(tmp_path: Path) -> None:
+    with serve(Hub()) as hub:
+        missing = run("--dataset", "org/none", "--tokenizer", "org/tokenizer", hub=hub, home=tmp_path)
+    assert missing.returncode == 77 and "org/none" in missing.stderr and "Traceback" not in missing.stderr
+    assert json.loads((tmp_path / "none_train" / "pipeline_results.json").read_text(encoding="utf-8"))["status"] == "failed"
+
+
+def test_every_flag_of_the_reference_is_taken() -> None:
+    known = {word for action in parser()._actions for word in action.option_strings}
+    assert set(FLAGS) <= known
