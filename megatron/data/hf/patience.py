@@ -6,11 +6,10 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from megatron.data.retry import asked_wait
 from megatron.errors import DataError
 from megatron.log import get_logger
 
@@ -73,21 +72,6 @@ def _status(error: BaseException) -> Any:
 
 
 def _hint(error: BaseException) -> float | None:
-    """Seconds the server asks for: `Retry-After` (seconds or a date), or `RateLimit: "api";r=0;t=55`."""
-    for one in _led_to(error):
-        headers: Mapping[str, str] = getattr(getattr(one, "response", None), "headers", None) or {}
-        after = headers.get("Retry-After")
-        if after is not None:
-            return _seconds(after)
-        if match := re.search(r";\s*t=(\d+)", headers.get("RateLimit", "")):
-            return float(match[1])
-    return None
-
-
-def _seconds(after: str) -> float | None:
-    if after.strip().isdigit():
-        return float(after)
-    try:
-        return max((parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (ValueError, TypeError):
-        return None
+    answers = [getattr(one, "response", None) for one in _led_to(error)]
+    hints = [asked_wait(answer.headers) for answer in answers if answer is not None and answer.headers]
+    return next((hint for hint in hints if hint is not None), None)
