@@ -17,6 +17,7 @@ from megatron.data.download import Remote, fetch
 from megatron.data.encoders import TextSource
 from megatron.data.flags import about_tokenizer
 from megatron.data.reading import first_texts, texts
+from megatron.data.sources import Source
 from megatron.data.writer import Options, stream_prefix, write
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -92,12 +93,13 @@ def prepare(wish: Wish) -> Prepared:
     if not wish.again and (done := _read_record(record, asked)) is not None:
         return Prepared(stream_prefix(prefix, "text"), source, done["documents"], done["tokens"], False, time.monotonic() - start)
     record.unlink(missing_ok=True)
+    log.info("%s: %s", corpus.name, corpus.about)
+    documents = corpus.source(folder, again=wish.again)
     if trained:
-        _train(corpus, wish, folder)
+        _train(corpus, documents, wish, folder)
     log.info("tokenising %s with %s", corpus.name, source.kind.value)
-    documents = corpus.source(folder)
     settled = settle(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",))).source
-    options = Options(workers=wish.workers, about={"corpus": corpus.name, "tokenizer": about_tokenizer(settled)})
+    options = Options(workers=wish.workers, about={"corpus": corpus.name, "about": corpus.about, "tokenizer": about_tokenizer(settled)})
     written = write(documents, TextSource(settled), prefix, options)
     facts = {"documents": written.documents["text"], "tokens": written.tokens["text"], "tokenizer_digest": open_tokenizer(source).digest}
     _write_record(record, {"asked": asked, **facts, "files": _sizes(written.files["text"])})
@@ -124,11 +126,11 @@ def _source(corpus: Corpus, wish: Wish, folder: Path) -> TokenizerSource:
     return TokenizerSource(kind, wish.vocab_file, wish.merge_file)
 
 
-def _train(corpus: Corpus, wish: Wish, folder: Path) -> None:
+def _train(corpus: Corpus, documents: Source, wish: Wish, folder: Path) -> None:
     size = wish.vocab_size or corpus.vocab_size
     assert size is not None  # _trains
     log.info("training a BPE tokenizer with %d ids on %s", size, corpus.name)
-    engine = train_bpe(texts(corpus.source(folder, again=wish.again)), vocab_size=size)
+    engine = train_bpe(texts(documents), vocab_size=size)
     save_tokenizer(engine, folder / "tokenizer.json")
 
 

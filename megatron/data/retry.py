@@ -15,10 +15,10 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     >>> asked_wait({"Retry-After": "12"}), asked_wait({"RateLimit": '"api";r=0;t=55'}), asked_wait({})
     (12.0, 55.0, None)
     """
-    after = headers.get("Retry-After")
-    if after is not None:
-        return _seconds(after)
-    match = re.search(r";\s*t=(\d+)", headers.get("RateLimit") or "")
+    said = {name.lower(): value for name, value in headers.items()}
+    if "retry-after" in said:
+        return _seconds(said["retry-after"])
+    match = re.search(r";\s*t=(\d+)", said.get("ratelimit", ""))
     return float(match[1]) if match else None
 
 

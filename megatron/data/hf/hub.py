@@ -93,7 +93,7 @@ class HubRows:
                 )
 
 
-def find(data: Data, *, batch_rows: int, workers: int, wait: Wait) -> HubRows:
+def find(data: Data, *, batch_rows: int = 10_000, workers: int = 1, wait: Wait = time.sleep) -> HubRows:
     """The dataset on the Hub, nothing downloaded yet. Raises DataError where there is none."""
     from huggingface_hub import HfApi, constants
 
