@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.data.hf.arrays import Arrays, is_array
 from megatron.data.hf.wish import Data
 from megatron.data.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
 from megatron.data.sources import Files
@@ -17,16 +18,31 @@ SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", 
 ABOUT = re.compile(r"(readme|license|licence|dataset_infos?|dataset_dict|state|metadata)\b", re.IGNORECASE)
 
 
-def local_files(data: Data) -> Files | None:
-    """The files meant, if the dataset or its data files are here; None where it must be on the Hub."""
+def local_source(data: Data) -> Files | Arrays | None:
+    """The records of the files meant, if the dataset or its data files are here; None where it must be on the Hub."""
+    files = _files(data)
+    if files is None:
+        return None
+    arrays = [file for file in files if is_array(file)]
+    if arrays and len(arrays) < len(files):
+        other = next(file.path.name for file in files if file not in arrays)
+        raise DataError(
+            f"{arrays[0].path.name} is a JSON array, and {other} is not",
+            where=data.dataset,
+            mend="name files of one kind with --data-files",
+        )
+    return Arrays(files) if arrays else Files(files)
+
+
+def _files(data: Data) -> list[InputFile] | None:
     root = Path(data.dataset).expanduser()
     if root.exists():
         inside = root / data.data_dir if data.data_dir else root
         if data.data_files:
-            return Files(find([inside / name if (inside / name).exists() else _pattern(inside, name) for name in data.data_files]))
-        return Files(_of_split(inside, data.split)) if inside.is_dir() else Files(find(inside))
+            return find([inside / name if (inside / name).exists() else _pattern(inside, name) for name in data.data_files])
+        return _of_split(inside, data.split) if inside.is_dir() else find(inside)
     if data.data_files and all(_here(name) for name in data.data_files):
-        return Files(find(list(data.data_files)))
+        return find(list(data.data_files))
     if looks_local(data.dataset):
         raise DataError(f"there is no {data.dataset}", where="--dataset", mend="check the path; a name on the Hub is ORG/NAME")
     return None

@@ -14,10 +14,11 @@ from typing import Any
 from megatron.data.blocks import Position
 from megatron.data.flags import about_tokenizer
 from megatron.data.hf import hub
+from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.detect import Found, How, detect
 from megatron.data.hf.encoding import TEMPLATED, Opened, encoder_of, first_texts, open_tokens
 from megatron.data.hf.ledger import Ledger, Result, Stage
-from megatron.data.hf.local import local_files
+from megatron.data.hf.local import local_source
 from megatron.data.hf.passes import count, export
 from megatron.data.hf.patience import hidden
 from megatron.data.hf.shapes import Shape
@@ -32,6 +33,7 @@ from megatron.log import get_logger
 from megatron.tokenizer import TokenizerKind, TokenizerSource
 
 log = get_logger(__name__)
+Rows = Files | Arrays | hub.HubRows
 NO_TOKENS = ("_label", "_reward")
 PATHS = {
     "text": ("train_data_paths",),
@@ -85,7 +87,7 @@ class _Run:
     def stages(self) -> dict[str, Any]:
         """All that are wanted; the findings."""
         wish, ledger = self.wish, self.ledger
-        source: Files | hub.HubRows = local_files(wish.data) or hub.find(
+        source: Rows = local_source(wish.data) or hub.find(
             wish.data, batch_rows=wish.batch_rows, workers=wish.download_workers, wait=self.wait
         )
         facts = source.facts()
@@ -95,7 +97,7 @@ class _Run:
         log.info("%s: columns %s", found.how.value, ", ".join(found.names))
         if found.how is How.WRITTEN:
             log.warning("--skip-chat-template writes Python's notation of the turns into the training text; it is rarely what is wanted")
-        chosen = source.select(found.names) if isinstance(source, hub.HubRows) else replace(source, columns=found.names)
+        chosen = _select(source, found.names)
         tokens = wish.tokenize and not wish.count_only
         counts = wish.count and not tokens
         opened = open_tokens(wish.tokens, found.how, ids=tokens or counts, fetch=lambda name: hub.tokenizer_folder(name, self.wait))
@@ -141,7 +143,13 @@ class _Run:
         return {"bin_path": str(data_file(first)), "idx_path": str(index_file(first)), "paths": paths}
 
 
-def _load(source: Files | hub.HubRows) -> dict[str, Any]:
+def _select(source: Rows, columns: tuple[str, ...]) -> Source:
+    if isinstance(source, hub.HubRows):
+        return source.select(columns)
+    return replace(source, columns=columns) if isinstance(source, Files) else source
+
+
+def _load(source: Rows) -> dict[str, Any]:
     if isinstance(source, hub.HubRows):
         return {"rows": len(source.rows()), "bytes": source.total_bytes, "commit": source.commit}
     return {"files": len(source.files), "bytes": source.total_bytes}
