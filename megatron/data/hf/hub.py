@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from megatron.data.blocks import ArrowBlock, Block, Position
 from megatron.data.hf.patience import hidden, patiently
+from megatron.data.hf.rows import tables
 from megatron.data.hf.wish import Data
 from megatron.data.sources import BLOCK_BYTES
 from megatron.errors import DataError, NeoXError
@@ -41,10 +42,10 @@ class HubRows:
     _loaded: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def rows(self) -> Any:
-        """The dataset with the chosen columns."""
+        """The dataset, as `datasets` gives it."""
         if not self._loaded:
             self._loaded.append(_load(self))
-        return self._loaded[0] if self.columns is None else self._loaded[0].select_columns(list(self.columns))
+        return self._loaded[0]
 
     def select(self, columns: Sequence[str]) -> HubRows:
         """The same rows with these columns only."""
@@ -52,8 +53,9 @@ class HubRows:
 
     @property
     def total_bytes(self) -> int | None:
-        """Of the rows in memory."""
-        return int(self.rows().data.nbytes)
+        """Of the rows in memory, the chosen columns only."""
+        data = self.rows().data
+        return int((data if self.columns is None else data.select(list(self.columns))).nbytes)
 
     def facts(self) -> list[dict[str, Any]]:
         """The dataset and its commit."""
@@ -74,15 +76,14 @@ class HubRows:
         """About BLOCK_BYTES each."""
         import pyarrow as pa
 
-        rows = self.rows().with_format("arrow")
-        for first in range(start.offset, len(rows), self.batch_rows):
-            table: Any = rows[first : first + self.batch_rows]
+        pieces = tables(self.rows(), self.columns, split=self.data.split, start=start.offset, batch_rows=self.batch_rows)
+        for first, table in pieces:
             step = max(1, int(table.num_rows * BLOCK_BYTES / max(table.nbytes, 1)))
             for begin in range(0, table.num_rows, step):
                 part = table.slice(begin, step)
                 sink = io.BytesIO()
                 with pa.ipc.new_stream(sink, part.schema) as writer:
-                    writer.write_table(part)
+                    writer.write(part)
                 row = first + begin
                 yield ArrowBlock(
                     where=f"{self.data.dataset}/{self.data.split}",
