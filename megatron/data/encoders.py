@@ -145,9 +145,9 @@ class TextSource:
     ftfy: bool = False
     wide: bool = False
 
-    def open(self) -> TextEncoder:
-        """Open the tokenizer."""
-        return TextEncoder(open_tokenizer(self.tokenizer), self)
+    def open(self, tokenizer: Tokenizer | None = None) -> TextEncoder:
+        """Open the tokenizer, unless it is open already."""
+        return TextEncoder(tokenizer or open_tokenizer(self.tokenizer), self)
 
 
 class TextEncoder:
@@ -225,9 +225,9 @@ class MaskSource:
     key: str = "text"
     ftfy: bool = False
 
-    def open(self) -> MaskEncoder:
-        """Open the tokenizer."""
-        return MaskEncoder(TextSource(self.tokenizer, self.append_eod, (self.key,), self.ftfy, wide=True).open(), self.pattern)
+    def open(self, tokenizer: Tokenizer | None = None) -> MaskEncoder:
+        """Open the tokenizer, unless it is open already."""
+        return MaskEncoder(TextSource(self.tokenizer, self.append_eod, (self.key,), self.ftfy, wide=True).open(tokenizer), self.pattern)
 
 
 class MaskEncoder:

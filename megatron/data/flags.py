@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from megatron.data.sources import Source
 from megatron.data.writer import Options, Written
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer, set_library_threads, settle
+from megatron.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource, set_library_threads, settle_open
 
 log = get_logger(__name__)
 
@@ -66,16 +68,34 @@ def add_backend(flags: Any) -> None:
     )
 
 
-def tokenizer_source(given: argparse.Namespace, source: Source, keys: tuple[str, ...]) -> TokenizerSource:
+@dataclass(frozen=True)
+class Chosen:
+    """A tokenizer whose back end is settled.
+
+    tokenizer: open already; None where other processes will encode, so that this one does not hold it
+    about:     for the metadata
+    """
+
+    source: TokenizerSource
+    tokenizer: Tokenizer | None
+    about: dict[str, Any]
+
+
+def choose_tokenizer(given: argparse.Namespace, source: Source, keys: tuple[str, ...]) -> Chosen:
     """The tokenizer asked for, its back end settled on the first records of the input."""
     asked = TokenizerSource(
         TokenizerKind(given.tokenizer_type), given.vocab_file, given.merge_file, backend=TokenizerBackend(given.tokenizer_backend)
     )
-    if given.workers == 1:
+    return choose(asked, first_texts(source, keys), workers=given.workers)
+
+
+def choose(asked: TokenizerSource, texts: Sequence[str], *, workers: int) -> Chosen:
+    """A tokenizer with its back end settled on `texts`."""
+    if workers == 1:
         set_library_threads(usable_cores())  # before the first use
-    settled, reason = settle(asked, first_texts(source, keys))
+    (settled, reason), tokenizer = settle_open(asked, texts)
     log.info("tokenizer back end: %s (%s)", settled.backend.value, reason)
-    return settled
+    return Chosen(settled, tokenizer if workers == 1 else None, about_tokenizer(settled, tokenizer))
 
 
 def options(given: argparse.Namespace, **about: Any) -> Options:
@@ -92,9 +112,8 @@ def options(given: argparse.Namespace, **about: Any) -> Options:
     )
 
 
-def about_tokenizer(source: TokenizerSource) -> dict[str, Any]:
+def about_tokenizer(source: TokenizerSource, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the metadata says of the tokenizer."""
-    tokenizer = open_tokenizer(source)
     return {
         "type": source.kind.value,
         "vocab_file": source.vocab_file,

@@ -15,13 +15,13 @@ from typing import Any
 from megatron.data.corpora import Corpus, find
 from megatron.data.download import Remote, fetch
 from megatron.data.encoders import TextSource
-from megatron.data.flags import about_tokenizer
+from megatron.data.flags import choose
 from megatron.data.reading import first_texts, texts
 from megatron.data.sources import Source
 from megatron.data.writer import Options, stream_prefix, write
 from megatron.errors import DataError
 from megatron.log import get_logger
-from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer, settle
+from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 from megatron.tokenizer.train import save_tokenizer, train_bpe
 
 log = get_logger(__name__)
@@ -98,9 +98,11 @@ def prepare(wish: Wish) -> Prepared:
     if trained:
         _train(corpus, documents, wish, folder)
     log.info("tokenising %s with %s", corpus.name, source.kind.value)
-    settled = settle(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",))).source
-    options = Options(workers=wish.workers, about={"corpus": corpus.name, "about": corpus.about, "tokenizer": about_tokenizer(settled)})
-    written = write(documents, TextSource(settled), prefix, options)
+    chosen = choose(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",)), workers=wish.workers)
+    options = Options(workers=wish.workers, about={"corpus": corpus.name, "about": corpus.about, "tokenizer": chosen.about})
+    texts_source = TextSource(chosen.source)
+    encoder = texts_source.open(chosen.tokenizer) if chosen.tokenizer else None
+    written = write(documents, texts_source, prefix, options, encoder=encoder)
     facts = {"documents": written.documents["text"], "tokens": written.tokens["text"], "tokenizer_digest": open_tokenizer(source).digest}
     _write_record(record, {"asked": asked, **facts, "files": _sizes(written.files["text"])})
     return Prepared(written.files["text"], source, written.documents["text"], written.tokens["text"], True, time.monotonic() - start)

@@ -12,6 +12,7 @@ from megatron.data.sources import Source
 from megatron.errors import DataError
 
 FIRST_RECORDS = 64
+FIRST_CHARACTERS = 1 << 17
 
 
 def records(source: Source) -> Iterator[dict[str, Any]]:
@@ -31,7 +32,12 @@ def texts(source: Source, key: str = "text") -> Iterator[str]:
 def first_texts(source: Source, keys: Sequence[str]) -> list[str]:
     """What texts there are under `keys` in the first records; what cannot be read is passed over."""
     first = (record for block in source.blocks(Position()) for record in block.read().records)
-    return [record[key] for record in islice(first, FIRST_RECORDS) for key in keys if isinstance(record.get(key), str)]
+    found: list[str] = []
+    for record in islice(first, FIRST_RECORDS):
+        found += [record[key] for key in keys if isinstance(record.get(key), str)]
+        if sum(map(len, found)) > FIRST_CHARACTERS:
+            break
+    return found
 
 
 def _labelled(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -61,21 +61,29 @@ def stream_prefix(prefix: Path, stream: str) -> Path:
     return prefix.with_name(f"{prefix.name}_{stream}_document")
 
 
-def write(source: Source, encoder_source: EncoderSource, prefix: Path, options: Options | None = None) -> Written:
+def write(
+    source: Source, encoder_source: EncoderSource, prefix: Path, options: Options | None = None, *, encoder: Encoder | None = None
+) -> Written:
     """Encode every record and write its streams to `<prefix>_<stream>_document.bin/.idx`, and `<prefix>_metadata.json`.
 
     The bytes do not depend on `workers`. Everything is written in the folder `<prefix>.partial` and renamed at the end; a run that was
     killed goes on from there when it is started again in the same way. Raises DataError for bad records beyond `skip_bad` (nothing is
     left then), for a full disk (what is done is kept for the next try), and when no record gives a document.
+
+    encoder: what `encoder_source` opens, if it is open in this process already
     """
     options = options or Options()
     if options.workers < 1:
         raise DataError(f"{options.workers} workers cannot work", where="workers", mend="give 1 or more")
-    encoder = open_encoder(encoder_source, options)
-    files = {stream: stream_prefix(prefix, stream) for stream in encoder.streams}
-    with Partial(prefix, files, asked=_asked(source, encoder_source, encoder, options)) as partial:
+    if encoder is None:
+        encoder = open_encoder(encoder_source, options)
+    stored, asked = dict(encoder.streams), _asked(source, encoder_source, encoder, options)
+    if options.workers > 1:
+        encoder = None  # the other processes have their own; this one does not hold its memory
+    files = {stream: stream_prefix(prefix, stream) for stream in stored}
+    with Partial(prefix, files, asked=asked) as partial:
         if not partial.publishing:
-            streams = {name: StreamFiles(partial.folder, name, stream) for name, stream in encoder.streams.items()}
+            streams = {name: StreamFiles(partial.folder, name, stream) for name, stream in stored.items()}
             try:
                 _fill(source, encoder, encoder_source, _Sinks(partial, streams), options)
                 partial.record(streams, partial.position, done=True)
@@ -115,7 +123,7 @@ class _Sinks:
     streams: dict[str, StreamFiles]
 
 
-def _fill(source: Source, encoder: Encoder, encoder_source: EncoderSource, sinks: _Sinks, options: Options) -> None:
+def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, sinks: _Sinks, options: Options) -> None:
     """Everything from where the partial run stopped to the end of the source."""
     partial, streams = sinks.partial, sinks.streams
     partial.restore(streams)
@@ -140,10 +148,10 @@ def _fill(source: Source, encoder: Encoder, encoder_source: EncoderSource, sinks
         )
 
 
-def encoded(source: Source, encoder: Encoder, encoder_source: EncoderSource, start: Position, options: Options) -> Iterator[Done]:
-    """The blocks from `start` on, encoded, in order."""
+def encoded(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, start: Position, options: Options) -> Iterator[Done]:
+    """The blocks from `start` on, encoded, in order. encoder: None = each of the other processes opens its own"""
     blocks = source.blocks(start)
-    if options.workers == 1:
+    if encoder is not None:
         for block in blocks:
             yield encode(block, encoder)
         return

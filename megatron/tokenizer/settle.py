@@ -11,7 +11,7 @@ from megatron.errors import BackendError, DataError
 from megatron.tokenizer.fast import HF_INSTEAD, GigatokenTokenizer, engine_of
 from megatron.tokenizer.hugging_face import EngineTokenizer
 from megatron.tokenizer.registry import open_family
-from megatron.tokenizer.tokenizer import TokenizerBackend, TokenizerSource, encodable
+from megatron.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerSource, encodable
 
 HARD_STRINGS = (
     "",
@@ -86,9 +86,14 @@ def settle(source: TokenizerSource, texts: Sequence[str] = ()) -> Settled:
     auto: gigatoken if it is there, supports the tokenizer and gives the same ids, else hf. gigatoken asked for by name: BackendError
     or DataError if it cannot be had. Texts that are not Unicode are left out: they fail with every library.
     """
-    if source.backend is TokenizerBackend.HF:
-        return Settled(source, "asked for")
+    return settle_open(source, texts)[0]
+
+
+def settle_open(source: TokenizerSource, texts: Sequence[str] = ()) -> tuple[Settled, Tokenizer]:
+    """As `settle`, with the tokenizer, which is open by then."""
     tokenizer = open_family(source)
+    if source.backend is TokenizerBackend.HF:
+        return Settled(source, "asked for"), tokenizer
     try:
         engine = engine_of(tokenizer)
         fast = GigatokenTokenizer(engine)
@@ -99,8 +104,9 @@ def settle(source: TokenizerSource, texts: Sequence[str] = ()) -> Settled:
     except (BackendError, DataError) as error:
         if source.backend is TokenizerBackend.GIGATOKEN:
             raise
-        return Settled(replace(source, backend=TokenizerBackend.HF), error.what)
-    return Settled(replace(source, backend=TokenizerBackend.GIGATOKEN), f"the ids of {len(checked)} texts equal those of tokenizers")
+        return Settled(replace(source, backend=TokenizerBackend.HF), error.what), tokenizer
+    reason = f"the ids of {len(checked)} texts equal those of tokenizers"
+    return Settled(replace(source, backend=TokenizerBackend.GIGATOKEN), reason), fast
 
 
 def hard_strings(tokenizer: EngineTokenizer) -> list[str]:

@@ -25,7 +25,7 @@ class Spans(NamedTuple):
 class SpanTokenizer:
     """A `tokenizer.json` without its post-processor: no BOS is put in front, and no space is cut from a token's characters.
 
-    Text that spells a special token becomes that token, as chat templates expect.
+    Text that spells a special token becomes that token, as chat templates expect. `special`: the ids of those.
     """
 
     def __init__(self, path: str) -> None:
@@ -35,6 +35,7 @@ class SpanTokenizer:
         self.digest = plain.digest
         self._engine = Engine.from_str(plain.content())
         self._engine.post_processor = None
+        self.special = frozenset(number for number, token in self._engine.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str) -> Spans:
         """One text."""
@@ -45,6 +46,14 @@ class SpanTokenizer:
         found: list[Spans] = []
         for first, last in spans(texts, AT_A_TIME):
             found += [_spans(encoding) for encoding in self._engine.encode_batch(list(texts[first:last]), add_special_tokens=False)]
+        return found
+
+    def encode_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Only the ids of several texts, which takes half the time."""
+        found: list[NDArray[np.int32]] = []
+        for first, last in spans(texts, AT_A_TIME):
+            encodings = self._engine.encode_batch_fast(list(texts[first:last]), add_special_tokens=False)
+            found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return found
 
     def decode(self, ids: Sequence[int]) -> str:

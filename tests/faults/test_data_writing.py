@@ -55,6 +55,16 @@ def names(prefix: Path) -> list[str]:
     return sorted(path.name.removeprefix(prefix.name) for path in prefix.parent.iterdir() if path.name.startswith(prefix.name))
 
 
+def all_end(pids: list[str], within_s: float = 20.0) -> bool:
+    """Whether the processes end by themselves."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 WHOLE = ["_metadata.json", "_text_document.bin", "_text_document.idx"]
 
 
@@ -81,8 +91,10 @@ def test_killed_at_any_moment(tmp_path: Path, kills: int, workers: int, seed: in
         try:
             process.wait(rng.uniform(0.1, took))
         except subprocess.TimeoutExpired:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.send_signal(signal.SIGKILL)
             killed += 1
+            assert all_end(children), "an encoding process outlived the run"
         went_on += "going on with" in process.communicate()[0]
         if (tmp_path / "out" / "killed_text_document.idx").exists():
             assert digests(killed_prefix) == digests(tmp_path / "whole"), "whatever bears the final name is whole"

@@ -38,9 +38,10 @@ def main(argv: list[str]) -> int:
     keys = tuple(dict.fromkeys(given.jsonl_keys))
     prefix = shared.prefix_of(given)
     source = Files(find(given.input, split=given.split), columns=keys)
-    tokenizer = shared.tokenizer_source(given, source, keys)
-    encoder = TextSource(tokenizer, given.append_eod, keys, given.ftfy, wide=given.dataset_impl != "mmap")
-    print(shared.summary(write(source, encoder, prefix, shared.options(given, tokenizer=shared.about_tokenizer(tokenizer)))))
+    chosen = shared.choose_tokenizer(given, source, keys)
+    encoder = TextSource(chosen.source, given.append_eod, keys, given.ftfy, wide=given.dataset_impl != "mmap")
+    opened = encoder.open(chosen.tokenizer) if chosen.tokenizer else None
+    print(shared.summary(write(source, encoder, prefix, shared.options(given, tokenizer=chosen.about), encoder=opened)))
     return 0
 
 

@@ -48,9 +48,10 @@ def main(argv: list[str]) -> int:
     keys = (given.jsonl_keys[0],)
     prefix = shared.prefix_of(given)
     source = Files(find(given.input, split=given.split), columns=keys)
-    tokenizer = shared.tokenizer_source(given, source, keys)
-    encoder = MaskSource(tokenizer, given.append_eod, pattern, keys[0], given.ftfy)
-    print(shared.summary(write(source, encoder, prefix, shared.options(given, tokenizer=shared.about_tokenizer(tokenizer)))))
+    chosen = shared.choose_tokenizer(given, source, keys)
+    encoder = MaskSource(chosen.source, given.append_eod, pattern, keys[0], given.ftfy)
+    opened = encoder.open(chosen.tokenizer) if chosen.tokenizer else None
+    print(shared.summary(write(source, encoder, prefix, shared.options(given, tokenizer=chosen.about), encoder=opened)))
     return 0
 
 

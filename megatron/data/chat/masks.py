@@ -58,20 +58,27 @@ class Plan(NamedTuple):
 
     texts:   one, or (NEOX) the text after each turn
     spans:   trained characters of the one text
+    blocks:  the template told them
     trained: turns to train (NEOX)
     """
 
     texts: tuple[str, ...]
     spans: tuple[Span, ...] = ()
     trained: tuple[int, ...] | None = None
+    blocks: bool = False
 
 
 class Masked(NamedTuple):
-    """ids [n] int32; labels [n] int32; crossing: whether a token lies across the border of something trained."""
+    """ids [n] int32; labels [n] int32.
+
+    crossing: a token lies across the border of something trained
+    endless:  the template's blocks leave out the special token behind them, so the model would not learn to end its turn
+    """
 
     ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     crossing: bool
+    endless: bool = False
 
 
 def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first: int = 0) -> Plan:
@@ -82,7 +89,7 @@ def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first:
     if masking.reward or not masking.labels:
         return Plan((rendered(template, talk).text,))
     marked = mark(template, talk, masking.role, only_last=masking.only_last, first=first)
-    return Plan((marked.text,), marked.spans)
+    return Plan((marked.text,), marked.spans, blocks=marked.blocks)
 
 
 def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[str, ...]:
@@ -103,13 +110,22 @@ def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[
     return (*texts, whole)
 
 
-def apply(made: Plan, encoded: Sequence[Spans]) -> Masked:
-    """Ids and labels of the plan's encoded texts, without the end-of-document token."""
-    if made.trained is not None:
-        return _neox(encoded, made.trained)
-    spans = encoded[0]
-    trained, crossing = trained_tokens(spans, made.spans)
-    return Masked(spans.ids, np.where(trained, spans.ids, UNTRAINED).astype(np.int32), crossing > 0)
+def masked(tokenizer: SpanTokenizer, plans: Sequence[Plan]) -> list[Masked]:
+    """Ids and labels of every plan, without the end-of-document token. All plans are of one kind."""
+    texts = [text for made in plans for text in made.texts]
+    if any(made.trained is not None for made in plans):
+        ids = iter(tokenizer.encode_ids(texts))
+        return [_neox([next(ids) for _ in made.texts], made.trained or ()) for made in plans]
+    return [_exact(tokenizer, tokens, made) for tokens, made in zip(tokenizer.encode_batch(texts), plans, strict=True)]
+
+
+def _exact(tokenizer: SpanTokenizer, tokens: Spans, made: Plan) -> Masked:
+    trained, crossing = trained_tokens(tokens, made.spans)
+    endless = False
+    if made.blocks:
+        behind = np.searchsorted(tokens.starts, [end for _, end in made.spans])
+        endless = any(place < len(trained) and not trained[place] and int(tokens.ids[place]) in tokenizer.special for place in behind)
+    return Masked(tokens.ids, np.where(trained, tokens.ids, UNTRAINED).astype(np.int32), crossing > 0, endless)
 
 
 def trained_tokens(tokens: Spans, spans: Sequence[Span]) -> tuple[NDArray[np.bool_], int]:
@@ -123,30 +139,30 @@ def trained_tokens(tokens: Spans, spans: Sequence[Span]) -> tuple[NDArray[np.boo
     return inside, int(across.sum())
 
 
-def _neox(encoded: Sequence[Spans], trained: Sequence[int]) -> Masked:
+def _neox(encoded: Sequence[NDArray[np.int32]], trained: Sequence[int]) -> Masked:
     pieces, labels = [], []
     count = 0
-    for number, spans in enumerate(encoded):
-        piece = spans.ids[count:]
+    for number, so_far in enumerate(encoded):
+        piece = so_far[count:]
         count += len(piece)
         pieces.append(piece)
         labels.append(piece if number in trained else np.full(len(piece), UNTRAINED, dtype=np.int32))
     ids = np.concatenate(pieces)
-    return Masked(ids, np.concatenate(labels), not np.array_equal(ids, encoded[-1].ids))
+    return Masked(ids, np.concatenate(labels), not np.array_equal(ids, encoded[-1]))
 
 
-def count_trained(masked: Masked) -> int:
+def count_trained(found: Masked) -> int:
     """Tokens with a label."""
-    return int((masked.labels != UNTRAINED).sum())
+    return int((found.labels != UNTRAINED).sum())
 
 
-def close(masked: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
+def close(found: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
     """End with the end-of-document token, unless the template has written it already (white space may follow it).
 
     It is trained if the token before it is. With `reward` nothing is trained but one more such token.
     """
     eod = tokenizer.eod
-    ids, labels = masked.ids.tolist(), masked.labels.tolist()
+    ids, labels = found.ids.tolist(), found.labels.tolist()
     if reward:
         labels = [UNTRAINED] * len(ids)
     if not ends_with_eod(ids, tokenizer):
@@ -156,7 +172,7 @@ def close(masked: Masked, tokenizer: SpanTokenizer, *, reward: bool) -> Masked:
     if reward:
         ids.append(eod)
         labels.append(eod)
-    return Masked(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), masked.crossing)
+    return Masked(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), found.crossing, found.endless)
 
 
 def ends_with_eod(ids: Sequence[int], tokenizer: SpanTokenizer) -> bool:

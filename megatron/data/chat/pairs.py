@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron.data.chat.masks import Masked, close, count_trained, trained_tokens
-from megatron.data.chat.records import answered, common_turns
+from megatron.data.chat.records import answered, common_turns, mended
 from megatron.data.chat.sources import IDS, NOTHING, ChatFormat
-from megatron.data.chat.turns import Marked, UnmaskableError, mark
-from megatron.data.encoders import UNTRAINED, Batch, Dropped, Fault, Outcome, Stream, gather
+from megatron.data.chat.turns import Conversation, Marked, UnmaskableError, mark
+from megatron.data.encoders import UNTRAINED, Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
 from megatron.tokenizer.spans import Spans
 
 LENGTHS = "lengths"
@@ -35,6 +35,7 @@ class PairSource:
     rejected_key: str = "rejected"
     role: str = "assistant"
     tools_key: str | None = None
+    ftfy: bool = False
 
     def open(self) -> PairEncoder:
         """Open tokenizer and template."""
@@ -56,6 +57,7 @@ class PairEncoder:
         self.source = source
         self.tokenizer = source.form.open_tokenizer()
         self.template = source.form.open_template()
+        self.mend = text_mender() if source.ftfy else None
         self.keys = (source.chosen_key, source.rejected_key)
         self.streams: dict[str, Stream] = {name: IDS for key in self.keys for name in (key, f"{key}_label")}
         self.streams[LENGTHS] = IDS
@@ -71,7 +73,7 @@ class PairEncoder:
     def _pair(self, record: Mapping[str, Any]) -> Pair | Dropped | Fault:
         source = self.source
         try:
-            chosen, rejected = (answered(record, source.prompt_key, key, source.role, source.tools_key).talk for key in self.keys)
+            chosen, rejected = (self._talk(record, key) for key in self.keys)
             first = common_turns(chosen.turns, rejected.turns)
             if first == len(chosen.turns) == len(rejected.turns):
                 return Dropped(SAME)
@@ -84,6 +86,11 @@ class PairEncoder:
             return Dropped(NOTHING)
         cut = min(side.spans[0][0] for side in sides)
         return Pair(sides[0], sides[1], cut) if sides[0].text[:cut] == sides[1].text[:cut] else Dropped(PROMPTS_DIFFER)
+
+    def _talk(self, record: Mapping[str, Any], key: str) -> Conversation:
+        source = self.source
+        talk = answered(record, source.prompt_key, key, source.role, source.tools_key).talk
+        return mended(talk, self.mend) if self.mend else talk
 
     def _outcome(self, pair: Pair, whole: tuple[Spans, Spans]) -> Outcome:
         starts = [_boundary(spans, pair.cut) for spans in whole]

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from megatron.data.chat.folder import special_tokens, template_sources
-from megatron.data.chat.masks import Borders, Masked, Masking, Plan, apply, close, count_trained, plan
+from megatron.data.chat.masks import Borders, Masked, Masking, Plan, close, count_trained, masked, plan
 from megatron.data.chat.records import answered, mended, reward_of, talk_of
 from megatron.data.chat.template import ChatTemplate
 from megatron.data.chat.turns import UnmaskableError
 from megatron.data.encoders import Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
-from megatron.tokenizer.spans import Spans, SpanTokenizer
+from megatron.tokenizer.hugging_face import from_hub
+from megatron.tokenizer.spans import SpanTokenizer
 
 IDS = Stream(np.dtype("<i4"))
 REWARDS = Stream(np.dtype("<f4"), integral=np.dtype("<i4"))
@@ -27,6 +28,10 @@ SIGNS = Stream(np.dtype("<i4"))
 NOTHING = "nothing to train"
 CUT = "conversations cut as the reference cuts them lose or double characters at a turn's border (--turn-borders exact keeps them)"
 CROSSING = "conversations have a token across the border of what is trained: that token is not trained"
+ENDLESS = (
+    "conversations have a {% generation %} block without the end-of-turn token behind it: the model would not learn to end its turn "
+    "(put the token into the block)"
+)
 KEPT = "conversations have nothing to train, and are kept as the reference keeps them"
 
 
@@ -43,6 +48,12 @@ class ChatFormat:
     moment: str | None = None
     digest: str = ""
 
+    def about(self) -> dict[str, Any]:
+        """What a dataset's metadata says of it."""
+        tokenizer = self.open_tokenizer()
+        facts = {"path": self.tokenizer, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod}
+        return {"tokenizer": facts, "chat_template": {"file": self.template, "digest": self.digest, "moment": self.moment}}
+
     def open_tokenizer(self) -> SpanTokenizer:
         """Open the tokenizer."""
         return SpanTokenizer(self.tokenizer)
@@ -54,7 +65,10 @@ class ChatFormat:
 
 
 def chat_format(tokenizer: str, template: str | None = None) -> ChatFormat:
-    """The format of a tokenizer folder, or of it with another template file. Raises DataError when there is no template."""
+    """The format of a tokenizer folder (or a name on the Hub), or of it with another template file. Raises DataError when there is
+    no template."""
+    if not Path(tokenizer).expanduser().exists():
+        tokenizer = str(from_hub(tokenizer, "--tokenizer-path", "tokenizer"))
     asked = ChatFormat(tokenizer, template)
     sources, variables = _found(asked)
     digest = hashlib.sha256(repr((sorted(sources.items()), sorted(variables.items()))).encode()).hexdigest()[:16]
@@ -112,8 +126,8 @@ class ChatEncoder:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
         """Ids, labels and rewards of each record."""
         plans = [self._plans(record) for record in records]
-        texts = [text for made in plans if not isinstance(made, Fault) for one in made for text in one.texts]
-        encoded = iter(self.tokenizer.encode_batch(texts))
+        good = [one for made in plans if not isinstance(made, Fault) for one in made]
+        encoded = (close(one, self.tokenizer, reward=self.source.masking.reward) for one in masked(self.tokenizer, good))
         outcomes: list[Outcome] = []
         notes: Counter[str] = Counter()
         trained = 0
@@ -121,22 +135,24 @@ class ChatEncoder:
             if isinstance(made, Fault):
                 outcomes.append(made)
                 continue
-            masked = [self._masked(one, [next(encoded) for _ in one.texts]) for one in made]
-            outcome = self._outcome(record, masked)
+            found = [next(encoded) for _ in made]
+            outcome = self._outcome(record, found)
             outcomes.append(outcome)
             if isinstance(outcome, Mapping):
-                trained += sum(count_trained(one) for one in masked)
-                notes.update(self._notes(masked))
+                trained += sum(count_trained(one) for one in found)
+                notes.update(self._notes(found))
         batch = gather(outcomes, self.streams, trained=trained if self.source.masking.labels else None)
         batch.notes = notes
         return batch
 
-    def _notes(self, masked: Sequence[Masked]) -> list[str]:
+    def _notes(self, found: Sequence[Masked]) -> list[str]:
         masking = self.source.masking
         notes = []
-        if any(one.crossing for one in masked):
+        if any(one.crossing for one in found):
             notes.append(CUT if masking.borders is Borders.NEOX else CROSSING)
-        if masking.labels and not all(count_trained(one) for one in masked):
+        if any(one.endless for one in found):
+            notes.append(ENDLESS)
+        if masking.labels and not all(count_trained(one) for one in found):
             notes.append(KEPT)
         return notes
 
@@ -155,13 +171,10 @@ class ChatEncoder:
         talk = mended(talk, self.mend) if self.mend else talk
         return plan(self.template, talk, source.masking, first=first)
 
-    def _masked(self, made: Plan, encoded: Sequence[Spans]) -> Masked:
-        return close(apply(made, encoded), self.tokenizer, reward=self.source.masking.reward)
-
-    def _outcome(self, record: Mapping[str, Any], masked: Sequence[Masked]) -> Outcome:
+    def _outcome(self, record: Mapping[str, Any], encoded: Sequence[Masked]) -> Outcome:
         source = self.source
         found: dict[str, Any] = {}
-        if source.masking.labels and not source.masking.keep_untrained and not all(count_trained(one) for one in masked):
+        if source.masking.labels and not source.masking.keep_untrained and not all(count_trained(one) for one in encoded):
             return Dropped(NOTHING)
         reward = np.zeros(0, "<f4")
         if source.reward_key is not None:
@@ -169,7 +182,7 @@ class ChatEncoder:
                 reward = reward_of(record.get(source.reward_key), source.reward_key, binary=source.binary)
             except UnmaskableError as error:
                 return Fault(str(error))
-        for key, one in zip(source.keys, masked, strict=True):
+        for key, one in zip(source.keys, encoded, strict=True):
             values = {key: one.ids, f"{key}_label": one.labels, f"{key}_reward": reward}
             found.update((name, value) for name, value in values.items() if name in self.streams)
         return found

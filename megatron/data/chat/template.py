@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -58,6 +59,7 @@ class ChatTemplate:
 
     variables: names a template can use besides messages and tools (bos_token, eos_token, ...)
     moment:    what `strftime_now` tells; None = the clock, which makes the text depend on the day
+    marked:    whether a template says with `{% generation %}` what the model writes
     """
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any], *, moment: datetime | None = None) -> None:
@@ -65,6 +67,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda pattern: (moment or datetime.now()).strftime(pattern)
+        self.marked = any(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) for source in sources.values())
         self._variables = dict(variables)
         self._compiled = {}
         for name, source in sources.items():

@@ -3,13 +3,12 @@
 
 Where the template marks them with `{% generation %}`, those. Else every turn of the generation role from the end of its header
 to the end of its rendering, end-of-turn included. A turn's rendering is what it adds to the rendering of the turns before it;
-that is only true if each shorter conversation is the beginning of the longer one, so this is checked for every conversation.
+that is only true if the text of the turns up to either end is the beginning of the whole text, so this is checked every time.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron.data.chat.template import ChatTemplate, RenderError, Rendering, Span, Turn
@@ -35,10 +34,11 @@ class Conversation(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A rendered conversation; spans are the trained characters, in order, not touching each other."""
+    """A rendered conversation; spans are the trained characters, in order, not touching each other. blocks: the template told them."""
 
     text: str
     spans: tuple[Span, ...]
+    blocks: bool = False
 
 
 def rendered(template: ChatTemplate, talk: Conversation) -> Rendering:
@@ -57,8 +57,8 @@ def mark(template: ChatTemplate, talk: Conversation, role: str, *, only_last: bo
     text, generated = rendered(template, talk)
     wanted = wanted_turns(talk.turns, role, only_last=only_last, first=first)
     if generated and role == "assistant":
-        return Marked(text, _within(generated, template, talk, wanted, text))
-    ends = turn_ends(template, talk, text)
+        return Marked(text, _within(generated, template, talk, wanted, text), blocks=True)
+    ends = turn_ends(template, talk, text, wanted)
     return Marked(text, merged(_turn_span(template, talk, number, text, ends) for number in wanted))
 
 
@@ -68,33 +68,47 @@ def wanted_turns(turns: Sequence[Turn], role: str, *, only_last: bool, first: in
     return [number for number in range(start, len(turns)) if turns[number]["role"] == role]
 
 
-def turn_ends(template: ChatTemplate, talk: Conversation, text: str) -> list[int | None]:
-    """Where each turn ends in the text; None where the template refuses the conversation up to there (a system turn alone, say)."""
-    ends: list[int | None] = []
-    reached = 0
-    for count in range(1, len(talk.turns)):
+def turn_ends(template: ChatTemplate, talk: Conversation, text: str, wanted: Sequence[int]) -> dict[int, int]:
+    """Where the first n turns end in the text, for each n at either end of a wanted turn. Missing where the template refuses the
+    conversation up to there (a system turn alone, say). Other turns need no borders, so they may depend on what follows."""
+    ends = {0: 0, len(talk.turns): len(text)}
+    for count in sorted({end for number in wanted for end in (number, number + 1)} - ends.keys()):
         try:
             part = template.render(talk.turns[:count], talk.tools).text
         except RenderError:
-            ends.append(None)
             continue
         check_prefix(part, text, talk, count)
-        if len(part) < reached:
+        if len(part) < max(end for before, end in ends.items() if before < count):
             raise UnmaskableError(f"{UNSTABLE}: turn {count - 1} ({talk.turns[count - 1]['role']}) makes the text shorter; {MEND}")
-        reached = len(part)
-        ends.append(reached)
-    return [*ends, len(text)]
+        ends[count] = len(part)
+    return ends
 
 
 def check_prefix(part: str, text: str, talk: Conversation, count: int) -> None:
     """Raise UnmaskableError unless `part`, the first `count` turns, begins the whole text."""
     if text.startswith(part):
         return
-    at = len(os.path.commonprefix([part, text]))
+    at = agreement(part, text)
     raise UnmaskableError(
         f"{UNSTABLE}: with {count} of {len(talk.turns)} turns, the last being turn {count - 1} ({talk.turns[count - 1]['role']}), "
         f"it writes {part[at : at + 30]!r} where the whole conversation has {text[at : at + 30]!r} (character {at}); {MEND}"
     )
+
+
+def agreement(one: str, other: str) -> int:
+    """How many characters two texts begin with alike. Slices are compared, as comparing characters in Python takes long.
+
+    >>> agreement("abcd", "abxd"), agreement("ab", "abc"), agreement("", "a")
+    (2, 2, 0)
+    """
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
@@ -112,17 +126,14 @@ def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(kept)
 
 
-def _turn_span(template: ChatTemplate, talk: Conversation, number: int, text: str, ends: Sequence[int | None]) -> Span:
-    end = ends[number]
-    role = talk.turns[number]["role"]
-    if end is None:
+def _turn_span(template: ChatTemplate, talk: Conversation, number: int, text: str, ends: Mapping[int, int]) -> Span:
+    if number + 1 not in ends:
+        role = talk.turns[number]["role"]
         raise UnmaskableError(f"the template refuses the conversation up to turn {number} ({role}), so its end is not known; {MEND}")
-    known = [before for before in ends[:number] if before is not None]
-    begin = known[-1] if known else 0
-    return _header_end(template, talk, number, text, begin), end
+    return _header_end(template, talk, number, text, ends.get(number)), ends[number + 1]
 
 
-def _header_end(template: ChatTemplate, talk: Conversation, number: int, text: str, begin: int) -> int:
+def _header_end(template: ChatTemplate, talk: Conversation, number: int, text: str, begin: int | None) -> int:
     """Where what is generated begins: as far as renderings with other contents agree with the text, but no later than the
     template's own generation prompt reaches, where the turn does begin with it. The prompt alone would not do: some templates
     have none, and some add a `<think>` that the turn does not have."""
@@ -136,8 +147,11 @@ def _header_end(template: ChatTemplate, talk: Conversation, number: int, text: s
         ) from error
     if probes[0] == probes[1]:
         raise UnmaskableError(f"turn {number} ({turn['role']}): the template does not write its content; {MEND}")
-    agreed = len(os.path.commonprefix([*probes, text]))
-    if agreed < begin:
+    common = agreement(*probes)
+    agreed = min(common, agreement(probes[0], text))
+    # Where the turn begins is not known if the template refuses the turns before it alone; then the probes must say it all.
+    least, begin = (common, 0) if begin is None else (begin, begin)
+    if agreed < least:
         raise UnmaskableError(f"{UNSTABLE}: the text before turn {number} ({turn['role']}) depends on that turn's content; {MEND}")
     if not text[begin:agreed].strip():
         return begin  # white space alone is no header ("[/INST] Yes"): the model writes it, mostly within its first token
@@ -159,11 +173,10 @@ def _within(generated: Sequence[Span], template: ChatTemplate, talk: Conversatio
         return merged(generated)
     if len(generated) == len(everyone):
         return merged(span for number, span in zip(everyone, generated, strict=True) if number in wanted)
-    ends = [0, *turn_ends(template, talk, text)]
+    ends = turn_ends(template, talk, text, wanted)
     kept: list[Span] = []
     for number in wanted:
-        begin, end = ends[number], ends[number + 1]
-        if begin is None or end is None:
+        if number not in ends or number + 1 not in ends:
             raise UnmaskableError(f"the template refuses a part of the conversation, so where turn {number} (assistant) lies is not known")
-        kept += [span for span in generated if begin <= span[0] and span[1] <= end]
+        kept += [span for span in generated if ends[number] <= span[0] and span[1] <= ends[number + 1]]
     return merged(kept)

@@ -7,10 +7,44 @@ import doctest
 
 import numpy as np
 
-from megatron.data import blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights
+from megatron.data import (
+    blend,
+    blocks,
+    build,
+    cache,
+    encoders,
+    index_map,
+    indexed_dataset,
+    inputs,
+    inspecting,
+    lengths,
+    merging,
+    sampler,
+    skipping,
+    streams,
+    weights,
+)
+
+MODULES = (
+    blend,
+    blocks,
+    build,
+    cache,
+    encoders,
+    index_map,
+    indexed_dataset,
+    inputs,
+    inspecting,
+    lengths,
+    merging,
+    sampler,
+    skipping,
+    streams,
+    weights,
+)
 
 
 def test_examples_in_docstrings() -> None:
-    for module in (blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights):
+    for module in MODULES:
         found = doctest.testmod(module, extraglobs={"np": np})
         assert found.failed == 0 and (found.attempted > 0 or module is not sampler), module.__name__

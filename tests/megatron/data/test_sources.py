@@ -25,7 +25,7 @@ from megatron.data.reading import texts
 from megatron.data.sources import Files, MadeHere
 from megatron.errors import DataError
 
-RECORDS = [{"text": f"é document {number} " * (number % 7), "number": number} for number in range(300)]
+RECORDS = [{"text": f"\u00e9 document {number} " * (number % 7), "number": number} for number in range(300)]
 LINES = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
 
 

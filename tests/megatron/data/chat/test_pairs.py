@@ -67,10 +67,10 @@ def test_earlier_answers_belong_to_the_prompt_and_later_questions_are_not_traine
     assert encoder.tokenizer.decode(found["chosen"][: found[LENGTHS][0]]).endswith("c<|im_end|>\n<|im_start|>assistant\n")
 
 
-TEXT = st.text(st.sampled_from(" \n\tabé-"), max_size=6)
+TEXT = st.text(st.sampled_from(" \n\tab\u00e9-"), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(prompt=TEXT, chosen=TEXT, rejected=TEXT)
 def test_prompt_ids_are_equal_and_no_character_is_lost(encoders: dict[str, PairEncoder], prompt: str, chosen: str, rejected: str) -> None:
     # The answers' white space runs into the header's newline: tokens would lie across the cut.

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data.chat.masks import Borders, Masking
-from megatron.data.chat.sources import CROSSING, CUT, NOTHING, ChatEncoder, ChatSource, chat_format
+from megatron.data.chat.sources import CROSSING, CUT, ENDLESS, NOTHING, ChatEncoder, ChatSource, chat_format
 from megatron.data.encoders import UNTRAINED, Batch
 from tests.support.chat import GOLDEN, STYLES, chat_folder, turns
 
@@ -107,7 +107,7 @@ CONTENT = st.lists(WORD, min_size=1, max_size=5).map(" ".join)
 
 
 @pytest.mark.parametrize("name", STABLE)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_trained_is_what_the_assistant_writes(name: str, data: st.DataObject) -> None:
     style = STYLES[name]
@@ -130,7 +130,7 @@ def test_trained_is_what_the_assistant_writes(name: str, data: st.DataObject) ->
     assert ending[-1] == tokenizer.eod != ending[-2]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(contents=st.lists(st.text(st.characters(codec="utf-8"), max_size=8), min_size=2, max_size=4))
 def test_every_character_is_kept_and_only_crossing_tokens_are_not_trained(contents: list[str]) -> None:
     batch = encoder("olmo", keep_untrained=True)([{"talk": turns(*contents)}])
@@ -213,3 +213,19 @@ def test_rewards(tmp_path: Path) -> None:
     signs = ChatSource(form, ("talk",), reward_key="r", binary=True).open()(rows)
     assert signs.streams["talk_reward"].values.tolist() == [1, -1, 1, -1, -1]
     assert signs.streams["talk_reward"].values.dtype == np.int32
+
+
+def test_ftfy_mends_contents(tmp_path: Path) -> None:
+    source = ChatSource(chat_format(str(chat_folder(tmp_path, "chatml"))), ("talk",), ftfy=True)
+    ids = source.open()([{"talk": turns("a", "\u00e2\u0153\u201d No problems")}]).streams["talk"].values
+    assert "\u2714 No problems" in source.open().tokenizer.decode(ids)
+
+
+def test_blocks_that_leave_out_the_end_of_turn_are_told(tmp_path: Path) -> None:
+    block = "{% generation %}{{ m.content }}{% endgeneration %}"
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}|{% if m.role == 'assistant' %}" + block + "{% endif %}<|im_end|>{% endfor %}"
+    )
+    form = chat_format(str(chat_folder(tmp_path, "chatml", chat_template=template)))
+    assert ChatSource(form, ("talk",)).open()([{"talk": turns("a", "b")}]).notes == {ENDLESS: 1}
+    assert not encoder("marked")([{"talk": turns("a", "b")}]).notes
