@@ -15,13 +15,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data import flags as shared  # noqa: E402
-from megatron.data.encoders import TextSource  # noqa: E402
-from megatron.data.inputs import find  # noqa: E402
-from megatron.data.lengths import LIMITS, Lengths, Report, read_lengths, summarise  # noqa: E402
-from megatron.data.measuring import measure  # noqa: E402
-from megatron.data.padding import Setup  # noqa: E402
-from megatron.data.sources import Files  # noqa: E402
+from megatron.data.finished.lengths import LIMITS, Lengths, Report, read_lengths, summarise  # noqa: E402
+from megatron.data.finished.measuring import measure  # noqa: E402
+from megatron.data.finished.padding import Setup  # noqa: E402
+from megatron.data.making import flags as shared  # noqa: E402
+from megatron.data.making.encoders import TextSource  # noqa: E402
+from megatron.data.making.inputs import find  # noqa: E402
+from megatron.data.making.sources import Files  # noqa: E402
 from megatron.errors import DataError, NeoXError  # noqa: E402
 
 ABOUT = """Lengths of a set of .bin/.idx files: percentiles, coverage, the recommended max_length, and the expected waste per batch mode.

@@ -10,15 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data import flags as shared  # noqa: E402
-from megatron.data.blocks import Position  # noqa: E402
 from megatron.data.chat.masks import Borders, Masking  # noqa: E402
 from megatron.data.chat.pairs import PairSource  # noqa: E402
 from megatron.data.chat.preview import preview  # noqa: E402
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format  # noqa: E402
-from megatron.data.inputs import find  # noqa: E402
-from megatron.data.sources import Files  # noqa: E402
-from megatron.data.writer import write  # noqa: E402
+from megatron.data.making import flags as shared  # noqa: E402
+from megatron.data.making.blocks import Position  # noqa: E402
+from megatron.data.making.inputs import find  # noqa: E402
+from megatron.data.making.sources import Files  # noqa: E402
+from megatron.data.making.writer import write  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 

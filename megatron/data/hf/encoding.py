@@ -3,27 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from megatron.data.blocks import Position
 from megatron.data.chat.masks import Masking
 from megatron.data.chat.pairs import PairSource
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format
-from megatron.data.encoders import EncoderSource, TextSource
 from megatron.data.hf.detect import Found, How
 from megatron.data.hf.encoders import LimitedSource, ShapedSource
 from megatron.data.hf.shapes import Shape
 from megatron.data.hf.wish import Tokens
-from megatron.data.reading import FIRST_RECORDS
-from megatron.data.sources import Source
+from megatron.data.making.blocks import Position
+from megatron.data.making.encoders import EncoderSource, TextSource
+from megatron.data.making.flags import choose
+from megatron.data.making.reading import FIRST_RECORDS
+from megatron.data.making.sources import Source
 from megatron.errors import ConfigError
-from megatron.log import get_logger
-from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer, settle
+from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 
-log = get_logger(__name__)
 TEMPLATED = (How.TURNS, How.PAIRS, How.JUDGED, How.RENDERED)
 """What is written with a chat template, and ends where that ends it."""
 
@@ -79,11 +79,14 @@ def _here(name: str, fetch: Callable[[str], str]) -> str:
     return fetch(name)
 
 
-def encoder_of(found: Found, opened: Opened, max_length: int | None, first: Sequence[str] = ()) -> EncoderSource:
-    """The encoder. first: the first texts, on which the tokenizer's back end is settled"""
+def encoding_of(
+    source: Source, found: Found, opened: Opened, *, max_length: int | None, workers: int
+) -> tuple[EncoderSource, dict[str, Any]]:
+    """The encoder, and what the metadata says of it. The tokenizer's back end is settled on the first records of the source."""
     assert opened.ids is not None  # asked for
     shape = Shape(found, opened.template)
     inner: EncoderSource
+    about = opened.template.about() if opened.template else {}
     if opened.template is not None and found.how is How.RENDERED:
         # The encoder of conversations sees whether the template has ended the document already.
         renamed = tuple(("text" if role == "messages" else role, column) for role, column in found.columns)
@@ -92,11 +95,10 @@ def encoder_of(found: Found, opened: Opened, max_length: int | None, first: Sequ
     elif opened.template is not None:
         inner = _labelled(found, opened.template)
     else:
-        settled, reason = settle(opened.ids, first)
-        log.info("tokenizer back end: %s (%s)", settled.backend.value, reason)
-        inner = TextSource(settled, append_eod=True, keys=("text",))
+        chosen = choose(opened.ids, _first_texts(source, shape), workers=workers)
+        inner, about = TextSource(chosen.source, append_eod=True, keys=("text",)), {"tokenizer": chosen.about}
     encoder: EncoderSource = ShapedSource(shape, inner)
-    return LimitedSource(encoder, max_length) if max_length is not None else encoder
+    return (LimitedSource(encoder, max_length) if max_length is not None else encoder), about
 
 
 def _labelled(found: Found, form: ChatFormat) -> EncoderSource:
@@ -111,7 +113,7 @@ def _labelled(found: Found, form: ChatFormat) -> EncoderSource:
     return ChatSource(form, ("messages",), tools_key=tools, prompt_key=prompt)
 
 
-def first_texts(source: Source, shape: Shape) -> list[str]:
+def _first_texts(source: Source, shape: Shape) -> list[str]:
     """The texts of the first records."""
     make = shape.open()
     shaped = (make(record) for block in source.blocks(Position()) for record in block.read().records)

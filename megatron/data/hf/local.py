@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron.data.hf.arrays import Arrays, is_array
 from megatron.data.hf.wish import Data
-from megatron.data.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
-from megatron.data.sources import Files
+from megatron.data.making.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
+from megatron.data.making.sources import Files
 from megatron.errors import DataError
 
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval")}

@@ -4,25 +4,26 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from megatron.data.blocks import Position
-from megatron.data.encoders import Dropped, EncoderSource, Fault
 from megatron.data.hf.shapes import Shape
-from megatron.data.partial import Counts
-from megatron.data.progress import Progress
-from megatron.data.sources import Source
-from megatron.data.writer import Options, encoded, open_encoder, tally
+from megatron.data.making.blocks import Position
+from megatron.data.making.encoders import Dropped, EncoderSource, Fault
+from megatron.data.making.partial import Counts
+from megatron.data.making.progress import Progress
+from megatron.data.making.sources import Source
+from megatron.data.making.writer import Options, encoded, open_encoder, tally
 from megatron.errors import DataError
 
 
 def count(source: Source, encoder_source: EncoderSource, options: Options) -> tuple[Counts, dict[str, int]]:
     """What `write` would write: counts, and tokens of each stream. Nothing is written."""
-    encoder = open_encoder(encoder_source, options)
-    counts, tokens = Counts(), dict.fromkeys(encoder.streams, 0)
+    encoder = open_encoder(encoder_source, options) if options.workers == 1 else None
+    counts, tokens = Counts(), Counter[str]()
     with Progress(source.total_bytes, counts, options.log_interval, options.num_docs) as progress:
         for done in encoded(source, encoder, encoder_source, Position(), options):
             tally(counts, done, options.skip_bad)
@@ -31,7 +32,7 @@ def count(source: Source, encoder_source: EncoderSource, options: Options) -> tu
             progress.update(counts)
     if counts.documents == 0:
         raise DataError("no record gives a document", where="input", mend="check the columns: are their texts empty?")
-    return counts, tokens
+    return counts, dict(tokens)
 
 
 def export(source: Source, shape: Shape, path: Path, *, skip_bad: int) -> dict[str, Any]:

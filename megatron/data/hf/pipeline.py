@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron.data.blocks import Position
-from megatron.data.flags import about_tokenizer
 from megatron.data.hf import hub
 from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.detect import Found, How, detect
-from megatron.data.hf.encoding import TEMPLATED, Opened, encoder_of, first_texts, open_tokens
+from megatron.data.hf.encoding import TEMPLATED, Opened, encoding_of, open_tokens
 from megatron.data.hf.ledger import Ledger, Result, Stage
 from megatron.data.hf.local import local_source
 from megatron.data.hf.passes import count, export
@@ -24,13 +22,13 @@ from megatron.data.hf.patience import hidden
 from megatron.data.hf.shapes import Shape
 from megatron.data.hf.wish import Wish, check
 from megatron.data.indexed_dataset import data_file, index_file
-from megatron.data.partial import Counts
-from megatron.data.reading import FIRST_RECORDS
-from megatron.data.sources import Files, Source
-from megatron.data.writer import Options, stream_prefix, write
+from megatron.data.making.blocks import Position
+from megatron.data.making.partial import Counts
+from megatron.data.making.reading import FIRST_RECORDS
+from megatron.data.making.sources import Files, Source
+from megatron.data.making.writer import Options, stream_prefix, write
 from megatron.errors import DataError, NeoXError
 from megatron.log import get_logger
-from megatron.tokenizer import TokenizerKind, TokenizerSource
 
 log = get_logger(__name__)
 Rows = Files | Arrays | hub.HubRows
@@ -117,20 +115,20 @@ class _Run:
         return {**_described(loaded, found, facts), **result}
 
     def _count(self, source: Source, found: Found, opened: Opened) -> Result:
-        first = first_texts(source, Shape(found, opened.template)) if found.how not in TEMPLATED else []
-        counts, tokens = count(source, encoder_of(found, opened, self.wish.tokens.max_length, first), self.options)
+        encoder, _ = encoding_of(source, found, opened, max_length=self.wish.tokens.max_length, workers=self.wish.workers)
+        counts, tokens = count(source, encoder, self.options)
         return _numbers(counts, tokens, found), ()
 
     def _tokenize(self, source: Source, found: Found, opened: Opened) -> Result:
         wish = self.wish
-        first = first_texts(source, Shape(found, opened.template)) if found.how not in TEMPLATED else []
-        assert opened.ids is not None  # stages
+        encoder, made_with = encoding_of(source, found, opened, max_length=wish.tokens.max_length, workers=wish.workers)
         about = {
             "command": shlex.join(sys.argv),
             "dataset": source.facts() if isinstance(source, hub.HubRows) else wish.data.dataset,
-            "tokenizer": about_tokenizer(TokenizerSource(TokenizerKind.HF, opened.ids.vocab_file)),
+            "form": found.how.value,
+            "columns": list(found.names),
+            **made_with,
         }
-        encoder = encoder_of(found, opened, wish.tokens.max_length, first)
         written = write(source, encoder, wish.prefix, replace(self.options, about=about))
         files = [ending(prefix) for prefix in written.files.values() for ending in (data_file, index_file)]
         result = {**_numbers(written.counts, written.tokens, found), "streams": list(written.files), "tokenized": True}

@@ -10,12 +10,12 @@ from typing import Any
 
 import orjson
 
-from megatron.data.blocks import keys_of
 from megatron.data.chat.records import talk_of
 from megatron.data.chat.sources import ChatFormat
 from megatron.data.chat.turns import UnmaskableError, rendered
-from megatron.data.encoders import Dropped, Fault
 from megatron.data.hf.detect import Found, How
+from megatron.data.making.blocks import keys_of
+from megatron.data.making.encoders import Dropped, Fault
 
 BLANK_LINE = "\n\n"
 EMPTY = Dropped("empty")

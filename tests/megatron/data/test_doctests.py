@@ -7,40 +7,14 @@ import doctest
 
 import numpy as np
 
-from megatron.data import (
-    blend,
-    blocks,
-    build,
-    cache,
-    encoders,
-    index_map,
-    indexed_dataset,
-    inputs,
-    inspecting,
-    lengths,
-    merging,
-    sampler,
-    skipping,
-    streams,
-    weights,
-)
+from megatron.data import blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights
+from megatron.data.finished import inspecting, lengths, merging
+from megatron.data.making import blocks, encoders, inputs
 
 MODULES = (
-    blend,
-    blocks,
-    build,
-    cache,
-    encoders,
-    index_map,
-    indexed_dataset,
-    inputs,
-    inspecting,
-    lengths,
-    merging,
-    sampler,
-    skipping,
-    streams,
-    weights,
+    *(blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights),
+    *(inspecting, lengths, merging),
+    *(blocks, encoders, inputs),
 )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +109,12 @@ def test_texts_are_measured_as_they_would_be_written(tmp_path: Path, capsys: pyt
     assert analyze_lengths.main([*words, "--tokenizer-path", "x"]) == 77 and "do not go together" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(find_spec("megatron.data.chat") is None, reason="needs the encoder of preference pairs")
 def test_pairs_are_measured_as_they_would_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from megatron.data.chat.pairs import PairSource
     from megatron.data.chat.sources import chat_format
-    from megatron.data.inputs import find
-    from megatron.data.sources import Files
-    from megatron.data.writer import write as write_set
+    from megatron.data.making.inputs import find
+    from megatron.data.making.sources import Files
+    from megatron.data.making.writer import write as write_set
 
     for name in ("tokenizer.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZER / name, tmp_path)

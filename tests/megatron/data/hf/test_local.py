@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.blocks import Position
 from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.local import local_source
 from megatron.data.hf.wish import Data, default_folder
+from megatron.data.making.blocks import Position
 from megatron.errors import DataError
 
 

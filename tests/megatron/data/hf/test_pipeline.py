@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.encoders import UNTRAINED
 from megatron.data.hf.pipeline import prepare
 from megatron.data.hf.wish import As, Columns, Data, Tokens, Wish
 from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.making.encoders import UNTRAINED
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 from tests.support.chat import chat_folder, turns

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.chat.sources import chat_format
-from megatron.data.encoders import Dropped, Fault
 from megatron.data.hf.detect import Found, How
 from megatron.data.hf.shapes import Shape
+from megatron.data.making.encoders import Dropped, Fault
 from tests.support.chat import chat_folder, turns
 
 

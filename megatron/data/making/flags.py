@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.data.encoding_pool import usable_cores
-from megatron.data.inputs import KNOWN
-from megatron.data.reading import first_texts
-from megatron.data.sources import Source
-from megatron.data.writer import Options, Written
+from megatron.data.making.encoding_pool import usable_cores
+from megatron.data.making.inputs import KNOWN
+from megatron.data.making.reading import first_texts
+from megatron.data.making.sources import Source
+from megatron.data.making.writer import Options, Written
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource, set_library_threads, settle_open

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from megatron.data.blocks import ArrowBlock, Block, LineBlock, Position, RecordBlock, TextBlock
-from megatron.data.compressed import DAMAGED, open_compressed, reader
 from megatron.data.fingerprint import WHOLE, digest_of
-from megatron.data.inputs import InputFile, Kind, kind_of
+from megatron.data.making.blocks import ArrowBlock, Block, LineBlock, Position, RecordBlock, TextBlock
+from megatron.data.making.compressed import DAMAGED, open_compressed, reader
+from megatron.data.making.inputs import InputFile, Kind, kind_of
 from megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 20

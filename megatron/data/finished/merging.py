@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.finished.legacy import is_legacy, open_any
 from megatron.data.indexed_dataset import COPY_BYTES, DTYPES, HEADER, MAGIC, VERSION, data_file, index_file
-from megatron.data.legacy import is_legacy, open_any
 from megatron.errors import DataError
 
 BLOCK = COPY_BYTES // 8

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.lengths import LIMITS, Lengths, fit, of_pairs, recommend, summarise
-from megatron.data.padding import Setup, packed, waste
+from megatron.data.finished.lengths import LIMITS, Lengths, fit, of_pairs, recommend, summarise
+from megatron.data.finished.padding import Setup, packed, waste
 from megatron.errors import DataError
 
 THINK, INSTRUCT = (7.668, 1.202), (6.525, 0.998)

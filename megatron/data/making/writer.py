@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.data.blocks import Position
-from megatron.data.encoders import Encoder, EncoderSource
-from megatron.data.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
-from megatron.data.partial import Counts, Partial
-from megatron.data.progress import Progress
-from megatron.data.sources import Source
-from megatron.data.stream_files import StreamFiles
+from megatron.data.making.blocks import Position
+from megatron.data.making.encoders import Encoder, EncoderSource
+from megatron.data.making.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
+from megatron.data.making.partial import Counts, Partial
+from megatron.data.making.progress import Progress
+from megatron.data.making.sources import Source
+from megatron.data.making.stream_files import StreamFiles
 from megatron.errors import DataError
 from megatron.log import get_logger
 from megatron.tokenizer import set_library_threads

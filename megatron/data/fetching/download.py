@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron.data.fingerprint import digest_of
-from megatron.data.retry import asked_wait
+from megatron.data.hf.patience import asked_wait
 from megatron.errors import DataError
 from megatron.log import get_logger
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron.data.partial import Counts
+from megatron.data.making.partial import Counts
 from megatron.log import get_logger
 
 log = get_logger(__name__)

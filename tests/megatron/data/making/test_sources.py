@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron.data import sources
-from megatron.data.blocks import Position
-from megatron.data.inputs import find
-from megatron.data.reading import texts
-from megatron.data.sources import Files, MadeHere
+from megatron.data.making import sources
+from megatron.data.making.blocks import Position
+from megatron.data.making.inputs import find
+from megatron.data.making.reading import texts
+from megatron.data.making.sources import Files, MadeHere
 from megatron.errors import DataError
 
 RECORDS = [{"text": f"\u00e9 document {number} " * (number % 7), "number": number} for number in range(300)]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megatron.data.finished.inspecting import first_trained, labels_beside, quantiles
+from megatron.data.finished.legacy import open_any
+from megatron.data.finished.padding import Mode, Setup, waste
 from megatron.data.indexed_dataset import exists
-from megatron.data.inspecting import first_trained, labels_beside, quantiles
-from megatron.data.legacy import open_any
-from megatron.data.padding import Mode, Setup, waste
 from megatron.errors import DataError
 
 LIMITS = tuple(2**power for power in range(10, 16))

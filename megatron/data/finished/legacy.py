@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.indexed_dataset import LEGACY_MAGIC, IndexedDataset, data_file, index_file
-from megatron.data.legacy_index import HEADER
+from megatron.data.making.legacy_index import HEADER
 from megatron.errors import DataError
 
 # 6 and 7 are the floats of C, or both of 8 bytes, whichever tool wrote them: their width tells.

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron.data.download import Remote, fetch
+from megatron.data.fetching.download import Remote, fetch
 from megatron.errors import DataError
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.data.corpora import Corpus, find
-from megatron.data.download import Remote, fetch
-from megatron.data.encoders import TextSource
-from megatron.data.flags import choose
-from megatron.data.reading import first_texts, texts
-from megatron.data.sources import Source
-from megatron.data.writer import Options, stream_prefix, write
+from megatron.data.fetching.corpora import Corpus, find
+from megatron.data.fetching.download import Remote, fetch
+from megatron.data.making.encoders import TextSource
+from megatron.data.making.flags import choose
+from megatron.data.making.reading import first_texts, texts
+from megatron.data.making.sources import Source
+from megatron.data.making.writer import Options, stream_prefix, write
 from megatron.errors import DataError
 from megatron.log import get_logger
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer

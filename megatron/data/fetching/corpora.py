@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.download import Remote, fetch
+from megatron.data.fetching.download import Remote, fetch
 from megatron.data.hf.hub import find as find_on_hub
 from megatron.data.hf.wish import Data
-from megatron.data.inputs import KNOWN
-from megatron.data.inputs import find as find_inputs
-from megatron.data.sources import Files, MadeHere, Source
+from megatron.data.making.inputs import KNOWN
+from megatron.data.making.inputs import find as find_inputs
+from megatron.data.making.sources import Files, MadeHere, Source
 from megatron.errors import DataError
 
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"

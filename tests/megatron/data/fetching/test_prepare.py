@@ -13,20 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data import corpora
-from megatron.data import prepare as room
-from megatron.data.corpora import CORPORA, Corpus, find
-from megatron.data.download import Remote
+from megatron.data.fetching import corpora
+from megatron.data.fetching import prepare as room
+from megatron.data.fetching.corpora import CORPORA, Corpus, find
+from megatron.data.fetching.download import Remote
+from megatron.data.fetching.prepare import Wish, prepare
 from megatron.data.hf.wish import Data
 from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.inputs import kind_of
-from megatron.data.prepare import Wish, prepare
-from megatron.data.sources import MadeHere
+from megatron.data.making.inputs import kind_of
+from megatron.data.making.sources import MadeHere
 from megatron.errors import DataError
 from megatron.tokenizer import TokenizerKind, open_tokenizer
 from tests.support.hub_server import Hub, serve
 
-REPO = Path(__file__).parents[3]
+REPO = Path(__file__).parents[4]
 TEXTS = [f"text number {number} of a corpus of {number * number}" for number in range(200)]
 
 

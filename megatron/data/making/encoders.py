@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron.data.blocks import keys_of
 from megatron.data.indexed_dataset import best_dtype
+from megatron.data.making.blocks import keys_of
 from megatron.tokenizer import Tokenizer, TokenizerSource, open_tokenizer
 from megatron.tokenizer.tokenizer import encodable
 

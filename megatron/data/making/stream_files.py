@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron.data import legacy_index
-from megatron.data.encoders import Ragged, Stream
 from megatron.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION
+from megatron.data.making import legacy_index
+from megatron.data.making.encoders import Ragged, Stream
 from megatron.errors import DataError
 
 STEP = 1 << 20  # documents, or values, handled at once when a stream is sealed

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.encoders import UNTRAINED
+from megatron.data.finished.legacy import LegacyDataset
 from megatron.data.indexed_dataset import IndexedDataset, exists
-from megatron.data.legacy import LegacyDataset
+from megatron.data.making.encoders import UNTRAINED
 
 BLOCK_VALUES = 4 * 2**20
 BLOCK_DOCUMENTS = 2**16

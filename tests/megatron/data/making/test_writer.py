@@ -17,17 +17,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.data import partial as journal
-from megatron.data import sources
-from megatron.data.encoders import Batch, Dropped, Fault, MaskSource, Stream, TextSource, gather
 from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.inputs import find
-from megatron.data.sources import Files, MadeHere
-from megatron.data.writer import Options, write
+from megatron.data.making import partial as journal
+from megatron.data.making import sources
+from megatron.data.making.encoders import Batch, Dropped, Fault, MaskSource, Stream, TextSource, gather
+from megatron.data.making.inputs import find
+from megatron.data.making.sources import Files, MadeHere
+from megatron.data.making.writer import Options, write
 from megatron.errors import DataError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "tokenizer"
+GOLDEN = Path(__file__).parents[3] / "golden" / "tokenizer"
 TOKENIZER = TokenizerSource(TokenizerKind.HF, str(GOLDEN / "tokenizer.json"))
 FAST = TokenizerSource(TokenizerKind.HF, str(GOLDEN / "tokenizer.json"), backend=TokenizerBackend.GIGATOKEN)
 CHARACTERS = TokenizerSource(TokenizerKind.CHAR_LEVEL)

@@ -21,9 +21,9 @@ from typing import IO, Any
 
 import xxhash
 
-from megatron.data.blocks import Position
 from megatron.data.indexed_dataset import data_file, index_file
-from megatron.data.stream_files import StreamFiles
+from megatron.data.making.blocks import Position
+from megatron.data.making.stream_files import StreamFiles
 from megatron.errors import DataError
 from megatron.log import get_logger
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.inputs import Kind, find
+from megatron.data.making.inputs import Kind, find
 from megatron.errors import DataError
 
 

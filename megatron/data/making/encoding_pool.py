@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from megatron.data.blocks import Block, Position
-from megatron.data.encoders import Batch, Encoder, EncoderSource
+from megatron.data.making.blocks import Block, Position
+from megatron.data.making.encoders import Batch, Encoder, EncoderSource
 from megatron.errors import DataError, NeoXError
 from megatron.tokenizer import set_library_threads
 

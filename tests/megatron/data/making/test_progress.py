@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from megatron.data import progress as room
-from megatron.data.partial import Counts
-from megatron.data.progress import Progress
+from megatron.data.making import progress as room
+from megatron.data.making.partial import Counts
+from megatron.data.making.progress import Progress
 
 
 def test_speed_counts_from_where_the_run_was_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:

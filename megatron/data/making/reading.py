@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from megatron.data.blocks import Position, keys_of
-from megatron.data.sources import Source
+from megatron.data.making.blocks import Position, keys_of
+from megatron.data.making.sources import Source
 from megatron.errors import DataError
 
 FIRST_RECORDS = 64

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.blocks import Position
-from megatron.data.encoders import Batch, Encoder, EncoderSource
-from megatron.data.encoding_pool import Done, EncodingPool, encode, usable_cores
-from megatron.data.inspecting import first_trained
-from megatron.data.lengths import Lengths, of_pairs
-from megatron.data.sources import Source
+from megatron.data.finished.inspecting import first_trained
+from megatron.data.finished.lengths import Lengths, of_pairs
+from megatron.data.making.blocks import Position
+from megatron.data.making.encoders import Batch, Encoder, EncoderSource
+from megatron.data.making.encoding_pool import Done, EncodingPool, encode, usable_cores
+from megatron.data.making.sources import Source
 from megatron.errors import DataError
 from megatron.tokenizer import set_library_threads
 
