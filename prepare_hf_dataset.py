@@ -109,6 +109,7 @@ def report(done: Prepared, *, writes: bool) -> str:
     """The results for a person, and the lines for the configuration."""
     found = done.results
     lines = [] if done.fresh else ["nothing to do: all of this was done before with the same data and settings"]
+    lines += [f"first {stream}, what is trained in [[ ]]:\n{text}\n" for stream, text in (found.get("preview") or {}).items()]
     lines.append(f"{found['form']} (columns {found['text_column']})")
     if found.get("token_count") is not None:
         lines.append(f"{found['num_documents']} documents, {found['token_count']} tokens, {found['tokens_per_doc']} tokens per document")

@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+from megatron.data.chat.preview import preview
 from megatron.data.hf import hub
 from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.detect import Found, How, detect
@@ -132,6 +133,8 @@ class _Run:
         written = write(source, encoder, wish.prefix, replace(self.options, about=about))
         files = [ending(prefix) for prefix in written.files.values() for ending in (data_file, index_file)]
         result = {**_numbers(written.counts, written.tokens, found), "streams": list(written.files), "tokenized": True}
+        if found.how in TEMPLATED:
+            result["preview"] = preview(cast(Any, encoder.open()), next((block.read().records for block in source.blocks(Position())), []))
         return {**result, "tokenize_time": round(written.seconds, 3)}, files
 
     def _written(self, streams: Sequence[str]) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def test_chats_have_masks(folder: Path) -> None:
     assert all(label in (UNTRAINED, token) for one, other in zip(ids, labels, strict=True) for token, label in zip(one, other, strict=True))
     assert done.results["trained_tokens"] == sum(label != UNTRAINED for one in labels for label in one)
     assert list(done.results["paths"]) == ["train_data_paths", "train_label_data_paths"]
+    assert done.results["preview"] == {"messages": f"{HEAD}[[{ANSWERS[0]}{END}]]"}
     exported = (folder / "out" / "dataset.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in exported] == [{"messages": talk} for talk in TALKS]
 
