@@ -75,9 +75,10 @@ def wish_of(given: argparse.Namespace) -> Wish:
         subset=given.subset,
         split=given.split,
         data_dir=given.data_dir,
-        data_files=tuple(given.data_files),
+        data_files=tuple(part for name in given.data_files for part in ([name] if Path(name).exists() else name.split(","))),
         revision=given.revision,
     )
+    folder = Path(given.output_dir).expanduser() if given.output_dir else default_folder(Path(given.output_base).expanduser(), data)
     return Wish(
         data=data,
         columns=Columns(
@@ -93,7 +94,7 @@ def wish_of(given: argparse.Namespace) -> Wish:
             backend=TokenizerBackend(given.tokenizer_backend),
             max_length=given.max_length,
         ),
-        folder=Path(given.output_dir).expanduser() if given.output_dir else default_folder(Path(given.output_base).expanduser(), data),
+        folder=folder if folder.name not in ("", "..") else folder.resolve(),
         count=not given.skip_count,
         export=not given.no_jsonl,
         tokenize=not given.skip_tokenize,

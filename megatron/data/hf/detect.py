@@ -60,7 +60,12 @@ def detect(records: Sequence[Mapping[str, Any]], wish: Columns) -> Found:
     if wish.wanted is As.CHAT:
         return _wanted(_turns(table, wish) or _answers(table), table, f"there are no turns ({', '.join(TURNS)}, or prompt and completion)")
     return _wanted(
-        _text(table, wish) or _plain_turns(table, wish) or _turns(table, wish) or _pairs(table) or _judged(table, any_turns=False),
+        _text(table, wish, some=True)
+        or _plain_turns(table, wish)
+        or _turns(table, wish)
+        or _pairs(table)
+        or _judged(table, any_turns=False)
+        or _text(table, wish, some=False),
         table,
         "no column is text or turns",
     )
@@ -131,9 +136,10 @@ def _one_column(table: _Table, wish: Columns, name: str) -> Found:
     return Found(How.TURNS, (("messages", name), *table.some("tools")))
 
 
-def _text(table: _Table, wish: Columns) -> Found | None:
-    # --skip-chat-template asks for turns; a column `text` wins otherwise, as users know it.
-    return Found(How.TEXT, (("text", "text"),)) if table.is_text("text") and not wish.as_written else None
+def _text(table: _Table, wish: Columns, *, some: bool) -> Found | None:
+    # --skip-chat-template asks for turns; a column `text` wins otherwise, as users know it, unless nothing is in it.
+    usable = table.is_text("text") and not wish.as_written and (not some or bool(table.columns["text"]))
+    return Found(How.TEXT, (("text", "text"),)) if usable else None
 
 
 def _plain_of(table: _Table, name: str, wish: Columns) -> Found | None:

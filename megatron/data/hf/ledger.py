@@ -37,14 +37,14 @@ class Ledger:
     def __init__(self, folder: Path | None, head: Mapping[str, Any]) -> None:
         self.folder = folder
         self.head = dict(head)
-        self.stages: dict[str, Any] = _earlier(folder)
+        self.stages, self.kept = _earlier(folder)
         self.wanted: list[str] = []
         self.fresh: list[str] = []
         self.started = time.monotonic()
 
     def run(self, stage: Stage, depends: Any, action: Callable[[], Result]) -> dict[str, Any]:
         """The stage's findings: those of an earlier run if all it depends on is the same and its files are whole, else the action's."""
-        key = hashlib.sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+        key = _digest(depends)
         self.wanted.append(stage.value)
         earlier = self.stages.get(stage.value)
         if earlier and earlier["key"] == key and self._whole(earlier["files"]):
@@ -68,6 +68,13 @@ class Ledger:
         self.save("running")
         return result
 
+    def keep(self, name: str, depends: Any, value: str) -> str:
+        """The value an earlier run had under this name, if all it depends on is the same; else this one, kept for later runs."""
+        key = _digest(depends)
+        if self.kept.get(name, {}).get("key") != key:
+            self.kept[name] = {"key": key, "value": value}
+        return str(self.kept[name]["value"])
+
     def save(self, status: str, **more: Any) -> dict[str, Any]:
         """Write the file; what it says."""
         times = {name: self.stages[name]["seconds"] for name in self.wanted if name in self.stages}
@@ -76,7 +83,9 @@ class Ledger:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 aside = self.folder / f"{RESULTS}.tmp.{os.getpid()}"
-                aside.write_text(json.dumps({**content, "stages": self.stages}, indent=1, default=str) + "\n", encoding="utf-8")
+                aside.write_text(
+                    json.dumps({**content, "stages": self.stages, "kept": self.kept}, indent=1, default=str) + "\n", encoding="utf-8"
+                )
                 aside.replace(self.folder / RESULTS)
             except OSError as error:
                 raise DataError(f"cannot write: {error.strerror}", where=str(self.folder), mend="choose a writable --output-dir") from error
@@ -89,15 +98,19 @@ class Ledger:
         return all(path.exists() and path.stat().st_size == size for path, size in found)
 
 
-def _earlier(folder: Path | None) -> dict[str, Any]:
-    if folder is None:
-        return {}
+def _digest(depends: Any) -> str:
+    return hashlib.sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:32]
+
+
+def _earlier(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stages and kept values of an earlier run; none where its file cannot be read."""
     try:
-        stages = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["stages"]
+        content = json.loads((folder / RESULTS).read_text(encoding="utf-8")) if folder is not None else {}
+        stages, kept = content["stages"], content["kept"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return {}, {}
     names = {stage.value for stage in Stage}
     whole = isinstance(stages, dict) and all(
         name in names and isinstance(held, dict) and {"key", "result", "files", "seconds"} <= set(held) for name, held in stages.items()
     )
-    return stages if whole else {}
+    return (stages, kept) if whole and isinstance(kept, dict) else ({}, {})

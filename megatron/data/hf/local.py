@@ -13,6 +13,9 @@ from megatron.data.hf.wish import Data
 from megatron.data.making.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
 from megatron.data.making.sources import Files
 from megatron.errors import DataError
+from megatron.log import get_logger
+
+log = get_logger(__name__)
 
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval")}
 ABOUT = re.compile(r"(readme|license|licence|dataset_infos?|dataset_dict|state|metadata)\b", re.IGNORECASE)
@@ -42,6 +45,7 @@ def _files(data: Data) -> list[InputFile] | None:
             return find([inside / name if (inside / name).exists() else _pattern(inside, name) for name in data.data_files])
         return _of_split(inside, data.split) if inside.is_dir() else find(inside)
     if data.data_files and all(_here(name) for name in data.data_files):
+        log.info("reading %s on this machine, not from the Hub", ", ".join(data.data_files))
         return find(list(data.data_files))
     if looks_local(data.dataset):
         raise DataError(f"there is no {data.dataset}", where="--dataset", mend="check the path; a name on the Hub is ORG/NAME")
@@ -54,7 +58,9 @@ def looks_local(name: str) -> bool:
 
 
 def _here(name: str) -> bool:
-    return Path(name).expanduser().exists() or bool(glob.glob(str(Path(name).expanduser()), recursive=True))
+    # A relative pattern is the Hub's, whatever happens to match it here.
+    path = Path(name).expanduser()
+    return path.exists() or (name.startswith((".", "/", "~")) and bool(glob.glob(str(path), recursive=True)))
 
 
 def _pattern(folder: Path, name: str) -> str:

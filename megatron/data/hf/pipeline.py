@@ -100,6 +100,10 @@ class _Run:
         tokens = wish.tokenize and not wish.count_only
         counts = wish.count and not tokens
         opened = open_tokens(wish.tokens, found.how, ids=tokens or counts, fetch=lambda name: hub.tokenizer_folder(name, self.wait))
+        if opened.template is not None and opened.template.moment is not None:
+            # A template that tells the day would make every run another one.
+            moment = ledger.keep("moment", [facts, opened.template.digest], opened.template.moment)
+            opened = replace(opened, template=replace(opened.template, moment=moment))
         shape = Shape(found, opened.template)
         depends = [facts, repr(shape), wish.skip_bad]
         measured = [*depends, opened.digest, wish.tokens.max_length]

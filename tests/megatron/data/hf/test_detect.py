@@ -18,7 +18,8 @@ KTO = {"prompt": "q", "completion": "a", "label": True}
 
 CASES: list[tuple[dict[str, Any], Columns, How, tuple[str, ...]]] = [
     ({"text": "a", "messages": TURNS}, Columns(), How.TEXT, ("text",)),
-    ({"text": None, "messages": TURNS}, Columns(), How.TEXT, ("text",)),
+    ({"text": None, "messages": TURNS}, Columns(), How.TURNS, ("messages",)),
+    ({"text": None, "id": 1}, Columns(), How.TEXT, ("text",)),
     ({"id": 1, "messages": TURNS}, Columns(), How.TURNS, ("messages",)),
     ({"messages": TURNS, "tools": "[]"}, Columns(), How.TURNS, ("messages", "tools")),
     ({"conversations": SHARED}, Columns(), How.TURNS, ("conversations",)),

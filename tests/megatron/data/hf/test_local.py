@@ -46,10 +46,13 @@ def test_files_of_the_split(tmp_path: Path) -> None:
     assert names(Data(dataset=texts)) == ["a.txt", "b.txt"]
 
 
-def test_what_is_not_here_is_on_the_hub_unless_it_looks_like_a_path(tmp_path: Path) -> None:
+def test_what_is_not_here_is_on_the_hub_unless_it_looks_like_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_source(Data(dataset="org/name")) is None and local_source(Data(dataset="name")) is None
     here = str(touch(tmp_path, "x.jsonl") / "x.jsonl")
     assert names(Data(dataset="org/name", data_files=(here,))) == ["x.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    assert local_source(Data(dataset="org/name", data_files=("*.jsonl",))) is None, "a pattern of the Hub"
+    assert names(Data(dataset="org/name", data_files=("./*.jsonl",))) == ["x.jsonl"]
     for path in ("./org/name", "/org", "a/b/c", "data.jsonl"):
         with pytest.raises(DataError, match="there is no"):
             local_source(Data(dataset=path))

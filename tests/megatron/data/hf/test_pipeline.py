@@ -70,7 +70,7 @@ def test_text_is_written_with_its_end_always(folder: Path) -> None:
     assert results["bin_path"] == str(folder / "out" / "out_text_document.bin") and Path(results["idx_path"]).exists()
     assert results["paths"] == {"train_data_paths": [str(folder / "out" / "out_text_document")]}
     kept = json.loads((folder / "out" / "pipeline_results.json").read_text(encoding="utf-8"))
-    assert {key: value for key, value in kept.items() if key not in ("stages", "elapsed_time")} == {
+    assert {key: value for key, value in kept.items() if key not in ("stages", "kept", "elapsed_time")} == {
         key: value for key, value in results.items() if key != "elapsed_time"
     }
 
@@ -142,6 +142,20 @@ def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(folder: P
     )  # fmt: skip
     midtrain = replace(longer, columns=Columns(wanted=As.MIDTRAIN))
     assert prepare(midtrain).fresh == ("DETECT", "EXPORT", "TOKENIZE")
+
+
+def test_a_template_that_tells_the_day_tells_that_of_the_first_run(folder: Path) -> None:
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["chat_template"] = "{{ '<|im_start|>' + strftime_now('%H:%M:%S.%f') + '\\n' }}" + content["chat_template"]
+    config.write_text(json.dumps(content), encoding="utf-8")
+    asked = wish(folder, [{"messages": talk} for talk in TALKS])
+    first = prepare(asked)
+    assert prepare(asked).fresh == ()
+    (folder / "out" / "dataset.jsonl").unlink()
+    (folder / "out" / "out_messages_document.bin").unlink()
+    again = prepare(asked)
+    assert again.fresh == ("EXPORT", "TOKENIZE") and again.results["preview"] == first.results["preview"]
 
 
 def test_counting_writes_nothing_and_counts_what_would_be_written(folder: Path) -> None:
