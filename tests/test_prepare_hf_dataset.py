@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,6 +70,34 @@ def test_from_the_hub_with_too_many_requests_and_again(tmp_path: Path) -> None:
         second = run("--dataset", "org/chats", "--tokenizer", "org/tokenizer", hub=hub, home=tmp_path)
         assert second.returncode == 0 and "nothing to do" in second.stdout
         assert len(hub.log) == 2, "one question each for the commits of dataset and tokenizer"
+
+
+@pytest.mark.full
+def test_killed_at_any_moment_it_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
+    chat_folder(tmp_path / "tokenizer", "chatml")
+    words = (REPO / "README.md").read_text(encoding="utf-8")
+    records = [{"messages": turns("question?", words[number % 500 :])} for number in range(800)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+    def command(name: str) -> list[str]:
+        words = f"--dataset {tmp_path}/in.jsonl --tokenizer {tmp_path}/tokenizer --output-dir {tmp_path}/{name}/data --num-proc 1"
+        return [sys.executable, str(REPO / "prepare_hf_dataset.py"), *words.split()]
+
+    started = time.monotonic()
+    subprocess.run(command("whole"), check=True, capture_output=True, timeout=100)
+    took = time.monotonic() - started
+    for moment in range(1, 8):
+        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(took * moment / 8)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    subprocess.run(command("killed"), check=True, capture_output=True, timeout=100)
+    whole, killed = (sorted((tmp_path / name / "data").iterdir()) for name in ("whole", "killed"))
+    assert [path.name for path in whole] == [path.name for path in killed]
+    for one, other in zip(whole, killed, strict=True):
+        assert one.suffix == ".json" or one.read_bytes() == other.read_bytes(), one.name
 
 
 @pytest.mark.full

@@ -73,8 +73,8 @@ def test_numbers_of_shaped_records_are_those_of_the_input() -> None:
         def __call__(self, records: Sequence[Any]) -> Batch:
             return super().__call__([[3] * len(record["text"]) if record["text"] != "bad" else None for record in records])
 
-    records = [{"x": None}, {"x": "ab"}, {"y": 1}, {"x": ""}, {"x": "bad"}, {"x": "c"}]
+    records = [{"x": None}, {"x": "ab"}, {"y": 1}, {"x": ""}, {"x": "bad"}, {"x": "c"}, {"x": None}]
     batch = ShapedSource(shape, Lengths()).open()(records)
     assert batch.streams["messages"].sizes.tolist() == [2, 1]
     assert [number for number, _ in batch.faults] == [2, 4]
-    assert batch.droppings == [(0, "empty"), (3, "empty")] and batch.dropped["empty"] == 2
+    assert batch.droppings == [(0, "empty"), (3, "empty"), (6, "empty")] and batch.dropped["empty"] == 3
