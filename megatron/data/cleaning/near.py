@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.cleaning.similarity import Similarities, read_pairs
+
 TASK_BITS = 32
 
 
@@ -26,17 +28,21 @@ class ChooseNear:
     """Step of one task: joins pairs to groups (union-find) and writes (task, number) of all but one of each.
 
     pairs: folder of .dups files, four little-endian 32-bit numbers a pair; stored: folder with the documents' lengths
+    shingles: folder for checking that pairs are `least` alike, None: the shared band is enough
     """
 
     pairs: str
     stored: str
     removed: str
     keep: Keep
+    shingles: str | None = None
+    least: float = 0.0
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Reads all pairs, writes one file."""
-        found = [np.fromfile(path, dtype="<u4").reshape(-1, 4) for path in sorted(Path(self.pairs).glob("*.dups"))]
-        pairs = np.concatenate(found).astype(np.int64) if found else np.zeros((0, 4), dtype=np.int64)
+        pairs = read_pairs(Path(self.pairs))
+        if self.shingles is not None:
+            pairs = pairs[Similarities(Path(self.shingles)).alike(pairs, self.least)]
         left = (pairs[:, 0] << TASK_BITS) | pairs[:, 1]
         right = (pairs[:, 2] << TASK_BITS) | pairs[:, 3]
         documents = np.unique(np.concatenate([left, right]))

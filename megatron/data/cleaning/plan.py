@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.data.cleaning.publish import Publish
 from megatron.data.cleaning.quality import Quality
 from megatron.data.cleaning.segment import Segment, Source, Store, Stored, WriteLines
 from megatron.data.cleaning.settings import Form, Identify, Settings
+from megatron.data.cleaning.similarity import StoreShingles
 from megatron.data.cleaning.sources import Reader
 from megatron.data.cleaning.stage import Stage
 from megatron.errors import ConfigError
@@ -115,7 +116,12 @@ class _Planner:
         minhash = backend.MinHash(near.ngram, near.bands, near.rows, self.settings.seed)
         self._add("near-sign", self._segment("2-quality"), Store(stored), backend.Signatures(signatures, minhash))
         self.jobs.append(Job("near-pair", (backend.Buckets(signatures, pairs, minhash),), near.bands))
-        self.jobs.append(Job("near-choose", (ChooseNear(pairs, stored, removed, near.keep),), 1))
+        choose = ChooseNear(pairs, stored, removed, near.keep)
+        if near.jaccard is not None:
+            shingles = str(folder / "shingles")
+            self._add("near-check", StoreShingles(pairs, stored, shingles, near.ngram))
+            choose = replace(choose, shingles=shingles, least=near.jaccard)
+        self.jobs.append(Job("near-choose", (choose,), 1))
         self.source = Stored(stored, removed, "near", "near duplicate")
 
     def last_stages(self) -> dict[str, Any]:
