@@ -16,7 +16,7 @@ from megatron.data.cleaning.stage import Judge
 from megatron.data.cleaning.words import plain_words
 
 MIN_WORDS = 20
-MIN_SHARE = 0.12
+MIN_SHARE = 0.2
 MIN_LEAD = 1.3
 UNKNOWN = "unknown"
 READ_WORDS = 2000
@@ -32,15 +32,15 @@ FUNCTION_WORDS: dict[str, tuple[str, ...]] = {
         "fr": "le la les de des et est un une du dans que qui en pour pas sur plus par au ce il avec ne se sont aux ou "
         "mais elle son cette nous vous ont comme \xeatre fait sans leur \xe9t\xe9 ses tout m\xeame deux ces je lui peut o\xf9 si "
         "bien tr\xe8s entre aussi",
-        "es": "el la los las de y que en un una es por con no para se del al lo como m\xe1s pero sus su le ya o este s\xed "
-        "porque esta entre cuando muy sin sobre tambi\xe9n me hasta hay donde quien desde todo nos durante uno les ni "
-        "contra ese eso ante ellos fue son",
-        "it": "il la le di e che un una \xe8 in per non del della con si da al dei nel sono gli lo pi\xf9 anche come alla "
-        "delle ma ha i dal se o nella questo essere dalla sul suo sua stato hanno degli loro tra cui due fra ai "
-        "sulla dopo quando era molto anni ed",
-        "pt": "o a os as de e que do da em um uma para com n\xe3o no na por mais dos das se ao como mas foi ele ela seu sua "
-        "ou ser quando muito nos j\xe1 est\xe1 eu tamb\xe9m s\xf3 pelo pela at\xe9 isso entre era depois sem mesmo aos ter seus "
-        "quem nas me esse eles s\xe3o",
+        "es": "el la los las de que en un una es por con no para se del al lo como m\xe1s pero sus su le ya este s\xed porque "
+        "esta entre cuando muy sin sobre tambi\xe9n me hasta hay donde quien desde todo nos durante uno les ni contra "
+        "ese eso ante ellos fue son",
+        "it": "il la le di che un una \xe8 in per non del della con si da al dei nel sono gli lo pi\xf9 anche come alla delle "
+        "ma ha dal se nella questo essere dalla sul suo sua stato hanno degli loro tra cui due fra ai sulla dopo "
+        "quando era molto anni ed",
+        "pt": "os as de que do da em um uma para com n\xe3o no na por mais dos das se ao como mas foi ele ela seu sua ou "
+        "ser quando muito nos j\xe1 est\xe1 eu tamb\xe9m s\xf3 pelo pela at\xe9 isso entre era depois sem mesmo aos ter seus quem "
+        "nas me esse eles s\xe3o",
         "nl": "de het een van en in is dat op te zijn met voor niet aan er om die ook als bij door maar naar uit dan nog "
         "worden wordt over tot heeft hij ze was of deze meer kan geen werd hebben zich had ik haar al wat zo moet "
         "wel hun onder tegen na je",

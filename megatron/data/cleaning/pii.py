@@ -58,9 +58,11 @@ def _card(match: str) -> bool:
 def _address(match: str) -> bool:
     """Of a public host: loopback, private and documentation ranges say nothing about a person."""
     try:
-        return ipaddress.ip_address(match).is_global
+        address = ipaddress.ip_address(match)
     except ValueError:
         return False
+    # Of IPv6 only 2000::/3 is given out: a::b is an address, too, and C++.
+    return address.is_global and (address.version == 4 or int(address) >> 125 == 1)
 
 
 def _phone(match: str) -> bool:
@@ -75,7 +77,7 @@ RULES: tuple[tuple[str, str, str, Callable[[str], bool] | None], ...] = (
     ("card", "", r"(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d.]?\d)", _card),
     ("ip", ".", r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)", _address),
     ("ip", ":", rf"(?<![0-9A-Za-z:.]){IPV6}(?![0-9A-Za-z:])", _address),
-    ("phone", "", rf"(?<![\w+.])(?:{PHONE}|{PHONE_US})(?!\w)", _phone),
+    ("phone", "", rf"(?<![\w+.])(?<!\d )(?:{PHONE}|{PHONE_US})(?!\w)", _phone),
 )
 COMPILED = tuple((name, sign, re.compile(pattern), check) for name, sign, pattern, check in RULES)
 PLACEHOLDER = {name: f"<{name.upper()}>" for name, *_ in RULES}

@@ -41,11 +41,12 @@ class Local:
 
     def __call__(self, jobs: list[Job], work: Path) -> bool:
         """True: all is done."""
-        for number, job in enumerate(jobs):
-            began = time.monotonic()
-            logs = work / "logs" / f"{number}-{job.name}"
-            trove().local_executor(job.steps, tasks=job.tasks, workers=self.workers, logs=logs).run()
-            log.info(f"{job.name}: {job.tasks} tasks, {time.monotonic() - began:.1f} s")
+        with trove().processes(self.workers) as pool:
+            for number, job in enumerate(jobs):
+                began = time.monotonic()
+                logs = work / "logs" / f"{number}-{job.name}"
+                trove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool)
+                log.info(f"{job.name}: {job.tasks} tasks, {time.monotonic() - began:.1f} s")
         return True
 
 

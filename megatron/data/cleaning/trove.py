@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,8 +50,9 @@ def quality_filters(names: Sequence[str], stop_words: tuple[str, ...] | None) ->
     least = None if stop_words == () else 2
     made: dict[str, list[tuple[str, Any]]] = {
         "gopher": [
-            ("gopher repetition", GopherRepetitionFilter(language=words)),
+            # Lengths first: in a short text any three words are a large part, and "repetition" would be the wrong name for it.
             ("gopher", GopherQualityFilter(language=words, min_stop_words=least, stop_words=list(stop_words) if stop_words else None)),
+            ("gopher repetition", GopherRepetitionFilter(language=words)),
         ],
         "c4": [("c4", C4QualityFilter(language=words))],
         "fineweb": [("fineweb", FineWebQualityFilter(language=words))],
@@ -106,6 +108,7 @@ class Buckets:
 
 
 Step = Callable[[Any, int, int], Any]
+LEAST_TO_SHARE = 2
 
 
 @contextlib.contextmanager
@@ -135,22 +138,31 @@ class Local(LocalPipelineExecutor):  # type: ignore[misc]
     def _run_one(self, rank: int) -> None:
         self._run_for_rank(rank)
 
-    def run(self) -> None:
-        """Run the tasks that are not complete, `workers` at a time."""
+    def run_with(self, pool: Pool | None) -> None:
+        """Run the tasks that are not complete, on the pool's processes or, without one, in this process."""
         Path(self.logging_dir.path).mkdir(parents=True, exist_ok=True)
         ranks = self.get_incomplete_ranks()
-        if self.workers == 1 or len(ranks) < 2:
+        if pool is None or len(ranks) < LEAST_TO_SHARE:
             for rank in ranks:
                 self._run_one(rank)
             return
-        with multiprocessing.get_context(self.start_method).Pool(min(self.workers, len(ranks))) as pool:
-            for _ in pool.imap_unordered(self._run_one, ranks):
-                pass
+        for _ in pool.imap_unordered(self._run_one, ranks):
+            pass
 
 
-def local_executor(steps: Sequence[Step], *, tasks: int, workers: int, logs: Path) -> Any:
+def local_executor(steps: Sequence[Step], *, tasks: int, logs: Path) -> Any:
     """Runs steps on this machine."""
-    return Local(list(steps), tasks=tasks, workers=workers, logging_dir=str(logs))
+    return Local(list(steps), tasks=tasks, logging_dir=str(logs))
+
+
+@contextlib.contextmanager
+def processes(workers: int) -> Iterator[Pool | None]:
+    """Processes for all jobs of a run; None for one worker, which is this process."""
+    if workers == 1:
+        yield None
+        return
+    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
+        yield pool
 
 
 @dataclass(frozen=True)
