@@ -74,6 +74,7 @@ def clean(inputs: Sequence[str], output: Path, settings: Settings, run: Runner) 
     An output of the same settings and inputs is not made again. Raises DataError when it is of others, or another run is making it.
     """
     trove()
+    output = output.absolute()
     files = find_inputs(inputs)
     reader = Reader(tuple(tuple(part) for part in divide(files, settings.tasks)), settings.text_key, settings.skip_bad)
     key = _key(settings, reader)
