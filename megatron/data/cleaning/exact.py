@@ -6,6 +6,7 @@ Every task writes its hashes as one sorted run; ranges of hashes are then compar
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +38,13 @@ class Fingerprint:
 
     def __call__(self, data: Iterable[Document], rank: int, world_size: int) -> Iterator[Document]:
         """Passes the documents on unchanged."""
-        upper: list[int] = []
-        lower: list[int] = []
+        upper, lower = array("Q"), array("Q")
         for document in data:
             value = exact_hash(document.text)
             upper.append(value >> HALF)
             lower.append(value & ((1 << HALF) - 1))
             yield document
-        run = np.array([upper, lower, range(len(upper))], dtype=np.uint64)
+        run = np.stack([np.asarray(upper), np.asarray(lower), np.arange(len(upper), dtype=np.uint64)]).astype(np.uint64)
         path = Path(self.folder) / f"{rank:05d}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, run[:, np.lexsort(run[::-1])])

@@ -67,6 +67,12 @@ class WordSignatures(MinhashDedupSignature):  # type: ignore[misc]
         """[runs, 1] numbers, none for a text of fewer words than a run has."""
         return hash_runs(hash_words(plain_words(text)), self.config.n_grams).reshape(-1, 1)
 
+    def get_signature(self, shingles: NDArray[np.uint64]) -> list[list[int]]:
+        """The smallest of blocks' smallest: at once, a book of a million words would take gigabytes."""
+        blocks = [super(WordSignatures, self).get_signature(shingles[at : at + BLOCK]) for at in range(0, len(shingles), BLOCK)]
+        smallest: list[list[int]] = np.minimum.reduce(blocks).tolist()
+        return smallest
+
 
 @dataclass(frozen=True)
 class MinHash:
@@ -109,6 +115,7 @@ class Buckets:
 
 Step = Callable[[Any, int, int], Any]
 LEAST_TO_SHARE = 2
+BLOCK = 4096
 
 
 @contextlib.contextmanager
