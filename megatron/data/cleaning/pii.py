@@ -35,8 +35,15 @@ KEYS = "|".join(
 )
 IBAN = r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?"
 IPV6 = r"(?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4})"
-PHONE = r"(?:\+|\b00)[1-9]\d{0,2}[ .\-/]?(?:\(\d{1,4}\)[ .\-/]?)?\d{1,4}(?:[ .\-/]?\d{2,4}){1,4}"
-PHONE_US = r"\(\d{3}\) ?\d{3}[-. ]\d{4}|\b\d{3}-\d{3}-\d{4}"
+ABROAD = r"[1-9]\d{0,2}[ .\-/]?(?:\(\d{1,4}\)[ .\-/]?)?\d{1,4}(?:[ .\-/]?\d{2,4}){1,4}"
+PHONE = "|".join(
+    (
+        rf"(?<=\+){ABROAD}",  # +44 20 ...
+        rf"(?<=0)0{ABROAD}",  # 0049 30 ...
+        r"(?<=\()\d{3}\) ?\d{3}[-. ]\d{4}",  # (415) 555-...
+        r"(?<=\d)\d\d-\d{3}-\d{4}",  # 415-555-...
+    )
+)
 IBAN_LENGTH = range(15, 35)
 CARD_LENGTH = range(13, 20)
 PHONE_LENGTH = range(8, 16)
@@ -69,17 +76,19 @@ def _phone(match: str) -> bool:
     return sum(sign.isdigit() for sign in match) in PHONE_LENGTH
 
 
-RULES: tuple[tuple[str, str, str, Callable[[str], bool] | None], ...] = (
-    # (name, what must be in the text, pattern, check of a match), in the order they are tried at a place.
-    ("key", "", rf"{PEM}|(?<![A-Za-z0-9_-])(?:{KEYS})(?![A-Za-z0-9])", None),
-    ("email", "@", r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])", None),
-    ("iban", "", rf"(?<![A-Za-z0-9]){IBAN}(?![A-Za-z0-9])", _iban),
-    ("card", "", r"(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d.]?\d)", _card),
-    ("ip", ".", r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)", _address),
-    ("ip", ":", rf"(?<![0-9A-Za-z:.]){IPV6}(?![0-9A-Za-z:])", _address),
-    ("phone", "", rf"(?<![\w+.])(?<!\d )(?:{PHONE}|{PHONE_US})(?!\w)", _phone),
+KEY_SIGNS = ("AKIA", "ASIA", "gh", "glpat-", "hf_", "sk-", "k_", "AIza", "xox", "npm_", "eyJ", "PRIVATE KEY")
+RULES: tuple[tuple[str, tuple[str, ...], str, Callable[[str], bool] | None], ...] = (
+    # (name, one of which must be in the text, pattern, check of a match), in the order they are tried at a place.
+    # What may not stand before a number is asked for after its first digit: so the search goes from digit to digit, four times as fast.
+    ("key", KEY_SIGNS, rf"{PEM}|(?<![A-Za-z0-9_-])(?:{KEYS})(?![A-Za-z0-9])", None),
+    ("email", ("@",), r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])", None),
+    ("iban", (), rf"(?<![A-Za-z0-9]){IBAN}(?![A-Za-z0-9])", _iban),
+    ("card", (), r"\d(?<![\d.].)(?:[ -]?\d){12,18}(?![\d.]?\d)", _card),
+    ("ip", (".",), r"\d(?<![\d.].)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?!\.?\d)", _address),
+    ("ip", (":",), rf"(?<![0-9A-Za-z:.]){IPV6}(?![0-9A-Za-z:])", _address),
+    ("phone", (), rf"[+(\d](?<![\w+.].)(?<!\d .)(?:{PHONE})(?!\w)", _phone),
 )
-COMPILED = tuple((name, sign, re.compile(pattern), check) for name, sign, pattern, check in RULES)
+COMPILED = tuple((name, signs, re.compile(pattern), check) for name, signs, pattern, check in RULES)
 PLACEHOLDER = {name: f"<{name.upper()}>" for name, *_ in RULES}
 
 
@@ -89,8 +98,8 @@ def mask_text(text: str, counts: Counter[str] | None = None) -> str:
     >>> mask_text("write to jo@mail.org or +44 20 7946 0958, not 192.168.0.1")
     'write to <EMAIL> or <PHONE>, not 192.168.0.1'
     """
-    for name, sign, pattern, check in COMPILED:
-        if sign and sign not in text:
+    for name, signs, pattern, check in COMPILED:
+        if signs and not any(sign in text for sign in signs):
             continue
 
         def place(found: re.Match[str], name: str = name, check: Callable[[str], bool] | None = check) -> str:
