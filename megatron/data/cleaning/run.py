@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shutil
 import time
@@ -91,7 +92,17 @@ def clean(inputs: Sequence[str], output: Path, settings: Settings, run: Runner) 
     work.mkdir(parents=True, exist_ok=True)
     with _alone(work):
         _continue_or_clear(work, key)
-        if not run(plan(settings, reader, work, output, key), work):
+        try:
+            done = run(plan(settings, reader, work, output, key), work)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"there is no room for the run's work: {error.strerror}",
+                where=str(work),
+                mend="make room and start again: it goes on where it was",
+            ) from error
+        if not done:
             return None
     report = _report(output)
     if report is None:

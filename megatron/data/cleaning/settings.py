@@ -13,7 +13,8 @@ from megatron.data.cleaning.pii import Code
 from megatron.data.cleaning.quality import Filter
 from megatron.errors import ConfigError
 
-MOST_TASKS = 4096
+MOST_TASKS = 900
+"""A band's files of all tasks are open at once, and 1024 is the usual limit."""
 MOST_HASHES = 4096
 
 

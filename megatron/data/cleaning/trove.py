@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,11 +165,11 @@ def local_executor(steps: Sequence[Step], *, tasks: int, logs: Path) -> Any:
 
 @contextlib.contextmanager
 def processes(workers: int) -> Iterator[Pool | None]:
-    """Processes for all jobs of a run; None for one worker, which is this process."""
+    """Processes for all jobs of a run; None for one worker, which is this process. Ctrl-C is left to the caller."""
     if workers == 1:
         yield None
         return
-    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
+    with multiprocessing.get_context("forkserver").Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield pool
 
 

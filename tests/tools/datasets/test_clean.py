@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import random
@@ -16,6 +17,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron.data.cleaning.run import clean
+from megatron.data.cleaning.settings import Settings
 from megatron.errors import BackendError, ConfigError, DataError, NeoXError
 from support.cleaning import prose, read_output, write_lines
 
@@ -160,6 +163,15 @@ def test_a_bad_record(script, tool, tmp_path):
     assert not (tmp_path / "out").exists()
     assert tool(*arguments, "--skip-bad", 1) == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["input"]["bad_records"]["count"] == 1
+
+
+def test_a_full_disk_is_said(tmp_path):
+    def fill(jobs, work):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="no room"):
+        clean([str(tmp_path / "in.jsonl")], tmp_path / "out", Settings(), fill)
 
 
 def test_two_runs_at_once_are_refused(tool, tmp_path):

@@ -190,6 +190,7 @@ BLOCKED = [
     ("barfoo12", None),
     ("in C++ only", 5),
     ("in c only", None),
+    ("in c++11 only", None),
 ]
 
 
