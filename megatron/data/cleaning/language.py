@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage `language`: documents of other languages are dropped, by fastText's model or by function words. Knows a few languages' words.
 
-The word lists tell seven languages of Latin script apart in running text of MIN_WORDS words or more, and rarely take one for another. Part of
-what is in them stays unknown (terse text more than prose), and a close relative of one of the seven may pass for it; documentation/cleaning.md
-gives figures.
+The word lists tell seven languages of Latin script apart in running text of MIN_WORDS words or more, and rarely take one for another. Part
+of what is in them stays unknown (terse text more than prose), and a close relative of one of the seven may pass for it:
+documentation/cleaning.md gives figures.
 """
 
 from __future__ import annotations
