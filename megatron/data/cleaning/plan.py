@@ -38,8 +38,8 @@ class Job:
     tasks: int
 
 
-def plan(settings: Settings, reader: Reader, work: Path, output: Path, key: str) -> list[Job]:
-    """The jobs of a run; all they write lies in `work` until the last one renames it to `output`. key: tells this run from others"""
+def plan(settings: Settings, reader: Reader, work: Path, output: Path, said: dict[str, Any]) -> list[Job]:
+    """The jobs of a run; all they write lies in `work` until the last one renames it to `output`. said: goes into the report"""
     planner = _Planner(settings, work, reader)
     first: list[Stage] = [Normalise(settings.ftfy)] if settings.normalise else []
     first += _language(settings)
@@ -52,7 +52,7 @@ def plan(settings: Settings, reader: Reader, work: Path, output: Path, key: str)
         planner.near()
     extra = planner.last_stages()
     planner.write()
-    said = settings.contents() | extra | {"key": key}
+    said = settings.contents() | extra | said
     planner.jobs.append(Job("publish", (Publish(str(work), str(output), said, tuple(planner.books)),), 1))
     return planner.jobs
 

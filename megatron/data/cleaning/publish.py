@@ -71,9 +71,9 @@ def report(book: Book, said: dict[str, Any], shards: list[Path]) -> dict[str, An
     bad = book.dropped.get(f"{READ}/bad record", {"count": 0, "examples": []})
     return {
         "version": VERSION,
-        "input": {"documents": came["documents"], "bytes": came["characters"], "bad_records": bad},
+        "input": {**said["input"], "documents": came["documents"], "bad_records": bad},
         "output": {**left, "files": [shard.name for shard in shards]},
         "dropped": {key: entry["count"] for key, entry in sorted(book.dropped.items())},
         "stages": stages,
-        "settings": said,
+        "settings": {name: value for name, value in said.items() if name != "input"},
     }

@@ -27,6 +27,7 @@ from megatron.log import get_logger
 
 log = get_logger(__name__)
 
+SAY_EVERY_S = 10.0
 FORMAT = 1
 """Counts up when a stage's results change: work begun by an older version is not continued."""
 
@@ -46,7 +47,11 @@ class Local:
             for number, job in enumerate(jobs):
                 began = time.monotonic()
                 logs = work / "logs" / f"{number}-{job.name}"
-                trove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool)
+                said = began
+                for left in trove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool):
+                    if left and time.monotonic() - said >= SAY_EVERY_S:
+                        said = time.monotonic()
+                        log.info(f"{job.name}: {left} of {job.tasks} tasks left")
                 log.info(f"{job.name}: {job.tasks} tasks, {time.monotonic() - began:.1f} s")
         return True
 
@@ -78,6 +83,7 @@ def clean(inputs: Sequence[str], output: Path, settings: Settings, run: Runner) 
     output = output.absolute()
     files = find_inputs(inputs)
     reader = Reader(tuple(tuple(part) for part in divide(files, settings.tasks)), settings.text_key, settings.skip_bad)
+    said = {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
     key = _key(settings, reader)
     work = output.with_name(output.name + ".part")
     if output.exists():
@@ -93,7 +99,7 @@ def clean(inputs: Sequence[str], output: Path, settings: Settings, run: Runner) 
     with _alone(work):
         _continue_or_clear(work, key)
         try:
-            done = run(plan(settings, reader, work, output, key), work)
+            done = run(plan(settings, reader, work, output, {"key": key, "input": said}), work)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -146,16 +146,16 @@ class Local(LocalPipelineExecutor):  # type: ignore[misc]
     def _run_one(self, rank: int) -> None:
         self._run_for_rank(rank)
 
-    def run_with(self, pool: Pool | None) -> None:
-        """Run the tasks that are not complete, on the pool's processes or, without one, in this process."""
+    def run_with(self, pool: Pool | None) -> Iterator[int]:
+        """Run the tasks that are not complete, on the pool's processes or, without one, in this process. Yields how many are left."""
         Path(self.logging_dir.path).mkdir(parents=True, exist_ok=True)
         ranks = self.get_incomplete_ranks()
-        if pool is None or len(ranks) < LEAST_TO_SHARE:
-            for rank in ranks:
-                self._run_one(rank)
-            return
-        for _ in pool.imap_unordered(self._run_one, ranks):
-            pass
+        if pool is not None and len(ranks) >= LEAST_TO_SHARE:
+            ended: Iterable[None] = pool.imap_unordered(self._run_one, ranks)
+        else:
+            ended = map(self._run_one, ranks)
+        for count, _ in enumerate(ended, 1):
+            yield len(ranks) - count
 
 
 def local_executor(steps: Sequence[Step], *, tasks: int, logs: Path) -> Any:

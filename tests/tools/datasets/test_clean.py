@@ -19,7 +19,7 @@ import pytest
 from megatron.data.cleaning.run import clean
 from megatron.data.cleaning.settings import Settings
 from megatron.errors import BackendError, ConfigError, DataError, NeoXError
-from support.cleaning import prose, read_output, write_lines
+from support.cleaning import nonsense, prose, read_output, sentence, write_lines
 
 STAGES = ["--normalise", "--exact", "--filters", "gopher,fineweb", "--near", "minhash", "--pii", "mask"]
 
@@ -85,6 +85,33 @@ def test_cleans_and_reports(tool, tmp_path, capfd):
         tool(source, "--output", tmp_path / "out", "--exact", "--tasks", 3)
     assert tool(source, "--output", tmp_path / "one", *STAGES, "--workers", 1, "--tasks", 1) == 0
     assert read_output(tmp_path / "one") == kept
+
+
+def test_every_stage_has_its_flag(tool, tmp_path):
+    rng = random.Random(3)
+    texts = [prose(rng, 15) for _ in range(4)]
+    stolen = sentence(rng).rstrip(".")
+    records = [
+        {"body": texts[0].replace("\n", "\r\n")},
+        {"body": texts[1] + " Foo bar."},
+        {"body": f"{texts[2]} {stolen.upper()}."},
+        {"body": texts[3] + " caf\u00c3\u00a9 jo@mail.org", "set": "code"},
+        {"body": " ".join(nonsense(rng, 80))},
+    ]
+    source = write_lines(tmp_path / "in.jsonl", records)
+    (tmp_path / "evals").mkdir()
+    write_lines(tmp_path / "evals" / "quiz.jsonl", [{"question": stolen}])
+    (tmp_path / "list").write_text("foo BAR\n")
+    flags = ["--text-key", "body", "--normalise", "--ftfy", "--lang", "en", "--lang-backend", "stopwords", "--pii", "mask"]
+    flags += ["--code-where", "set=code", "--decontaminate", tmp_path / "evals", "--blocklist", tmp_path / "list"]
+    assert tool(source, "--output", tmp_path / "out", *flags, "--workers", 1, "--tasks", 1) == 0
+    kept = read_output(tmp_path / "out")
+    assert kept == [{"body": texts[0]}, {"body": texts[3] + " caf\xe9 jo@mail.org", "set": "code"}]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["dropped"] == {"blocklist/entry": 1, "decontaminate/13 words": 1, "language/unknown": 1}
+    assert report["input"] == {"files": 1, "bytes": source.stat().st_size, "documents": 5, "bad_records": {"count": 0, "examples": []}}
+    assert report["settings"]["evaluation"] == {"tasks": ["quiz"], "texts": 1, "too short to be found": 0}
+    assert report["settings"]["seed"] == 1
 
 
 def kill_at(command, work, files):
