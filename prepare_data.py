@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron.data.corpora import CORPORA
-from megatron.data.prepare import Wish, prepare
+from megatron.data.fetching.corpora import CORPORA
+from megatron.data.fetching.prepare import Wish, prepare
 from megatron.errors import NeoXError
 from megatron.log import setup_logging
 from megatron.tokenizer import TokenizerKind

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `.bin/.idx` token files: read, written and merged here and nowhere else. Knows no tokenizer and no torch.
+"""The `.bin/.idx` token files: the format, its reader and its builder. Knows no tokenizer and no torch.
 
 FORMAT, all integers little-endian. `<prefix>.bin`: the values of all sequences back to back, one dtype. `<prefix>.idx`:
 

@@ -2,6 +2,29 @@
 """Text <-> ids, whatever library does it. Knows no configuration object outside build.py."""
 
 from megatron.tokenizer.registry import open_tokenizer
-from megatron.tokenizer.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, padded_vocab_size
+from megatron.tokenizer.settle import Settled, settle, settle_open
+from megatron.tokenizer.threads import set_library_threads
+from megatron.tokenizer.tokenizer import (
+    RaggedIds,
+    Tokenizer,
+    TokenizerBackend,
+    TokenizerKind,
+    TokenizerSource,
+    UnencodableText,
+    padded_vocab_size,
+)
 
-__all__ = ["Tokenizer", "TokenizerKind", "TokenizerSource", "open_tokenizer", "padded_vocab_size"]
+__all__ = [
+    "RaggedIds",
+    "Settled",
+    "Tokenizer",
+    "TokenizerBackend",
+    "TokenizerKind",
+    "TokenizerSource",
+    "UnencodableText",
+    "open_tokenizer",
+    "padded_vocab_size",
+    "set_library_threads",
+    "settle",
+    "settle_open",
+]

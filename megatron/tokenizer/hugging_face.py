@@ -5,20 +5,25 @@ except to resolve a model name."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from megatron.errors import DataError
-from megatron.tokenizer.tokenizer import TokenizerKind, digest_of, existing
+from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, UnencodableText, digest_of, encodable, existing, spans
 
 # Looked up among the tokenizer's own special tokens, in this order, when no file names the token.
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>")
 PAD_NAMES = ("<|padding|>", "<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
+# Characters of text whose encodings are held at once.
+AT_A_TIME = 2**20
+HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*"]
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -41,11 +46,55 @@ class EngineTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of one text. Text that spells a special token becomes that token; a post-processor of the file
         (for instance one that puts BOS in front) is applied."""
-        return list(self._engine.encode(text).ids)
+        try:
+            return list(self._engine.encode(text).ids)
+        except TypeError:
+            if not encodable(text):
+                raise UnencodableText(0, text) from None
+            raise
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in order."""
-        return [list(encoding.ids) for encoding in self._engine.encode_batch_fast(list(texts))]
+        return [list(encoding.ids) for encoding in self._encodings(texts)]
+
+    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
+        """Ids of several texts, in one array."""
+        # An array of the standard library grows in place: nothing is held twice.
+        ids = array("I")
+        sizes = np.empty(len(texts), dtype=np.int32)
+        for i, encoding in enumerate(self._encodings(texts)):
+            some = encoding.ids
+            ids.extend(some)
+            sizes[i] = len(some)
+        return RaggedIds(np.frombuffer(ids, dtype=np.uint32) if ids else np.zeros(0, np.uint32), sizes)
+
+    def _encodings(self, texts: Sequence[str]) -> Iterator[Any]:
+        """Encodings weigh many times their text, so that only those of some texts are there at a time."""
+        for first, last in spans(texts, AT_A_TIME):
+            try:
+                yield from self._engine.encode_batch_fast(list(texts[first:last]))
+            except TypeError:
+                for number in range(first, last):
+                    if not encodable(texts[number]):
+                        raise UnencodableText(number, texts[number]) from None
+                raise
+
+    def content(self) -> str:
+        """This tokenizer as a tokenizer.json, changes since it was opened included."""
+        return str(self._engine.to_str())
+
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """Ids that the post-processor puts before and behind every text."""
+        bare = self._engine.encode("a", add_special_tokens=False).ids
+        whole = self._engine.encode("a").ids
+        before = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:before], whole[before + len(bare) :]
+
+    def tokens(self) -> list[str]:
+        """Every added token, and the texts of eod, pad and bos."""
+        added = [token.content for token in self._engine.get_added_tokens_decoder().values()]
+        roles = [self._engine.id_to_token(number) for number in (self.eod, self.pad, self.bos) if number is not None]
+        return list(dict.fromkeys([*added, *(text for text in roles if text)]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids beyond the vocabulary (padding rows of the embedding) give nothing."""
@@ -104,7 +153,7 @@ def open_hf_gpt2(vocab_file: str | None) -> EngineTokenizer:
     """
     folder = Path(vocab_file).expanduser() if vocab_file else None
     if folder is None or not folder.exists():
-        folder = _from_hub(vocab_file or "gpt2")
+        folder = from_hub(vocab_file or "gpt2")
     if folder.is_file():
         folder = folder.parent
     if (folder / "tokenizer.json").exists():
@@ -211,21 +260,22 @@ def _other_family(folder: Path) -> str:
     return "give the path of a tokenizer.json"
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str, kind: str = "HFGPT2Tokenizer", where: str = "vocab_file") -> Path:
+    """The folder of a tokenizer of the Hub, its chat template included. Raises DataError where there is none."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise DataError(
-            f"HFGPT2Tokenizer: there is no folder {name}, and huggingface_hub is not installed",
-            where="vocab_file",
+            f"{kind}: there is no folder {name}, and huggingface_hub is not installed",
+            where=where,
             mend="give a local folder",
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise DataError(
-            f"HFGPT2Tokenizer: {name!r} is neither a folder nor a tokenizer the Hub would give: {type(error).__name__}",
-            where="vocab_file",
-            mend="give the folder of a saved GPT-2 tokenizer; offline, download it first",
+            f"{kind}: {name!r} is neither a folder nor a tokenizer the Hub would give: {type(error).__name__}",
+            where=where,
+            mend="give the folder of a saved tokenizer; offline, download it first",
         ) from error

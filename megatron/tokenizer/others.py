@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import BackendError, DataError
-from megatron.tokenizer.tokenizer import TokenizerKind, digest_of, existing
+from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, ragged
 
 EOD_PIECE = "<|endoftext|>"
 
@@ -47,6 +47,10 @@ class SPMTokenizer:
         """Ids of several texts, in order."""
         return [self.encode(text) for text in texts]
 
+    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
+        """Ids of several texts, in one array."""
+        return ragged(self.encode_batch(texts))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids beyond the vocabulary (padding rows of the embedding) give nothing."""
         return str(self._model.decode([number for number in ids if number < self.vocab_size]))
@@ -79,6 +83,10 @@ class TiktokenTokenizer:
         """Ids of several texts, in order."""
         return [list(ids) for ids in self._encoding.encode_ordinary_batch(list(texts))]
 
+    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
+        """Ids of several texts, in one array."""
+        return ragged(self.encode_batch(texts))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids without a token (gaps and padding rows) give nothing."""
         known = []
@@ -108,6 +116,10 @@ class CharLevelTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Bytes of several texts, in order."""
         return [self.encode(text) for text in texts]
+
+    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
+        """Ids of several texts, in one array."""
+        return ragged(self.encode_batch(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of bytes; eod, pad and ids above 255 give nothing."""

@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
+from megatron.tokenizer.fast import GigatokenTokenizer, engine_of
 from megatron.tokenizer.hugging_face import open_gpt2_bpe, open_hf, open_hf_gpt2
 from megatron.tokenizer.others import CharLevelTokenizer, SPMTokenizer, TiktokenTokenizer
-from megatron.tokenizer.tokenizer import Tokenizer, TokenizerKind, TokenizerSource
+from megatron.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource
 
 
 def open_tokenizer(source: TokenizerSource) -> Tokenizer:
     """Open the tokenizer. Raises DataError or BackendError that name the key at fault."""
+    if source.backend is TokenizerBackend.AUTO:
+        raise ValueError("the backend `auto` has to be settled before a tokenizer is opened: settle(source, texts)")
+    family = open_family(source)
+    return family if source.backend is TokenizerBackend.HF else GigatokenTokenizer(engine_of(family))
+
+
+def open_family(source: TokenizerSource) -> Tokenizer:
+    """The tokenizer, run by its family's own library."""
     if source.kind is TokenizerKind.HF:
         return open_hf(source.vocab_file)
     if source.kind is TokenizerKind.GPT2_BPE:

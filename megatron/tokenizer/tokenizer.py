@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron.errors import DataError
 
@@ -24,16 +28,47 @@ class TokenizerKind(str, Enum):
     TIKTOKEN = "TiktokenTokenizer"
 
 
+class TokenizerBackend(str, Enum):
+    """Which library runs a tokenizer. The ids are the same whichever does, or the run stops."""
+
+    AUTO = "auto"
+    """gigatoken where `settle` finds that it gives the same ids, else hf."""
+    HF = "hf"
+    """The family's own library."""
+    GIGATOKEN = "gigatoken"
+
+
 @dataclass(frozen=True)
 class TokenizerSource:
     """Where a tokenizer comes from. Small and picklable, so every process opens its own.
 
     vocab_file: file, folder or name, as the family needs it; merge_file: GPT2_BPE only
+    backend:    not part of the `repr`, which says what ids depend on
     """
 
     kind: TokenizerKind
     vocab_file: str | None = None
     merge_file: str | None = None
+    backend: TokenizerBackend = field(default=TokenizerBackend.HF, repr=False)
+
+
+class RaggedIds(NamedTuple):
+    """Ids of several texts back to back: ids [sum of sizes], sizes [texts]."""
+
+    ids: NDArray[np.uint32]
+    sizes: NDArray[np.int32]
+
+
+class UnencodableText(DataError):
+    """A text that no tokenizer can encode: it holds half of a surrogate pair. `number` is its place in the batch."""
+
+    def __init__(self, number: int, text: str) -> None:
+        self.number = number
+        place = _lone_surrogate(text)
+        super().__init__(
+            f"text {number} of the batch is not Unicode text: half of a surrogate pair, U+{ord(text[place]):04X}, at character {place}",
+            mend="drop the document, or mend it where it was cut (JSON escapes such as \\ud83d come in pairs)",
+        )
 
 
 @runtime_checkable
@@ -68,6 +103,10 @@ class Tokenizer(Protocol):
         """Ids of several texts, in order; equal to `encode` on each."""
         ...
 
+    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
+        """The ids of `encode_batch` in one array: no Python object per id."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out; bytes that are not UTF-8 become U+FFFD."""
         ...
@@ -91,6 +130,46 @@ def existing(path: str | Path | None, key: str, *, kind: str, mend: str) -> Path
     if not found.exists():
         raise DataError(f"{kind}: there is no {found}", where=key, mend=mend)
     return found
+
+
+def ragged(ids: Sequence[Sequence[int]]) -> RaggedIds:
+    """Lists of ids as arrays.
+
+    >>> [part.tolist() for part in ragged([[5, 6], [], [7]])]
+    [[5, 6, 7], [2, 0, 1]]
+    """
+    sizes = np.fromiter(map(len, ids), dtype=np.int32, count=len(ids))
+    return RaggedIds(np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(sizes.sum(dtype=np.int64))), sizes)
+
+
+def spans(texts: Sequence[str], characters: int) -> Iterator[tuple[int, int]]:
+    """Ranges [first, last) of texts with about that many characters each.
+
+    >>> list(spans(["ab", "c", "defg", "h"], 3))
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    first = total = 0
+    for i, text in enumerate(texts):
+        total += len(text)
+        if total >= characters:
+            yield first, i + 1
+            first, total = i + 1, 0
+    if first < len(texts):
+        yield first, len(texts)
+
+
+def encodable(text: str) -> bool:
+    """Whether a text is Unicode text, without lone surrogates."""
+    return text.isascii() or _lone_surrogate(text) < 0
+
+
+def _lone_surrogate(text: str) -> int:
+    """Where the first is, or -1."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return -1
 
 
 def digest_of(*parts: Path | str) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.texts import read_texts  # noqa: E402
+from megatron.data.making.inputs import find  # noqa: E402
+from megatron.data.making.reading import texts  # noqa: E402
+from megatron.data.making.sources import Files  # noqa: E402
 from megatron.errors import NeoXError  # noqa: E402
 from megatron.log import setup_logging  # noqa: E402
 from megatron.tokenizer.train import save_tokenizer, train_bpe  # noqa: E402
@@ -37,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     output = output if output.suffix == ".json" else output / "tokenizer.json"
     try:
         engine = train_bpe(
-            read_texts([Path(path) for path in given.input or [given.json_input_dir]], key=given.json_key), vocab_size=given.vocab_size
+            texts(Files(find(given.input or [given.json_input_dir]), columns=(given.json_key,)), given.json_key),
+            vocab_size=given.vocab_size,
         )
         save_tokenizer(engine, output)
     except NeoXError as error:

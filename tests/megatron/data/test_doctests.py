@@ -8,9 +8,17 @@ import doctest
 import numpy as np
 
 from megatron.data import blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights
+from megatron.data.finished import inspecting, lengths, merging
+from megatron.data.making import blocks, encoders, inputs
+
+MODULES = (
+    *(blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights),
+    *(inspecting, lengths, merging),
+    *(blocks, encoders, inputs),
+)
 
 
 def test_examples_in_docstrings() -> None:
-    for module in (blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights):
+    for module in MODULES:
         found = doctest.testmod(module, extraglobs={"np": np})
         assert found.failed == 0 and (found.attempted > 0 or module is not sampler), module.__name__

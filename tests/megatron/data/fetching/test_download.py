@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.download import Remote, fetch
+from megatron.data.fetching.download import Remote, fetch
 from megatron.errors import DataError
 
 

@@ -8,17 +8,19 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.data.corpora import Corpus, find
-from megatron.data.download import Remote, fetch
-from megatron.data.encoders import TextSource
-from megatron.data.writer import stream_prefix, write
+from megatron.data.fetching.corpora import Corpus, find
+from megatron.data.fetching.download import Remote, fetch
+from megatron.data.making.encoders import TextSource
+from megatron.data.making.flags import choose
+from megatron.data.making.reading import first_texts, texts
+from megatron.data.making.writer import Options, stream_prefix, write
 from megatron.errors import DataError
 from megatron.log import get_logger
-from megatron.tokenizer import TokenizerKind, TokenizerSource, open_tokenizer
+from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 from megatron.tokenizer.train import save_tokenizer, train_bpe
 
 log = get_logger(__name__)
@@ -93,10 +95,15 @@ def prepare(wish: Wish) -> Prepared:
     if trained:
         _train(corpus, wish, folder)
     log.info("tokenising %s with %s", corpus.name, source.kind.value)
-    written = write(corpus.documents(folder), TextSource(source), prefix, workers=wish.workers)
-    facts = {"documents": written.documents, "tokens": written.tokens["text"], "tokenizer_digest": open_tokenizer(source).digest}
+    documents = corpus.source(folder)
+    chosen = choose(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",)), workers=wish.workers)
+    options = Options(workers=wish.workers, about={"corpus": corpus.name, "tokenizer": chosen.about})
+    texts_source = TextSource(chosen.source)
+    encoder = texts_source.open(chosen.tokenizer) if chosen.tokenizer else None
+    written = write(documents, texts_source, prefix, options, encoder=encoder)
+    facts = {"documents": written.documents["text"], "tokens": written.tokens["text"], "tokenizer_digest": open_tokenizer(source).digest}
     _write_record(record, {"asked": asked, **facts, "files": _sizes(written.files["text"])})
-    return Prepared(written.files["text"], source, written.documents, written.tokens["text"], True, time.monotonic() - start)
+    return Prepared(written.files["text"], source, written.documents["text"], written.tokens["text"], True, time.monotonic() - start)
 
 
 def _trains(corpus: Corpus, wish: Wish) -> bool:
@@ -123,7 +130,7 @@ def _train(corpus: Corpus, wish: Wish, folder: Path) -> None:
     size = wish.vocab_size or corpus.vocab_size
     assert size is not None  # _trains
     log.info("training a BPE tokenizer with %d ids on %s", size, corpus.name)
-    engine = train_bpe(corpus.documents(folder, again=wish.again), vocab_size=size)
+    engine = train_bpe(texts(corpus.source(folder, again=wish.again)), vocab_size=size)
     save_tokenizer(engine, folder / "tokenizer.json")
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data import prepare as room
-from megatron.data.corpora import CORPORA, Corpus, find
+from megatron.data.fetching import prepare as room
+from megatron.data.fetching.corpora import CORPORA, Corpus, find
+from megatron.data.fetching.prepare import Wish, prepare
 from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.prepare import Wish, prepare
 from megatron.errors import DataError
 from megatron.tokenizer import TokenizerKind, open_tokenizer
 
-REPO = Path(__file__).parents[3]
+REPO = Path(__file__).parents[4]
 TEXTS = [f"text number {number} of a corpus of {number * number}" for number in range(200)]
 
 

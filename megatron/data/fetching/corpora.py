@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.download import Remote, fetch
-from megatron.data.texts import KNOWN, read_texts
+from megatron.data.fetching.download import Remote, fetch
+from megatron.data.making.inputs import KNOWN
+from megatron.data.making.inputs import find as find_inputs
+from megatron.data.making.sources import Files, MadeHere, Source
 from megatron.errors import DataError
 
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"
@@ -31,23 +34,24 @@ class Corpus:
     urls: tuple[Remote, ...] = ()
     vocab_size: int | None = None
 
-    def documents(self, folder: Path, *, again: bool = False) -> Iterator[str]:
-        """Its documents, in a fixed order; files are kept in `folder`/raw, and files put there by hand are used.
+    def source(self, folder: Path, *, again: bool = False) -> Source:
+        """Its documents as records {"text": ...}, in a fixed order; files are kept in `folder`/raw, and files put there by hand are used.
 
         again: download anew. Raises DataError when there is nothing to read.
         """
         if self.local is not None:
-            return self.local()
+            make = self.local
+            return MadeHere(self.name, lambda: ({"text": text} for text in make()), version=platform.python_version())
         raw = folder / "raw"
         if self.urls:
-            return read_texts([fetch(remote, raw, again=again) for remote in self.urls])
+            return Files(find_inputs([fetch(remote, raw, again=again) for remote in self.urls]), lenient=True)
         if not raw.is_dir() or not any(raw.iterdir()):
             raise DataError(
                 f"{self.name} ({self.about}) has no public download known to this project",
                 where=str(raw),
                 mend=f"put its files there ({', '.join(KNOWN)}) and run this again, or use tools/datasets/preprocess_data.py",
             )
-        return read_texts([raw])
+        return Files(find_inputs(raw), lenient=True)
 
 
 def find(name: str) -> Corpus:
