@@ -32,6 +32,7 @@ USAGE = """python tools/datasets/clean.py INPUT ... --output DIR [stages] [optio
 stages
   --normalise                 NFC, no control characters; with --ftfy also mends text that was decoded wrongly
   --lang CODE ...             keep these languages; --lang-backend fasttext (default) or stopwords, --lang-threshold P (0.65)
+  --url-key KEY               drop documents whose address, in this field, was met before
   --exact                     drop documents that are the same but for case and spaces
   --filters NAME,...          gopher, c4, fineweb
   --near minhash              drop near duplicates; --ngram 5 --bands 14 --rows 8 --keep longest|earliest,
@@ -72,6 +73,7 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--lang", nargs="+", default=[])
     flags.add_argument("--lang-backend", choices=[one.value for one in Identify], default=Identify.FASTTEXT.value)
     flags.add_argument("--lang-threshold", type=float, default=0.65)
+    flags.add_argument("--url-key")
     flags.add_argument("--exact", action="store_true")
     flags.add_argument("--filters", default="")
     flags.add_argument("--near", choices=["minhash"])
@@ -122,6 +124,7 @@ def _settings(given: argparse.Namespace) -> Settings:
         languages=tuple(given.lang),
         identify=Identify(given.lang_backend),
         language_threshold=given.lang_threshold,
+        url_key=given.url_key,
         exact=given.exact,
         filters=tuple(Filter(name) for name in names),
         near=near,

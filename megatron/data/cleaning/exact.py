@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage `exact`: documents whose text is the same but for case and spaces; the earliest stays. Knows no near duplicates.
+"""Stages `url` and `exact`: documents of the same address, or whose text is the same but for case and spaces; the earliest stays.
 
-Every task writes its hashes as one sorted run; ranges of hashes are then compared across the runs: memory is bounded by the largest range.
+Knows no near duplicates. Every task writes its hashes as one sorted run; ranges of hashes are then compared across the runs: memory is
+bounded by the largest range.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megatron.data.cleaning.document import Document
+from megatron.data.cleaning.document import Document, look_up
 
 RANGES = 16
 HALF = 64
@@ -30,24 +31,47 @@ def exact_hash(text: str) -> int:
     return xxhash.xxh128_intdigest(" ".join(text.lower().split()).encode())
 
 
+def same_address(url: str) -> str:
+    """What two addresses of the same page share: scheme, fragment, the case of the host and a last slash say nothing.
+
+    >>> same_address("https://Site.org/A/#top") == same_address("http://site.org/A")
+    True
+    """
+    plain = url.strip().partition("#")[0].partition("://")
+    host, sign, path = (plain[2] or plain[0]).partition("/")
+    return (host.lower() + sign + path).rstrip("/")
+
+
 @dataclass(frozen=True)
 class Fingerprint:
-    """Step: writes a task's hashes as a sorted run of three rows: upper half, lower half, number of the document."""
+    """Step: writes a task's hashes as a sorted run of three rows: upper half, lower half, number of the document.
+
+    url_key: the field whose address is hashed, None: the text is; a document without an address has no hash
+    """
 
     folder: str
+    url_key: str | None = None
 
     def __call__(self, data: Iterable[Document], rank: int, world_size: int) -> Iterator[Document]:
         """Passes the documents on unchanged."""
-        upper, lower = array("Q"), array("Q")
-        for document in data:
-            value = exact_hash(document.text)
-            upper.append(value >> HALF)
-            lower.append(value & ((1 << HALF) - 1))
+        upper, lower, numbers = array("Q"), array("Q"), array("Q")
+        for number, document in enumerate(data):
+            value = self._hash(document)
+            if value is not None:
+                upper.append(value >> HALF)
+                lower.append(value & ((1 << HALF) - 1))
+                numbers.append(number)
             yield document
-        run = np.stack([np.asarray(upper), np.asarray(lower), np.arange(len(upper), dtype=np.uint64)]).astype(np.uint64)
+        run = np.stack([np.asarray(upper), np.asarray(lower), np.asarray(numbers)]).astype(np.uint64)
         path = Path(self.folder) / f"{rank:05d}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, run[:, np.lexsort(run[::-1])])
+
+    def _hash(self, document: Document) -> int | None:
+        if self.url_key is None:
+            return exact_hash(document.text)
+        url = look_up(document.record, self.url_key)
+        return xxhash.xxh128_intdigest(same_address(url).encode()) if isinstance(url, str) and url.strip() else None
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,10 @@ def plan(settings: Settings, reader: Reader, work: Path, output: Path, said: dic
     first: list[Stage] = [Normalise(settings.ftfy)] if settings.normalise else []
     first += _language(settings)
     planner.stages += first
+    if settings.url_key is not None:
+        planner.same("url", "same address", settings.url_key)
     if settings.exact:
-        planner.exact()
+        planner.same("exact", "same text")
     if settings.filters:
         planner.stages.append(Quality(settings.filters, _stop_words(settings)))
     if settings.near is not None:
@@ -91,20 +93,24 @@ class _Planner:
         self.jobs: list[Job] = []
         self.books: list[str] = []
 
-    def _segment(self, name: str) -> Segment:
-        book = str(self.work / "books" / name)
+    def _book(self) -> str:
+        book = str(self.work / "books" / str(len(self.books)))
         self.books.append(book)
+        return book
+
+    def _segment(self) -> Segment:
+        book = self._book()
         segment = Segment(self.source, tuple(self.stages), book, self.settings.pii)
         self.stages = []
         return segment
 
-    def exact(self) -> None:
+    def same(self, name: str, rule: str, url_key: str | None = None) -> None:
         """Barrier: hashes, then equal ones."""
-        folder = self.work / "exact"
+        folder = self.work / name
         stored, runs, removed = (str(folder / part) for part in ("documents", "runs", "removed"))
-        self._add("exact-read", self._segment("1-read"), Store(stored), Fingerprint(runs))
-        self.jobs.append(Job("exact-find", (FindSame(runs, removed),), RANGES))
-        self.source = Stored(stored, removed, "exact", "same text")
+        self._add(f"{name}-read", self._segment(), Store(stored), Fingerprint(runs, url_key))
+        self.jobs.append(Job(f"{name}-find", (FindSame(runs, removed),), RANGES))
+        self.source = Stored(stored, removed, name, rule)
 
     def near(self) -> None:
         """Barrier: signatures, pairs in every band, groups."""
@@ -114,7 +120,7 @@ class _Planner:
         stored, signatures, pairs, removed = (str(folder / part) for part in ("documents", "signatures", "pairs", "removed"))
         backend = trove()
         minhash = backend.MinHash(near.ngram, near.bands, near.rows, self.settings.seed)
-        self._add("near-sign", self._segment("2-quality"), Store(stored), backend.Signatures(signatures, minhash))
+        self._add("near-sign", self._segment(), Store(stored), backend.Signatures(signatures, minhash))
         self.jobs.append(Job("near-pair", (backend.Buckets(signatures, pairs, minhash),), near.bands))
         choose = ChooseNear(pairs, stored, removed, near.keep)
         if near.jaccard is not None:
@@ -146,8 +152,7 @@ class _Planner:
         form = self.settings.form
         output, lines = str(self.work / "output"), str(self.work / "lines")
         key = self.settings.text_key
-        segment, book = self._segment("3-last"), str(self.work / "books" / "4-output")
-        self.books.append(book)
+        segment, book = self._segment(), self._book()
         if form is not Form.PARQUET:
             self._add("write", segment, WriteLines(output, key, book, form is Form.JSONL_GZ))
             return

@@ -58,7 +58,7 @@ class NearSettings:
 class Settings:
     """Stages, by name; None, False and () are stages that are off.
 
-    languages: codes to keep; code: documents that `pii` leaves alone, None to mask them; blocklist: file
+    languages: codes to keep; url_key: field with the address; code: documents that `pii` leaves alone, None to mask them; blocklist: file
     decontaminate: files and folders of evaluation texts; skip_bad: so many unusable records are allowed
     """
 
@@ -68,6 +68,7 @@ class Settings:
     languages: tuple[str, ...] = ()
     identify: Identify = Identify.FASTTEXT
     language_threshold: float = 0.65
+    url_key: str | None = None
     exact: bool = False
     filters: tuple[Filter, ...] = ()
     near: NearSettings | None = None
