@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from megatron.errors import DataError
-from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, UnencodableText, digest_of, encodable, existing, spans
+from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, require_encodable, spans
 
 # Looked up among the tokenizer's own special tokens, in this order, when no file names the token.
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>")
@@ -49,8 +49,7 @@ class EngineTokenizer:
         try:
             return list(self._engine.encode(text).ids)
         except TypeError:
-            if not encodable(text):
-                raise UnencodableText(0, text) from None
+            require_encodable([text])
             raise
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -74,9 +73,7 @@ class EngineTokenizer:
             try:
                 yield from self._engine.encode_batch_fast(list(texts[first:last]))
             except TypeError:
-                for number in range(first, last):
-                    if not encodable(texts[number]):
-                        raise UnencodableText(number, texts[number]) from None
+                require_encodable(texts[first:last], first)
                 raise
 
     def content(self) -> str:
@@ -95,6 +92,10 @@ class EngineTokenizer:
         added = [token.content for token in self._engine.get_added_tokens_decoder().values()]
         roles = [self._engine.id_to_token(number) for number in (self.eod, self.pad, self.bos) if number is not None]
         return list(dict.fromkeys([*added, *(text for text in roles if text)]))
+
+    def whole_words(self) -> list[str]:
+        """The added tokens that count only where no letter touches them."""
+        return [token.content for token in self._engine.get_added_tokens_decoder().values() if token.single_word]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids beyond the vocabulary (padding rows of the embedding) give nothing."""

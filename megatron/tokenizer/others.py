@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import BackendError, DataError
-from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, ragged
+from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, ragged, require_encodable
 
 EOD_PIECE = "<|endoftext|>"
 
@@ -41,11 +41,12 @@ class SPMTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without BOS and EOS."""
-        return [int(number) for number in self._model.encode(text)]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in order."""
-        return [self.encode(text) for text in texts]
+        require_encodable(texts)
+        return [[int(number) for number in self._model.encode(text)] for text in texts]
 
     def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
         """Ids of several texts, in one array."""

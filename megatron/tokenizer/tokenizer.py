@@ -163,6 +163,13 @@ def encodable(text: str) -> bool:
     return text.isascii() or _lone_surrogate(text) < 0
 
 
+def require_encodable(texts: Sequence[str], first: int = 0) -> None:
+    """Raise UnencodableText for the first text that is not; `first` is the number of texts[0] in the caller's batch."""
+    for number, text in enumerate(texts, first):
+        if not encodable(text):
+            raise UnencodableText(number, text)
+
+
 def _lone_surrogate(text: str) -> int:
     """Where the first is, or -1."""
     try:

@@ -13,6 +13,13 @@ from tokenizers import Tokenizer as Engine
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Llama 3's
 
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
+
 
 def corpus() -> list[str]:
     return [json.loads(line)["text"] for line in (GOLDEN / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -38,6 +45,14 @@ def neox() -> Engine:
     engine = _byte_level(engine, vocab_size=600)
     engine.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
     return engine
+
+
+def deepseek() -> Engine:
+    """Three splits one after the other, the last by classes of letters, marks, punctuation and symbols (DeepSeek V3's)."""
+    engine = Engine(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
+    engine.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return _byte_level(engine, vocab_size=600)
 
 
 def llama3() -> Engine:
@@ -103,6 +118,6 @@ def unigram() -> Engine:
 
 
 SUPPORTED: dict[str, Callable[[], Engine]] = {
-    "golden": golden, "neox": neox, "llama3": llama3, "bracketed": bracketed, "llama2": llama2, "metaspace": metaspace
+    "golden": golden, "neox": neox, "llama3": llama3, "deepseek": deepseek, "bracketed": bracketed, "llama2": llama2, "metaspace": metaspace
 }  # fmt: skip
 UNSUPPORTED: dict[str, Callable[[], Engine]] = {"wordpiece": wordpiece, "unigram": unigram}

@@ -48,6 +48,18 @@ def test_ids_equal_the_recording_and_decode_to_the_text() -> None:
     assert tokenizer.encode(texts()[3]) == documents[3]
 
 
+@pytest.mark.parametrize("at_a_time", [1, 300, 2**20])
+def test_ids_in_one_array(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.tokenizer.hugging_face.AT_A_TIME", at_a_time)
+    tokenizer = open_hf(str(GOLDEN))
+    ids, sizes = tokenizer.encode_ragged(["", *texts(), ""])
+    documents = [tokenizer.encode(text) for text in ["", *texts(), ""]]
+    assert (ids.dtype, sizes.dtype) == (np.uint32, np.int32)
+    assert ids.tolist() == sum(documents, []) and sizes.tolist() == list(map(len, documents))
+    assert [len(part) for part in tokenizer.encode_ragged([])] == [0, 0]
+    assert [len(part) for part in tokenizer.encode_ragged([""])] == [0, 1]
+
+
 def test_file_and_folder_are_one_tokenizer() -> None:
     file, folder = open_hf(str(GOLDEN / "tokenizer.json")), open_hf(str(GOLDEN))
     assert file.digest == folder.digest

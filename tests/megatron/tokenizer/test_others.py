@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.errors import DataError
-from megatron.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, open_tokenizer
+from megatron.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, UnencodableText, open_tokenizer
 from megatron.tokenizer.others import CharLevelTokenizer, SPMTokenizer, TiktokenTokenizer
 
 TEXTS = [
@@ -39,6 +39,8 @@ def test_sentencepiece(tmp_path: Path) -> None:
     assert isinstance(tokenizer, Tokenizer)
     assert tokenizer.encode_batch(TEXTS) == model.encode(TEXTS)
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(TEXTS)] == TEXTS
+    ragged = tokenizer.encode_ragged(TEXTS)
+    assert ragged.ids.tolist() == sum(model.encode(TEXTS), []) and ragged.sizes.tolist() == list(map(len, model.encode(TEXTS)))
     assert tokenizer.vocab_size == len(model)
     assert tokenizer.eod == model.piece_to_id("<|endoftext|>") and tokenizer.pad is None and tokenizer.bos == model.bos_id()
     assert tokenizer.decode([*tokenizer.encode("the dog"), tokenizer.vocab_size + 5]) == "the dog"
@@ -46,6 +48,8 @@ def test_sentencepiece(tmp_path: Path) -> None:
     assert plain.eod == 2 and plain.digest != tokenizer.digest
     with pytest.raises(DataError, match="neither a piece"):
         SPMTokenizer(str(trained(tmp_path, "endless", eos_id=-1)))
+    with pytest.raises(UnencodableText, match="text 1 of the batch"):
+        tokenizer.encode_ragged(["the dog", "\udc00"])
     (tmp_path / "bad.model").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="not a SentencePiece model"):
         SPMTokenizer(str(tmp_path / "bad.model"))
@@ -75,6 +79,7 @@ def test_tiktoken_offline_and_unknown(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(tokenizer, Tokenizer)
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (301, 300, None)
     assert tokenizer.encode_batch(["ab a", "b"]) == [[256, 32, 97], [98]]
+    assert [part.tolist() for part in tokenizer.encode_ragged(["ab a", "", "b"])] == [[256, 32, 97, 98], [3, 0, 1]]
     assert 300 not in tokenizer.encode("<|endoftext|>"), "text stays text"
     assert tokenizer.decode([256, 280, 32, 97, 5000]) == "ab a"
 
@@ -85,6 +90,7 @@ def test_bytes_come_back(text: str) -> None:
     tokenizer = CharLevelTokenizer()
     assert isinstance(tokenizer, Tokenizer)
     ids = tokenizer.encode(text)
+    assert [part.tolist() for part in tokenizer.encode_ragged([text, "b"])] == [[*ids, 98], [len(ids), 1]]
     assert ids == list(text.encode()) and tokenizer.decode([*ids, tokenizer.eod, tokenizer.pad or 1, 400]) == text
 
 
