@@ -14,7 +14,7 @@ from support.cleaning import run
 TEXTS = st.text(alphabet="aA b\n", max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(tasks=st.lists(st.lists(TEXTS, max_size=8), min_size=1, max_size=4), ranges=st.sampled_from([1, 3, 16]))
 def test_all_but_the_earliest_go(tasks, ranges, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exact")

@@ -93,8 +93,8 @@ def test_every_seed_follows_the_curve(tmp_path):
 
 
 def test_pairs_are_checked_when_a_similarity_is_asked_for(tmp_path):
-    records = plant(40, seed=4)
-    kept, _ = run(records, tmp_path, near=NearSettings(jaccard=0.85, bands=40, rows=4), tasks=2)
+    records = plant(12, seed=4)
+    kept, _ = run(records, tmp_path, near=NearSettings(jaccard=0.85, bands=20, rows=4), tasks=2)
     share, truth = found_at(records, kept)
     assert share[0.95] == 1
     assert share[0.8] == share[0.5] == 0

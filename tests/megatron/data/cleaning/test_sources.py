@@ -26,7 +26,7 @@ def read_all(files, tasks, skip_bad=0):
     return [list(reader.read(rank, Book())) for rank in range(tasks)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.lists(st.integers(0, 300), max_size=12), min_size=1, max_size=4), tasks=st.integers(1, 9), ended=st.booleans())
 def test_every_line_belongs_to_one_task(sizes, tasks, ended, tmp_path_factory):
     folder = tmp_path_factory.mktemp("in")
