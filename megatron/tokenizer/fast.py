@@ -18,9 +18,9 @@ from megatron.tokenizer.tokenizer import RaggedIds, Tokenizer, UnencodableText, 
 # Characters given to the library at once; below this its threads gain nothing, above it memory grows.
 AT_A_TIME = 2**23
 # Characters re-encoded with `tokenizers`: some at the start, then this share. `tokenizers` costs about 30 times as much for the
-# same text, so that a share of 1/2000 is 1.5 % of the time.
-FREE_CHARACTERS = 2**16
-CHECKED_SHARE = 1 / 2000
+# same text, so that a share of 1/4000 is 1 % of the time.
+FREE_CHARACTERS = 2**15
+CHECKED_SHARE = 1 / 4000
 HF_INSTEAD = "use the backend hf: --tokenizer-backend hf"
 
 # Characters that only one of the libraries knows, their tables being of different editions of Unicode: letters, marks and symbols of
