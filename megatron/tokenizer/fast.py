@@ -149,10 +149,15 @@ class GigatokenTokenizer:
             return
         self._credit += CHECKED_SHARE * sum(map(len, texts))
         # Any text of a call is taken, from wherever it stands, and the same ones in every run.
-        i = self._calls * 7919 % len(texts)
+        first = self._calls * 7919 % len(texts)
         self._calls += 1
         if self._credit < self._wanted:
             return
+        # A book would use up the checks of all that follows: it is passed over, unless there are only such.
+        turn = [*range(first, len(texts)), *range(first)]
+        i = next((i for i in turn if len(texts[i]) <= FREE_CHARACTERS), None)
+        if i is None:
+            i = min(turn, key=lambda i: len(texts[i]))
         # A text longer than the credit is saved up for: otherwise only short ones would ever be checked.
         self._wanted = len(texts[i])
         if self._credit < self._wanted:
