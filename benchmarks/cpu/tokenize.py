@@ -4,9 +4,9 @@
     python benchmarks/cpu/tokenize.py --rounds 3
 
 The corpus is Python source: the standard library, then installed packages, one document per file up to 1 MB, no file twice (the
-libraries keep what they have seen, and a corpus that repeats itself would flatter them). The tokenizer is a byte-level BPE of 50,277 ids trained on a
-part of it. Printed per side: wall and CPU seconds, MB/s, peak memory (all processes, shared pages once), and the median of the per-round
-ratios to the bare loop. All sides must write the same bytes.
+libraries keep what they have seen, and a corpus that repeats itself would flatter them). The tokenizer is a byte-level BPE of 50,277
+ids trained on a part of it. Printed per side: wall and CPU seconds, MB/s, peak memory (all processes, shared pages once), and the
+median of the per-round ratios to the bare loop. All sides must write the same bytes.
 """
 
 from __future__ import annotations
