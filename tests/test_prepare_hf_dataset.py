@@ -32,29 +32,37 @@ def parquet(records: list[dict[str, object]]) -> bytes:
     return sink.getvalue()
 
 
-def run(*words: str, hub: Hub, home: Path) -> subprocess.CompletedProcess[str]:
+def run(*words: str, hub: Hub, home: Path, offline: bool = False) -> subprocess.CompletedProcess[str]:
     """The face in a process of its own, with nothing cached but what is in `home`."""
     env = {
         **os.environ,
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home / "hf"),
         "HF_TOKEN": "hf_secret",
-        "HF_HUB_OFFLINE": "0",
-        "HF_DATASETS_OFFLINE": "0",
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_DATASETS_OFFLINE": str(int(offline)),
         "HF_HUB_DISABLE_XET": "1",
     }
     command = [sys.executable, str(REPO / "prepare_hf_dataset.py"), "--output-base", str(home), "--num-proc", "1", *words]
     return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=100)
 
 
+RECORDS: list[dict[str, object]] = [{"id": number, "messages": turns("question?", f"answer {number}")} for number in range(300)]
+ASKED = ("--dataset", "org/chats", "--tokenizer", "org/tokenizer")
+
+
+def small_hub(folder: Path) -> Hub:
+    """A Hub with the dataset org/chats, in two parts, and the tokenizer org/tokenizer."""
+    shards = {f"data/train-0000{n}-of-00002.parquet": parquet(RECORDS[150 * n : 150 * (n + 1)]) for n in range(2)}
+    tokenizer = {path.name: path.read_bytes() for path in chat_folder(folder / "tokenizer", "chatml").iterdir()}
+    return Hub({("datasets", "org/chats"): {"README.md": b"# chats\n", **shards}, ("models", "org/tokenizer"): tokenizer})
+
+
 def test_from_the_hub_with_too_many_requests_and_again(tmp_path: Path) -> None:
-    records = [{"id": number, "messages": turns("question?", f"answer {number}")} for number in range(300)]
-    shards = {f"data/train-0000{n}-of-00002.parquet": parquet(records[150 * n : 150 * (n + 1)]) for n in range(2)}
-    tokenizer = {path.name: path.read_bytes() for path in chat_folder(tmp_path / "tokenizer", "chatml").iterdir()}
-    hub = Hub({("datasets", "org/chats"): {"README.md": b"# chats\n", **shards}, ("models", "org/tokenizer"): tokenizer})
+    hub = small_hub(tmp_path)
     hub.faults += [Fault("GET /api/datasets", 429, {"Retry-After": "0"}, 2), Fault("GET .*train-00001", 429, {"Retry-After": "0"})]
     with serve(hub):
-        first = run("--dataset", "org/chats", "--tokenizer", "org/tokenizer", hub=hub, home=tmp_path)
+        first = run(*ASKED, hub=hub, home=tmp_path)
         assert first.returncode == 0, first.stderr
         folder = tmp_path / "chats_train"
         assert f'"train_label_data_paths": ["{folder}/chats_train_messages_label_document"],' in first.stdout
@@ -65,11 +73,22 @@ def test_from_the_hub_with_too_many_requests_and_again(tmp_path: Path) -> None:
         assert results["commit"] == hub.commit("datasets", "org/chats")
         assert len(IndexedDataset(f"{folder}/chats_train_messages_document")) == 300
         exported = (folder / "dataset.jsonl").read_text(encoding="utf-8").splitlines()
-        assert [json.loads(line) for line in exported] == [{"messages": record["messages"]} for record in records]
+        assert [json.loads(line) for line in exported] == [{"messages": record["messages"]} for record in RECORDS]
         hub.log.clear()
-        second = run("--dataset", "org/chats", "--tokenizer", "org/tokenizer", hub=hub, home=tmp_path)
+        second = run(*ASKED, hub=hub, home=tmp_path)
         assert second.returncode == 0 and "nothing to do" in second.stdout
         assert len(hub.log) == 2, "one question each for the commits of dataset and tokenizer"
+
+
+@pytest.mark.full
+def test_offline_what_was_read_before_is_known(tmp_path: Path) -> None:
+    with serve(small_hub(tmp_path)) as hub:
+        assert run(*ASKED, hub=hub, home=tmp_path).returncode == 0
+    (tmp_path / "chats_train" / "dataset.jsonl").unlink()
+    offline = run(*ASKED, hub=hub, home=tmp_path, offline=True)
+    assert offline.returncode == 0, offline.stderr
+    assert "EXPORT: done before" not in offline.stdout and "TOKENIZE: done before" in offline.stdout
+    assert len((tmp_path / "chats_train" / "dataset.jsonl").read_text(encoding="utf-8").splitlines()) == 300
 
 
 @pytest.mark.full

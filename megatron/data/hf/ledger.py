@@ -75,6 +75,15 @@ class Ledger:
             self.kept[name] = {"key": key, "value": value}
         return str(self.kept[name]["value"])
 
+    def recall(self, name: str, depends: Any, value: str | None) -> str | None:
+        """The value, kept for later runs; where it is None, that of an earlier run."""
+        if value is not None:
+            self.kept.pop(name, None)
+        key = _digest(depends)
+        if value is None and self.kept.get(name, {}).get("key") != key:
+            return None
+        return self.keep(name, depends, value or "")
+
     def save(self, status: str, **more: Any) -> dict[str, Any]:
         """Write the file; what it says."""
         times = {name: self.stages[name]["seconds"] for name in self.wanted if name in self.stages}

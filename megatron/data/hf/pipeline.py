@@ -89,6 +89,9 @@ class _Run:
         source: Rows = local_source(wish.data) or hub.find(
             wish.data, batch_rows=wish.batch_rows, workers=wish.download_workers, wait=self.wait
         )
+        if isinstance(source, hub.HubRows):
+            # Offline the Hub does not tell the commit; the one that was read before is in the cache.
+            source = replace(source, commit=ledger.recall("commit", asdict(wish.data), source.commit))
         facts = source.facts()
         loaded = ledger.run(Stage.LOAD, facts, lambda: (_load(source), ()))
         kept = ledger.run(Stage.DETECT, [facts, asdict(wish.columns)], lambda: (_detect(source, wish), ()))
