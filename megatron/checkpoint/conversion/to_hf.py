@@ -39,7 +39,7 @@ def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, 
         hf_config(family_named(choice.architecture), model.keys, spec, vocab_size=rows)
     check_files(step)
     weights = Whole(step, model)
-    family = family_for(model, weights.names, choice.architecture)
+    family = family_for(model, weights.names, choice)
     config = hf_config(family, model.keys, spec, vocab_size=rows)
     from_canonical(family, weights.state(), spec, vocab_size=rows)
     bound = list(bound_rows(family, spec, config["vocab_size"]))
@@ -57,16 +57,16 @@ def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, 
     return family
 
 
-def family_for(model: Described, names: Sequence[str], architecture: str | None) -> Family:
+def family_for(model: Described, names: Sequence[str], choice: HFChoice) -> Family:
     """The architecture asked for, or the first one whose fields and tensors can be this model.
 
     Raises ConfigError with every architecture's reason when none can.
     """
-    if architecture is not None:
-        return family_named(architecture)
+    if choice.architecture is not None:
+        return family_named(choice.architecture)
     reasons = []
     state = dict.fromkeys(names, torch.empty(0))
-    for family in FAMILIES:
+    for family in sorted(FAMILIES, key=lambda one: one.name != choice.preferred):
         try:
             hf_config(family, model.keys, model.spec)
             from_canonical(family, state, model.spec)
