@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.conversion.build import describe_step, to_hf
-from megatron.checkpoint.conversion.comparing import difference, fixed_tokens, hf_logits, neox_logits, verify
+from megatron.checkpoint.conversion.comparing import difference, fixed_tokens, hf_logits, neox_logits, sampled_logits, verify
 from megatron.checkpoint.conversion.requests import ToHF
 from megatron.errors import CheckpointError
 
@@ -43,6 +43,13 @@ def check(run: str, tmp_path: Path) -> None:
 def test_recorded_logits(tmp_path: Path) -> None:
     for run in RUNS:
         check(run, tmp_path)
+    # of a few layers alone
+    step = GOLDEN / "neox_tp2" / "ckpt" / "global_step0"
+    _, model = describe_step(step, [GOLDEN / "neox_tp2" / "config.yml"])
+    tokens = fixed_tokens(512, 64)
+    ours, theirs = sampled_logits(step, tmp_path / "neox_tp2", model, tokens)
+    assert (ours - theirs).abs().max() < TOLERANCE and torch.equal(ours, neox_logits(step, model, tokens))
+    assert (sampled_logits(step, tmp_path / "neox_pp1", model, tokens)[1] - ours).abs().max() > 0.1
     # and what is another model is seen
     step = GOLDEN / "llama_pp0" / "ckpt" / "global_step0"
     _, model = describe_step(step, [GOLDEN / "llama_pp0" / "config.yml"])
