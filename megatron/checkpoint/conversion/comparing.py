@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,9 +96,8 @@ def difference(ours: Tensor, theirs: Tensor, rounded: torch.dtype | None) -> Dif
     return Difference(float((ours - theirs).abs().max()), largest, BOUNDS[rounded or torch.float32] * max(1.0, largest))
 
 
-def sampled_logits(step: Path, hf: Path, described: Described, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of our model and of transformers', of a few layers of each."""
-    layers = chosen_layers(described.spec.num_layers)
+def sampled_logits(step: Path, hf: Path, described: Described, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Those of our model and of transformers', of these layers of each."""
     small = of_layers(described, layers)
     ours = _run(small.spec, weights_of_layers(Whole(step, described), described, layers), tokens)
     with TemporaryDirectory(prefix="layers-") as scratch:
@@ -118,7 +117,7 @@ def verify(step: Path, hf: Path, model: Described, rounded: torch.dtype | None, 
     if asked or model.parameters <= WHOLE_UP_TO:
         what, ours, theirs = "logits", neox_logits(step, model, tokens), hf_logits(hf, tokens)
     else:
-        what, (ours, theirs) = "logits of a few layers", sampled_logits(step, hf, model, tokens)
+        what, (ours, theirs) = "logits of a few layers", sampled_logits(step, hf, model, tokens, chosen_layers(model.spec.num_layers))
     found = difference(ours, theirs, rounded)
     line = f"{what} differ by at most {found.greatest:.2e} (bound {found.bound:.1e}, largest logit {found.largest:.1f})"
     if not found.good:

@@ -82,7 +82,5 @@ def _config_of_layers(config: Mapping[str, Any], family: Family, total: int, lay
     """Fields that list something for every layer keep the entries of these."""
     count = next(row.hf for row in family.config if isinstance(row, Pair) and row.neox == "num_layers")
     fields = json.loads(json.dumps(dict(config)))
-    listed = {
-        key: [value[layer] for layer in layers] for key, value in fields.items() if isinstance(value, list) and len(value) == total > 1
-    }
-    return {**fields, **listed, count: len(layers)}
+    lists = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == total > 1}
+    return {**fields, **{key: [value[layer] for layer in layers] for key, value in lists.items()}, count: len(layers)}
