@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.conversion.ahead import ahead
 from megatron.checkpoint.conversion.folder import check_free, written_aside
 from megatron.checkpoint.conversion.model import Described, Finish, HFChoice
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
@@ -101,8 +102,8 @@ def planned(bound: Sequence[Bound], model: Described, dtypes: Mapping[str, torch
 
 def unpacked(bound: Sequence[Bound], weights: Whole) -> Iterator[tuple[str, Tensor]]:
     """The other side's tensors, each of ours read once."""
-    for row in bound:
-        yield from zip(row.theirs, row.op.unpack([weights[row.ours]], row.place), strict=True)
+    for parts in ahead(zip(row.theirs, row.op.unpack([weights[row.ours]], row.place), strict=True) for row in bound):
+        yield from parts
 
 
 def _facts(step: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
