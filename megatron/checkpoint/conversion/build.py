@@ -108,6 +108,8 @@ def to_neox(request: ToNeoX) -> str:
 
     def copy(aside: Path) -> None:
         copy_tokenizer(source.path, aside / "tokenizer")
+        if not tokenizer_keys(source.path, out):
+            log.warning("%s has no tokenizer: name one in %s (tokenizer_type, vocab_file)", source.path, out / NAME)
 
     finish = [copy, _configs(text, request.iteration), compare]
     step = convert_to_neox(source, out, model, _choice(request, args), finish=finish)

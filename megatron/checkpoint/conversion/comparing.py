@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.sampling import chosen_layers, of_layers, weights_of_layers, write_layers
@@ -26,8 +26,9 @@ log = get_logger(__name__)
 WHOLE_UP_TO = 2_000_000_000
 """Parameters of a model that is run whole; of a larger one a few layers are, unless somebody says otherwise."""
 ROWS, LENGTH = 2, 64
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Of the greatest difference, relative to the greatest logit where that is above 1; for weights that were rounded."""
+BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+"""Of the greatest difference, relative to the greatest logit where that is above 1: float32 for weights that are the same numbers,
+else for weights that may differ by the last place of their dtype."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,31 @@ def fixed_tokens(vocab: int, longest: int) -> Tensor:
     return torch.randint(vocab, (ROWS, min(LENGTH, longest)), generator=torch.Generator().manual_seed(1234))
 
 
-def neox_logits(step: Path, described: Described, tokens: Tensor) -> Tensor:
-    """[b, s, v] float32 by our model; the arithmetic is in float32 whatever the weights are."""
-    return _run(described.spec, Whole(step, described).state(), tokens)
+def neox_logits(weights: Whole, described: Described, tokens: Tensor, rounded: torch.dtype | None = None) -> Tensor:
+    """[b, s, v] float32 by our model; the arithmetic is in float32 whatever the weights are. rounded: to that dtype first"""
+    return _run(described.spec, weights.state(), tokens, rounded)
 
 
-def _run(spec: ModelSpec, state: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+def _run(spec: ModelSpec, state: Mapping[str, Tensor], tokens: Tensor, rounded: torch.dtype | None) -> Tensor:
     model = Transformer(spec, dtype=torch.float32).eval()
     load_canonical(model, state)
+    _round(model, rounded)
     with torch.no_grad():
         logits: Tensor = model(tokens).full().float()
     return logits
 
 
-def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
-    """[b, s, v] float32 by transformers. Raises CheckpointError where it cannot open the directory."""
+def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """What casting the weights to a dtype and back makes of them. Rounding what is round already changes nothing."""
+    with torch.no_grad():
+        for parameter in model.parameters() if dtype is not None else ():
+            parameter.copy_(parameter.to(dtype))
+
+
+def hf_logits(directory: Path, tokens: Tensor, rounded: torch.dtype | None = None) -> Tensor:
+    """[b, s, v] float32 by transformers. rounded: the weights are, to that dtype, first
+
+    Raises CheckpointError where it cannot open the directory."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -80,45 +91,50 @@ def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
     if found["missing_keys"] or found["mismatched_keys"]:
         names = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
         raise CheckpointError(f"transformers misses weights: {summary(names)}", where=str(directory))
+    _round(model, rounded)
     with torch.no_grad():
         logits: Tensor = model.eval()(tokens).logits.float()
     return logits
 
 
-def difference(ours: Tensor, theirs: Tensor, rounded: torch.dtype | None) -> Difference:
+def difference(ours: Tensor, theirs: Tensor, inexact: torch.dtype | None = None) -> Difference:
     """Of two tensors of logits, over the vocabulary that both have.
 
-    rounded: the dtype to which the weights were cast on the way; None: both hold the same numbers
+    inexact: dtype of weights that may differ in the last place; None: both hold the same numbers
     """
     rows = min(ours.shape[-1], theirs.shape[-1])
     ours, theirs = ours[..., :rows], theirs[..., :rows]
     largest = float(ours.abs().max())
-    return Difference(float((ours - theirs).abs().max()), largest, BOUNDS[rounded or torch.float32] * max(1.0, largest))
+    return Difference(float((ours - theirs).abs().max()), largest, BOUNDS[inexact or torch.float32] * max(1.0, largest))
 
 
-def sampled_logits(step: Path, hf: Path, described: Described, tokens: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+def sampled_logits(
+    weights: Whole, hf: Path, described: Described, tokens: Tensor, layers: Sequence[int], rounded: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Those of our model and of transformers', of these layers of each."""
-    small = of_layers(described, layers)
-    ours = _run(small.spec, weights_of_layers(Whole(step, described), described, layers), tokens)
+    ours = _run(of_layers(described, layers).spec, weights_of_layers(weights, described, layers), tokens, rounded)
     with TemporaryDirectory(prefix="layers-") as scratch:
         write_layers(hf, Path(scratch) / "few", described.spec, layers)
-        return ours, hf_logits(Path(scratch) / "few", tokens)
+        return ours, hf_logits(Path(scratch) / "few", tokens, rounded)
 
 
 def verify(step: Path, hf: Path, model: Described, rounded: torch.dtype | None, *, asked: bool | None) -> list[str]:
     """Compare the logits of a checkpoint with those of a Hugging Face directory, and say so in a line; none where it is not to be done.
 
-    asked: True: of the whole model; None: of a few layers of a large one; False: not at all
-    Raises CheckpointError when they differ by more than the precision explains.
+    rounded: the dtype to which the weights were cast on the way; both sides are, so that nothing but the conversion is compared
+    asked:   True: of the whole model; None: of a few layers of a large one; False: not at all
+    Raises CheckpointError when they differ by more than arithmetic in another order explains.
     """
     if asked is False:
         return []
+    weights = Whole(step, model, rounded=rounded is None)
     tokens = fixed_tokens(int(read_config(hf)["vocab_size"]), model.spec.seq_length)
     if asked or model.parameters <= WHOLE_UP_TO:
-        what, ours, theirs = "logits", neox_logits(step, model, tokens), hf_logits(hf, tokens)
+        what, ours, theirs = "logits", neox_logits(weights, model, tokens, rounded), hf_logits(hf, tokens, rounded)
     else:
-        what, (ours, theirs) = "logits of a few layers", sampled_logits(step, hf, model, tokens, chosen_layers(model.spec.num_layers))
-    found = difference(ours, theirs, rounded)
+        layers = chosen_layers(model.spec.num_layers)
+        what, (ours, theirs) = "logits of a few layers", sampled_logits(weights, hf, model, tokens, layers, rounded)
+    found = difference(ours, theirs, (rounded or weights.dtype) if weights.shares_round else None)
     line = f"{what} differ by at most {found.greatest:.2e} (bound {found.bound:.1e}, largest logit {found.largest:.1f})"
     if not found.good:
         mend = "nothing was kept; report it with the configuration of the model"

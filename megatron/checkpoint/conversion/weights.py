@@ -17,7 +17,7 @@ from megatron.checkpoint.state import LazyState, canonical_name
 from megatron.checkpoint.verifying import Verify, look_at
 from megatron.checkpoint.whole import read_shards, shardings_of
 from megatron.errors import CheckpointError
-from megatron.mpu.sharding import Replicated, join, split
+from megatron.mpu.sharding import Replicated, Summed, join, split
 
 
 def check_files(step: Path) -> None:
@@ -31,8 +31,10 @@ def check_files(step: Path) -> None:
 class Whole:
     """The weights of a step, joined over tensor ranks on access; every AT_ONCE bytes the pages that were read are let go of."""
 
-    def __init__(self, step: Path, model: Described) -> None:
-        """Raises CheckpointError, naming the tensors, where model and files differ."""
+    def __init__(self, step: Path, model: Described, *, rounded: bool = False) -> None:
+        """rounded: as the model has them also under ZeRO-3, whose files have the float32 masters.
+
+        Raises CheckpointError, naming the tensors, where model and files differ."""
         self._step = step
         self._read = 0
         self._model = model
@@ -40,6 +42,8 @@ class Whole:
         ranks = len(stored)
         self._shards = [canonical_weights(shard, model.spec, ranks=ranks) for shard in stored]
         self.names = list(model.shapes)
+        if any(name.endswith("rm_linear.weight") for name in stored[0]):
+            raise CheckpointError("a reward model cannot be converted", where=str(step), mend="convert the model it was trained from")
         self._how = shardings_of(model.spec, ranks) if ranks > 1 else {}
         for rank, shard in enumerate(self._shards):
             local = {
@@ -49,6 +53,18 @@ class Whole:
             # What is made on access is looked at when it is read.
             lazy = local if isinstance(shard, LazyState) else {}
             check_fit(step, local, {name: (lazy[name] if name in lazy else shard[name]).shape for name in shard}, model.unused)
+        self._rounded = self.dtypes() if rounded and zero3_partitioned(step) else {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, and so of most numbers."""
+        return self._shards[0][self.names[0]].dtype
+
+    @property
+    def shares_round(self) -> bool:
+        """Whether a weight is a sum of shares that cannot be the same numbers: a third of a number has no end."""
+        ranks = len(self._shards)
+        return ranks & (ranks - 1) != 0 and any(isinstance(how, Summed) for how in self._how.values())
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """As the model has them; under ZeRO-3 the files have float32 ones only."""
@@ -70,7 +86,7 @@ class Whole:
             what = f"{name} is {tuple(tensor.shape)} in the checkpoint and {self._model.shapes[name]} in the model"
             raise CheckpointError(what, where=str(self._step), mend="use the configuration that the checkpoint was trained with")
         self._read += tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.to(self._rounded[name]) if self._rounded else tensor
 
     def state(self) -> LazyState:
         """As a mapping."""
