@@ -25,6 +25,9 @@ from megatron.neox_arguments import NeoXArgs
 DATA, SETTINGS = "data", "settings"
 """Under these names checkpoints keep the data's fingerprint and the settings that `tell_changes` compares."""
 
+STARTED_FROM = "started_from"
+"""Under this name they keep the Hugging Face model whose weights the run began with, through every resume."""
+
 
 def make_place(args: NeoXArgs) -> None:
     """The folders that this run writes to, from here on also its heartbeats. Who cannot write there finds out, and tells, when it must."""
@@ -36,7 +39,7 @@ def make_place(args: NeoXArgs) -> None:
 def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> Position:
     """Where the run goes on, after what `source` gives was taken."""
     if source.folder is None or source.take in (Take.NOTHING, Take.WEIGHTS):
-        return Position()
+        return Position(kept={} if source.hf is None else {STARTED_FROM: source.hf.told()})
     compared, rng = compared_args(args), not args.checkpoint.no_load_rng
     batch_size = required(args.run.train_batch_size, "train_batch_size")
     if source.take is Take.WEIGHTS_AND_POSITION:
