@@ -174,11 +174,12 @@ class IndexedDataset:
 
         Raises DataError when the slice leaves the document.
         """
-        size = int(self.sizes[index])
+        # `item` takes half the time of indexing; this is called once for every document of every sample.
+        size = self.sizes.item(index)
         stop = size if length is None else offset + length
         if not 0 <= offset <= stop <= size:
             raise DataError(f"values {offset} to {stop} of document {index}, which has {size}", where=self.prefix)
-        start = int(self._offsets[index]) // self.dtype.itemsize
+        start = self._offsets.item(index) // self._data.itemsize
         return self._data[start + offset : start + stop]
 
     def __getitem__(self, index: int) -> NDArray[np.generic]:

@@ -114,6 +114,7 @@ class StreamDataset:
         length: int | None = None,
     ) -> None:
         self.streams, self.index, self.seq_length = dict(streams), index, seq_length
+        self._kinds = {name: kind_of(name) for name in self.streams}
         self._all_trained = all_trained
         self._length = max(len(index.shuffle) - 1, 0) if length is None else length
 
@@ -124,12 +125,12 @@ class StreamDataset:
         if not 0 <= index < self._length:
             raise IndexError(index)
         pieces = self.pieces(int(self.index.shuffle[index]))
-        item: Item = {name: self._read(name, pieces) for name in self.streams}
-        for name in self.streams:
-            if kind_of(name) is Kind.TOKENS:
-                item[segments_of(name)] = self._segments(name, pieces)
+        lengths = {name: self._lengths(name, pieces) for name, kind in self._kinds.items() if kind is Kind.TOKENS}
+        item: Item = {name: self._read(name, pieces, lengths[main_of(name)]) for name in self.streams}
+        for name, counts in lengths.items():
+            item[segments_of(name)] = self._segments(counts)
         for name in self._all_trained:
-            present = sum(self._lengths(main_of(name), pieces))
+            present = sum(lengths[main_of(name)])
             item[name] = item[main_of(name)].copy()
             item[name][present:] = IGNORED
         return item
@@ -144,13 +145,13 @@ class StreamDataset:
         stops: list[int | None] = [*[None] * (last - first), stop + 1]
         return list(zip(documents, starts, stops, strict=True))
 
-    def _read(self, name: str, pieces: list[tuple[int, int, int | None]]) -> NDArray[np.generic]:
+    def _read(self, name: str, pieces: list[tuple[int, int, int | None]], lengths: list[int]) -> NDArray[np.generic]:
         """One stream's values of the pieces, [s+1]."""
-        dataset, kind = self.streams[name], kind_of(name)
+        dataset, kind = self.streams[name], self._kinds[name]
         dtype, padding = ROW[kind]
         row = np.full(self.seq_length + 1, padding, dtype=dtype)
         filled = 0
-        for (document, start, _), length in zip(pieces, self._lengths(main_of(name), pieces), strict=True):
+        for (document, start, _), length in zip(pieces, lengths, strict=True):
             if kind is Kind.REWARD:
                 row[filled : filled + length] = dataset.get(document)[0]
             else:
@@ -158,15 +159,14 @@ class StreamDataset:
             filled += length
         return row
 
-    def _segments(self, main: str, pieces: list[tuple[int, int, int | None]]) -> NDArray[np.int32]:
-        lengths = self._lengths(main, pieces)
-        lengths.append(self.seq_length + 1 - sum(lengths))
-        return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    def _segments(self, lengths: list[int]) -> NDArray[np.int32]:
+        counts = [*lengths, self.seq_length + 1 - sum(lengths)]
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def _lengths(self, main: str, pieces: list[tuple[int, int, int | None]]) -> list[int]:
         """Values that each piece puts into a row of s + 1."""
         sizes, room, lengths = self.streams[main].sizes, self.seq_length + 1, []
         for document, start, stop in pieces:
-            lengths.append(min((int(sizes[document]) if stop is None else stop) - start, room))
+            lengths.append(min((sizes.item(document) if stop is None else stop) - start, room))
             room -= lengths[-1]
         return lengths

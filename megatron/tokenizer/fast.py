@@ -18,9 +18,9 @@ from megatron.tokenizer.tokenizer import RaggedIds, Tokenizer, UnencodableText, 
 # Characters given to the library at once; below this its threads gain nothing, above it memory grows.
 AT_A_TIME = 2**23
 # Characters re-encoded with `tokenizers`: some at the start, then this share. `tokenizers` costs about 30 times as much for the
-# same text, so that a share of 1/2000 is 1.5 % of the time.
-FREE_CHARACTERS = 2**16
-CHECKED_SHARE = 1 / 2000
+# same text, so that a share of 1/4000 is 1 % of the time.
+FREE_CHARACTERS = 2**15
+CHECKED_SHARE = 1 / 4000
 HF_INSTEAD = "use the backend hf: --tokenizer-backend hf"
 
 # Characters that only one of the libraries knows, their tables being of different editions of Unicode: letters, marks and symbols of
@@ -149,10 +149,15 @@ class GigatokenTokenizer:
             return
         self._credit += CHECKED_SHARE * sum(map(len, texts))
         # Any text of a call is taken, from wherever it stands, and the same ones in every run.
-        i = self._calls * 7919 % len(texts)
+        first = self._calls * 7919 % len(texts)
         self._calls += 1
         if self._credit < self._wanted:
             return
+        # A book would use up the checks of all that follows: it is passed over, unless there are only such.
+        turn = [*range(first, len(texts)), *range(first)]
+        i = next((i for i in turn if len(texts[i]) <= FREE_CHARACTERS), None)
+        if i is None:
+            i = min(turn, key=lambda i: len(texts[i]))
         # A text longer than the credit is saved up for: otherwise only short ones would ever be checked.
         self._wanted = len(texts[i])
         if self._credit < self._wanted:

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.data.fetching.download import Remote, fetch
+from megatron.data.hf.hub import find as find_on_hub
+from megatron.data.hf.wish import Data
 from megatron.data.making.inputs import KNOWN
 from megatron.data.making.inputs import find as find_inputs
 from megatron.data.making.sources import Files, MadeHere, Source
 from megatron.errors import DataError
 
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"
+PILE = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train"
+PILE_SHARDS = 30
+GONE = "component of the Pile whose host is gone"
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Corpus:
     """A corpus by name.
 
     local:      makes the documents on this machine, without any network
-    urls:       files to download; empty where no public host is known
+    urls:       files to download; hub: a dataset of the Hugging Face Hub with a column `text`. Neither: no public host is known
     vocab_size: size of the tokenizer trained on it when none is given; None = a tokenizer must be given
     """
 
@@ -32,6 +37,7 @@ class Corpus:
     about: str
     local: Callable[[], Iterator[str]] | None = None
     urls: tuple[Remote, ...] = ()
+    hub: str | None = None
     vocab_size: int | None = None
 
     def source(self, folder: Path, *, again: bool = False) -> Source:
@@ -45,13 +51,15 @@ class Corpus:
         raw = folder / "raw"
         if self.urls:
             return Files(find_inputs([fetch(remote, raw, again=again) for remote in self.urls]), lenient=True)
-        if not raw.is_dir() or not any(raw.iterdir()):
-            raise DataError(
-                f"{self.name} ({self.about}) has no public download known to this project",
-                where=str(raw),
-                mend=f"put its files there ({', '.join(KNOWN)}) and run this again, or use tools/datasets/preprocess_data.py",
-            )
-        return Files(find_inputs(raw), lenient=True)
+        if raw.is_dir() and any(raw.iterdir()):
+            return Files(find_inputs(raw), lenient=True)
+        if self.hub is not None:
+            return find_on_hub(Data(dataset=self.hub)).select(["text"])
+        raise DataError(
+            f"{self.name} ({self.about}) has no public download known to this project",
+            where=str(raw),
+            mend=f"put its files there ({', '.join(KNOWN)}) and run this again, or use tools/datasets/preprocess_data.py",
+        )
 
 
 def find(name: str) -> Corpus:
@@ -113,25 +121,47 @@ def _c4(folder: str, parts: int) -> tuple[Remote, ...]:
     return tuple(Remote(f"{C4}/{folder}/{name}", name) for name in names)
 
 
+def _pile(shards: int) -> tuple[Remote, ...]:
+    return tuple(Remote(f"{PILE}/{shard:02d}.jsonl.zst", f"{shard:02d}.jsonl.zst") for shard in range(shards))
+
+
+# Where only another collection of the same kind of text is public, `about` says which one it is.
 CORPORA: tuple[Corpus, ...] = (
     Corpus("pydoc", "Python's own help topics and sources", local=pydoc, vocab_size=4096),
     Corpus("enwik8", "the first 100 MB of a Wikipedia dump", urls=(_enwik8(),)),
-    Corpus("c4", "Colossal Clean Crawled Corpus, English", urls=_c4("en", 1024)),
-    Corpus("c4_openwebtext", "C4, news-like pages", urls=_c4("realnewslike", 512)),
-    Corpus("pile", "the Pile, deduplicated or not, as JSON lines"),
-    Corpus("pile_subset", "a part of the Pile"),
-    Corpus("enron", "Enron e-mails"),
-    Corpus("github", "GitHub sources (Pile component)"),
-    Corpus("arxiv", "arXiv sources (Pile component)"),
-    Corpus("europarl", "European Parliament proceedings (Pile component)"),
-    Corpus("freelaw", "FreeLaw opinions (Pile component)"),
-    Corpus("nih", "NIH grant abstracts (Pile component)"),
-    Corpus("pubmed", "PubMed Central articles (Pile component)"),
-    Corpus("books1", "books (Pile-era collection)"),
-    Corpus("books3", "books (withdrawn Pile component)"),
-    Corpus("hackernews", "Hacker News comments (Pile component)"),
-    Corpus("openwebtext2", "pages linked from Reddit (Pile component)"),
-    Corpus("stackexchange", "StackExchange questions and answers (Pile component)"),
-    Corpus("ubuntu_irc", "Ubuntu IRC logs (Pile component)"),
-    Corpus("youtube_subtitles", "YouTube subtitles (Pile component)"),
+    Corpus("c4", "Colossal Clean Crawled Corpus, English, 305 GB", urls=_c4("en", 1024)),
+    Corpus("c4_openwebtext", "C4, news-like pages, 15 GB", urls=_c4("realnewslike", 512)),
+    Corpus("pile", "the Pile without its copyrighted components (monology/pile-uncopyrighted)", urls=_pile(PILE_SHARDS)),
+    Corpus("pile_subset", "the first of 30 shuffled parts of that Pile", urls=_pile(1)),
+    Corpus(
+        "enron",
+        "Enron e-mails as published by CMU, headers included",
+        urls=(Remote("https://www.cs.cmu.edu/~enron/enron_mail_20150507.tar.gz", "enron_mail_20150507.tar.gz"),),
+    ),
+    Corpus("github", f"GitHub sources; {GONE}"),
+    Corpus("arxiv", f"arXiv papers of the Common Pile ({GONE})", hub="common-pile/arxiv_papers"),
+    Corpus(
+        "europarl",
+        f"European Parliament proceedings, release 7, with its tags ({GONE})",
+        urls=(Remote("https://www.statmt.org/europarl/v7/europarl.tgz", "europarl.tgz"),),
+    ),
+    Corpus("freelaw", f"US case law of the Common Pile ({GONE})", hub="common-pile/caselaw_access_project"),
+    Corpus("nih", f"NIH grant abstracts; {GONE}, and the NIH gives CSV tables by year (reporter.nih.gov/exporter)"),
+    Corpus("pubmed", f"PubMed Central articles of the Common Pile ({GONE})", hub="common-pile/pubmed"),
+    Corpus("books1", "BookCorpus; withdrawn by its hosts"),
+    Corpus("books3", "books; withdrawn component of the Pile"),
+    Corpus("hackernews", f"Hacker News comments; {GONE}"),
+    Corpus(
+        "openwebtext2",
+        f"pages linked from Reddit ({GONE}; this is a copy of it, segyges/OpenWebText2)",
+        urls=(
+            Remote(
+                "https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main/openwebtext2.jsonl.zst.tar",
+                "openwebtext2.jsonl.zst.tar",
+            ),
+        ),
+    ),
+    Corpus("stackexchange", f"StackExchange questions and answers of the Common Pile ({GONE})", hub="common-pile/stackexchange"),
+    Corpus("ubuntu_irc", f"Ubuntu IRC logs of the Common Pile ({GONE})", hub="common-pile/ubuntu_irc"),
+    Corpus("youtube_subtitles", f"transcripts of openly licensed YouTube videos of the Common Pile ({GONE})", hub="common-pile/youtube"),
 )

@@ -17,6 +17,7 @@ from megatron.data.fetching.download import Remote, fetch
 from megatron.data.making.encoders import TextSource
 from megatron.data.making.flags import choose
 from megatron.data.making.reading import first_texts, texts
+from megatron.data.making.sources import Source
 from megatron.data.making.writer import Options, stream_prefix, write
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -92,12 +93,13 @@ def prepare(wish: Wish) -> Prepared:
     if not wish.again and (done := _read_record(record, asked)) is not None:
         return Prepared(stream_prefix(prefix, "text"), source, done["documents"], done["tokens"], False, time.monotonic() - start)
     record.unlink(missing_ok=True)
+    log.info("%s: %s", corpus.name, corpus.about)
+    documents = corpus.source(folder, again=wish.again)
     if trained:
-        _train(corpus, wish, folder)
+        _train(corpus, documents, wish, folder)
     log.info("tokenising %s with %s", corpus.name, source.kind.value)
-    documents = corpus.source(folder)
     chosen = choose(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",)), workers=wish.workers)
-    options = Options(workers=wish.workers, about={"corpus": corpus.name, "tokenizer": chosen.about})
+    options = Options(workers=wish.workers, about={"corpus": corpus.name, "about": corpus.about, "tokenizer": chosen.about})
     texts_source = TextSource(chosen.source)
     encoder = texts_source.open(chosen.tokenizer) if chosen.tokenizer else None
     written = write(documents, texts_source, prefix, options, encoder=encoder)
@@ -126,11 +128,11 @@ def _source(corpus: Corpus, wish: Wish, folder: Path) -> TokenizerSource:
     return TokenizerSource(kind, wish.vocab_file, wish.merge_file)
 
 
-def _train(corpus: Corpus, wish: Wish, folder: Path) -> None:
+def _train(corpus: Corpus, documents: Source, wish: Wish, folder: Path) -> None:
     size = wish.vocab_size or corpus.vocab_size
     assert size is not None  # _trains
     log.info("training a BPE tokenizer with %d ids on %s", size, corpus.name)
-    engine = train_bpe(texts(corpus.source(folder, again=wish.again)), vocab_size=size)
+    engine = train_bpe(texts(documents), vocab_size=size)
     save_tokenizer(engine, folder / "tokenizer.json")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.data.making.blocks import Position
 from megatron.data.making.encoders import Encoder, EncoderSource
 from megatron.data.making.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
 from megatron.data.making.partial import Counts, Partial
@@ -75,7 +76,7 @@ def write(
     if options.workers < 1:
         raise DataError(f"{options.workers} workers cannot work", where="workers", mend="give 1 or more")
     if encoder is None:
-        encoder = _open(encoder_source, options)
+        encoder = open_encoder(encoder_source, options)
     stored, asked = dict(encoder.streams), _asked(source, encoder_source, encoder, options)
     if options.workers > 1:
         encoder = None  # the other processes have their own; this one does not hold its memory
@@ -97,7 +98,8 @@ def write(
     return Written(files, facts["tokens"], facts["documents"], partial.counts, partial.counts.seconds)
 
 
-def _open(source: EncoderSource, options: Options) -> Encoder:
+def open_encoder(source: EncoderSource, options: Options) -> Encoder:
+    """The encoder for this process; with one worker it uses all cores."""
     if options.workers == 1:
         set_library_threads(usable_cores())
     return source.open()
@@ -130,8 +132,8 @@ def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource
     counts = partial.counts
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(source.total_bytes, counts, options.log_interval, options.num_docs))
-        for done in _encoded(source, encoder, encoder_source, partial, options):
-            _add(counts, done, options.skip_bad)
+        for done in encoded(source, encoder, encoder_source, partial.position, options):
+            tally(counts, done, options.skip_bad)
             for name, part in done.batch.streams.items():
                 streams[name].append(part)
             progress.update(counts)
@@ -146,8 +148,9 @@ def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource
         )
 
 
-def _encoded(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, partial: Partial, options: Options) -> Iterator[Done]:
-    blocks = source.blocks(partial.position)
+def encoded(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, start: Position, options: Options) -> Iterator[Done]:
+    """The blocks from `start` on, encoded, in order. encoder: None = each of the other processes opens its own"""
+    blocks = source.blocks(start)
     if encoder is not None:
         for block in blocks:
             yield encode(block, encoder)
@@ -156,7 +159,8 @@ def _encoded(source: Source, encoder: Encoder | None, encoder_source: EncoderSou
         yield from pool.encoded(blocks)
 
 
-def _add(counts: Counts, done: Done, allowed: int) -> None:
+def tally(counts: Counts, done: Done, allowed: int) -> None:
+    """Add what became of a block's records. Raises DataError when more than `allowed` cannot be used."""
     counts.records += done.records
     counts.source_bytes += done.source_bytes
     counts.documents += done.batch.documents

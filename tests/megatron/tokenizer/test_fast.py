@@ -125,6 +125,18 @@ def test_a_difference_while_running_ends_the_run() -> None:
             fast.encode_ragged(["good " * 200] * 9 + ["bad " * 200])
 
 
+def test_a_book_does_not_end_the_checks() -> None:
+    fast = broken("bad")
+    book = "good " * FREE_CHARACTERS
+    with pytest.raises(DataError, match="backends differ: of 'a bad one'"):
+        for _ in range(2):
+            fast.encode_ragged([book, "a bad one", book])
+    fast.encode_ragged(["bad " * FREE_CHARACTERS])  # longer than what is checked for free
+    fast._credit = 5.0 * FREE_CHARACTERS
+    with pytest.raises(DataError, match="backends differ"):
+        fast.encode_ragged(["bad " * FREE_CHARACTERS, book])
+
+
 def test_the_checks_cost_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = 0
     encode = EngineTokenizer.encode
@@ -137,11 +149,11 @@ def test_the_checks_cost_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineTokenizer, "encode", counted)
     fast = GigatokenTokenizer(engine("golden"))
     texts = ["some words " * 20, "word " * 4000, "more " * 300, ""]
-    calls = 200
+    calls = 400
     for _ in range(calls):
         fast.encode_ragged(texts)
     total = calls * sum(map(len, texts))
-    assert 0.8 * FREE_CHARACTERS < checked <= FREE_CHARACTERS + CHECKED_SHARE * total
+    assert 0.6 * FREE_CHARACTERS < checked <= FREE_CHARACTERS + CHECKED_SHARE * total
 
 
 @pytest.mark.parametrize("kind", ["golden", "llama2"])

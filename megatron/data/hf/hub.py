@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets and tokenizers of the Hugging Face Hub: found, downloaded, read in blocks of rows. Knows no columns."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron.data.hf.patience import hidden, patiently
+from megatron.data.hf.rows import tables
+from megatron.data.hf.wish import Data
+from megatron.data.making.blocks import ArrowBlock, Block, Position
+from megatron.data.making.sources import BLOCK_BYTES
+from megatron.errors import DataError, NeoXError
+from megatron.log import get_logger
+
+log = get_logger(__name__)
+T = TypeVar("T")
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
+TOKENIZER_FILES += ["additional_chat_templates/*"]
+Wait = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """The rows of a dataset, a Source. They are downloaded at the first use and read from the files of `datasets`' cache.
+
+    commit:  of the dataset's repository; None when offline, where the cache decides
+    columns: those that are read; None = all
+    """
+
+    data: Data
+    commit: str | None
+    batch_rows: int = 10_000
+    workers: int = 1
+    wait: Wait = time.sleep
+    columns: tuple[str, ...] | None = None
+    _loaded: list[Any] = field(default_factory=list, compare=False, repr=False)
+
+    def rows(self) -> Any:
+        """The dataset, as `datasets` gives it."""
+        if not self._loaded:
+            self._loaded.append(_load(self))
+        return self._loaded[0]
+
+    def select(self, columns: Sequence[str]) -> HubRows:
+        """The same rows with these columns only."""
+        return replace(self, columns=tuple(columns), _loaded=self._loaded)
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Of the rows in memory, the chosen columns only."""
+        data = self.rows().data
+        return int((data if self.columns is None else data.select(list(self.columns))).nbytes)
+
+    def facts(self) -> list[dict[str, Any]]:
+        """The dataset and its commit."""
+        data = self.data
+        return [
+            {
+                "dataset": data.dataset,
+                "commit": self.commit,
+                "revision": data.revision,
+                "subset": data.subset,
+                "split": data.split,
+                "data_dir": data.data_dir,
+                "data_files": list(data.data_files),
+            }
+        ]
+
+    def blocks(self, start: Position) -> Iterator[Block]:
+        """About BLOCK_BYTES each."""
+        import pyarrow as pa
+
+        pieces = tables(self.rows(), self.columns, split=self.data.split, start=start.offset, batch_rows=self.batch_rows)
+        for first, table in pieces:
+            step = max(1, int(table.num_rows * BLOCK_BYTES / max(table.nbytes, 1)))
+            for begin in range(0, table.num_rows, step):
+                part = table.slice(begin, step)
+                sink = io.BytesIO()
+                with pa.ipc.new_stream(sink, part.schema) as writer:
+                    writer.write(part)
+                row = first + begin
+                yield ArrowBlock(
+                    where=f"{self.data.dataset}/{self.data.split}",
+                    first=row + 1,
+                    source_bytes=part.nbytes,
+                    after=Position(0, row + part.num_rows, row + part.num_rows),
+                    payload=sink.getvalue(),
+                )
+
+
+def find(data: Data, *, batch_rows: int = 10_000, workers: int = 1, wait: Wait = time.sleep) -> HubRows:
+    """The dataset on the Hub, nothing downloaded yet. Raises DataError where there is none."""
+    from huggingface_hub import HfApi, constants
+
+    commit = None
+    if not constants.HF_HUB_OFFLINE:
+        info = _asked(lambda: HfApi().dataset_info(data.dataset, revision=data.revision), data.dataset, wait)
+        commit = info.sha
+    return HubRows(data, commit, batch_rows, workers, wait)
+
+
+def tokenizer_folder(name: str, wait: Wait) -> str:
+    """A folder with the tokenizer of that name on the Hub."""
+    from huggingface_hub import snapshot_download
+
+    folder = _asked(lambda: snapshot_download(name, allow_patterns=TOKENIZER_FILES), name, wait)
+    if not (Path(folder) / "tokenizer.json").exists():
+        raise DataError(f"{name} has no tokenizer.json", where="--tokenizer", mend="choose another, or make the file with transformers")
+    return str(folder)
+
+
+def _load(source: HubRows) -> Any:
+    import datasets
+
+    data = source.data
+
+    def load() -> Any:
+        return datasets.load_dataset(
+            data.dataset,
+            name=data.subset,
+            split=data.split,
+            revision=source.commit or data.revision,
+            data_dir=data.data_dir,
+            data_files=list(data.data_files) or None,
+            download_config=datasets.DownloadConfig(num_proc=source.workers if source.workers > 1 else None),
+        )
+
+    rows = _asked(load, data.dataset, source.wait)
+    if len(rows) == 0:
+        raise DataError("the dataset has no rows", where=f"{data.dataset}, split {data.split}", mend="choose another split or subset")
+    return rows
+
+
+def _asked(action: Callable[[], T], name: str, wait: Wait) -> T:
+    try:
+        return patiently(action, name, wait=wait)
+    except NeoXError:
+        raise
+    except Exception as error:  # `datasets` and its readers raise whatever their libraries raise
+        lines = [line for line in hidden(str(error)).splitlines() if line.strip()]
+        raise DataError(
+            f"{type(error).__name__}: {' '.join(lines[:3])[:400]}",
+            where=name,
+            mend="check name, subset, split and revision; private and gated ones need HF_TOKEN; a local path is read without the network",
+        ) from error

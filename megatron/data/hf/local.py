@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets that are files here: which of a folder's files are meant. Knows no columns and no network."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.data.hf.arrays import Arrays, is_array
+from megatron.data.hf.wish import Data
+from megatron.data.making.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
+from megatron.data.making.sources import Files
+from megatron.errors import DataError
+from megatron.log import get_logger
+
+log = get_logger(__name__)
+
+SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing", "eval")}
+ABOUT = re.compile(r"(readme|license|licence|dataset_infos?|dataset_dict|state|metadata)\b", re.IGNORECASE)
+
+
+def local_source(data: Data) -> Files | Arrays | None:
+    """The records of the files meant, if the dataset or its data files are here; None where it must be on the Hub."""
+    files = _files(data)
+    if files is None:
+        return None
+    arrays = [file for file in files if is_array(file)]
+    if arrays and len(arrays) < len(files):
+        other = next(file.path.name for file in files if file not in arrays)
+        raise DataError(
+            f"{arrays[0].path.name} is a JSON array, and {other} is not",
+            where=data.dataset,
+            mend="name files of one kind with --data-files",
+        )
+    return Arrays(files) if arrays else Files(files)
+
+
+def _files(data: Data) -> list[InputFile] | None:
+    root = Path(data.dataset).expanduser()
+    if root.exists():
+        inside = root / data.data_dir if data.data_dir else root
+        if data.data_files:
+            return find([inside / name if (inside / name).exists() else _pattern(inside, name) for name in data.data_files])
+        return _of_split(inside, data.split) if inside.is_dir() else find(inside)
+    if data.data_files and all(_here(name) for name in data.data_files):
+        log.info("reading %s on this machine, not from the Hub", ", ".join(data.data_files))
+        return find(list(data.data_files))
+    if looks_local(data.dataset):
+        raise DataError(f"there is no {data.dataset}", where="--dataset", mend="check the path; a name on the Hub is ORG/NAME")
+    return None
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that is not here can only have been meant as a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(KNOWN)
+
+
+def _here(name: str) -> bool:
+    # A relative pattern is the Hub's, whatever happens to match it here.
+    path = Path(name).expanduser()
+    return path.exists() or (name.startswith((".", "/", "~")) and bool(glob.glob(str(path), recursive=True)))
+
+
+def _pattern(folder: Path, name: str) -> str:
+    return str(folder / name)
+
+
+def _of_split(folder: Path, split: str) -> list[InputFile]:
+    """A folder's files of one split: as saved, or those whose path names it; all where no path names any."""
+    if (folder / SAVED_SPLITS).is_file() or (folder / SAVED_DATASET).is_file():
+        return find(folder, split=split if (folder / SAVED_SPLITS).is_file() else None)
+    files = [file for file in find(folder) if not ABOUT.match(file.path.name)]
+    # Of a dataset's repository the texts beside its tables are descriptions.
+    files = [file for file in files if file.kind is not Kind.TEXT] or files
+    named = {file.path: split_of(file.path.relative_to(folder).parts) for file in files}
+    if not any(named.values()):
+        return files
+    chosen = [file for file in files if named[file.path] == canonical(split)]
+    if not chosen:
+        found = sorted({name for name in named.values() if name})
+        raise DataError(f"no file of the split {split!r}", where=str(folder), mend=f"--split {' or '.join(found)}, or --data-files")
+    return chosen
+
+
+def split_of(parts: Sequence[str]) -> str | None:
+    """The split that a path's parts name, the last that does.
+
+    >>> split_of(("data", "train-00000-of-00002.parquet")), split_of(("contest.jsonl",))
+    ('train', None)
+    """
+    for part in reversed(parts):
+        words = re.split(r"[^a-z]+", part.lower())
+        for split, names in SPLITS.items():
+            if any(name in words for name in names):
+                return split
+    return None
+
+
+def canonical(split: str) -> str:
+    """train, validation or test, where it is one of their names; else itself."""
+    return next((known for known, names in SPLITS.items() if split in names), split)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worked examples in this room's docstrings are true."""
+
+from __future__ import annotations
+
+import doctest
+
+from megatron.data.cleaning import document, exact, language, near, normalise, pii, similarity, words
+
+
+def test_examples_in_docstrings() -> None:
+    for one in (document, exact, language, near, normalise, pii, similarity, words):
+        found = doctest.testmod(one)
+        assert found.failed == 0 and found.attempted > 0, one.__name__
