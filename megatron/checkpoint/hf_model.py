@@ -24,6 +24,7 @@ FREE = frozenset({"seq_length", "hidden_dropout", "attention_dropout", "intermed
 """Keys that a training run may choose: the weights are the same model."""
 
 ROWS = "padded_vocab_size"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class HFModel:
         """Columns of the MLP's second matrix; None where the config leaves it to its default."""
         width = self.keys.get("intermediate_size")
         return None if width is None else int(width)
+
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint to keep, so that an export is of the same kind: architecture, vocabulary, ids of special tokens."""
+        ids = {name: self.config[name] for name in TOKEN_IDS if name in self.config}
+        return {"architecture": self.family.hf, "vocab_size": self.keys[ROWS], "token_ids": ids}
 
     def weights(self, spec: ModelSpec) -> LazyState:
         """All weights under our names, whole, made on access. Raises CheckpointError where files or names are missing."""

@@ -294,6 +294,28 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("checkpoint_async", "save"),
     ),
     simple(
+        "export-of-what",
+        ("save_hf",),
+        lambda v: v["save_hf"] is not False and v["save"] is None,
+        "save_hf exports checkpoints, but save is not set",
+        "set save, or remove save_hf",
+        ("save_hf", "save"),
+    ),
+    simple(
+        "export-interval",
+        ("save_hf",),
+        lambda v: v["save_hf"] is not False and v["save_hf"] < 1,
+        "save_hf is {save_hf}, which is no number of steps",
+        "write true, false, or a whole number >= 1",
+    ),
+    simple(
+        "hf-what",
+        ("load",),
+        lambda v: re.fullmatch(r"hf:\s*(@.*)?", v["load"]) is not None,
+        "load is {load!r}, which names no model",
+        "write hf:<folder of a Hugging Face model>, or hf:<owner>/<name>[@revision]",
+    ),
+    simple(
         "finetune-what",
         ("finetune",),
         lambda v: v["finetune"] and v["load"] is None,

@@ -72,6 +72,78 @@ def test_the_first_loss_is_that_of_transformers(tmp_path: Path) -> None:
         assert found[kind][0] == pytest.approx(found[f"transformers {kind}"][0], rel=1e-6)
 
 
+def trained(rank: int, world: int, folder: str, kind: str, layout: dict[str, Any]) -> None:
+    """Two steps from the model, a checkpoint after each, and two more that take the run up."""
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.training import pretrain
+
+    place = {"save": f"{folder}/run", "save_hf": True, "checkpoint_factor": 1, "keep_last_n_checkpoints": 1}
+    for target in (2, 4):
+        pretrain(NeoXArgs.from_dict(config(kind, folder, world, train_iters=target, lr_decay_iters=4, **{**place, **layout})))
+
+
+def check_run(folder: Path, steps: tuple[int, ...]) -> None:
+    """Every checkpoint was exported, the last one gives the same logits in transformers, and knows where the run began."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from megatron.checkpoint.hf_address import fetch
+    from megatron.checkpoint.manifest import problems_of, read_manifest
+    from megatron.generation.build import load_model
+    from megatron.neox_arguments import NeoXArgs
+
+    run = folder / "run"
+    assert sorted(entry.name for entry in (run / "hf").iterdir()) == [f"global_step{step}" for step in steps]
+    assert [entry.name for entry in run.glob("global_step*")] == [f"global_step{steps[-1]}"]
+    manifest = read_manifest(run / f"global_step{steps[-1]}")
+    assert manifest is not None and not problems_of(run / f"global_step{steps[-1]}", manifest, digests=True)
+    began = fetch(f"hf:{folder / 'llama'}")
+    assert manifest.origin.items() >= began.told().items() and manifest.origin["architecture"] == "LlamaForCausalLM"
+    ours = load_model(NeoXArgs.from_dict(config("llama", str(folder), 1, load=str(run), padded_vocab_size=None))).model
+    theirs = AutoModelForCausalLM.from_pretrained(run / "hf" / f"global_step{steps[-1]}", attn_implementation="eager").eval()
+    tokens = torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ours(tokens).full()[..., :512]
+        assert theirs.config.vocab_size == 512 and (theirs(tokens).logits - expected).abs().max() < 1e-5
+        before = AutoModelForCausalLM.from_pretrained(folder / "llama", attn_implementation="eager")(tokens).logits
+        assert (before - expected).abs().max() > 1e-3, "it was trained"
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_a_run_goes_on_from_its_own_checkpoints_and_exports_them(tmp_path: Path) -> None:
+    """The model's folder is not needed any more once there is a checkpoint, unless `finetune` says to begin again."""
+    hf_model("llama", tmp_path / "llama")
+    run_distributed(trained, 1, 100, init=False, folder=str(tmp_path), kind="llama", layout={"checkpoint_async": True})
+    check_run(tmp_path, (1, 2, 3, 4))
+    from megatron.checkpoint.build import Take, choose_source
+    from megatron.neox_arguments import NeoXArgs
+
+    flat = config("llama", str(tmp_path), 1, save=str(tmp_path / "run"), checkpoint_factor=1)
+    assert choose_source(NeoXArgs.from_dict(flat)).tag == "global_step4"
+    again = choose_source(NeoXArgs.from_dict({**flat, "finetune": True}))
+    assert again.take is Take.WEIGHTS and again.hf is not None and again.folder is None
+
+
+@pytest.mark.full
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"model_parallel_size": 2, "padded_vocab_size": 640},
+        {"pipe_parallel_size": 2},
+        {"zero_optimization": {"stage": 3}},
+    ],
+    ids=["tensor", "pipeline", "zero3"],
+)
+def test_every_layout_exports_the_same_model(layout: dict[str, Any], tmp_path: Path) -> None:
+    """Rows that only filled up the vocabulary are not given back."""
+    hf_model("llama", tmp_path / "llama")
+    run_distributed(trained, 2, 150, init=False, folder=str(tmp_path), kind="llama", layout=layout)
+    check_run(tmp_path, (1, 2, 3, 4))
+
+
 @pytest.mark.full
 @pytest.mark.dist
 @pytest.mark.timeout(200)
