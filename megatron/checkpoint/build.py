@@ -9,7 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from megatron.checkpoint.discovery import Search, find, nothing_saved
 from megatron.checkpoint.exporting import Exporter
@@ -103,7 +105,14 @@ def _hf_or_own(args: NeoXArgs, world: Group) -> Source:
     return Source(Take.WEIGHTS, hf=fetch(str(section.load), world, contents=verify is Verify.FULL))
 
 
-def opened(args: NeoXArgs, source: Source, tp: Group) -> tuple[ModelSpec, Shard | None]:
+class Weights(NamedTuple):
+    """Of one tensor rank, made on access. shapes: where they are known without reading"""
+
+    tensors: Shard
+    shapes: Mapping[str, torch.Size] | None = None
+
+
+def opened(args: NeoXArgs, source: Source, tp: Group) -> tuple[ModelSpec, Weights | None]:
     """What the model is, and the weights of this tensor rank where weights alone are taken: names are compared, tensors read on access.
 
     Raises ConfigError or CheckpointError for a source that does not fit the configuration.
@@ -112,12 +121,17 @@ def opened(args: NeoXArgs, source: Source, tp: Group) -> tuple[ModelSpec, Shard 
         model = HFModel.open(source.hf.directory)
         spec = hf_spec(args, model)
         log.info("weights are taken from %s: iteration 0, fresh optimizer", source.hf.address)
-        return spec, shard_for([model.weights(spec)], spec, tp)
+        return spec, Weights(shard_for([model.weights(spec)], spec, tp), hf_shapes(model, spec, tp))
     spec = spec_for(args, source.folder)
     if source.folder is None or source.take not in (Take.WEIGHTS, Take.WEIGHTS_AND_POSITION):
         return spec, None
     padding = only_filling_differs(compared_args(args), bookkeeping(source.folder, deepspeed_types=True).get("args"))
-    return spec, shard_for(read_shards(source.folder), spec, tp, padding=padding)
+    return spec, Weights(shard_for(read_shards(source.folder), spec, tp, padding=padding))
+
+
+def hf_shapes(model: HFModel, spec: ModelSpec, tp: Group) -> dict[str, torch.Size]:
+    """Of this tensor rank's weights, from the headers of the files."""
+    return {name: tensor.shape for name, tensor in shard_for([model.weights(spec, empty=True)], spec, tp).items()}
 
 
 def hf_spec(args: NeoXArgs, model: HFModel) -> ModelSpec:

@@ -90,8 +90,9 @@ def fetch(load: str, world: Group | None = None, *, contents: bool = True) -> HF
     Raises CheckpointError, the same on every rank.
     """
     world = world or Group.single()
-    address = on_first_rank(partial(parse, load), world)
-    if address.local:
+    # One rank decides: another host may not see the folder.
+    address, local = on_first_rank(partial(_looked_up, load), world)
+    if local:
         directory, revision = Path(address.name).expanduser().resolve(), None
         on_every_rank(partial(_require_folder, directory, load), world)
     else:
@@ -101,6 +102,11 @@ def fetch(load: str, world: Group | None = None, *, contents: bool = True) -> HF
         on_every_rank(lambda: _download(pinned, load) if first_here and world.rank else None, world)
         directory = Path(on_every_rank(lambda: str(_download(pinned, load, offline=True)), world)[world.rank])
     return HFFolder(address=load, directory=directory, revision=revision, digest=digest(directory, world, contents=contents))
+
+
+def _looked_up(load: str) -> tuple[HFAddress, bool]:
+    address = parse(load)
+    return address, address.local
 
 
 def digest(directory: Path, world: Group, *, contents: bool) -> str:

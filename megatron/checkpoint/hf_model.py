@@ -61,9 +61,12 @@ class HFModel:
         ids = {name: self.config[name] for name in TOKEN_IDS if name in self.config}
         return {"architecture": self.family.hf, "vocab_size": self.keys[ROWS], "token_ids": ids}
 
-    def weights(self, spec: ModelSpec) -> LazyState:
-        """All weights under our names, whole, made on access. Raises CheckpointError where files or names are missing."""
-        return to_canonical(self.family, read_state(self.directory), spec)
+    def weights(self, spec: ModelSpec, *, empty: bool = False) -> LazyState:
+        """All weights under our names, whole, made on access. Raises CheckpointError where files or names are missing.
+
+        empty: shapes alone, as tensors without numbers
+        """
+        return to_canonical(self.family, read_state(self.directory, empty=empty), spec)
 
     def require_same(self, keys: Mapping[str, Any], spec: ModelSpec) -> None:
         """Raise ConfigError, naming every difference, unless the configuration describes this model.

@@ -74,7 +74,7 @@ STAGE_SEEDS = 100_003
 
 def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.device) -> tuple[TrainEngine, ModelSpec]:
     """The engine, with the weights of `source` in it, and what its model is."""
-    spec, shard = opened(args, source, groups.tp)
+    spec, weights = opened(args, source, groups.tp)
     pipelined = args.runtime.pipe_parallel_size >= 1
     config = deepspeed_config(args)
     partitioning = Partitioning(config, groups)
@@ -86,9 +86,9 @@ def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.d
         with partitioning.building():
             model = build_transformer(args, spec, groups=groups, gather=partitioning.gather)
         model = model if partitioning.active else model.to(device)
-    if shard is not None:
+    if weights is not None:
         slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
-        report = copy_weights(shard, model, source.place, elsewhere=slots, gather=partitioning.gather)
+        report = copy_weights(weights.tensors, model, source.place, elsewhere=slots, gather=partitioning.gather, shapes=weights.shapes)
         log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")
     count = sum(entries_of(p) for p in model.parameters())
     log.info(" > number of parameters on model parallel rank %d: %d", groups.tp.rank, count)

@@ -12,7 +12,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.build import hf_spec, search_of
+from megatron.checkpoint.build import hf_shapes, hf_spec, search_of
 from megatron.checkpoint.discovery import find
 from megatron.checkpoint.hf_address import fetch, is_hf
 from megatron.checkpoint.hf_model import ROWS, HFModel
@@ -27,6 +27,7 @@ from megatron.log import get_logger
 from megatron.model.build import build_spec, build_transformer
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
+from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer.build import build_tokenizer
 
@@ -52,13 +53,14 @@ def load_model(args: NeoXArgs) -> Loaded:
     if not args.checkpoint.load:
         raise ConfigError("no checkpoint is named", where="load", mend="load: <the folder a training run saved to>")
     weights: Mapping[str, Tensor]
+    shapes = None
     if is_hf(args.checkpoint.load):
         folder = fetch(args.checkpoint.load, contents=False).directory
         hf = HFModel.open(folder)
         if args.model.padded_vocab_size is None:
             args = args.replace(padded_vocab_size=hf.keys[ROWS])
         spec = hf_spec(args, hf)
-        weights = hf.weights(spec)
+        weights, shapes = hf.weights(spec), hf_shapes(hf, spec, Group.single())
     else:
         search = search_of(args)
         folder = search.directory / find(search)
@@ -69,7 +71,7 @@ def load_model(args: NeoXArgs) -> Loaded:
         weights = join_shards(shards, spec)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
     model = build_transformer(args, spec, device=device)
-    copy_weights(weights, model, folder)
+    copy_weights(weights, model, folder, shapes=shapes)
     log.info("loaded %s", folder)
     return Loaded(args, model.eval(), folder)
 

@@ -309,6 +309,13 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         "write true, false, or a whole number >= 1",
     ),
     simple(
+        "iteration-of-hf",
+        ("iteration", "load"),
+        lambda v: v["load"].startswith("hf:") and (v["save"] is None or v["finetune"]),
+        "iteration {iteration} names a checkpoint, and load names a Hugging Face model",
+        "remove iteration, or load the folder that holds global_step{iteration}",
+    ),
+    simple(
         "hf-what",
         ("load",),
         lambda v: re.fullmatch(r"hf:\s*(@.*)?", v["load"]) is not None,
