@@ -46,6 +46,10 @@ def test_a_configuration_that_describes_the_model_is_taken(kind: str, tmp_path: 
     free = {"padded_vocab_size": 640, "seq_length": 32, "max_position_embeddings": 32}
     if kind == "llama":
         free["intermediate_size_convention"] = "auto"
+        # As many key heads as heads, which either side may leave unsaid.
+        for theirs, ours in ((None, 4), (4, None)):
+            plain = HFModel.open(folder(kind, tmp_path / "mha", num_key_value_heads=theirs))
+            assert hf_spec(args_of(kind, tmp_path, num_kv_heads=ours), plain).blocks[0].attention.num_kv_heads == 4
     assert hf_spec(args_of(kind, tmp_path, hidden_dropout=0.1, **free), model).vocab_size == 640
 
 
