@@ -14,6 +14,7 @@ import torch
 
 from megatron import faults
 from megatron.checkpoint.build import choose_source, compared_args, own_folder
+from megatron.checkpoint.exporting.build import require_exportable
 from megatron.checkpoint.verifying import Verify
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
@@ -101,6 +102,7 @@ def run(
     """
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
+    require_exportable(args)
     objective = build_objective(args, eod=tokenizer.eod)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size, barrier=lambda: barrier(groups.world))
     if args.run.train_epochs:

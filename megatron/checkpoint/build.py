@@ -4,22 +4,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from megatron.checkpoint.discovery import Search, find, nothing_saved
+from megatron.checkpoint.hf_address import HFFolder, fetch, is_hf
+from megatron.checkpoint.hf_model import HFModel
 from megatron.checkpoint.lock import RunLock, held
+from megatron.checkpoint.neox_store import bookkeeping
 from megatron.checkpoint.publishing import recover
-from megatron.checkpoint.resume import COMPARED_ARGS
+from megatron.checkpoint.resume import COMPARED_ARGS, only_filling_differs
 from megatron.checkpoint.s3 import Address, open_client, require_boto3
 from megatron.checkpoint.steps import named_step
 from megatron.checkpoint.uploading import Uploader
 from megatron.checkpoint.verifying import Verify
-from megatron.checkpoint.whole import MLP_OUTPUTS, read_shards, width_over
+from megatron.checkpoint.whole import MLP_OUTPUTS, Shard, read_shards, shard_for, width_over
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec
@@ -28,6 +33,10 @@ from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
+
+
+STARTED_FROM = "started_from"
+"""Under this name checkpoints keep the Hugging Face model whose weights the run began with, through every resume."""
 
 
 class Take(Enum):
@@ -41,27 +50,36 @@ class Take(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a run starts from."""
+    """Where a run starts from. hf: a Hugging Face model instead of a checkpoint."""
 
     take: Take
     directory: Path | None = None
     tag: str | None = None
+    hf: HFFolder | None = None
 
     @property
     def folder(self) -> Path | None:
         """The step's folder."""
         return None if self.directory is None or self.tag is None else self.directory / self.tag
 
+    @property
+    def place(self) -> Path:
+        """Where the files are, for messages."""
+        return self.hf.directory if self.hf is not None else self.folder or Path()
+
 
 def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
     """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for. Call on every rank.
 
     A folder without any checkpoint is an error, unless it is also where this run saves: then the run starts there.
+    A Hugging Face model is where a run starts; once `save` holds a checkpoint, the run goes on from that, unless `finetune` is set.
     Raises CheckpointError.
     """
     section, world = args.checkpoint, world or Group.single()
     if not section.load:
         return Source(Take.NOTHING)
+    if is_hf(section.load):
+        return _hf_or_own(args, world)
     search = search_of(args)
     same = bool(section.save) and Path(str(section.save)).resolve() == search.directory.resolve()
     if same and search.iteration is None and on_first_rank(lambda: nothing_saved(search.directory), world):
@@ -71,6 +89,59 @@ def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
     if section.finetune:
         return Source(Take.WEIGHTS, search.directory, tag)
     return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
+
+
+def _hf_or_own(args: NeoXArgs, world: Group) -> Source:
+    section, verify = args.checkpoint, Verify(args.checkpoint.checkpoint_verify)
+    if section.save and not section.finetune:
+        directory = Path(str(section.save))
+        if section.iteration is not None or not on_first_rank(lambda: nothing_saved(directory), world):
+            tag = find(Search(directory=directory, iteration=section.iteration, own=True, verify=verify), world)
+            log.info("%s holds a checkpoint of this run: it goes on from %s, and %s is not read", directory, tag, section.load)
+            return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
+    return Source(Take.WEIGHTS, hf=fetch(str(section.load), world, contents=verify is Verify.FULL))
+
+
+class Weights(NamedTuple):
+    """Of one tensor rank, made on access. shapes: where they are known without reading"""
+
+    tensors: Shard
+    shapes: Mapping[str, torch.Size] | None = None
+
+
+def opened(args: NeoXArgs, source: Source, tp: Group) -> tuple[ModelSpec, Weights | None]:
+    """What the model is, and the weights of this tensor rank where weights alone are taken: names are compared, tensors read on access.
+
+    Raises ConfigError or CheckpointError for a source that does not fit the configuration.
+    """
+    if source.hf is not None:
+        model = HFModel.open(source.hf.directory)
+        spec = hf_spec(args, model)
+        log.info("weights are taken from %s: iteration 0, fresh optimizer", source.hf.address)
+        return spec, Weights(shard_for([model.weights(spec)], spec, tp), hf_shapes(model, spec, tp))
+    spec = spec_for(args, source.folder)
+    if source.folder is None or source.take not in (Take.WEIGHTS, Take.WEIGHTS_AND_POSITION):
+        return spec, None
+    padding = only_filling_differs(compared_args(args), bookkeeping(source.folder, deepspeed_types=True).get("args"))
+    return spec, Weights(shard_for(read_shards(source.folder), spec, tp, padding=padding))
+
+
+def hf_shapes(model: HFModel, spec: ModelSpec, tp: Group) -> dict[str, torch.Size]:
+    """Of this tensor rank's weights, from the headers of the files."""
+    return {name: tensor.shape for name, tensor in shard_for([model.weights(spec, empty=True)], spec, tp).items()}
+
+
+def hf_spec(args: NeoXArgs, model: HFModel) -> ModelSpec:
+    """The configured model's specification, known to be the one of a Hugging Face model, whose vocabulary it may fill up.
+
+    Raises ConfigError naming every difference; no tensor is read.
+    """
+    spec = build_spec(args)
+    convention = None if model.mlp_width is None or not spec.blocks[0].mlp.gated else mlp_convention_of(args, model.mlp_width)
+    if convention is not None and spec.blocks[0].mlp.width != model.mlp_width:
+        spec = build_spec(args, mlp_convention=convention)
+    model.require_same(args.to_flat(), spec)
+    return spec
 
 
 @contextmanager

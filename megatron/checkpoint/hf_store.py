@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,8 +29,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_json(directory / CONFIG, mend="give a folder that a Hugging Face model was saved to")
 
 
-def read_state(directory: Path) -> LazyState:
-    """All tensors, each read from its file on access. Raises CheckpointError when files are missing or damaged."""
+def read_state(directory: Path, *, empty: bool = False) -> LazyState:
+    """All tensors, each read from its file on access. Raises CheckpointError when files are missing or damaged.
+
+    empty: tensors without numbers (device "meta", float32) that have the shapes
+    """
     if (directory / INDEX).is_file():
         files = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
     else:
@@ -51,7 +55,7 @@ def read_state(directory: Path) -> LazyState:
                 owners.update(dict.fromkeys(reader.keys(), path))
         except SafetensorError as error:
             raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), mend="copy it again") from error
-    return LazyState({name: partial(read_tensor, path, name) for name, path in owners.items()})
+    return LazyState({name: partial(empty_tensor if empty else read_tensor, path, name) for name, path in owners.items()})
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -59,6 +63,12 @@ def read_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as reader:
         tensor: Tensor = reader.get_tensor(name)
     return tensor
+
+
+def empty_tensor(path: Path, name: str) -> Tensor:
+    """The shape of one tensor of one file."""
+    with safe_open(path, framework="pt") as reader:
+        return torch.empty(reader.get_slice(name).get_shape(), device="meta")
 
 
 def write_model(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:

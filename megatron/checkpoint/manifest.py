@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,6 +38,7 @@ class Manifest:
     config:  the run's resolved flat configuration, without secrets
     data:    fingerprint of the training data
     written: when, for people: nothing is ordered by time
+    origin:  the Hugging Face model whose weights the run began with; empty for another beginning
     """
 
     step: int
@@ -50,11 +51,12 @@ class Manifest:
     config: Mapping[str, Any]
     data: Mapping[str, Any]
     written: str
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Put the manifest into `folder`, on disk when this returns."""
-    body = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    body = {one.name: getattr(manifest, one.name) for one in fields(manifest)}
     body["files"] = {name: asdict(entry) for name, entry in manifest.files.items()}
     write_durably(folder / MANIFEST, _render({"format": FORMAT, **body}))
 
@@ -84,7 +86,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise CheckpointError("the manifest is of a newer format", where=str(path), mend="use the version that wrote it, or a newer one")
     try:
         files = {_inside(name): Entry(**entry) for name, entry in body.pop("files").items()}
-        return Manifest(files=files, **{field.name: body[field.name] for field in fields(Manifest) if field.name != "files"})
+        origin = body.get("origin", {})  # manifests of older versions have none
+        named = {one.name: body[one.name] for one in fields(Manifest) if one.name not in ("files", "origin")}
+        return Manifest(files=files, origin=origin, **named)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the manifest lacks what it must hold: {error}", where=str(path), mend=_MEND) from error
 

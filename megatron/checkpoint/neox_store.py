@@ -150,7 +150,13 @@ Gather = Callable[[Any], AbstractContextManager[Any]]
 
 
 def copy_weights(
-    weights: Mapping[str, Tensor], module: nn.Module, folder: Path, *, elsewhere: Collection[int] = (), gather: Gather | None = None
+    weights: Mapping[str, Tensor],
+    module: nn.Module,
+    folder: Path,
+    *,
+    elsewhere: Collection[int] = (),
+    gather: Gather | None = None,
+    shapes: Mapping[str, torch.Size] | None = None,
 ) -> LoadReport:
     """Copy weights by canonical name `<slot>.<parameter>` into `module`.
 
@@ -158,6 +164,7 @@ def copy_weights(
 
     folder:    where they are from
     elsewhere: slots that other pipeline stages may hold; those of them that `module` lacks are passed over
+    shapes:    of the weights, where they are known without reading them
     Raises CheckpointError naming the tensors that do not fit; then nothing was copied.
     """
     held = module.state_dict(keep_vars=True)
@@ -168,8 +175,8 @@ def copy_weights(
         {slot_of(canonical_name(name)) for name in held if name.startswith(TIED)} if elsewhere else set()
     )
     wanted = [name for name in weights if name in own or slot_of(name) in here or slot_of(name) not in elsewhere]
-    shapes = {name: weights[name].shape for name in wanted}
-    check_fit(folder, target, shapes, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
+    found = {name: weights[name].shape if shapes is None else shapes[name] for name in wanted}
+    check_fit(folder, target, found, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
         for name, tensor in target.items():
             with nullcontext() if gather is None else gather([tensor]):

@@ -16,6 +16,9 @@ log = get_logger(__name__)
 UPLOADING = ".uploading"
 """Folder beside the checkpoints; a file in it, named as a step's folder, says that this step is being copied elsewhere."""
 
+EXPORTING = ".exporting"
+"""The same for the export of checkpoints to another format."""
+
 
 def outdated(steps: Collection[int], *, keep: int, protected: Collection[int], every: int | None = None) -> list[int]:
     """Steps to delete: all but the `keep` newest and the multiples of `every`, and never a protected one.
@@ -53,8 +56,8 @@ def removable(
 
 
 def uploading(directory: Path, step: int) -> bool:
-    """Whether a copy of this step to elsewhere is under way."""
-    return (directory / UPLOADING / step_tag(step)).exists()
+    """Whether a copy of this step to elsewhere, or its export, is under way."""
+    return any((directory / place / step_tag(step)).exists() for place in (UPLOADING, EXPORTING))
 
 
 def prune(directory: Path, *, keep: int, protected: Collection[int], every: int | None = None, verify: Verify = Verify.SIZE) -> list[int]:

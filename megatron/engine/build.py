@@ -7,10 +7,8 @@ import os
 
 import torch
 
-from megatron.checkpoint.build import Source, Take, compared_args, spec_for
-from megatron.checkpoint.neox_store import bookkeeping, copy_weights
-from megatron.checkpoint.resume import only_filling_differs
-from megatron.checkpoint.whole import read_shards, shard_for
+from megatron.checkpoint.build import Source, opened
+from megatron.checkpoint.neox_store import copy_weights
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.distributed import Shape, choose_device, rendezvous_from, seed_everything, start
 from megatron.engine.engine import TrainEngine
@@ -76,7 +74,7 @@ STAGE_SEEDS = 100_003
 
 def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.device) -> tuple[TrainEngine, ModelSpec]:
     """The engine, with the weights of `source` in it, and what its model is."""
-    spec = spec_for(args, source.folder)
+    spec, weights = opened(args, source, groups.tp)
     pipelined = args.runtime.pipe_parallel_size >= 1
     config = deepspeed_config(args)
     partitioning = Partitioning(config, groups)
@@ -88,11 +86,9 @@ def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.d
         with partitioning.building():
             model = build_transformer(args, spec, groups=groups, gather=partitioning.gather)
         model = model if partitioning.active else model.to(device)
-    if source.folder is not None and source.take in (Take.WEIGHTS, Take.WEIGHTS_AND_POSITION):
-        padding = only_filling_differs(compared_args(args), bookkeeping(source.folder, deepspeed_types=True).get("args"))
-        shard = shard_for(read_shards(source.folder), spec, groups.tp, padding=padding)
+    if weights is not None:
         slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
-        report = copy_weights(shard, model, source.folder, elsewhere=slots, gather=partitioning.gather)
+        report = copy_weights(weights.tensors, model, source.place, elsewhere=slots, gather=partitioning.gather, shapes=weights.shapes)
         log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")
     count = sum(entries_of(p) for p in model.parameters())
     log.info(" > number of parameters on model parallel rank %d: %d", groups.tp.rank, count)

@@ -63,7 +63,7 @@ class Saver:
     keep_every: multiples of this many steps stay in any case
     protected: steps that stay in any case
     published: is told each folder that has its name, on the first rank, before older ones are deleted
-    run_id, layout, code_version, config, fingerprint: for the manifest, see Manifest (`fingerprint` is its `data`)
+    run_id, layout, code_version, config, fingerprint, origin: for the manifest, see Manifest (`fingerprint` is its `data`)
     background: write while training goes on
     failures_allowed: saves in a row that may fail without ending the run
 
@@ -89,6 +89,7 @@ class Saver:
     code_version: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
     background: bool = False
     failures_allowed: int = 3
     saved: int | None = field(default=None, init=False)
@@ -187,6 +188,7 @@ class Saver:
             code_version=self.code_version,
             config=self.config,
             data=self.fingerprint,
+            origin=self.origin,
             written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         self._begun = _Begun(iteration=iteration, writing=writing, manifest=manifest, seconds=time.monotonic() - since)

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 
-from megatron.checkpoint.build import search_of
+from megatron.checkpoint.build import hf_shapes, hf_spec, search_of
 from megatron.checkpoint.discovery import find
+from megatron.checkpoint.hf_address import fetch, is_hf
+from megatron.checkpoint.hf_model import ROWS, HFModel
 from megatron.checkpoint.neox_store import copy_weights
 from megatron.checkpoint.whole import join_shards, read_shards, width_over
 from megatron.errors import ConfigError
@@ -23,6 +27,7 @@ from megatron.log import get_logger
 from megatron.model.build import build_spec, build_transformer
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
+from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer.build import build_tokenizer
 
@@ -41,20 +46,32 @@ class Loaded:
 def load_model(args: NeoXArgs) -> Loaded:
     """The whole model in this process, in evaluation mode, with the weights of `load` (at `iteration`, else the newest whole ones).
 
-    The checkpoint may have been written at any pipeline and tensor parallel size; it also settles the padded vocabulary
-    where `padded_vocab_size` is not given. Raises ConfigError without `load`, CheckpointError when it does not fit.
+    The checkpoint may have been written at any pipeline and tensor parallel size, or be a Hugging Face model (`load: hf:...`); it also
+    settles the padded vocabulary where `padded_vocab_size` is not given.
+    Raises ConfigError without `load`, CheckpointError when it does not fit.
     """
     if not args.checkpoint.load:
         raise ConfigError("no checkpoint is named", where="load", mend="load: <the folder a training run saved to>")
-    search = search_of(args)
-    folder = search.directory / find(search)
-    shards = read_shards(folder)
-    if args.model.padded_vocab_size is None:
-        args = args.replace(padded_vocab_size=width_over(shards, "word_embeddings.weight", 0))
-    spec = fitting_spec(args, width_over(shards, "mlp.linear2.weight", 1))
+    weights: Mapping[str, Tensor]
+    shapes = None
+    if is_hf(args.checkpoint.load):
+        folder = fetch(args.checkpoint.load, contents=False).directory
+        hf = HFModel.open(folder)
+        if args.model.padded_vocab_size is None:
+            args = args.replace(padded_vocab_size=hf.keys[ROWS])
+        spec = hf_spec(args, hf)
+        weights, shapes = hf.weights(spec), hf_shapes(hf, spec, Group.single())
+    else:
+        search = search_of(args)
+        folder = search.directory / find(search)
+        shards = read_shards(folder)
+        if args.model.padded_vocab_size is None:
+            args = args.replace(padded_vocab_size=width_over(shards, "word_embeddings.weight", 0))
+        spec = fitting_spec(args, width_over(shards, "mlp.linear2.weight", 1))
+        weights = join_shards(shards, spec)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
     model = build_transformer(args, spec, device=device)
-    copy_weights(join_shards(shards, spec), model, folder)
+    copy_weights(weights, model, folder, shapes=shapes)
     log.info("loaded %s", folder)
     return Loaded(args, model.eval(), folder)
 

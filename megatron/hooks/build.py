@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from megatron.checkpoint.build import build_uploader, compared_args
+from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_args
+from megatron.checkpoint.exporting.build import build_exporter
+from megatron.checkpoint.exporting.exporter import Exporter
 from megatron.checkpoint.provenance import code_version, without_secrets
 from megatron.checkpoint.uploading import Uploader
 from megatron.engine.base import Engine
@@ -22,6 +24,7 @@ from megatron.errors import ConfigError, required
 from megatron.hooks.base import BaseHook, Hook
 from megatron.hooks.checkpointing import CheckpointHook, Checkpoints, SavePlan
 from megatron.hooks.console import ConsoleHook, tee_log
+from megatron.hooks.exports import ExportHook
 from megatron.hooks.memory import MemoryHook, require_cuda
 from megatron.hooks.metrics import ClosingHook, MetricsHook
 from megatron.hooks.metrics_file import NAME, MetricsFile
@@ -76,6 +79,7 @@ class RunParts:
     devices:        number of devices that share the work (world size)
     checkpoints:    writes the run's checkpoints; None = the run keeps none
     uploader:       copies them elsewhere; None = nobody does, or another rank
+    exporter:       writes them in another format; None likewise
     evaluate:       (split, batches) -> metrics; called on all ranks. None = never evaluate
     splits:         which of "valid", "test" have data
     tracker_ids:    the run's ids at its trackers
@@ -91,6 +95,7 @@ class RunParts:
     devices: int = 1
     checkpoints: Checkpoints | None = None
     uploader: Uploader | None = None
+    exporter: Exporter | None = None
     evaluate: Evaluate | None = None
     splits: frozenset[str] = frozenset()
     tracker_ids: Mapping[str, str] = field(default_factory=dict)
@@ -141,14 +146,17 @@ def build_hooks(
     record = ends.record
     run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
     uploader = build_uploader(args, rank=world.rank)
+    exporter = build_exporter(args, spec, rank=world.rank, started_from=position.kept.get(STARTED_FROM) or {})
+    told = [part.published for part in (uploader, exporter) if part is not None]
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, lambda: {**position.kept, KEPT: ids, RUN_ID: run_id, **record.kept()}, uploader),
+        checkpoints=_checkpoints(args, engine, spec, lambda: {**position.kept, KEPT: ids, RUN_ID: run_id, **record.kept()}, told),
         uploader=uploader,
+        exporter=exporter,
         evaluate=evaluate,
         splits=_splits(args) if splits is None else splits,
         tracker_ids=ids,
@@ -177,7 +185,7 @@ def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool
 
 
 def _checkpoints(
-    args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], uploader: Uploader | None
+    args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], told: Sequence[Callable[[Path], None]]
 ) -> Saver | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
@@ -195,15 +203,21 @@ def _checkpoints(
         keep_last=section.keep_last_n_checkpoints,
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
-        published=None if uploader is None else uploader.published,
+        published=lambda folder: _tell(told, folder),
         run_id=str(kept()[RUN_ID]),
         layout=_layout(args, engine.groups),
         code_version=code_version(),
         fingerprint=kept().get("data", {}),
         config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
+        origin=kept().get(STARTED_FROM, {}),
         background=section.checkpoint_async,
         failures_allowed=section.checkpoint_failures_allowed,
     )
+
+
+def _tell(told: Sequence[Callable[[Path], None]], folder: Path) -> None:
+    for tell in told:
+        tell(folder)
 
 
 def _layout(args: NeoXArgs, groups: Groups) -> dict[str, int | str | bool]:
@@ -269,6 +283,7 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     if validation is not None:
         hooks.append(validation)
     hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
+    hooks += [] if parts.exporter is None else [ExportHook(parts.exporter, report=metrics.attach, hurried=parts.stop.told)]
     hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach, hurried=parts.stop.told)]
     return [*hooks, ClosingHook(metrics)]
 

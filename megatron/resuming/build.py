@@ -8,8 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.checkpoint.build import Source, Take, compared_args
+from megatron.checkpoint.build import STARTED_FROM, Source, Take, compared_args
 from megatron.checkpoint.changes import SCHEDULE, tell_changes, watched_values
+from megatron.checkpoint.hf_model import HFModel
 from megatron.checkpoint.neox_store import bookkeeping
 from megatron.data.build import data_fingerprint
 from megatron.data.fingerprint import differences, require_same
@@ -36,7 +37,9 @@ def make_place(args: NeoXArgs) -> None:
 def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> Position:
     """Where the run goes on, after what `source` gives was taken."""
     if source.folder is None or source.take in (Take.NOTHING, Take.WEIGHTS):
-        return Position()
+        if source.hf is None:
+            return Position()
+        return Position(kept={STARTED_FROM: {**source.hf.told(), **HFModel.open(source.hf.directory).facts()}})
     compared, rng = compared_args(args), not args.checkpoint.no_load_rng
     batch_size = required(args.run.train_batch_size, "train_batch_size")
     if source.take is Take.WEIGHTS_AND_POSITION:

@@ -14,7 +14,16 @@ class CheckpointArgs(Section):
     """Where checkpoints are, when they are written and what of them is read."""
 
     save: str | None = Field(None, description="Folder that checkpoints are written to; unset writes none.")
-    load: str | None = Field(None, description="Folder that a checkpoint is read from; unset starts from fresh weights.")
+    load: str | None = Field(
+        None,
+        description="Folder that a checkpoint is read from; hf:FOLDER or hf:OWNER/NAME@REVISION begins with a Hugging Face model; "
+        "unset starts from fresh weights.",
+    )
+    save_hf: bool | Whole = Field(
+        False,
+        description="Also write checkpoints as Hugging Face models, to the folder hf in save, while training goes on: all, or those whose "
+        "step is a multiple of a number.",
+    )
     iteration: Whole | None = Field(
         None, ge=0, description="Step of the checkpoint to read; unset reads the newest that its manifest confirms."
     )

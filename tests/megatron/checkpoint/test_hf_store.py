@@ -24,6 +24,8 @@ def test_round_trip_in_one_file_and_in_shards(tmp_path: Path):
         assert set(state) == {"a", "b", "c"}
         assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in tensors().items())
         assert read_config(tmp_path) == {"model_type": "llama"}
+        shapes = read_state(tmp_path, empty=True)
+        assert all(shapes[name].is_meta and shapes[name].shape == tensor.shape for name, tensor in tensors().items())
         if files > 1:
             table = json.loads((tmp_path / "model.safetensors.index.json").read_text())
             assert len(set(table["weight_map"].values())) == files

@@ -379,6 +379,11 @@ CASES = (
         "ZeRO stage 0, 1 or 2",
     ),  # fmt: skip
     Bad("replicas never", "replica_check_interval: 0", 1, "a whole number >= 1", "write a whole number >= 1"),
+    Bad("export without save", "save_hf: true", 1, "save is not set", "set save"),
+    Bad("export never", "save: out\ncheckpoint_factor: 10\nsave_hf: 0", 3, "no number of steps", "a whole number >= 1"),
+    Bad("export by a word", "save: out\ncheckpoint_factor: 10\nsave_hf: often", 3, "true or false", "true"),
+    Bad("Hugging Face model without a name", 'load: "hf:"', 1, "names no model", "hf:<owner>/<name>"),
+    Bad("step of a Hugging Face model", "load: hf:gpt2\niteration: 5", 2, "names a checkpoint", "remove iteration"),
     Bad("async without save", "checkpoint_async: true", 1, "save is not set", "set save"),
     Bad("rollback to nothing", "nonfinite_policy: rollback", 1, "save is not set", "set save"),
     Bad(

@@ -21,7 +21,7 @@ OURS = {
     "mup_base_hidden_size", "checkpoint_granularity", "context_parallel_size", "summed_bias_full_lr",
     "heartbeat_interval_in_secs", "hang_timeout_in_mins", "allow_data_change",
     "checkpoint_verify", "keep_every", "checkpoint_async", "checkpoint_failures_allowed",
-    "replica_check_interval",
+    "replica_check_interval", "save_hf",
     "nonfinite_policy", "nonfinite_limit", "rollback_limit", "loss_spike_factor", "loss_spike_window", "loss_spike_patience",
     "loss_spike_policy",
     "head_dim", "use_bias_in_attn_output", "qk_norm_each_head", "rope_scaling_layers",
