@@ -26,7 +26,7 @@ from megatron.checkpoint.s3 import Address, open_client, require_boto3
 from megatron.checkpoint.steps import named_step
 from megatron.checkpoint.uploading import Uploader
 from megatron.checkpoint.verifying import Verify
-from megatron.checkpoint.whole import Shard, read_shards, shard_for, width_over
+from megatron.checkpoint.whole import MLP_OUTPUTS, Shard, read_shards, shard_for, width_over
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of, parameter_dtype
 from megatron.model.spec import ModelSpec
@@ -184,7 +184,7 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     spec = build_spec(args)
     if folder is None or not spec.blocks[0].mlp.gated:
         return spec
-    width = width_over(read_shards(folder), "mlp.linear2.weight", 1) or spec.blocks[0].mlp.width
+    width = width_over(read_shards(folder), MLP_OUTPUTS, 1) or spec.blocks[0].mlp.width
     convention = mlp_convention_of(args, width)
     if convention is None or width == spec.blocks[0].mlp.width:
         return spec

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,6 +115,26 @@ class Theirs:
 
 
 @dataclass(frozen=True)
+class Holds:
+    """Something that must be so of our model; `neox` is the key to name when it is not."""
+
+    neox: str
+    test: Callable[[ModelSpec], bool]
+    mend: str
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Nothing: their models are so."""
+        return {}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Nothing, or a refusal."""
+        if not self.test(spec):
+            what = f"this architecture cannot express '{self.neox}: {neox.get(self.neox)}'"
+            raise ConfigError(what, where=self.neox, mend=self.mend)
+        return {}
+
+
+@dataclass(frozen=True)
 class Length:
     """Their position limit is our max_position_embeddings, and our seq_length until somebody sets another."""
 
@@ -147,21 +167,34 @@ class Width:
 
 @dataclass(frozen=True)
 class Heads:
-    """Head size: both sides may only have hidden_size / heads."""
+    """Head size. default: what an absent field means there; None = hidden_size / heads
+
+    free: whether another size than that can be said there
+    """
 
     hidden: str = "hidden_size"
     heads: str = "num_attention_heads"
+    default: int | None = None
+    free: bool = True
 
     def to_neox(self, hf: Config) -> dict[str, Any]:
-        """Nothing, or a refusal."""
-        size = hf.get("head_dim")
-        if size is not None and size * hf[self.heads] != hf[self.hidden]:
+        """Our key where the size does not follow from others, or a refusal."""
+        size = hf.get("head_dim", self.default)
+        if size is None or size * hf[self.heads] == hf[self.hidden]:
+            return {}
+        if not self.free:
             what = f"head_dim {size} is not {self.hidden} / {self.heads}"
             raise ConfigError(what, where="config.json: head_dim", mend="such a model cannot be converted")
-        return {}
+        return {"head_dim": size}
 
     def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
-        """Nothing: the field follows from the others."""
+        """Their field, or a refusal."""
+        attention = spec.blocks[0].attention
+        if self.free:
+            return {"head_dim": attention.head_dim}
+        if attention.head_dim * attention.num_heads != spec.hidden_size:
+            what = f"this architecture cannot express 'head_dim: {attention.head_dim}'"
+            raise ConfigError(what, where="head_dim", mend="it needs hidden_size / num_attention_heads; choose another architecture")
         return {}
 
 
@@ -190,76 +223,3 @@ class Act:
                 return {self.hf: theirs}
         known = ", ".join(ours for ours, _ in self.table)
         raise ConfigError(f"this architecture cannot express 'activation: {name}'", where="activation", mend=f"one of {known}")
-
-
-@dataclass(frozen=True)
-class Window:
-    """Sliding window. Theirs counts the tokens seen, ours those behind the current one."""
-
-    hf: str = "sliding_window"
-
-    def to_neox(self, hf: Config) -> dict[str, Any]:
-        """Our key, one less."""
-        window = hf.get(self.hf)
-        return {} if window is None else {"sliding_window_width": window - 1}
-
-    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
-        """Their field, one more; one width for all layers."""
-        windows = {block.attention.window for block in spec.blocks}
-        if len(windows) > 1:
-            what = "this architecture has one window for all layers"
-            raise ConfigError(what, where="sliding_window_pattern", mend="choose another architecture")
-        (window,) = windows
-        return {self.hf: None if window is None else window + 1}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary base, fraction and scaling; their fields moved into `rope_parameters` in transformers 5.
-
-    base, fraction: names of the fields before that; fraction None = the whole head
-    """
-
-    base: str = "rope_theta"
-    fraction: str | None = None
-
-    def to_neox(self, hf: Config) -> dict[str, Any]:
-        """Our keys."""
-        parameters = dict(hf.get("rope_parameters") or {})
-        base = parameters.pop("rope_theta", None) or hf.get(self.base) or 10000.0
-        fraction = parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
-        if self.fraction is not None:
-            fraction = hf.get(self.fraction) or fraction
-        if self.fraction is None and fraction != 1.0:
-            raise ConfigError(f"partial_rotary_factor {fraction} is not supported here", where="config.json: partial_rotary_factor")
-        scaling = dict(hf.get("rope_scaling") or parameters)
-        for name in ("rope_theta", "partial_rotary_factor"):
-            scaling.pop(name, None)
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        base = int(base) if float(base).is_integer() else base
-        keys: dict[str, Any] = {"pos_emb": "rotary", "rotary_pct": fraction, "rotary_emb_base": base}
-        if kind != "default":
-            keys["rope_scaling"] = {name: value for name, value in scaling.items() if value is not None}
-        return keys
-
-    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
-        """Their fields, under the names that both versions read."""
-        rotary = spec.blocks[0].attention.rotary
-        if rotary is None:
-            what = f"this architecture cannot express 'pos_emb: {neox.get('pos_emb')}'"
-            raise ConfigError(what, where="pos_emb", mend="it needs rotary positions")
-        whole = rotary.dim == spec.blocks[0].attention.head_dim
-        if self.fraction is None and not whole:
-            raise ConfigError("this architecture rotates whole heads", where="rotary_pct", mend="choose another architecture")
-        fields: dict[str, Any] = {self.base: rotary.base, "rope_scaling": None}
-        if self.fraction is not None:
-            fields[self.fraction] = neox.get("rotary_pct", 1.0)
-        if rotary.scaling is not None:
-            if rotary.scaling.kind == "ntk":
-                what = "this architecture has no 'ntk' scaling"
-                raise ConfigError(what, where="rope_scaling", mend="raise rotary_emb_base instead, or use yarn")
-            given = dict(neox["rope_scaling"])
-            given["rope_type"] = given.pop("rope_type", None) or given.pop("type", None)
-            given.pop("type", None)
-            fields["rope_scaling"] = given
-        return fields

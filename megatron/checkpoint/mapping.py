@@ -59,6 +59,7 @@ class Family:
     prefix:     of foreign names; files saved from the bare base model lack it
     tied_alias: foreign name that repeats the embedding when embeddings are tied
     renamed:    (other, name): a name that other versions of transformers give to a tensor of ours
+    same:       patterns of names that no row speaks of and that are alike on both sides
     """
 
     name: str
@@ -70,6 +71,7 @@ class Family:
     prefix: str = ""
     tied_alias: str | None = None
     renamed: tuple[tuple[str, str], ...] = ()
+    same: tuple[str, ...] = ()
 
 
 def bound_rows(family: Family, spec: ModelSpec, vocab_size: int) -> Iterator[Bound]:
@@ -94,12 +96,14 @@ def to_canonical(family: Family, source: Mapping[str, Tensor], spec: ModelSpec) 
     rows = list(bound_rows(family, spec, spec.vocab_size))
     wanted = {name for row in rows for name in row.theirs}
     source = usual_names(family, source, wanted)
-    ignored = [re.compile(pattern) for pattern in family.ignored]
-    surplus = [name for name in source if name not in wanted and not any(pattern.search(name) for pattern in ignored)]
+    alike = [name for name in source if name not in wanted and matches(name, family.same)]
+    taken = wanted.union(alike)
+    surplus = [name for name in source if name not in taken and not matches(name, family.ignored)]
     if spec.tied and family.tied_alias in surplus:
         surplus.remove(family.tied_alias)
     check_names(family.hf, missing=sorted(wanted - set(source)), surplus=sorted(surplus))
-    return LazyState({row.ours: partial(packed, row, source) for row in rows})
+    makers = {name: partial(source.__getitem__, name) for name in alike}
+    return LazyState({**makers, **{row.ours: partial(packed, row, source) for row in rows}})
 
 
 def from_canonical(family: Family, state: Mapping[str, Tensor], spec: ModelSpec, *, vocab_size: int | None = None) -> LazyState:
@@ -110,9 +114,17 @@ def from_canonical(family: Family, state: Mapping[str, Tensor], spec: ModelSpec,
     """
     rows = list(bound_rows(family, spec, spec.vocab_size if vocab_size is None else vocab_size))
     ours = {row.ours for row in rows}
-    surplus = [name for name in state if name not in ours and not name.endswith("rotary_emb.inv_freq")]
+    alike = [name for name in state if name not in ours and matches(name, family.same)]
+    taken = ours.union(alike)
+    surplus = [name for name in state if name not in taken and not name.endswith("rotary_emb.inv_freq")]
     check_names("the model", missing=sorted(ours - set(state)), surplus=sorted(surplus))
-    return LazyState({name: partial(unpacked, row, index, state) for row in rows for index, name in enumerate(row.theirs)})
+    makers = {name: partial(state.__getitem__, name) for name in alike}
+    return LazyState({**makers, **{name: partial(unpacked, row, index, state) for row in rows for index, name in enumerate(row.theirs)}})
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def packed(row: Bound, source: Mapping[str, Tensor]) -> Tensor:

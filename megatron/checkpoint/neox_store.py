@@ -94,7 +94,7 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     path = model_file(folder, tensor_rank)
     if not path.exists() and zero3_partitioned(folder):
         return _of_partitions(folder, tensor_rank)
-    module = read_torch_file(path, deepspeed_types=_may_hold_deepspeed_types(folder)).get("module")
+    module = _read_model_file(path).get("module")
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
     if not isinstance(module, Mapping) or not module:
@@ -132,9 +132,17 @@ def zero3_partitioned(folder: Path) -> bool:
     return any(folder.glob("zero_pp_rank_*_model_states.pt"))
 
 
-def _may_hold_deepspeed_types(folder: Path) -> bool:
-    """ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file."""
-    return not any(folder.glob("*zero_pp_rank_*"))
+def _read_model_file(path: Path) -> Any:
+    """With DeepSpeed's types only where it needs them, since importing them takes seconds.
+
+    ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file.
+    """
+    try:
+        return read_torch_file(path)
+    except CheckpointError:
+        if not path.is_file() or any(path.parent.glob("*zero_pp_rank_*")):
+            raise
+    return read_torch_file(path, deepspeed_types=True)
 
 
 Gather = Callable[[Any], AbstractContextManager[Any]]
@@ -168,7 +176,7 @@ def copy_weights(
     )
     wanted = [name for name in weights if name in own or slot_of(name) in here or slot_of(name) not in elsewhere]
     found = {name: weights[name].shape if shapes is None else shapes[name] for name in wanted}
-    _check_names(folder, target, found, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
+    check_fit(folder, target, found, tuple(canonical_name(prefix) for prefix in unused_stored_prefixes(module)))
     with torch.no_grad():
         for name, tensor in target.items():
             with nullcontext() if gather is None else gather([tensor]):
@@ -191,7 +199,8 @@ def _whole_shape(tensor: Tensor) -> torch.Size:
 _DERIVED = re.compile(r"\.(rotary_emb\.inv_freq|alibi_embed\.slopes|attention\.norm_factor)$")
 
 
-def _check_names(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, torch.Size], unused: tuple[str, ...]) -> None:
+def check_fit(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, torch.Size], unused: tuple[str, ...]) -> None:
+    """Raise CheckpointError, naming the tensors, unless the files hold each weight of a model in its shape and nothing else."""
     missing = sorted(set(target) - set(weights))
     surplus = sorted(name for name in set(weights) - set(target) if not (_DERIVED.search(name) or name.startswith(unused)))
     shapes = [

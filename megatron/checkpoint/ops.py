@@ -113,6 +113,52 @@ class FuseQKV:
 
 
 @dataclass(frozen=True)
+class GroupQKV:
+    """One tensor with the query heads of a key head, that key head and its value head together <-> our fused one."""
+
+    def pack(self, parts: list[Tensor], at: Place) -> list[Tensor]:
+        """[(g (n / g + 2) d), ...] -> [fused]."""
+        attention = at.spec.blocks[at.layer].attention
+        shared = attention.num_heads // attention.num_kv_heads
+        query, key, value = parts[0].unflatten(0, (attention.num_kv_heads, shared + 2, attention.head_dim)).split((shared, 1, 1), 1)
+        return [layout(attention).fuse(query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2))]
+
+    def unpack(self, parts: list[Tensor], at: Place) -> list[Tensor]:
+        """[fused] -> [(g (n / g + 2) d), ...]."""
+        attention = at.spec.blocks[at.layer].attention
+        groups = (attention.num_kv_heads, -1, attention.head_dim)
+        return [torch.cat([part.unflatten(0, groups) for part in layout(attention).unfuse(parts[0])], 1).flatten(0, 2)]
+
+
+@dataclass(frozen=True)
+class RotaryPairs:
+    """Queries and keys whose rotated pairs are neighbours <-> halves of a head apart, as ours. What comes after them stays."""
+
+    def pack(self, parts: list[Tensor], at: Place) -> list[Tensor]:
+        """(0, 1), (2, 3), ... -> (0, d/2), (1, d/2 + 1), ..."""
+        half = at.spec.blocks[at.layer].attention.head_dim // 2
+        return [part.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2) for part in parts[:2]] + parts[2:]
+
+    def unpack(self, parts: list[Tensor], at: Place) -> list[Tensor]:
+        """The inverse."""
+        half = at.spec.blocks[at.layer].attention.head_dim // 2
+        return [part.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2) for part in parts[:2]] + parts[2:]
+
+
+@dataclass(frozen=True)
+class GateFirst:
+    """A gated MLP's first projection is [gate; value] on the other side, [value; gate] on ours. Ungated ones are the same."""
+
+    def pack(self, parts: list[Tensor], at: Place) -> list[Tensor]:
+        """Exchange the halves."""
+        return [torch.cat(parts[0].chunk(2)[::-1])] if at.spec.blocks[at.layer].mlp.gated else parts
+
+    def unpack(self, parts: list[Tensor], at: Place) -> list[Tensor]:
+        """Exchange them again."""
+        return self.pack(parts, at)
+
+
+@dataclass(frozen=True)
 class PadVocab:
     """Vocabulary matrices: ours have rows up to the padded size, of zeros."""
 

@@ -31,17 +31,27 @@ def save_streaming(content: Any, path: Path) -> None:
 
     Tensors are made in the order in which they stand in `content`, and let go when they are written.
     """
+    for _ in streaming(content, path):
+        pass
+
+
+def streaming(content: Any, path: Path, *, plain: bool = False) -> Iterator[None]:
+    """The same a tensor at a time, so that several files can be written in step.
+
+    plain: there is nothing of DeepSpeed in it, which then need not be imported
+    """
     makers: list[Callable[[], Tensor]] = []
     # A file with room for every tensor, which says where each of them belongs, and then the tensors.
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(_outline(content, makers, FakeTensorMode()), path)
     with FakeTensorMode():
-        places = list(_places(read_torch_file(path, deepspeed_types=True)))
+        places = list(_places(read_torch_file(path, deepspeed_types=not plain)))
     if len(places) != len(makers):
         raise CheckpointError(f"{len(makers)} tensors were to be written, and there is room for {len(places)}", where=str(path))
     with path.open("r+b") as file:
         for place, make in zip(places, makers, strict=True):
             _write(file, place, make())
+            yield
         file.flush()
         os.fsync(file.fileno())
 

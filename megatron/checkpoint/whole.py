@@ -21,14 +21,17 @@ from megatron.mpu.sharding import Replicated, Sharding, Summed, join, sharding_o
 
 Shard = Mapping[str, Tensor]
 
+MLP_OUTPUTS = ("mlp.linear2.weight", "mlp.dense_4h_to_h.weight", "mlp.w2.weight", "mlp.fc2_weight")
+"""Ends of the name of the MLP's second matrix, in any dialect."""
+
 
 def read_shards(folder: Path) -> list[Shard]:
     """The weights of every tensor rank by canonical name, in rank order."""
     return [read_weights(folder, rank) for rank in range(max(1, tensor_ranks(folder)))]
 
 
-def width_over(shards: Sequence[Shard], ending: str, dim: int) -> int | None:
-    """Size along `dim`, summed over the ranks, of the first weight whose name ends so; None where there is none."""
+def width_over(shards: Sequence[Shard], ending: str | tuple[str, ...], dim: int) -> int | None:
+    """Size along `dim`, summed over the ranks, of the first weight whose name ends so, or in one of these; None without one."""
     name = next((name for name in shards[0] if name.endswith(ending)), None)
     return None if name is None else sum(shard[name].shape[dim] for shard in shards)
 

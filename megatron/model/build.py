@@ -134,31 +134,30 @@ class Sizes:
     seq_length: int
     max_positions: int
     vocab: int
-
-    @property
-    def head_dim(self) -> int:
-        """Features of one head."""
-        return self.hidden // self.heads
+    head_dim: int
 
 
 def sizes_of(args: NeoXArgs) -> Sizes:
     """Raises ConfigError, naming the key, where a size is missing or does not divide another."""
     model = args.model
+    hidden = required(model.hidden_size, "hidden_size")
     heads = required(model.num_attention_heads, "num_attention_heads")
+    given = args.attention.head_dim
     sizes = Sizes(
-        hidden=required(model.hidden_size, "hidden_size"),
+        hidden=hidden,
         layers=required(model.num_layers, "num_layers"),
         heads=heads,
         kv_heads=args.attention.num_kv_heads or heads,
         seq_length=required(model.seq_length, "seq_length"),
         max_positions=required(model.max_position_embeddings, "max_position_embeddings"),
         vocab=required(model.padded_vocab_size, "padded_vocab_size"),
+        head_dim=hidden // heads if given is None else given,
     )
-    if sizes.hidden % heads:
+    if given is None and sizes.hidden % heads:
         raise ConfigError(
             f"hidden_size {sizes.hidden} is not a multiple of num_attention_heads {heads}",
             where="hidden_size, num_attention_heads",
-            mend="choose a number of heads that divides hidden_size",
+            mend="choose a number of heads that divides hidden_size, or set head_dim",
         )
     if heads % sizes.kv_heads:
         raise ConfigError(
@@ -300,21 +299,25 @@ def attention_spec(args: NeoXArgs, sizes: Sizes, index: int) -> AttentionSpec:
     pattern = attention.sliding_window_pattern
     scaled = attention.apply_query_key_layer_scaling
     types = attention.attention_config or ["global"]
+    window = pattern[index % len(pattern)] if pattern else attention.sliding_window_width
+    stretched = attention.rope_scaling_layers == "all" or window is None
     return AttentionSpec(
         hidden_size=sizes.hidden,
         num_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
         bias=args.model.use_bias_in_attn_linear,
-        rotary=rotary_spec(args, sizes.head_dim) if positions is Positions.ROTARY else None,
+        dense_bias=args.model.use_bias_in_attn_output,
+        rotary=rotary_spec(args, sizes.head_dim, scaled=stretched) if positions is Positions.ROTARY else None,
         rpe=RpeSpec(num_buckets=attention.rpe_num_buckets, max_distance=attention.rpe_max_distance) if positions is Positions.RPE else None,
         alibi=positions is Positions.ALIBI,
-        window=pattern[index % len(pattern)] if pattern else attention.sliding_window_width,
+        window=window,
         dropout=attention.attention_dropout,
         softmax_in_fp32=attention.attention_softmax_in_fp32 or scaled,
         logit_divisor=float(index + 1) if scaled else 1.0,
         qk_norm=qk_norm_spec(args, sizes.head_dim),
         separate_qk_norms=attention.use_separate_qk_norms,
+        norm_each_head=attention.qk_norm_each_head,
         isolated=attention.attention_over_documents == "isolated",
         flash=types[index % len(types)] == "flash",
         backend=BackendName(attention.attention_backend),
@@ -330,11 +333,17 @@ def qk_norm_spec(args: NeoXArgs, head_dim: int) -> NormSpec | None:
             where="use_separate_qk_norms",
             mend="set use_qk_layernorm: true, or leave both out",
         )
+    if attention.qk_norm_each_head and not attention.use_separate_qk_norms:
+        raise ConfigError(
+            "qk_norm_each_head needs use_separate_qk_norms",
+            where="qk_norm_each_head",
+            mend="set use_separate_qk_norms: true, or leave qk_norm_each_head out",
+        )
     return norm_spec(args, head_dim) if attention.use_qk_layernorm else None
 
 
-def rotary_spec(args: NeoXArgs, head_dim: int) -> RotarySpec:
-    """Rotary positions on the first rotary_pct of a head."""
+def rotary_spec(args: NeoXArgs, head_dim: int, *, scaled: bool = True) -> RotarySpec:
+    """Rotary positions on the first rotary_pct of a head. scaled: whether rope_scaling is for this layer."""
     attention = args.attention
     dim = int(head_dim * attention.rotary_pct)
     if dim < 2 or dim % 2:
@@ -343,7 +352,7 @@ def rotary_spec(args: NeoXArgs, head_dim: int) -> RotarySpec:
             where="rotary_pct",
             mend="choose another fraction",
         )
-    scaling = rope_scaling(attention.rope_scaling) if attention.rope_scaling else None
+    scaling = rope_scaling(attention.rope_scaling) if attention.rope_scaling and scaled else None
     return RotarySpec(dim=dim, base=float(attention.rotary_emb_base), scaling=scaling, save_freqs=attention.rotary_save_freqs_buffer)
 
 

@@ -42,10 +42,11 @@ def attention_parameters(spec: AttentionSpec) -> int:
     """Projections and norms of queries and keys."""
     inner, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     count = attention_matrix(spec)
-    if spec.bias:
-        count += inner + 2 * kv + spec.hidden_size
+    count += inner + 2 * kv if spec.bias else 0
+    count += spec.hidden_size if spec.output_bias else 0
     if spec.qk_norm is not None:
-        count += sum(norm_parameters(replace(spec.qk_norm, size=size)) for size in ((inner, kv) if spec.separate_qk_norms else (inner,)))
+        sizes = (spec.head_dim,) * 2 if spec.norm_each_head else (inner, kv)
+        count += sum(norm_parameters(replace(spec.qk_norm, size=size)) for size in (sizes if spec.separate_qk_norms else (inner,)))
     return count
 
 

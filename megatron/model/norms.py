@@ -135,3 +135,31 @@ class HeadNorm(nn.Module):
     def sharding(self) -> dict[str, Sharding]:
         """Head by head."""
         return {name: Split(0) for name, _ in self.named_parameters()}
+
+
+class EachHeadNorm(nn.Module):
+    """One norm of d features that every head of queries, or of keys, goes through by itself; heads are spread over tp.
+
+    FORMAT: weights are [d], the same on every rank.
+    Raises ConfigError for ScaleNorm.
+    """
+
+    def __init__(self, spec: NormSpec, head_dim: int, *, tp: Group) -> None:
+        super().__init__()
+        if spec.kind is NormKind.SCALENORM:
+            raise ConfigError("scalenorm cannot normalise queries and keys", where="use_qk_layernorm", mend="use layernorm or rmsnorm")
+        self.spec = spec
+        self.tp = tp
+        self.rms = spec.kind is NormKind.RMSNORM
+        affine = spec.kind is not NormKind.NON_PARAMETRIC
+        self.scale = nn.Parameter(torch.ones(head_dim)) if affine and self.rms else None
+        self.weight = nn.Parameter(torch.ones(head_dim)) if affine and not self.rms else None
+        self.bias = nn.Parameter(torch.zeros(head_dim)) if affine and not self.rms and spec.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, heads / tp, d] -> same shape."""
+        # Every rank's heads have a part in the gradient of the one weight.
+        scale, weight, bias = (None if p is None else comm.copy(p, self.tp) for p in (self.scale, self.weight, self.bias))
+        if self.rms:
+            return rms_norm(x, (x.shape[-1],), scale, self.spec.eps)
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.spec.eps)

@@ -100,6 +100,7 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     bias: bool = True
+    dense_bias: bool | None = None  # of the output projection; None = as bias
     rotary: RotarySpec | None = None
     rpe: RpeSpec | None = None
     alibi: bool = False
@@ -110,9 +111,15 @@ class AttentionSpec:
     logit_divisor: float = 1.0  # apply_query_key_layer_scaling: numerics only, multiplied back inside the softmax
     qk_norm: NormSpec | None = None  # FORMAT: one norm with weights [heads, head_dim] for both q and k
     separate_qk_norms: bool = False  # q_norm over num_heads*head_dim, k_norm over num_kv_heads*head_dim
+    norm_each_head: bool = False  # of separate norms: each head by itself, with one weight [head_dim] for all
     isolated: bool = True  # attention_over_documents; False = joined: segments are never looked at
     flash: bool = False  # AUTO takes the flash-attn package where it can
     backend: BackendName = BackendName.AUTO
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether the output projection has a bias."""
+        return self.bias if self.dense_bias is None else self.dense_bias
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from megatron.checkpoint.config_rows import Act, Fixed, Length, Not, Pair, Theirs, Width
-from megatron.checkpoint.families.common import ACTIVATIONS, COMMON, untied
+from megatron.checkpoint.config_rows import Act, Fixed, Heads, Length, Not, Pair, Theirs, Width
+from megatron.checkpoint.families.common import ACTIVATIONS, COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, untied
 from megatron.checkpoint.mapping import Family, Row
 from megatron.checkpoint.ops import Chain, Chunk, FuseQKV, PadVocab, Transpose
 
@@ -42,11 +42,14 @@ GPT2 = Family(
     ),
     config=(
         *COMMON,
+        *PLAIN_NORMS,
+        ONE_ATTENTION_BIAS,
         Pair("hidden_size", "n_embd"),
         Pair("num_layers", "n_layer"),
         Pair("num_attention_heads", "n_head"),
         Pair("padded_vocab_size", "vocab_size"),
         Length("n_positions"),
+        Heads("n_embd", "n_head", free=False),
         Width("n_inner"),
         Act(ACTIVATIONS, "activation_function"),
         Fixed("pos_emb", "learned", "learned"),
@@ -59,8 +62,7 @@ GPT2 = Family(
         Not("no_weight_tying", "tie_word_embeddings", True, False),
         Pair("hidden_dropout", "resid_pdrop", 0.1, 0.0, also=("embd_pdrop",)),
         Pair("attention_dropout", "attn_pdrop", 0.1, 0.0),
-        Fixed("sliding_window_width", None, None),
-        Fixed("sliding_window_pattern", None, None),
+        *NO_WINDOWS,
         Theirs("scale_attn_weights", True, True),
         Theirs("scale_attn_by_inverse_layer_idx", False, False),
         Theirs("add_cross_attention", False, False),

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from megatron.checkpoint.config_rows import Act, Fixed, Heads, Length, Not, Pair, Rope, Theirs, Width
-from megatron.checkpoint.families.common import ACTIVATIONS, COMMON, attention_bias, untied
+from megatron.checkpoint.config_rows import Act, Fixed, Heads, Length, Not, Pair, Theirs, Width
+from megatron.checkpoint.families.common import ACTIVATIONS, COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, attention_bias, untied
 from megatron.checkpoint.mapping import Family, Row
 from megatron.checkpoint.ops import PadVocab
+from megatron.checkpoint.position_rows import Rope
 
 B = "{slot}."
 L = "gpt_neox.layers.{layer}."
@@ -39,12 +40,14 @@ GPT_NEOX = Family(
     ),
     config=(
         *COMMON,
+        *PLAIN_NORMS,
+        ONE_ATTENTION_BIAS,
         Pair("hidden_size", "hidden_size"),
         Pair("num_layers", "num_hidden_layers"),
         Pair("num_attention_heads", "num_attention_heads"),
         Pair("padded_vocab_size", "vocab_size"),
         Length(),
-        Heads(),
+        Heads(free=False),
         Width(),
         Act(ACTIVATIONS),
         Rope("rotary_emb_base", "rotary_pct"),
@@ -58,8 +61,7 @@ GPT_NEOX = Family(
         Not("no_weight_tying", "tie_word_embeddings", False, False),
         Pair("hidden_dropout", "hidden_dropout", 0.0, 0.0),
         Pair("attention_dropout", "attention_dropout", 0.0, 0.0),
-        Fixed("sliding_window_width", None, None),
-        Fixed("sliding_window_pattern", None, None),
+        *NO_WINDOWS,
         Theirs("architectures", ["GPTNeoXForCausalLM"], ["GPTNeoXForCausalLM"], written=True),
     ),
 )

@@ -3,31 +3,36 @@
 
 from __future__ import annotations
 
-from megatron.checkpoint.config_rows import Fixed, Theirs, Window
+from megatron.checkpoint.config_rows import Fixed
+from megatron.checkpoint.families.common import ONE_ATTENTION_BIAS, PLAIN_NORMS
 from megatron.checkpoint.families.llama import (
     ATTENTION_ROWS,
     EMBEDDING_ROWS,
     HEAD_ROWS,
-    LLAMA_CONFIG,
-    LLAMA_IGNORED,
+    IGNORED,
     MLP_ROWS,
+    NO_MLP_BIAS,
     PRE_NORM_ROWS,
+    decoder_config,
 )
 from megatron.checkpoint.mapping import Family
+from megatron.checkpoint.position_rows import Rope, Window
 
 MISTRAL = Family(
     name="mistral",
     hf="MistralForCausalLM",
     model_type="mistral",
     prefix="model.",
-    ignored=LLAMA_IGNORED,
+    ignored=IGNORED,
     tied_alias="lm_head.weight",
     rows=(*EMBEDDING_ROWS, *PRE_NORM_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *HEAD_ROWS),
     config=(
-        *LLAMA_CONFIG,
-        Window(),
+        *decoder_config("MistralForCausalLM", kv_heads=8),
+        *PLAIN_NORMS,
+        Rope(),
+        Window(default=4096),
         Fixed("use_bias_in_attn_linear", False, True),
-        Fixed("use_bias_in_mlp", False, True),
-        Theirs("architectures", ["MistralForCausalLM"], ["MistralForCausalLM"], written=True),
+        ONE_ATTENTION_BIAS,
+        NO_MLP_BIAS,
     ),
 )

@@ -6,19 +6,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.families.dialects import DIALECTS
 from megatron.checkpoint.families.gpt2 import GPT2
 from megatron.checkpoint.families.gpt_neox import GPT_NEOX
 from megatron.checkpoint.families.llama import LLAMA
+from megatron.checkpoint.families.meta_llama import META_LLAMA
 from megatron.checkpoint.families.mistral import MISTRAL
+from megatron.checkpoint.families.olmo import OLMO2, OLMO3
+from megatron.checkpoint.families.qwen import QWEN2, QWEN3
 from megatron.checkpoint.mapping import Family
 from megatron.errors import ConfigError
 
-FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPT2, LLAMA, MISTRAL)
+FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3)
+"""Of Hugging Face."""
 
 
 def family_named(name: str) -> Family:
     """By short name (`llama`), class name (`LlamaForCausalLM`) or model type. Raises ConfigError for an unknown one."""
-    for family in FAMILIES:
+    for family in (*FAMILIES, META_LLAMA, *DIALECTS):
         if name in (family.name, family.hf, family.model_type):
             return family
     raise ConfigError(f"unknown architecture '{name}'", where="architecture", mend=f"one of {', '.join(f.name for f in FAMILIES)}")

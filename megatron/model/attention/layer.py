@@ -14,7 +14,7 @@ from megatron.model.attention.masks import Documents, document_positions
 from megatron.model.attention.qkv import layout
 from megatron.model.attention.view import BiasOf, View
 from megatron.model.cache import LayerCache
-from megatron.model.norms import HeadNorm
+from megatron.model.norms import EachHeadNorm, HeadNorm
 from megatron.model.positions import Alibi, RelativeBias, Rotary, rotate
 from megatron.model.spec import AttentionSpec
 from megatron.mpu.context import ContextKind, ContextPlan
@@ -42,13 +42,16 @@ class SelfAttention(nn.Module):
         self.layout = layout(spec, tp.size)
         rows, width = layout(spec), spec.num_heads * spec.head_dim
         self.query_key_value = ColumnLinear(spec.hidden_size, sum(rows.sizes), tp=tp, bias=spec.bias, parts=rows.parts)
-        self.dense = RowLinear(width, spec.hidden_size, tp=tp, bias=spec.bias, defer_reduce=defer_reduce)
+        self.dense = RowLinear(width, spec.hidden_size, tp=tp, bias=spec.output_bias, defer_reduce=defer_reduce)
         self.rotary_emb = None if spec.rotary is None else Rotary(spec.rotary)
         self.rpe = None if spec.rpe is None else RelativeBias(spec.rpe, spec.num_heads, spec.head_dim, tp=tp)
         self.alibi_embed = Alibi(spec.num_heads, tp=tp) if spec.alibi else None
         if spec.qk_norm is None:
             return
-        if spec.separate_qk_norms:
+        if spec.separate_qk_norms and spec.norm_each_head:
+            self.q_norm: HeadNorm | EachHeadNorm = EachHeadNorm(spec.qk_norm, spec.head_dim, tp=tp)
+            self.k_norm: HeadNorm | EachHeadNorm = EachHeadNorm(spec.qk_norm, spec.head_dim, tp=tp)
+        elif spec.separate_qk_norms:
             self.q_norm = HeadNorm(spec.qk_norm, spec.num_heads, spec.head_dim, tp=tp, flat=True)
             self.k_norm = HeadNorm(spec.qk_norm, spec.num_kv_heads, spec.head_dim, tp=tp, flat=True)
         elif spec.num_heads != spec.num_kv_heads:

@@ -22,7 +22,11 @@ def _needs_heads(v: Values) -> bool:
 
 
 def _head_dim(v: Values) -> int:
-    return int(v["hidden_size"] // v["num_attention_heads"])
+    return int(v["head_dim"] or v["hidden_size"] // v["num_attention_heads"])
+
+
+def _even_heads(v: Values) -> bool:
+    return _needs_heads(v) and v["head_dim"] is None
 
 
 def _required(v: Values) -> Iterable[Problem]:
@@ -46,7 +50,7 @@ def _kv_layers(v: Values) -> Iterable[Problem]:
 
 
 def _rotary(v: Values) -> Iterable[Problem]:
-    if v["pos_emb"] != "rotary" or not _needs_heads(v) or v["hidden_size"] % v["num_attention_heads"]:
+    if v["pos_emb"] != "rotary" or not _needs_heads(v) or (_even_heads(v) and v["hidden_size"] % v["num_attention_heads"]):
         return
     head = _head_dim(v)
     rotated = int(head * v["rotary_pct"])
@@ -110,7 +114,7 @@ def _window_pattern(v: Values) -> Iterable[Problem]:
 
 MODEL_RULES: Final[tuple[Rule, ...]] = (
     Rule("required", (), _required),
-    divides("heads-divide-width", "num_attention_heads", "hidden_size", _needs_heads),
+    divides("heads-divide-width", "num_attention_heads", "hidden_size", _even_heads),
     divides("kv-heads-divide-heads", "num_kv_heads", "num_attention_heads"),
     divides("tp-divides-heads", "model_parallel_size", "num_attention_heads", _needs_heads),
     divides("tp-divides-kv-heads", "model_parallel_size", "num_kv_heads", _needs_heads),
@@ -147,6 +151,14 @@ MODEL_RULES: Final[tuple[Rule, ...]] = (
         "use_separate_qk_norms does nothing without use_qk_layernorm",
         "add use_qk_layernorm: true",
         ("use_separate_qk_norms", "use_qk_layernorm"),
+    ),
+    simple(
+        "norm-each-head",
+        ("qk_norm_each_head",),
+        lambda v: v["qk_norm_each_head"] and not v["use_separate_qk_norms"],
+        "qk_norm_each_head does nothing without use_separate_qk_norms",
+        "add use_separate_qk_norms: true",
+        ("qk_norm_each_head", "use_separate_qk_norms"),
     ),
     simple(
         "olmo3-is-sequential",

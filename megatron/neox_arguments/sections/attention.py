@@ -16,6 +16,7 @@ class AttentionArgs(Section):
     num_kv_heads: Whole | None = Field(
         None, ge=1, description="Key and value heads (grouped queries: arXiv 2305.13245); unset means num_attention_heads."
     )
+    head_dim: Whole | None = Field(None, ge=1, description="Features of one head; unset means hidden_size / num_attention_heads.")
     sliding_window_width: Whole | None = Field(
         None, ge=1, description="How many tokens behind itself a token sees, in every layer; unset means all."
     )
@@ -39,6 +40,9 @@ class AttentionArgs(Section):
     use_qk_layernorm: bool = Field(False, description="Normalise queries and keys before positions are applied (arXiv 2302.05442).")
     use_separate_qk_norms: bool = Field(
         False, description="With use_qk_layernorm, give queries and keys a norm each, over all heads at once."
+    )
+    qk_norm_each_head: bool = Field(
+        False, description="With use_separate_qk_norms, normalise each head by itself, with one scale for all heads."
     )
     pos_emb: Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"] = Field(
         "learned", description="Positional encoding: a table, rotations (arXiv 2104.09864), T5 buckets, ALiBi (arXiv 2108.12409), ..."
@@ -70,6 +74,9 @@ class AttentionArgs(Section):
             "Context extension of rotary positions in Hugging Face's form: rope_type linear, ntk, yarn (arXiv 2309.00071) or llama3, "
             "factor, original_max_position_embeddings, low_freq_factor, high_freq_factor, beta_fast, beta_slow, attention_factor."
         ),
+    )
+    rope_scaling_layers: Literal["all", "full"] = Field(
+        "all", description="Layers whose rotary positions rope_scaling changes; full are those without a sliding window."
     )
     rotary_save_freqs_buffer: bool = Field(False, description="Keep the rotary frequencies in checkpoints.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability of attention weights.")

@@ -108,6 +108,9 @@ class ModelArgs(SizeKeys, NormKeys, MixerKeys, TransformerEngineKeys, MupKeys, M
     gpt_j_residual: bool = Field(False, description="Add attention and MLP of a block in parallel, both reading the block's input.")
     gpt_j_tied: bool = Field(False, description="With gpt_j_residual, let attention and MLP read the same normed input.")
     use_bias_in_attn_linear: bool = Field(True, description="Give the projections of attention a bias.")
+    use_bias_in_attn_output: bool | None = Field(
+        None, description="Give the output projection of attention a bias; unset means as use_bias_in_attn_linear."
+    )
     use_bias_in_mlp: bool = Field(True, description="Give the projections of the MLP a bias.")
     soft_prompt_tuning: dict[str, Any] | None = Field(
         None, description="Train only a learned prefix (arXiv 2104.08691): enabled, n_tokens, init_string, init_range."

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration fields that a family cannot express are refused by name, in both directions."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from megatron.checkpoint.families.registry import family_named
 from megatron.errors import ConfigError
 from megatron.model.build import build_spec
 from megatron.neox_arguments import NeoXArgs
+from support.families import STYLES
 from support.tiny import tiny
 
 LLAMA = {
@@ -22,6 +24,10 @@ LLAMA = {
     "intermediate_size": 88,
     "hidden_act": "silu",
 }
+
+HALF = {"sliding_window_pattern": [4, None]}
+QWEN2 = STYLES["qwen2"][1]
+OLMO = STYLES["olmo3"][1]
 
 
 def export(architecture: str, style: str, **overrides: Any) -> dict[str, Any]:
@@ -43,6 +49,19 @@ def test_what_the_other_side_cannot_express():
         ("llama", "neox", {}, "activation"),
         ("llama", "llama", {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_scaling"),
         ("mistral", "llama", {"sliding_window_pattern": [4, None]}, "sliding_window_pattern"),
+        ("neox", "neox", {"head_dim": 8}, "head_dim"),
+        ("gpt2", "gpt2", {"head_dim": 8}, "head_dim"),
+        ("gpt2", "gpt2", {"use_bias_in_attn_output": False}, "use_bias_in_attn_output"),
+        ("llama", "llama", {"use_bias_in_attn_output": True}, "use_bias_in_attn_output"),
+        ("qwen2", "llama", {}, "use_bias_in_attn_linear"),
+        ("qwen2", "llama", {"use_bias_in_attn_linear": True}, "use_bias_in_attn_output"),
+        ("qwen2", "llama", {**QWEN2, "sliding_window_pattern": [4, 5]}, "sliding_window_pattern"),
+        ("qwen3", "llama", {"use_qk_layernorm": True, "use_separate_qk_norms": True}, "qk_norm_each_head"),
+        ("olmo2", "llama", {}, "norm_placement"),
+        ("olmo2", "llama", {**OLMO, "sliding_window_width": 4}, "sliding_window_width"),
+        ("olmo2", "llama", {**OLMO, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling"),
+        ("olmo3", "llama", {**OLMO, "use_bias_in_mlp": True}, "use_bias_in_mlp"),
+        ("olmo3", "llama", {**OLMO, **HALF, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling_layers"),
     ]
     for architecture, style, overrides, key in table:
         with pytest.raises(ConfigError) as caught:
@@ -52,14 +71,21 @@ def test_what_the_other_side_cannot_express():
 
 def test_what_our_side_cannot_be():
     for change in (
-        {"head_dim": 32},
         {"hidden_act": "tanh"},
         {"quantization_config": {"bits": 4}},
         {"partial_rotary_factor": 0.5},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
     ):
         with pytest.raises(ConfigError) as caught:
             neox_keys(family_named("llama"), {**LLAMA, **change})
         assert next(iter(change)) in str(caught.value.where)
+    with pytest.raises(ConfigError, match="head_dim 32 is not"):
+        neox_keys(family_named("neox"), {**LLAMA, "hidden_act": "gelu", "head_dim": 32})
+    for change in ({"layer_types": ["chunked_attention"] * 2}, {"layer_types": ["sliding_attention"] * 2}):
+        with pytest.raises(ConfigError) as caught:
+            neox_keys(family_named("qwen2"), {**LLAMA, **change})
+        assert caught.value.where == "config.json: layer_types"
     with pytest.raises(ConfigError, match="stands for both"):
         neox_keys(family_named("gpt2"), {"resid_pdrop": 0.1, "embd_pdrop": 0.2, "n_positions": 8, "activation_function": "gelu"})
 
@@ -78,3 +104,26 @@ def test_exported_values():
     assert (config["sliding_window"], config["intermediate_size"], config["vocab_size"]) == (16, 256, 500)
     assert config["architectures"] == ["MistralForCausalLM"]
     assert export("gpt2", "gpt2", bias_gelu_fusion=True)["activation_function"] == "gelu_new"
+
+
+def test_layers_that_are_not_listed():
+    """What a short config.json means to transformers: windows in Qwen's last layers, in three of OLMo-3's four."""
+    qwen = neox_keys(
+        family_named("qwen2"), {**LLAMA, "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3}
+    )
+    assert qwen["sliding_window_pattern"] == [None, None, None, 8]
+    assert "sliding_window_width" not in neox_keys(family_named("qwen2"), {**LLAMA, "sliding_window": 9})
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    olmo = neox_keys(family_named("olmo3"), {**LLAMA, "num_hidden_layers": 8, "rope_scaling": yarn})
+    assert olmo["sliding_window_pattern"] == [4095, 4095, 4095, None]
+    assert (olmo["rope_scaling_layers"], olmo["rope_scaling"]["original_max_position_embeddings"]) == ("full", 64)
+    assert neox_keys(family_named("mistral"), LLAMA)["sliding_window_width"] == 4095
+    assert neox_keys(family_named("qwen3"), LLAMA)["head_dim"] == 128
+
+
+def test_yarn_with_two_scales():
+    """Their ratio is the factor on queries and keys."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    found = neox_keys(family_named("llama"), {**LLAMA, "rope_scaling": yarn})["rope_scaling"]
+    assert found["attention_factor"] == pytest.approx((0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    assert "mscale" not in found

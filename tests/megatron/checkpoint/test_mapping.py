@@ -4,21 +4,13 @@
 import pytest
 import torch
 
+from megatron.checkpoint.families.meta_llama import META_LLAMA
 from megatron.checkpoint.families.registry import FAMILIES, family_named, family_of
 from megatron.checkpoint.mapping import bound_rows, from_canonical, to_canonical
 from megatron.checkpoint.state import LazyState, canonical_state, load_canonical
 from megatron.errors import CheckpointError, ConfigError
-from megatron.model.build import build_spec
-from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
-from megatron.neox_arguments import NeoXArgs
-from support.tiny import tiny
-
-STYLES = {"neox": "neox", "gpt2": "gpt2", "llama": "llama", "mistral": "llama"}
-
-
-def spec_of(name: str) -> ModelSpec:
-    return build_spec(NeoXArgs.from_dict(tiny(STYLES[name], padded_vocab_size=512)))
+from support.families import family_spec
 
 
 def unread(name: str) -> torch.Tensor:
@@ -26,8 +18,8 @@ def unread(name: str) -> torch.Tensor:
 
 
 def test_rows_claim_every_tensor_of_the_model_once():
-    for family in FAMILIES:
-        spec = spec_of(family.name)
+    for family in (*FAMILIES, META_LLAMA):
+        spec = family_spec("llama" if family is META_LLAMA else family.name)
         ours = [row.ours for row in bound_rows(family, spec, 512)]
         assert sorted(ours) == sorted(canonical_state(Transformer(spec, device="meta")))
         theirs = [name for row in bound_rows(family, spec, 512) for name in row.theirs]
@@ -35,8 +27,8 @@ def test_rows_claim_every_tensor_of_the_model_once():
 
 
 def test_there_and_back_through_every_family():
-    for family in FAMILIES:
-        spec = spec_of(family.name)
+    for family in (*FAMILIES, META_LLAMA):
+        spec = family_spec("llama" if family is META_LLAMA else family.name)
         state = canonical_state(Transformer(spec))
         foreign = from_canonical(family, state, spec)
         again = to_canonical(family, foreign, spec)
@@ -47,7 +39,7 @@ def test_there_and_back_through_every_family():
 
 
 def test_names_must_fit_before_anything_is_read():
-    family, spec = family_named("neox"), spec_of("neox")
+    family, spec = family_named("neox"), family_spec("neox")
     foreign = list(from_canonical(family, canonical_state(Transformer(spec)), spec))
     lost = LazyState({name: lambda name=name: unread(name) for name in foreign if name != "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"})
     with pytest.raises(CheckpointError, match="missing gpt_neox.layers.1.mlp.dense_h_to_4h.bias"):
@@ -61,21 +53,21 @@ def test_names_must_fit_before_anything_is_read():
 
 
 def test_names_of_other_versions_and_of_base_models():
-    family, spec = family_named("gpt2"), spec_of("gpt2")
+    family, spec = family_named("gpt2"), family_spec("gpt2")
     state = canonical_state(Transformer(spec))
     foreign = from_canonical(family, state, spec)
     bare = {name.removeprefix("transformer."): tensor for name, tensor in foreign.items()}
     bare |= {"h.0.attn.bias": torch.ones(1), "lm_head.weight": foreign["transformer.wte.weight"]}
     again = to_canonical(family, bare, spec)
     assert all(torch.equal(again[name], state[name]) for name in state)
-    neox, spec = family_named("GPTNeoXForCausalLM"), spec_of("neox")
+    neox, spec = family_named("GPTNeoXForCausalLM"), family_spec("neox")
     foreign = dict(from_canonical(neox, canonical_state(Transformer(spec)), spec))
     foreign["lm_head.weight"] = foreign.pop("embed_out.weight")
     assert "6.final_linear.weight" in to_canonical(neox, foreign, spec)
 
 
 def test_loading_checks_names_and_shapes():
-    model = Transformer(spec_of("neox"))
+    model = Transformer(family_spec("neox"))
     state = canonical_state(model)
     with pytest.raises(CheckpointError, match="missing 5.norm.bias"):
         load_canonical(model, {name: tensor for name, tensor in state.items() if name != "5.norm.bias"})

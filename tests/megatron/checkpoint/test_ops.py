@@ -5,12 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.checkpoint.families.dialects import LEGACY, LEGACY_LLAMA, NEOX_TE, TE, dialect
+from megatron.checkpoint.families.meta_llama import META_LLAMA
 from megatron.checkpoint.families.registry import FAMILIES
-from megatron.checkpoint.ops import Chain, Concat, FuseQKV, Op, PadVocab, Place, Transpose
+from megatron.checkpoint.mapping import bound_rows
+from megatron.checkpoint.ops import Concat, FuseQKV, Place
+from megatron.checkpoint.whole import shapes_of
 from megatron.model.spec import ModelSpec
+from support.families import family_spec, resized
 from support.specs import attention_spec, model_spec
 
 HEAD_DIM = 3
+SPOKEN = (dialect(mlp=LEGACY, norms=TE), dialect(mlp=LEGACY_LLAMA), NEOX_TE)  # with all rows that dialects have
 
 
 def place(heads: int, kv_heads: int, vocab_size: int) -> Place:
@@ -19,41 +25,32 @@ def place(heads: int, kv_heads: int, vocab_size: int) -> Place:
     return Place(spec=spec, layer=1, vocab_size=vocab_size)
 
 
-def innermost(op: Op) -> Op:
-    return op.ops[-1] if isinstance(op, Chain) else op
-
-
-def theirs(op: Op, count: int, bias: bool, at: Place) -> list[torch.Tensor]:
-    """Distinct values in the shapes that a row with this op has on the other side."""
-    attention = at.spec.blocks[0].attention
-    width = (5,) if not bias else ()
-    rows = [7] * count
-    if isinstance(innermost(op), FuseQKV):
-        q, kv = attention.num_heads * HEAD_DIM, attention.num_kv_heads * HEAD_DIM
-        rows = [q, kv, kv] if count == 3 else [q + 2 * kv]
-    if isinstance(op, PadVocab):
-        rows = [at.vocab_size]
-    parts, start = [], 0
-    for size in rows:
-        shape = (size, *width)
-        whole = torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float32).view(shape)
-        start += whole.numel()
-        transposed = isinstance(op, Transpose) or (isinstance(op, Chain) and isinstance(op.ops[0], Transpose))
-        parts.append(whole.t().contiguous() if transposed else whole)
-    return parts
-
-
-@settings(deadline=None, max_examples=25)
-@given(kv_heads=st.integers(1, 3), repeat=st.integers(1, 3), vocab_size=st.integers(1, 64), bias=st.booleans())
-def test_unpack_undoes_pack(kv_heads: int, repeat: int, vocab_size: int, bias: bool):
-    for family in FAMILIES:
-        for row in family.rows:
-            at = place(kv_heads if family.name == "gpt2" else kv_heads * repeat, kv_heads, vocab_size)
-            parts = theirs(row.op, 1 if isinstance(row.theirs, str) else len(row.theirs), bias and not isinstance(row.op, PadVocab), at)
-            packed = row.op.pack(parts, at)
-            assert len(packed) == 1
-            back = row.op.unpack(packed, at)
-            assert len(back) == len(parts) and all(torch.equal(a, b) for a, b in zip(back, parts, strict=True)), (family.name, row.ours)
+@settings(deadline=None, max_examples=10)
+@given(
+    kv_heads=st.integers(1, 3),
+    repeat=st.integers(1, 3),
+    half=st.integers(1, 3),
+    width=st.integers(1, 4),
+    vocab_size=st.integers(1, 9),
+    padding=st.integers(0, 3),
+    tied=st.booleans(),
+)
+def test_unpack_undoes_pack(kv_heads: int, repeat: int, half: int, width: int, vocab_size: int, padding: int, tied: bool):
+    """Every row of every family, for any sizes: foreign tensors of distinct values become ours, of our shape, and themselves again."""
+    for family in (*FAMILIES, META_LLAMA, *SPOKEN):
+        heads = kv_heads if family.name == "gpt2" else kv_heads * repeat  # one matrix there is three equal parts
+        name = family.name if family in FAMILIES else "llama"
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": 2 * half, "width": width}
+        spec = resized(family_spec(name), **sizes, vocab_size=vocab_size + padding, tied=tied and family is not META_LLAMA)
+        shapes = shapes_of(spec)
+        for row in bound_rows(family, spec, vocab_size):
+            like = row.op.unpack([torch.zeros(shapes[row.ours])], row.place)
+            parts = [torch.rand(part.shape, dtype=torch.float64) for part in like]
+            (ours,) = row.op.pack(parts, row.place)
+            assert ours.shape == shapes[row.ours] and ours.sum().isclose(sum(part.sum() for part in parts)), (family.name, row.ours)
+            back = row.op.unpack([ours], row.place)
+            assert len(back) == len(row.theirs)
+            assert all(torch.equal(a, b) for a, b in zip(back, parts, strict=True)), (family.name, row.ours)
 
 
 def test_fused_orders():

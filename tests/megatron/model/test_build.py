@@ -57,6 +57,22 @@ def test_further_choices():
     )
 
 
+def test_shapes_of_other_families():
+    """Heads of their own size, biases on some projections, a norm of each head, scaled positions in some layers."""
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    norms = {"use_qk_layernorm": True, "use_separate_qk_norms": True, "qk_norm_each_head": True}
+    biases = {"use_bias_in_attn_linear": True, "use_bias_in_attn_output": False}
+    layers = {"sliding_window_pattern": [7, None], "rope_scaling": scaling, "rope_scaling_layers": "full"}
+    spec = build_spec(arguments("llama", num_attention_heads=6, head_dim=12, **norms, **biases, **layers))
+    first, second = (block.attention for block in spec.blocks)
+    assert (first.num_heads, first.head_dim, first.bias, first.output_bias, first.norm_each_head) == (6, 12, True, False, True)
+    assert first.qk_norm is not None and first.qk_norm.size == 12
+    assert first.rotary == RotarySpec(dim=12)
+    assert second.rotary == RotarySpec(dim=12, scaling=RopeScaling(kind="linear", factor=4.0))
+    everywhere = build_spec(arguments("llama", **{**layers, "rope_scaling_layers": "all"}))
+    assert everywhere.blocks[0].attention.rotary == everywhere.blocks[1].attention.rotary
+
+
 WIDTHS: list[tuple[dict[str, Any], int]] = [
     ({}, 256),
     ({"expansion_factor": 3}, 192),
@@ -97,6 +113,8 @@ REFUSED: list[dict[str, Any]] = [
     {"norm_placement": "post"},
     {"norm_placement": "olmo3"},
     {"use_separate_qk_norms": True},
+    {"use_qk_layernorm": True, "qk_norm_each_head": True},
+    {"head_dim": 3, "rotary_pct": 1.0},
     {"rotary_pct": 0.2},
     {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     {"rope_scaling": {"rope_type": "linear", "factr": 2.0}},

@@ -20,6 +20,7 @@ SPECS = [
     model_spec(positions=Positions.LEARNED, embedding={"position_offset": 2}),
     model_spec(attention=QK),
     model_spec(attention={"num_kv_heads": 2, "separate_qk_norms": True, "qk_norm": norm_spec(NormKind.RMSNORM, size=8)}),
+    model_spec(attention={"head_dim": 12, "rotary": None, "dense_bias": False, "separate_qk_norms": True, "norm_each_head": True, **QK}),
 ]
 
 

@@ -332,6 +332,7 @@ CASES = (
     Bad("layer pattern", "num_layers: 5\nattention_config: [[[global, flash], all]]", 2, "5 / 2 is not whole", "num_layers"),
     Bad("layer form", "attention_config: [[global], 4]", 1, "not [[type, ...], repeats]", '[[["global"], 12]]'),
     Bad("separate norms", "use_separate_qk_norms: true", 1, "does nothing without use_qk_layernorm", "use_qk_layernorm: true"),
+    Bad("norm of each head", "qk_norm_each_head: true", 1, "does nothing without use_separate_qk_norms", "use_separate_qk_norms: true"),
     Bad("two widths", "intermediate_size: 128\nexpansion_factor: 2", 2, "both set the width", "keep one"),
     Bad("two data sources", "data_path: a\ntrain_data_paths: [b]", 2, "two ways to name the data", "keep data_path"),
     Bad(

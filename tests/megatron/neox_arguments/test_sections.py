@@ -24,6 +24,7 @@ OURS = {
     "replica_check_interval", "save_hf",
     "nonfinite_policy", "nonfinite_limit", "rollback_limit", "loss_spike_factor", "loss_spike_window", "loss_spike_patience",
     "loss_spike_policy",
+    "head_dim", "use_bias_in_attn_output", "qk_norm_each_head", "rope_scaling_layers",
 }  # fmt: skip
 
 

@@ -28,10 +28,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "mha rotary": {"rotary": RotarySpec(dim=DIM)},
     "gqa partial rotary, window": {"num_kv_heads": 2, "rotary": RotarySpec(dim=4), "window": 3, "bias": False},
     "gqa two norms, yarn": {"num_kv_heads": 2, "qk_norm": NORM, "separate_qk_norms": True, "rotary": RotarySpec(dim=DIM, scaling=YARN)},
+    "wide heads, each normed, no output bias": {
+        "num_kv_heads": 2, "head_dim": 12, "qk_norm": NORM, "separate_qk_norms": True, "norm_each_head": True, "dense_bias": False,
+        "rotary": RotarySpec(dim=12),
+    },
+    "mha each normed": {"qk_norm": replace(NORM, kind=NormKind.LAYERNORM), "separate_qk_norms": True, "norm_each_head": True},
     "mha shared norm": {"qk_norm": replace(NORM, kind=NormKind.LAYERNORM), "softmax_scale": 0.7, "logit_divisor": 3.0},
     "alibi": {"alibi": True},
     "rpe, window": {"rpe": RpeSpec(num_buckets=8, max_distance=20), "window": 4},
-}
+}  # fmt: skip
 MQA: dict[str, Any] = {"num_kv_heads": 1, "alibi": True, "window": 5}  # cannot be divided over two ranks
 EVERY = [*KINDS, "mqa"]
 
@@ -110,7 +115,7 @@ def check_cache(kind: str) -> None:
         layer = build(kind, backend=backend).eval()
         x, marks = hidden(), torch.zeros(2, 12, dtype=torch.int32)
         whole = layer(x, marks)
-        cache = KVCache.allocate(1, 2, 12, layer.spec.num_kv_heads, DIM, x.dtype, "cpu").layer(0)
+        cache = KVCache.allocate(1, 2, 12, layer.spec.num_kv_heads, layer.spec.head_dim, x.dtype, "cpu").layer(0)
         with torch.no_grad():
             pieces = [layer(piece, marks[:, : piece.shape[1]], cache) for piece in x.split([5, 3, 1, 1, 1, 1], dim=1)]
         assert cache.length == 12
@@ -163,8 +168,10 @@ def test_names_and_refusals() -> None:
     names = {name for kind in KINDS for name in build(kind).state_dict()}
     assert names == {
         *(f"{layer}.{kind}" for layer in ("query_key_value", "dense") for kind in ("weight", "bias")),
-        *("rpe.weight", "alibi_embed.slopes", "qk_layernorm.weight", "qk_layernorm.bias", "q_norm.scale", "k_norm.scale"),
+        *("rpe.weight", "alibi_embed.slopes", "qk_layernorm.weight", "qk_layernorm.bias"),
+        *(f"{norm}.{kind}" for norm in ("q_norm", "k_norm") for kind in ("scale", "weight", "bias")),
     }
+    assert build("mha each normed").state_dict()["q_norm.weight"].shape == (DIM,)
     assert build("mha shared norm").state_dict()["qk_layernorm.weight"].shape == (HEADS, DIM)
     assert build("gqa two norms, yarn").state_dict()["k_norm.scale"].shape == (16,)
     with pytest.raises(ConfigError, match="one norm cannot serve"):

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration files -> conversions between a step's folder and other directories, with all that belongs to either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.build import compared_args, spec_for
+from megatron.checkpoint.conversion.companions import (
+    copy_tokenizer,
+    find_tokenizer,
+    save_tokenizer,
+    special_fields,
+    tokenizer_keys,
+    write_generation_config,
+)
+from megatron.checkpoint.conversion.comparing import verify
+from megatron.checkpoint.conversion.config_file import NAME, TRAINING, render
+from megatron.checkpoint.conversion.foreign import Foreign, open_foreign
+from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice
+from megatron.checkpoint.conversion.requests import Layout, Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.table import read_record
+from megatron.checkpoint.conversion.to_hf import convert_to_hf
+from megatron.checkpoint.conversion.to_neox import convert_to_neox, rewrite_neox
+from megatron.checkpoint.convert import neox_keys
+from megatron.checkpoint.families.dialects import TE_KEYS, canonical_keys
+from megatron.checkpoint.families.registry import family_of
+from megatron.checkpoint.hf_store import read_config
+from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.neox_store import find_tag, named_step
+from megatron.checkpoint.resharding import target_rows
+from megatron.checkpoint.steps import step_of, step_tag
+from megatron.checkpoint.whole import read_shards, width_over
+from megatron.errors import ConfigError
+from megatron.log import get_logger
+from megatron.model.build import build_spec
+from megatron.neox_arguments import NeoXArgs
+
+log = get_logger(__name__)
+
+# A layout is that of the files, whatever the run's was.
+ALONE: dict[str, Any] = {
+    "global_num_gpus": 1,
+    "pipe_parallel_size": 0,
+    "model_parallel_size": 1,
+    "sequence_parallel": False,
+    "context_parallel_size": 1,
+    "train_batch_size": None,
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "attention_over_documents": "joined",
+}
+
+
+def to_hf(request: ToHF) -> str:
+    """Convert, and say in a line what was done."""
+    step = step_folder(request.source, request.iteration)
+    out = request.out.resolve()
+    if request.reference is not None:
+        model, record = _describe_by(step, request.reference)
+        vocab_file = find_tokenizer(
+            request.tokenizer, request.tokenizer_folder, "HFTokenizer", str(request.reference / "tokenizer.json"), ()
+        )
+    else:
+        args, model = describe_step(step, request.configs)
+        record = _origin(step, args)
+        data = args.data
+        vocab_file = find_tokenizer(request.tokenizer, request.tokenizer_folder, data.tokenizer_type, data.vocab_file, request.configs)
+    rows = request.vocab_size or record.get("vocab_size")
+    fields = special_fields(record.get("source_config") or {}, vocab_file, request.pad_token_id)
+    choice = HFChoice(
+        architecture=request.architecture,
+        precision=request.precision,
+        vocab_size=rows if rows is None or request.vocab_size or rows <= model.spec.vocab_size else None,
+        shard_bytes=request.shard_bytes,
+        overwrite=request.overwrite,
+        fields=fields,
+    )
+    finish: list[Finish] = []
+    if vocab_file is not None:
+        finish.append(lambda aside: save_tokenizer(vocab_file, aside))
+    finish.append(lambda aside: write_generation_config(aside, fields))
+    lines: list[str] = []
+    finish.append(lambda aside: lines.extend(verify(step, aside, model, request.precision.dtype, asked=request.verify)))
+    family = convert_to_hf(step, out, model, choice, finish=finish)
+    return "; ".join([f"wrote {out}: {family.hf}", *lines])
+
+
+def to_neox(request: ToNeoX) -> str:
+    """Convert, and say in a line what was done."""
+    _check_layout(request)
+    out = request.out.resolve()
+    source = open_foreign(request.source.resolve())
+    args, model, text = describe_foreign(source, out, request)
+    lines: list[str] = []
+
+    def compare(aside: Path) -> None:
+        if source.cheap:
+            step = aside / step_tag(request.iteration)
+            lines.extend(verify(step, source.path, model, request.precision.dtype, asked=request.verify))
+        else:
+            lines.append("logits not compared: nothing else reads raw weights")
+
+    def copy(aside: Path) -> None:
+        copy_tokenizer(source.path, aside / "tokenizer")
+
+    finish = [copy, _configs(text, request.iteration), compare]
+    step = convert_to_neox(source, out, model, _choice(request, args), finish=finish)
+    return "; ".join([f"wrote {step} ({_layout(request)}) and {out / NAME}", *lines])
+
+
+def rewrite(request: Rewrite) -> str:
+    """Write a checkpoint for another layout, and say in a line what was done."""
+    _check_layout(request)
+    out = request.out.resolve()
+    step = step_folder(request.source)
+    args, model = describe_step(step, request.configs, request.keys)
+    layout = {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "load": str(out), "finetune": True}
+    given = {key: value for key, value in args.given().items() if key not in (*ALONE, *layout, "config_files")}
+    text = render(f"{step}", {"Model and run": given, "Layout and weights": layout})
+    args = args.replace(model_parallel_size=request.tensor, global_num_gpus=request.tensor)
+    choice = _choice(request, args, step_of(step.name) or request.iteration)
+    new = rewrite_neox(step, out, model, choice, finish=[_configs(text, choice.iteration)])
+    return f"wrote {new} ({_layout(request)}) and {out / NAME}"
+
+
+def step_folder(source: Path, iteration: int | None = None) -> Path:
+    """The step that a folder is, or that `latest` in it names."""
+    directory, step = named_step(source.resolve(), iteration)
+    return directory / find_tag(directory, step)
+
+
+def describe_step(step: Path, configs: Sequence[Path] = (), keys: Mapping[str, Any] | None = None) -> tuple[NeoXArgs, Described]:
+    """The configuration of a checkpoint, and the model with the vocabulary that its files have."""
+    files = list(configs) or sorted((step / "configs").glob("*")) or sorted((step.parent / "configs").glob("*.yml"))
+    manifest = read_manifest(step)
+    fixed = {**ALONE, "padded_vocab_size": width_over(read_shards(step), "word_embeddings.weight", 0)}
+    if files:
+        args = NeoXArgs.from_ymls([str(file) for file in files], overwrites=fixed)
+    elif (manifest is not None and manifest.config) or keys:
+        args = NeoXArgs.from_dict({**(keys or (manifest.config if manifest is not None else {})), **fixed})
+    else:
+        raise ConfigError("the checkpoint holds no configuration", where=str(step / "configs"), mend="name it: --config_file FILE")
+    if any(getattr(args.model, key) for key in TE_KEYS) or args.model.norm.startswith("te_"):
+        args = NeoXArgs.from_dict({**canonical_keys(args.given()), **fixed})
+    return args, Described(args.to_flat(), spec_for(args, step))
+
+
+def describe_foreign(source: Foreign, out: Path, request: ToNeoX) -> tuple[NeoXArgs, Described, str]:
+    """The configuration of a foreign model for the layout asked for, the model, and the text of its neox_config.yml."""
+    keys = neox_keys(source.family, source.config)
+    rows = target_rows(source.vocab_size, {"make_vocab_size_divisible_by": request.divisible_by}, request.tensor)
+    keys |= {"padded_vocab_size": rows, "make_vocab_size_divisible_by": request.divisible_by}
+    dtype = request.precision.dtype or next(iter(source.tensors.values())).dtype
+    precision = {torch.float16: "fp16", torch.bfloat16: "bfloat16"}.get(dtype, "fp32")
+    sections = {
+        "Model": keys,
+        "Tokenizer": tokenizer_keys(source.path, out / "tokenizer"),
+        "Layout": {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "precision": precision},
+        "The weights: a new run begins with them": {"load": str(out), "finetune": True},
+        "Training: change what you like": TRAINING,
+    }
+    flat = {key: value for section in sections.values() for key, value in section.items()}
+    args = NeoXArgs.from_dict({**flat, "global_num_gpus": request.tensor * max(1, request.pipe)})
+    return args, Described(args.to_flat(), build_spec(args)), render(f"{source.family.hf} {source.path.name}", sections)
+
+
+def _describe_by(step: Path, reference: Path) -> tuple[Described, dict[str, Any]]:
+    """A checkpoint's model as a Hugging Face directory describes it, and what is known of that."""
+    config = read_config(reference)
+    keys = {"train_iters": 1, **neox_keys(family_of(config), config)}
+    keys |= {**ALONE, "padded_vocab_size": width_over(read_shards(step), "word_embeddings.weight", 0)}
+    args = NeoXArgs.from_dict(keys)
+    return Described(args.to_flat(), build_spec(args)), {"vocab_size": config["vocab_size"], "source_config": config}
+
+
+def _origin(step: Path, args: NeoXArgs) -> dict[str, Any]:
+    """What is known of the foreign model from which a checkpoint was made, there or where its run started."""
+    loaded = args.checkpoint.load
+    for folder in (step.parent, *([Path(str(loaded))] if loaded else [])):
+        record = read_record(folder)
+        if record.get("direction") == "hf -> neox":
+            return record
+    return {}
+
+
+def _choice(request: Layout, args: NeoXArgs, iteration: int | None = None) -> NeoXChoice:
+    return NeoXChoice(
+        tensor=request.tensor,
+        pipe=request.pipe,
+        iteration=request.iteration if iteration is None else iteration,
+        precision=request.precision,
+        overwrite=request.overwrite,
+        dialect=request.dialect,
+        args=compared_args(args),
+    )
+
+
+def _check_layout(request: Layout) -> None:
+    if request.tensor < 1 or request.pipe < 0 or request.iteration < 0:
+        what = f"{request.tensor} tensor ranks, {request.pipe} stages and iteration {request.iteration} are no layout"
+        raise ConfigError(what, where="command line", mend="at least 1 tensor rank, 0 stages, iteration 0")
+
+
+def _layout(request: Layout) -> str:
+    return f"{request.tensor} tensor ranks, " + (f"{request.pipe} stages" if request.pipe else "no pipeline")
+
+
+def _configs(text: str, iteration: int) -> Callable[[Path], None]:
+    """Puts neox_config.yml where people look for it, and where tools do."""
+
+    def add(aside: Path) -> None:
+        (aside / NAME).write_text(text, encoding="utf-8")
+        configs = aside / step_tag(iteration) / "configs"
+        configs.mkdir()
+        (configs / NAME).write_text(text, encoding="utf-8")
+
+    return add

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion is told: the model, and the choices about its output. Knows no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.hf_store import SHARD_BYTES
+from megatron.checkpoint.state import canonical_name, canonical_state
+from megatron.model.block import unused_stored_prefixes
+from megatron.model.spec import ModelSpec
+from megatron.model.transformer import Transformer
+
+Finish = Callable[[Path], None]
+"""(the folder, not yet under its name): adds files, or raises where it must not be kept."""
+
+
+class Precision(StrEnum):
+    """Of the tensors written; auto: as they are read."""
+
+    AUTO = "auto"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None: each tensor keeps its own."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(self.value)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model: our flat keys, resolved, and the specification that they give with the padded vocabulary of the files."""
+
+    keys: Mapping[str, Any]
+    spec: ModelSpec
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Whole shape of each stored tensor by canonical name."""
+        return self._outline[0]
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Beginnings of names that a checkpoint may hold and the model does not read."""
+        return self._outline[1]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are stored."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def _outline(self) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+        # Building a model costs a noticeable time even without numbers, so it is done once.
+        module = Transformer(self.spec, device="meta")
+        shapes = {name: tuple(tensor.shape) for name, tensor in canonical_state(module).items()}
+        return shapes, tuple(map(canonical_name, unused_stored_prefixes(module)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFChoice:
+    """About a Hugging Face directory to be written.
+
+    architecture: name of a family; None: the first one that can express the model
+    vocab_size:   rows kept of the vocabulary; None: all, those that fill it up too
+    fields:       of config.json, beyond what the family writes
+    """
+
+    architecture: str | None = None
+    precision: Precision = Precision.AUTO
+    vocab_size: int | None = None
+    shard_bytes: int = SHARD_BYTES
+    overwrite: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeoXChoice:
+    """About a checkpoint to be written.
+
+    tensor:    ranks; pipe: stages, 0 = all weights in one file per tensor rank
+    iteration: number of the step's folder
+    dialect:   name of the family whose names the tensors get; None: ours
+    args:      what the checkpoint keeps of the configuration, to be compared when it is loaded
+    """
+
+    tensor: int = 1
+    pipe: int = 0
+    iteration: int = 0
+    precision: Precision = Precision.AUTO
+    overwrite: bool = False
+    dialect: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)

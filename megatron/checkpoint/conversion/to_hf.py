@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step's folder -> a Hugging Face directory, one tensor of ours in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.conversion.folder import check_free, written_aside
+from megatron.checkpoint.conversion.model import Described, Finish, HFChoice
+from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
+from megatron.checkpoint.conversion.table import Progress, Table, dtype_name, write_record
+from megatron.checkpoint.conversion.weights import Whole, check_files
+from megatron.checkpoint.convert import hf_config
+from megatron.checkpoint.families.registry import FAMILIES, family_named
+from megatron.checkpoint.hf_store import CONFIG, write_json
+from megatron.checkpoint.mapping import Bound, Family, bound_rows, from_canonical
+from megatron.errors import ConfigError, NeoXError
+from megatron.log import get_logger
+
+log = get_logger(__name__)
+
+
+def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, finish: Sequence[Finish] = ()) -> Family:
+    """Write the weights of the folder `step` as the Hugging Face directory `out`; returns its architecture.
+
+    Nothing is left at `out` when anything fails. Raises ConfigError for what no architecture can express, before a tensor is read;
+    CheckpointError for a checkpoint that is damaged or of another model.
+    """
+    check_free(out, overwrite=choice.overwrite)
+    spec, rows = model.spec, choice.vocab_size
+    if rows is not None and not 0 < rows <= spec.vocab_size:
+        raise ConfigError(f"{rows} rows of {spec.vocab_size} cannot be kept", where="vocab_size", mend=f"give 1 to {spec.vocab_size}")
+    if choice.architecture is not None:  # what it cannot express is told first
+        hf_config(family_named(choice.architecture), model.keys, spec, vocab_size=rows)
+    check_files(step)
+    weights = Whole(step, model)
+    family = family_for(model, weights.names, choice.architecture)
+    config = hf_config(family, model.keys, spec, vocab_size=rows)
+    from_canonical(family, weights.state(), spec, vocab_size=rows)
+    bound = list(bound_rows(family, spec, config["vocab_size"]))
+    plan = planned(bound, model, weights.dtypes(), choice.precision.dtype)
+    config |= {"torch_dtype": dtype_name(plan[0].dtype), **choice.fields}
+    log.info("%s -> %s: %s, %d tensors, %s", step, out, family.hf, len(plan), config["torch_dtype"])
+    with written_aside(out, overwrite=choice.overwrite) as aside:
+        table = Table(Progress("converting", sum(one.bytes for one in plan)))
+        write_shards(aside, plan, unpacked(bound, weights), table.add, limit=choice.shard_bytes)
+        table.progress.close()
+        write_json(aside / CONFIG, config)
+        write_record(aside, _facts(step, family, config), table)
+        for add in finish:
+            add(aside)
+    return family
+
+
+def family_for(model: Described, names: Sequence[str], architecture: str | None) -> Family:
+    """The architecture asked for, or the first one whose fields and tensors can be this model.
+
+    Raises ConfigError with every architecture's reason when none can.
+    """
+    if architecture is not None:
+        return family_named(architecture)
+    reasons = []
+    state = dict.fromkeys(names, torch.empty(0))
+    for family in FAMILIES:
+        try:
+            hf_config(family, model.keys, model.spec)
+            from_canonical(family, state, model.spec)
+            return family
+        except NeoXError as error:
+            reasons.append(f"{family.name}: {error.what}" + (f" ({error.where})" if error.where else ""))
+    raise ConfigError("no Hugging Face architecture can express this model: " + "; ".join(reasons), where="architecture")
+
+
+def planned(bound: Sequence[Bound], model: Described, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> list[Planned]:
+    """The tensors that the rows will give, in their order; the layouts run without numbers."""
+    plan = []
+    for row in bound:
+        ours = torch.empty(model.shapes[row.ours], dtype=dtypes[row.ours], device="meta")
+        parts = row.op.unpack([ours], row.place)
+        plan += [Planned(name, tuple(part.shape), dtype or part.dtype) for name, part in zip(row.theirs, parts, strict=True)]
+    return plan
+
+
+def unpacked(bound: Sequence[Bound], weights: Whole) -> Iterator[tuple[str, Tensor]]:
+    """The other side's tensors, each of ours read once."""
+    for row in bound:
+        yield from zip(row.theirs, row.op.unpack([weights[row.ours]], row.place), strict=True)
+
+
+def _facts(step: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"direction": "neox -> hf", "source": str(step), "architecture": family.hf, "vocab_size": config["vocab_size"]}

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole tensors of a step's folder, checked against the model before the first is read. Knows no other side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.conversion.model import Described
+from megatron.checkpoint.families.dialects import canonical_weights
+from megatron.checkpoint.neox_store import bookkeeping_file, check_fit, zero3_partitioned
+from megatron.checkpoint.reading import read_torch_file
+from megatron.checkpoint.resharding import AT_ONCE, let_go
+from megatron.checkpoint.state import LazyState, canonical_name
+from megatron.checkpoint.verifying import Verify, look_at
+from megatron.checkpoint.whole import read_shards, shardings_of
+from megatron.errors import CheckpointError
+from megatron.mpu.sharding import Replicated, join, split
+
+
+def check_files(step: Path) -> None:
+    """Raise CheckpointError where the folder has a manifest and is not what it says."""
+    if problems := look_at(step, Verify.FULL).problems:
+        raise CheckpointError(
+            "the checkpoint is damaged: " + "; ".join(problems[:6]), where=str(step), mend="copy it again, or choose another step"
+        )
+
+
+class Whole:
+    """The weights of a step, joined over tensor ranks on access; every AT_ONCE bytes the pages that were read are let go of."""
+
+    def __init__(self, step: Path, model: Described) -> None:
+        """Raises CheckpointError, naming the tensors, where model and files differ."""
+        self._step = step
+        self._read = 0
+        self._model = model
+        stored = read_shards(step)
+        ranks = len(stored)
+        self._shards = [canonical_weights(shard, model.spec, ranks=ranks) for shard in stored]
+        self.names = list(model.shapes)
+        self._how = shardings_of(model.spec, ranks) if ranks > 1 else {}
+        for rank, shard in enumerate(self._shards):
+            local = {
+                name: split(torch.empty(shape, device="meta"), self._how.get(name, Replicated()), rank, ranks)
+                for name, shape in model.shapes.items()
+            }
+            # What is made on access is looked at when it is read.
+            lazy = local if isinstance(shard, LazyState) else {}
+            check_fit(step, local, {name: (lazy[name] if name in lazy else shard[name]).shape for name in shard}, model.unused)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """As the model has them; under ZeRO-3 the files have float32 ones only."""
+        if zero3_partitioned(self._step):
+            module = read_torch_file(bookkeeping_file(self._step), deepspeed_types=True).get("module") or {}
+            found = {canonical_name(name): tensor.dtype for name, tensor in module.items() if isinstance(tensor, Tensor)}
+            if set(self.names) <= set(found):
+                return {name: found[name] for name in self.names}
+        return {name: self._shards[0][name].dtype for name in self.names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A whole tensor."""
+        if self._read > AT_ONCE:
+            self._read = 0
+            let_go(self._step)
+        parts = [shard[name] for shard in self._shards]
+        tensor = parts[0] if len(parts) == 1 else join(parts, self._how.get(name, Replicated()))
+        if tuple(tensor.shape) != self._model.shapes[name]:
+            what = f"{name} is {tuple(tensor.shape)} in the checkpoint and {self._model.shapes[name]} in the model"
+            raise CheckpointError(what, where=str(self._step), mend="use the configuration that the checkpoint was trained with")
+        self._read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def state(self) -> LazyState:
+        """As a mapping."""
+        return LazyState({name: lambda name=name: self[name] for name in self.names})  # type: ignore[misc]
