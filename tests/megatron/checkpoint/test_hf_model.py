@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from megatron.checkpoint.build import Take, choose_source, hf_spec, opened
+from megatron.checkpoint.families.registry import FAMILIES
 from megatron.checkpoint.hf_address import HFAddress, fetch, is_hf, parse
 from megatron.checkpoint.hf_model import HFModel, ready_yaml
+from megatron.checkpoint.mapping import Family
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
@@ -107,6 +109,26 @@ def test_the_printed_configuration_fits(kind: str, tmp_path: Path) -> None:
     assert keys["precision"] == "bfloat16" and keys["vocab_file"] == str(tmp_path) and is_hf(keys["load"])
     run = {"train_micro_batch_size_per_gpu": 1, "train_iters": 1, "global_num_gpus": 1}
     assert hf_spec(NeoXArgs.from_dict({**run, **keys}), model).num_layers == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_reads_its_own_configuration(family: Family, tmp_path: Path) -> None:
+    """As transformers writes it with its defaults: the printed keys fit, and one that is changed is named."""
+    from transformers import AutoConfig
+
+    sizes = {**SIZES, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(family.model_type, **{key: value for key, value in sizes.items() if key != "attn_implementation"})
+    saved = {**config.to_dict(), "architectures": [family.hf]}
+    for name in ("intermediate_size", "num_key_value_heads", "head_dim"):
+        if saved.get(name) is not None:
+            saved[name] = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}[name]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    model = HFModel.open(tmp_path)
+    run = {"train_micro_batch_size_per_gpu": 1, "train_iters": 1, "global_num_gpus": 1}
+    keys = {**run, **yaml.safe_load(ready_yaml(model, f"hf:{tmp_path}"))}
+    hf_spec(NeoXArgs.from_dict(keys), model)
+    with pytest.raises(ConfigError, match="no_weight_tying"):
+        hf_spec(NeoXArgs.from_dict({**keys, "no_weight_tying": not keys["no_weight_tying"]}), model)
 
 
 def test_what_is_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
