@@ -44,7 +44,7 @@ def fingerprint(lists: Lists, order: Mapping[str, Any]) -> dict[str, Any]:
     files = {(prefix, kind): _file(prefix, kind) for prefix in prefixes for kind in KINDS}
     try:
         sizes = {path: path.stat().st_size for path in files.values()}
-        limit = WHOLE if sum(min(size, WHOLE) for size in sizes.values()) <= PLENTY else SMALL
+        limit = whole_limit(list(sizes.values()))
         with ThreadPoolExecutor(THREADS) as pool:
             digests = dict(zip(files, pool.map(lambda path: digest_of(path, whole=sizes[path] <= limit), files.values()), strict=True))
     except OSError as error:
@@ -58,6 +58,11 @@ def fingerprint(lists: Lists, order: Mapping[str, Any]) -> dict[str, Any]:
 
     found = {split: {key: [entry(prefix) for prefix in paths] for key, paths in members.items()} for split, members in lists.items()}
     return {"files": found, "order": dict(order)}
+
+
+def whole_limit(sizes: Sequence[int]) -> int:
+    """Up to which size each of several files is hashed whole."""
+    return WHOLE if sum(min(size, WHOLE) for size in sizes) <= PLENTY else SMALL
 
 
 def digest_of(path: Path, *, whole: bool) -> str:

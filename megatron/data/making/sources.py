@@ -7,12 +7,13 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from megatron.data.fingerprint import WHOLE, digest_of
+from megatron.data.fingerprint import digest_of, whole_limit
 from megatron.data.making.blocks import ArrowBlock, Block, LineBlock, Position, RecordBlock, TextBlock
 from megatron.data.making.compressed import DAMAGED, open_compressed, reader
 from megatron.data.making.inputs import InputFile, Kind, kind_of
@@ -21,6 +22,7 @@ from megatron.errors import DataError
 BLOCK_BYTES = 1 << 20
 BLOCK_RECORDS = 256
 BLOCK_FILES = 64
+DIGEST_THREADS = 8
 ROWS = 1024  # rows decoded of a Parquet file at once
 BOM = b"\xef\xbb\xbf"
 BROKEN = (*DAMAGED, zipfile.BadZipFile, tarfile.TarError)
@@ -89,12 +91,14 @@ class Files:
         return sum(file.path.stat().st_size for file in self.files)
 
     def facts(self) -> list[dict[str, Any]]:
-        """Path, size and digest of every file; of files over 64 MiB a digest of parts."""
-        found = []
-        for file in self.files:
-            size = file.path.stat().st_size
-            found.append({"path": str(file.path), "bytes": size, "digest": digest_of(file.path, whole=size <= WHOLE)})
-        return found
+        """Path, size and digest of every file; of large files, or where there is much, a digest of parts."""
+        sizes = [file.path.stat().st_size for file in self.files]
+        limit = whole_limit(sizes)
+        with ThreadPoolExecutor(DIGEST_THREADS) as pool:
+            digests = list(pool.map(lambda pair: digest_of(pair[0].path, whole=pair[1] <= limit), zip(self.files, sizes, strict=True)))
+        return [
+            {"path": str(file.path), "bytes": size, "digest": digest} for file, size, digest in zip(self.files, sizes, digests, strict=True)
+        ]
 
     def blocks(self, start: Position) -> Iterator[Block]:
         """About BLOCK_BYTES each, none across two files but for small plain texts. Raises DataError for damaged files."""

@@ -77,23 +77,24 @@ def write(
         raise DataError(f"{options.workers} workers cannot work", where="workers", mend="give 1 or more")
     if encoder is None:
         encoder = open_encoder(encoder_source, options)
-    stored, asked = dict(encoder.streams), _asked(source, encoder_source, encoder, options)
+    inputs = source.facts()
+    stored, asked = dict(encoder.streams), _asked(inputs, encoder_source, encoder, options)
     if options.workers > 1:
         encoder = None  # the other processes have their own; this one does not hold its memory
     files = {stream: stream_prefix(prefix, stream) for stream in stored}
     with Partial(prefix, files, asked=asked) as partial:
-        if not partial.publishing:
-            streams = {name: StreamFiles(partial.folder, name, stream) for name, stream in stored.items()}
-            try:
+        streams = {name: StreamFiles(partial.folder, name, stream) for name, stream in stored.items()}
+        try:
+            if not partial.publishing:
                 _fill(source, encoder, encoder_source, _Sinks(partial, streams), options)
                 partial.record(streams, partial.position, done=True)
-                partial.seal(streams, source.facts(), options.about, legacy=options.legacy)
-            except OSError as error:
-                raise _disk_error(error, partial) from error
-            finally:
-                for stream in streams.values():
-                    stream.close()
-        partial.publish()
+                partial.seal(streams, inputs, options.about, legacy=options.legacy)
+            partial.publish()
+        except OSError as error:
+            raise _disk_error(error, partial) from error
+        finally:
+            for stream in streams.values():
+                stream.close()
         facts = partial.facts
     return Written(files, facts["tokens"], facts["documents"], partial.counts, partial.counts.seconds)
 
@@ -105,13 +106,13 @@ def open_encoder(source: EncoderSource, options: Options) -> Encoder:
     return source.open()
 
 
-def _asked(source: Source, encoder_source: EncoderSource, encoder: Encoder, options: Options) -> dict[str, Any]:
+def _asked(inputs: list[dict[str, Any]], encoder_source: EncoderSource, encoder: Encoder, options: Options) -> dict[str, Any]:
     """All that the bytes depend on."""
     digest = getattr(getattr(encoder, "tokenizer", None), "digest", "")
     return {
         "encoder": repr(encoder_source),
         "tokenizer": digest,
-        "source": source.facts(),
+        "source": inputs,
         "legacy": options.legacy,
         "skip": options.skip_bad,
     }
@@ -140,7 +141,7 @@ def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource
             if done.after is not None:
                 partial.position = done.after
                 partial.record_sometimes(streams)
-    if counts.documents == 0:
+    if not any(stream.documents for stream in streams.values()):
         raise DataError(
             "no record gave a document" + _shown(counts.first_dropped),
             where=str(partial.prefix),

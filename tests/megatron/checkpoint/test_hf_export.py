@@ -14,6 +14,7 @@ import torch
 from megatron.checkpoint.build import require_exportable
 from megatron.checkpoint.families.registry import family_named
 from megatron.checkpoint.hf_export import Export, family_for, tokenizer_file
+from megatron.checkpoint.hf_store import read_state
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.build import build_spec
 from megatron.neox_arguments import NeoXArgs
@@ -57,6 +58,7 @@ def test_every_layout_gives_the_checkpoints_logits(tmp_path: Path) -> None:
     export_of(args, spec=ours.spec, dtype=torch.bfloat16, rows=500, fields={"eos_token_id": 7}).write(step_of(name), tmp_path / name)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / name, torch_dtype="auto")
     assert cut.dtype == torch.bfloat16 and cut.config.vocab_size == 500 == cut.lm_head.weight.shape[0] and cut.config.eos_token_id == 7
+    assert all(tensor.dtype == torch.bfloat16 for tensor in read_state(tmp_path / name).values())
     assert not list(tmp_path.glob("*.*")), "nothing is left beside the folders"
     assert (tmp_path / name / "model.safetensors").stat().st_mode == (tmp_path / name / "config.json").stat().st_mode
 
