@@ -14,6 +14,7 @@ from megatron.checkpoint.config_rows import ConfigRow
 from megatron.checkpoint.ops import Op, Place, Same
 from megatron.checkpoint.state import LazyState, summary
 from megatron.errors import CheckpointError
+from megatron.model.block import UNUSED_NORM
 from megatron.model.spec import ModelSpec
 
 Condition = Callable[[ModelSpec], bool]
@@ -116,7 +117,8 @@ def from_canonical(family: Family, state: Mapping[str, Tensor], spec: ModelSpec,
     ours = {row.ours for row in rows}
     alike = [name for name in state if name not in ours and matches(name, family.same)]
     taken = ours.union(alike)
-    surplus = [name for name in state if name not in taken and not name.endswith("rotary_emb.inv_freq")]
+    idle = tuple(f"{slot}.{UNUSED_NORM[block.residual]}." for slot, block in enumerate(spec.blocks, 2) if block.residual in UNUSED_NORM)
+    surplus = [name for name in state if name not in taken and not name.startswith(idle) and not name.endswith("rotary_emb.inv_freq")]
     check_names("the model", missing=sorted(ours - set(state)), surplus=sorted(surplus))
     makers = {name: partial(state.__getitem__, name) for name in alike}
     return LazyState({**makers, **{name: partial(unpacked, row, index, state) for row in rows for index, name in enumerate(row.theirs)}})

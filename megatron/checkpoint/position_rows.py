@@ -109,7 +109,7 @@ class Rope:
 
     def to_neox(self, hf: Config) -> dict[str, Any]:
         """Our keys."""
-        parameters = dict(hf.get("rope_parameters") or {})
+        parameters = self._parameters(hf)
         base = parameters.pop("rope_theta", None) or hf.get(self.base) or 10000.0
         fraction = parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
         if self.fraction is not None:
@@ -123,6 +123,18 @@ class Rope:
             keys["rope_scaling"] = scaling
             keys |= {} if self.layers == "all" else {"rope_scaling_layers": self.layers}
         return keys
+
+    def _parameters(self, hf: Config) -> dict[str, Any]:
+        """`rope_parameters`, of full layers where each type of layers has its own: sliding ones may differ in being plain."""
+        found = dict(hf.get("rope_parameters") or {})
+        if not any(isinstance(value, dict) for value in found.values()):
+            return found
+        full, sliding = dict(found.get(FULL) or {}), dict(found.get(SLIDING) or {})
+        plain = sliding.get("rope_type", "default") == "default" and sliding.get("rope_theta") == full.get("rope_theta")
+        if not full or not (sliding in ({}, full) if self.layers == "all" else plain):
+            what = f"rotary positions that differ so by type of layer are not supported: {found}"
+            raise ConfigError(what, where="config.json: rope_parameters")
+        return full
 
     def _scaling(self, found: dict[str, Any], hf: Config) -> dict[str, Any] | None:
         """Our form of their scaling."""

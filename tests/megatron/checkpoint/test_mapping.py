@@ -66,6 +66,17 @@ def test_names_of_other_versions_and_of_base_models():
     assert "6.final_linear.weight" in to_canonical(neox, foreign, spec)
 
 
+def test_a_norm_that_nobody_uses_is_left_behind():
+    """A checkpoint of GPT-NeoX may hold one that its blocks never call."""
+    family, spec = family_named("olmo3"), family_spec("olmo3")
+    state = canonical_state(Transformer(spec))
+    foreign = from_canonical(family, {**state, "2.input_layernorm.scale": torch.ones(64)}, spec)
+    assert set(foreign) == set(from_canonical(family, state, spec))
+    with pytest.raises(CheckpointError, match="claimed by no row 2.input_layernorm.scale2"):
+        llama = family_spec("llama")
+        from_canonical(family_named("llama"), {**canonical_state(Transformer(llama)), "2.input_layernorm.scale2": torch.ones(64)}, llama)
+
+
 def test_loading_checks_names_and_shapes():
     model = Transformer(family_spec("neox"))
     state = canonical_state(model)
@@ -77,5 +88,9 @@ def test_loading_checks_names_and_shapes():
 
 def test_families_by_name():
     assert family_of({"architectures": ["MistralForCausalLM"]}).name == family_of({"model_type": "mistral"}).name == "mistral"
-    with pytest.raises(ConfigError, match="unknown architecture 'BertModel'"):
-        family_of({"architectures": ["BertModel"]})
+    assert [family_named(name).name for name in ("Qwen3ForCausalLM", "meta_llama", "neox_te", "neox_legacy")] == [
+        "qwen3", "meta_llama", "neox_te", "neox_legacy",
+    ]  # fmt: skip
+    for unknown in ("BertModel", "Qwen2MoeForCausalLM"):
+        with pytest.raises(ConfigError, match=f"unknown architecture '{unknown}'"):
+            family_of({"architectures": [unknown]})
