@@ -28,7 +28,7 @@ from megatron.checkpoint.conversion.to_hf import convert_to_hf
 from megatron.checkpoint.conversion.to_neox import convert_to_neox, rewrite_neox
 from megatron.checkpoint.convert import neox_keys
 from megatron.checkpoint.families.dialects import TE_KEYS, canonical_keys
-from megatron.checkpoint.families.registry import family_of
+from megatron.checkpoint.families.registry import FAMILIES, family_of
 from megatron.checkpoint.hf_store import read_config
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.neox_store import find_tag, named_step
@@ -73,7 +73,7 @@ def to_hf(request: ToHF) -> str:
     rows = request.vocab_size or record.get("vocab_size")
     fields = special_fields(record.get("source_config") or {}, vocab_file, request.pad_token_id)
     choice = HFChoice(
-        architecture=request.architecture,
+        architecture=request.architecture or known_architecture(record),
         precision=request.precision,
         vocab_size=rows if rows is None or request.vocab_size or rows <= model.spec.vocab_size else None,
         shard_bytes=request.shard_bytes,
@@ -175,7 +175,16 @@ def _describe_by(step: Path, reference: Path) -> tuple[Described, dict[str, Any]
     keys = {"train_iters": 1, **neox_keys(family_of(config), config)}
     keys |= {**ALONE, "padded_vocab_size": width_over(read_shards(step), "word_embeddings.weight", 0)}
     args = NeoXArgs.from_dict(keys)
-    return Described(args.to_flat(), build_spec(args)), {"vocab_size": config["vocab_size"], "source_config": config}
+    return Described(args.to_flat(), build_spec(args)), {
+        "vocab_size": config["vocab_size"],
+        "source_config": config,
+        "architecture": family_of(config).hf,
+    }
+
+
+def known_architecture(record: Mapping[str, Any]) -> str | None:
+    """That of the Hugging Face model a checkpoint was made of; None where it was none."""
+    return next((family.name for family in FAMILIES if family.hf == record.get("architecture")), None)
 
 
 def _origin(step: Path, args: NeoXArgs) -> dict[str, Any]:

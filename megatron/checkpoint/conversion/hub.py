@@ -10,12 +10,14 @@ from megatron.log import get_logger
 
 log = get_logger(__name__)
 
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja")
+WORDS = ("*.json", "*.model", "*.txt", "*.jinja")
+WEIGHTS = ("*.safetensors",)
 
 
-def local_folder(model: str, revision: str | None = None, cache: str | None = None) -> Path:
+def local_folder(model: str, revision: str | None = None, cache: str | None = None, *, weights: bool = True) -> Path:
     """`model` itself where it is a folder, else a snapshot of that id (at a revision), downloaded.
 
+    weights: they, too, and not only config and tokenizer
     Raises CheckpointError where neither is to be had.
     """
     if Path(model).is_dir():
@@ -27,7 +29,25 @@ def local_folder(model: str, revision: str | None = None, cache: str | None = No
 
     mend = "correct the name or the revision, log in, or download the model and give its folder"
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=list(PATTERNS)))
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=[*WORDS, *(WEIGHTS if weights else ())]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"no such folder, and the hub does not give it: {reason}", where=model, mend=mend) from error
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Put a model's folder into a repository of the hub, which is made where there is none; returns its address.
+
+    Raises CheckpointError where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"the hub does not take it: {reason}", where=repository, mend="log in with a token that may write") from error
+    return str(address)

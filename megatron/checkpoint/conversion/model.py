@@ -31,6 +31,15 @@ class Precision(StrEnum):
     BF16 = "bf16"
     FP32 = "fp32"
 
+    @classmethod
+    def of(cls, dtype: str | None) -> Precision:
+        """Of a name like bfloat16; None: auto.
+
+        >>> Precision.of("bfloat16").value, Precision.of(None).value
+        ('bf16', 'auto')
+        """
+        return {None: cls.AUTO, "float16": cls.FP16, "bfloat16": cls.BF16, "float32": cls.FP32}[dtype]
+
     @property
     def dtype(self) -> torch.dtype | None:
         """None: each tensor keeps its own."""

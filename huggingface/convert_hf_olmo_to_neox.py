@@ -1,0 +1,59 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Face: a Hugging Face OLMo-2 or OLMo-3 model as a NeoX checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere, installed or not
+
+from megatron.checkpoint.conversion.flags import SHARED, parser, shared  # noqa: E402
+from megatron.neox_arguments.cli import run_face  # noqa: E402
+
+ABOUT = "Writes a Hugging Face OLMo model as a checkpoint, a tensor at a time, and proves it by its logits."
+USAGE = f"""python huggingface/convert_hf_olmo_to_neox.py --hf-model MODEL [--output-dir DIR] [flags]
+
+  --hf-model MODEL   a folder, or an id on the Hugging Face hub
+  --revision R       of the hub's model
+  --output-dir DIR   gets global_step<N>, latest, tokenizer/ and neox_config.yml; without it, checkpoints/<the model's name>
+  --tp N             tensor ranks (1)
+  --pp N             pipeline stages (0: one file per tensor rank)
+  --iteration N      number of the step (0)
+  --dtype D          bfloat16, float16 or float32; without it, as in the model
+  --save-tokenizer   is always done{SHARED}"""
+
+
+def main(argv: list[str]) -> int:
+    """Convert and say so."""
+    flags = parser(USAGE)
+    flags.add_argument("--hf-model", required=True)
+    flags.add_argument("--revision")
+    flags.add_argument("--output-dir", type=Path)
+    flags.add_argument("--tp", type=int, default=1)
+    flags.add_argument("--pp", type=int, default=0)
+    flags.add_argument("--iteration", type=int, default=0)
+    flags.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    flags.add_argument("--save-tokenizer", action="store_true")
+    given = flags.parse_args(argv)
+    from megatron.checkpoint.conversion.build import to_neox
+    from megatron.checkpoint.conversion.hub import local_folder
+    from megatron.checkpoint.conversion.model import Precision
+    from megatron.checkpoint.conversion.requests import ToNeoX
+
+    request = ToNeoX(
+        source=local_folder(given.hf_model, given.revision),
+        out=given.output_dir or Path("checkpoints") / Path(given.hf_model).name,
+        tensor=given.tp,
+        pipe=given.pp,
+        iteration=given.iteration,
+        precision=Precision.of(given.dtype),
+        **shared(given),
+    )
+    print(to_neox(request))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False))
