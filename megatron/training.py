@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from megatron import faults
-from megatron.checkpoint.build import choose_source, compared_args, own_folder, require_exportable
+from megatron.checkpoint.build import choose_source, compared_args, own_folder
+from megatron.checkpoint.exporting.build import require_exportable
 from megatron.checkpoint.verifying import Verify
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data

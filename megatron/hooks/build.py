@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from megatron.checkpoint.build import STARTED_FROM, build_exporter, build_uploader, compared_args
-from megatron.checkpoint.exporting import Exporter
+from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_args
+from megatron.checkpoint.exporting.build import build_exporter
+from megatron.checkpoint.exporting.exporter import Exporter
 from megatron.checkpoint.provenance import code_version, without_secrets
 from megatron.checkpoint.uploading import Uploader
 from megatron.engine.base import Engine

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.checkpoint.durable import write_durably
-from megatron.checkpoint.hf_export import Export
+from megatron.checkpoint.exporting.hf_export import Export
 from megatron.checkpoint.publishing import recover
 from megatron.checkpoint.retention import EXPORTING
 from megatron.checkpoint.steps import step_of

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from megatron.checkpoint.exporting import FOLDER, Exporter
-from megatron.checkpoint.hf_export import Export
+from megatron.checkpoint.exporting.exporter import FOLDER, Exporter
+from megatron.checkpoint.exporting.hf_export import Export
 from megatron.checkpoint.retention import EXPORTING, removable
 
 

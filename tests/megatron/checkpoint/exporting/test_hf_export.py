@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.build import require_exportable
+from megatron.checkpoint.exporting.build import require_exportable
+from megatron.checkpoint.exporting.hf_export import Export, family_for, tokenizer_file
 from megatron.checkpoint.families.registry import family_named
-from megatron.checkpoint.hf_export import Export, family_for, tokenizer_file
 from megatron.checkpoint.hf_store import read_state
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.build import build_spec
