@@ -73,7 +73,8 @@ def to_hf(request: ToHF) -> str:
     rows = request.vocab_size or record.get("vocab_size")
     fields = special_fields(record.get("source_config") or {}, vocab_file, request.pad_token_id)
     choice = HFChoice(
-        architecture=request.architecture or known_architecture(record),
+        architecture=request.architecture,
+        preferred=known_architecture(record),
         precision=request.precision,
         vocab_size=rows if rows is None or request.vocab_size or rows <= model.spec.vocab_size else None,
         shard_bytes=request.shard_bytes,

@@ -8,7 +8,8 @@ from typing import Any
 
 SHARED = """
   --overwrite        replace the output folder, where there is one
-  --verify           compare the logits of source and result (what is done anyway up to 2 billion parameters)
+  --verify           compare the logits of source and result, of the whole model whatever its size; without this flag,
+                     those of a few layers where there are more than 2 billion parameters
   --no-verify        do not"""
 
 

@@ -81,11 +81,13 @@ class HFChoice:
     """About a Hugging Face directory to be written.
 
     architecture: name of a family; None: the first one that can express the model
+    preferred:    name of the family that is tried before the others
     vocab_size:   rows kept of the vocabulary; None: all, those that fill it up too
     fields:       of config.json, beyond what the family writes
     """
 
     architecture: str | None = None
+    preferred: str | None = None
     precision: Precision = Precision.AUTO
     vocab_size: int | None = None
     shard_bytes: int = SHARD_BYTES

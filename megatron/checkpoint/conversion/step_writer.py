@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.conversion.ahead import ahead
 from megatron.checkpoint.conversion.model import Described, NeoXChoice
 from megatron.checkpoint.durable import digest_of
 from megatron.checkpoint.families.dialects import of_rank
@@ -49,6 +50,8 @@ class StepWriter:
         self._step, self._ours, self._dtypes, self._choice, self._model = step, ours, dtypes, choice, model
         self._shardings = shardings_of(model.spec, choice.tensor) if choice.tensor > 1 else {}
         self._last = ("", torch.empty(0))
+        # The order in which the files hold them.
+        self._coming = ahead((name, ours[name]) for name in model.shapes)
         rows: Sequence[Bound] = ()
         if choice.dialect is not None:
             spec = of_rank(model.spec, choice.tensor)
@@ -111,7 +114,8 @@ class StepWriter:
 
     def _part(self, name: str, rank: int) -> Tensor:
         if self._last[0] != name:
-            self._last = (name, self._ours[name])
+            coming = next(self._coming, None)
+            self._last = coming if coming is not None and coming[0] == name else (name, self._ours[name])
         return split(self._last[1], self._shardings.get(name, Replicated()), rank, self._choice.tensor)
 
     def _spoken(self, row: Bound, index: int, rank: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.conversion.ahead import ahead
 from megatron.checkpoint.conversion.folder import check_free, written_aside
 from megatron.checkpoint.conversion.model import Described, Finish, HFChoice
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
@@ -19,7 +20,7 @@ from megatron.checkpoint.convert import hf_config
 from megatron.checkpoint.families.registry import FAMILIES, family_named
 from megatron.checkpoint.hf_store import CONFIG, write_json
 from megatron.checkpoint.mapping import Bound, Family, bound_rows, from_canonical
-from megatron.errors import ConfigError, NeoXError
+from megatron.errors import CheckpointError, ConfigError
 from megatron.log import get_logger
 
 log = get_logger(__name__)
@@ -35,13 +36,11 @@ def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, 
     spec, rows = model.spec, choice.vocab_size
     if rows is not None and not 0 < rows <= spec.vocab_size:
         raise ConfigError(f"{rows} rows of {spec.vocab_size} cannot be kept", where="vocab_size", mend=f"give 1 to {spec.vocab_size}")
-    if choice.architecture is not None:  # what it cannot express is told first
-        hf_config(family_named(choice.architecture), model.keys, spec, vocab_size=rows)
+    families = candidates(model, choice)  # what cannot be expressed is told first
     check_files(step)
     weights = Whole(step, model)
-    family = family_for(model, weights.names, choice.architecture)
+    family = fitting(families, model, weights.names)
     config = hf_config(family, model.keys, spec, vocab_size=rows)
-    from_canonical(family, weights.state(), spec, vocab_size=rows)
     bound = list(bound_rows(family, spec, config["vocab_size"]))
     plan = planned(bound, model, weights.dtypes(), choice.precision.dtype)
     config |= {"torch_dtype": dtype_name(plan[0].dtype), **choice.fields}
@@ -57,23 +56,38 @@ def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, 
     return family
 
 
-def family_for(model: Described, names: Sequence[str], architecture: str | None) -> Family:
-    """The architecture asked for, or the first one whose fields and tensors can be this model.
+def candidates(model: Described, choice: HFChoice) -> list[Family]:
+    """The architecture asked for, or all whose fields can say what this model is.
 
-    Raises ConfigError with every architecture's reason when none can.
+    Raises ConfigError, naming keys, when there is none.
     """
-    if architecture is not None:
-        return family_named(architecture)
-    reasons = []
-    state = dict.fromkeys(names, torch.empty(0))
-    for family in FAMILIES:
+    if choice.architecture is not None:
+        family = family_named(choice.architecture)
+        hf_config(family, model.keys, model.spec)
+        return [family]
+    found, reasons = [], []
+    for family in sorted(FAMILIES, key=lambda one: one.name != choice.preferred):
         try:
             hf_config(family, model.keys, model.spec)
-            from_canonical(family, state, model.spec)
+            found.append(family)
+        except ConfigError as error:
+            reasons.append(f"{family.name}: {error.what}")
+    if not found:
+        mend = "train a model that one of them has, or use its checkpoint here"
+        raise ConfigError("no Hugging Face architecture can express this model. " + "; ".join(reasons), where="architecture", mend=mend)
+    return found
+
+
+def fitting(families: Sequence[Family], model: Described, names: Sequence[str]) -> Family:
+    """The first architecture that has a place for every tensor. Raises CheckpointError, with the first one's reason, when none has."""
+    reasons = []
+    for family in families:
+        try:
+            from_canonical(family, dict.fromkeys(names, torch.empty(0)), model.spec)
             return family
-        except NeoXError as error:
-            reasons.append(f"{family.name}: {error.what}" + (f" ({error.where})" if error.where else ""))
-    raise ConfigError("no Hugging Face architecture can express this model: " + "; ".join(reasons), where="architecture")
+        except CheckpointError as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def planned(bound: Sequence[Bound], model: Described, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> list[Planned]:
@@ -88,8 +102,8 @@ def planned(bound: Sequence[Bound], model: Described, dtypes: Mapping[str, torch
 
 def unpacked(bound: Sequence[Bound], weights: Whole) -> Iterator[tuple[str, Tensor]]:
     """The other side's tensors, each of ours read once."""
-    for row in bound:
-        yield from zip(row.theirs, row.op.unpack([weights[row.ours]], row.place), strict=True)
+    for parts in ahead(zip(row.theirs, row.op.unpack([weights[row.ours]], row.place), strict=True) for row in bound):
+        yield from parts
 
 
 def _facts(step: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
