@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron.checkpoint.families.registry import family_of
-from megatron.checkpoint.hf_store import SHARD_BYTES, read_config, read_state, write_model
+from megatron.checkpoint.hf_store import read_config, read_state, write_model
 from megatron.checkpoint.mapping import Family, from_canonical, to_canonical
 from megatron.checkpoint.state import load_canonical
 from megatron.model.spec import ModelSpec
@@ -45,15 +45,8 @@ def load_hf(directory: Path, model: nn.Module, spec: ModelSpec) -> None:
 
 
 def save_hf(
-    directory: Path,
-    family: Family,
-    state: Mapping[str, Tensor],
-    keys: Mapping[str, Any],
-    spec: ModelSpec,
-    *,
-    vocab_size: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    directory: Path, family: Family, state: Mapping[str, Tensor], keys: Mapping[str, Any], spec: ModelSpec, *, vocab_size: int | None = None
 ) -> None:
     """Write a canonical state as a Hugging Face directory. The config is checked before any tensor is read."""
     config = hf_config(family, keys, spec, vocab_size=vocab_size)
-    write_model(directory, from_canonical(family, state, spec, vocab_size=vocab_size), config, shard_bytes=shard_bytes)
+    write_model(directory, from_canonical(family, state, spec, vocab_size=vocab_size), config)

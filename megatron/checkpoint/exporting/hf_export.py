@@ -1,42 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished step's folder -> a Hugging Face folder, a shard in memory at a time. Knows not when, and no ranks."""
+"""A finished step's folder -> a Hugging Face folder, a tensor in memory at a time. Knows not when, and no ranks."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron.checkpoint.convert import save_hf
-from megatron.checkpoint.durable import sync_folder
+from megatron.checkpoint.conversion.companions import save_tokenizer, write_generation_config
+from megatron.checkpoint.conversion.folder import written_aside
+from megatron.checkpoint.conversion.model import Described
+from megatron.checkpoint.conversion.safetensors_file import write_shards
+from megatron.checkpoint.conversion.table import Progress, Table, dtype_name
+from megatron.checkpoint.conversion.to_hf import planned, unpacked
+from megatron.checkpoint.conversion.weights import Whole
+from megatron.checkpoint.convert import hf_config
 from megatron.checkpoint.families.registry import FAMILIES
-from megatron.checkpoint.hf_store import CONFIG, read_json, write_json
-from megatron.checkpoint.mapping import Family, from_canonical
-from megatron.checkpoint.publishing import PARTIAL, publish
-from megatron.checkpoint.state import LazyState
-from megatron.checkpoint.whole import join_shards, read_shards, shapes_of
+from megatron.checkpoint.hf_store import CONFIG, SHARD_BYTES, write_json
+from megatron.checkpoint.mapping import Family, bound_rows, from_canonical
+from megatron.checkpoint.whole import shapes_of
 from megatron.errors import ConfigError, NeoXError
 from megatron.model.spec import ModelSpec
 
-SHARD_BYTES = 10**9
 TOKENIZER = "tokenizer.json"
-BESIDE_TOKENIZER = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,45 +53,20 @@ class Export:
 
         Raises NeoXError or OSError; then `out` is as it was.
         """
-        aside = out.with_name(f"{out.name}.{PARTIAL}")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            weights = join_shards(read_shards(step), self.spec)
-            state = LazyState({name: partial(_cast, weights, name, self.dtype) for name in weights})
-            save_hf(aside, self.family, state, self.keys, self.spec, vocab_size=self.rows, shard_bytes=SHARD_BYTES)
-            described = {"torch_dtype": str(self.dtype).removeprefix("torch."), **self.fields}
-            write_json(aside / CONFIG, {**read_json(aside / CONFIG), **described})
-            self._add_tokenizer(aside)
-            _settle(aside)
-            publish(aside, out)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-    def _add_tokenizer(self, folder: Path) -> None:
-        if self.tokenizer is None:
-            return
-        shutil.copyfile(self.tokenizer, folder / TOKENIZER)
-        if self.tokenizer.name == TOKENIZER:
-            for name in BESIDE_TOKENIZER:
-                if (self.tokenizer.parent / name).is_file():
-                    shutil.copyfile(self.tokenizer.parent / name, folder / name)
-        if not (folder / "tokenizer_config.json").is_file():
-            write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _settle(folder: Path) -> None:
-    """All on disk, and readable to whom config.json is: safetensors writes files for their owner alone."""
-    mode = (folder / CONFIG).stat().st_mode & 0o777
-    for path in sorted(folder.iterdir()):
-        path.chmod(mode)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def _cast(weights: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    return weights[name].to(dtype)
+        model = Described(self.keys, self.spec)
+        config = hf_config(self.family, self.keys, self.spec, vocab_size=self.rows)
+        config |= {"torch_dtype": dtype_name(self.dtype), **self.fields}
+        weights = Whole(step, model)
+        bound = list(bound_rows(self.family, self.spec, config["vocab_size"]))
+        plan = planned(bound, model, weights.dtypes(), self.dtype)
+        with written_aside(out, overwrite=True) as aside:
+            table = Table(Progress(f"exporting {step.name}", sum(one.bytes for one in plan)))
+            write_shards(aside, plan, unpacked(bound, weights), table.add, limit=SHARD_BYTES)
+            table.progress.close()
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, aside)
+            write_json(aside / CONFIG, config)
+            write_generation_config(aside, config)
 
 
 def tokenizer_file(kind: str, vocab_file: str | None) -> Path | None:
