@@ -14,7 +14,7 @@ from megatron.checkpoint.families.meta_llama import META_LLAMA
 from megatron.checkpoint.families.registry import family_of
 from megatron.checkpoint.hf_store import CONFIG, read_config, read_state
 from megatron.checkpoint.mapping import Family
-from megatron.checkpoint.meta_store import PARAMS, read_meta
+from megatron.checkpoint.meta_store import PARAMS, read_meta, shard_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,12 @@ class Foreign:
     tensors: Mapping[str, Tensor]
     vocab_size: int
     cheap: bool = True
+
+    def total_bytes(self) -> int:
+        """About how much there is to read."""
+        if not self.cheap:
+            return sum(path.stat().st_size for path in shard_files(self.path))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 def open_foreign(directory: Path) -> Foreign:

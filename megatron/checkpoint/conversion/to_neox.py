@@ -30,13 +30,14 @@ def convert_to_neox(source: Foreign, out: Path, model: Described, choice: NeoXCh
     Nothing is left at `out` when anything fails. Raises CheckpointError for files that are damaged, missing or of another model.
     """
     check_free(out, overwrite=choice.overwrite)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in source.tensors.values())
-    table = Table(Progress("converting", total))
+    table = Table(Progress("converting", source.total_bytes()))
     ours = to_canonical(source.family, Noted(source.tensors, table), model.spec)
     bound = list(bound_rows(source.family, model.spec, source.vocab_size))
     theirs = usual_names(source.family, source.tensors, {name for row in bound for name in row.theirs})
     check_shapes(source, bound, model, theirs)
-    dtypes = {row.ours: theirs[row.theirs[0]].dtype for row in bound}
+    # Where looking is not cheap, the first tensor's dtype stands for all.
+    common = None if source.cheap else next(iter(source.tensors.values())).dtype
+    dtypes = {row.ours: common or theirs[row.theirs[0]].dtype for row in bound}
     facts = {"direction": "hf -> neox", "source": str(source.path), "architecture": source.family.hf, "source_config": source.config}
     return _write(out, ours, dtypes, model, choice, {**facts, "vocab_size": source.vocab_size}, table, finish)
 

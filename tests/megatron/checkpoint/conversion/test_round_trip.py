@@ -9,10 +9,14 @@ import pytest
 import torch
 import yaml
 
-from megatron.checkpoint.conversion.build import rewrite, to_hf, to_neox
+from megatron.checkpoint.conversion.build import describe_step, rewrite, to_hf, to_neox
 from megatron.checkpoint.conversion.model import Precision
 from megatron.checkpoint.conversion.requests import Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.weights import Whole
+from megatron.checkpoint.convert import hf_config
+from megatron.checkpoint.families.meta_llama import META_LLAMA
 from megatron.checkpoint.hf_store import read_state
+from megatron.checkpoint.mapping import from_canonical
 from megatron.checkpoint.neox_store import read_weights
 from megatron.checkpoint.verifying import Verify, look_at
 from megatron.checkpoint.whole import shapes_of
@@ -71,6 +75,23 @@ def test_rewrite_and_dialects(tmp_path: Path) -> None:
     assert not (tmp_path / "one" / "global_step0" / "layer_02-model_01-model_states.pt").exists()
     to_hf(ToHF(source=tmp_path / "one", out=tmp_path / "back", vocab_size=101, verify=False))
     check_same(tmp_path / "back", tensors)
+
+
+def test_raw_llama(tmp_path: Path) -> None:
+    """Meta's files of a model become the checkpoint that its Hugging Face directory becomes."""
+    make_hf(tmp_path / "hf", "llama", vocab=128)
+    to_neox(ToNeoX(source=tmp_path / "hf", out=tmp_path / "neox", verify=False))
+    _, model = describe_step(tmp_path / "neox" / "global_step0")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    weights = read_weights(tmp_path / "neox" / "global_step0")
+    torch.save(dict(from_canonical(META_LLAMA, weights, model.spec)), raw / "consolidated.00.pth")
+    (raw / "params.json").write_text(json.dumps(hf_config(META_LLAMA, model.keys, model.spec)))
+    to_neox(ToNeoX(source=raw, out=tmp_path / "again", tensor=2, pipe=1))
+    _, again = describe_step(tmp_path / "again" / "global_step0")
+    found = Whole(tmp_path / "again" / "global_step0", again).state()
+    assert again.spec.blocks == model.spec.blocks and set(found) == set(weights)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
 def test_precision(tmp_path: Path) -> None:
