@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ Finish = Callable[[Path], None]
 """(the folder, not yet under its name): adds files, or raises where it must not be kept."""
 
 
-class Precision(StrEnum):
+class Precision(str, Enum):
     """Of the tensors written; auto: as they are read."""
 
     AUTO = "auto"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -88,7 +88,7 @@ class StepWriter:
             code_version=code_version(),
             config={},
             data={},
-            written=datetime.now(UTC).isoformat(timespec="seconds"),
+            written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         write_manifest(self._step, manifest)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Noted(Mapping[str, Tensor]):
 
 def write_record(folder: Path, facts: Mapping[str, Any], table: Table) -> None:
     """conversion.json: what was made of what, when, by which code, and every tensor with its digest."""
-    facts = {**facts, "code_version": code_version(), "converted_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    facts = {**facts, "code_version": code_version(), "converted_at": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     write_json(folder / RECORD, {**facts, "tensors": table.rows})
 
 

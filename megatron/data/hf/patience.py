@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
@@ -95,6 +95,6 @@ def _seconds(after: str) -> float | None:
     if after.strip().isdigit():
         return float(after)
     try:
-        return max((parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds(), 0.0)
+        return max((parsedate_to_datetime(after) - datetime.now(timezone.utc)).total_seconds(), 0.0)
     except (ValueError, TypeError):
         return None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
 import pytest
@@ -47,7 +47,7 @@ def test_waits_grow_as_documented_and_the_server_may_say_otherwise() -> None:
     assert waits_for([HubError("slow down", Response(429))] * 2) == [300, 600]
     assert waits_for([HubError("x", Response(429, {"Retry-After": "12"}))]) == [12]
     assert waits_for([HubError("x", Response(429, {"RateLimit": '"api";r=0;t=55'}))]) == [55]
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=100), usegmt=True)
     assert 90 < waits_for([HubError("x", Response(429, {"Retry-After": date}))])[0] <= 100
     assert waits_for([HubError("x", Response(429, {"Retry-After": "soon"}))]) == [300]
 
