@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model named by folder or by its id on the Hugging Face hub, as a folder. The one file that downloads."""
+"""A model named by folder or by its id on the Hugging Face hub, as a folder; and a folder put there. Knows no ranks."""
 
 from __future__ import annotations
 
