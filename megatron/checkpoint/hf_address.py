@@ -111,7 +111,8 @@ def _looked_up(load: str) -> tuple[HFAddress, bool]:
 
 def digest(directory: Path, world: Group, *, contents: bool) -> str:
     """One digest over the weights and config.json of a folder; the ranks share the reading."""
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("config.json"), *directory.glob("*.safetensors.index.json")])
+    kinds = ("*.safetensors", "pytorch_model*.bin", "config.json", "*.index.json")
+    files = sorted(path for kind in kinds for path in directory.glob(kind))
     largest_first = sorted(files, key=lambda path: path.stat().st_size, reverse=True)
     mine = {path.name: digest_of(path).xxh128 for path in largest_first[world.rank :: world.size]} if contents else {}
     found: Mapping[str, str] = {name: value for share in of_all_ranks(mine, world) for name, value in share.items()}

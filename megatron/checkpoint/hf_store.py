@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model directory: safetensors, their index, config.json. Knows no names' meaning and no model."""
+"""A Hugging Face model directory: safetensors (or the older .bin files, read only), their index, config.json.
+Knows no names' meaning and no model."""
 
 from __future__ import annotations
 
@@ -15,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron.checkpoint.reading import read_torch_file
 from megatron.checkpoint.state import LazyState
 from megatron.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+OLD_WEIGHTS = "pytorch_model.bin"
+OLD_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 SHARD_BYTES = 5 * 10**9
 
@@ -34,32 +38,47 @@ def read_state(directory: Path, *, empty: bool = False) -> LazyState:
 
     empty: tensors without numbers (device "meta", float32) that have the shapes
     """
-    if (directory / INDEX).is_file():
-        files = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
-    else:
-        files = [WEIGHTS]
     owners: dict[str, Path] = {}
-    for file in files:
-        path = directory / file
-        if Path(file).name != file:
-            raise CheckpointError(
-                f"{INDEX} names {file}, which is not in the folder",
-                where=str(directory / INDEX),
-                mend="copy the model again from its source",
-            )
-        if not path.is_file():
-            mend = "copy all files of the model, saved as safetensors (save_pretrained does that)"
-            raise CheckpointError(f"{file} is missing", where=str(directory), mend=mend)
+    for path in weight_files(directory):
         try:
-            with safe_open(path, framework="pt") as reader:
-                owners.update(dict.fromkeys(reader.keys(), path))
+            names = names_of(path)
         except SafetensorError as error:
             raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), mend="copy it again") from error
+        owners.update(dict.fromkeys(names, path))
     return LazyState({name: partial(empty_tensor if empty else read_tensor, path, name) for name, path in owners.items()})
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files with the weights: safetensors, or where there are none the older .bin. Raises CheckpointError when one is missing."""
+    old = not (directory / INDEX).is_file() and not (directory / WEIGHTS).is_file()
+    old = old and ((directory / OLD_INDEX).is_file() or (directory / OLD_WEIGHTS).is_file())
+    index, single = (OLD_INDEX, OLD_WEIGHTS) if old else (INDEX, WEIGHTS)
+    files = sorted(set(read_json(directory / index)["weight_map"].values())) if (directory / index).is_file() else [single]
+    for file in files:
+        if Path(file).name != file:
+            raise CheckpointError(
+                f"{index} names {file}, which is not in the folder",
+                where=str(directory / index),
+                mend="copy the model again from its source",
+            )
+        if not (directory / file).is_file():
+            mend = "copy all files of the model (save_pretrained writes safetensors)"
+            raise CheckpointError(f"{file} is missing", where=str(directory), mend=mend)
+    return [directory / file for file in files]
+
+
+def names_of(path: Path) -> list[str]:
+    """The tensors of one file."""
+    if path.suffix == ".bin":
+        return list(_old_content(path))
+    with safe_open(path, framework="pt") as reader:
+        return list(reader.keys())
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of one file."""
+    if path.suffix == ".bin":
+        return _old_content(path)[name]
     with safe_open(path, framework="pt") as reader:
         tensor: Tensor = reader.get_tensor(name)
     return tensor
@@ -67,8 +86,18 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 def empty_tensor(path: Path, name: str) -> Tensor:
     """The shape of one tensor of one file."""
+    if path.suffix == ".bin":
+        return torch.empty(_old_content(path)[name].shape, device="meta")
     with safe_open(path, framework="pt") as reader:
         return torch.empty(reader.get_slice(name).get_shape(), device="meta")
+
+
+def _old_content(path: Path) -> dict[str, Tensor]:
+    # Opened anew for each tensor: what is mapped into memory goes when the tensor is done.
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError("not a table of tensors", where=str(path), mend="give a model as save_pretrained wrote it")
+    return content
 
 
 def write_model(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from megatron.errors import CheckpointError
@@ -12,6 +13,7 @@ log = get_logger(__name__)
 
 WORDS = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHTS = ("*.safetensors",)
+OLD_WEIGHTS = ("pytorch_model*.bin",)
 
 
 def local_folder(model: str, revision: str | None = None, cache: str | None = None, *, weights: bool = True) -> Path:
@@ -29,7 +31,11 @@ def local_folder(model: str, revision: str | None = None, cache: str | None = No
 
     mend = "correct the name or the revision, log in, or download the model and give its folder"
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=[*WORDS, *(WEIGHTS if weights else ())]))
+        fetch = partial(snapshot_download, model, revision=revision, cache_dir=cache)
+        folder = Path(fetch(allow_patterns=[*WORDS, *(WEIGHTS if weights else ())]))
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = Path(fetch(allow_patterns=[*WORDS, *OLD_WEIGHTS]))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"no such folder, and the hub does not give it: {reason}", where=model, mend=mend) from error

@@ -41,3 +41,32 @@ def test_damage_is_named(tmp_path: Path):
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(CheckpointError, match="damaged safetensors file"):
         read_state(tmp_path)
+
+
+def test_older_files_are_read_where_there_are_no_safetensors(tmp_path: Path):
+    first, second = {"a": torch.arange(6.0).view(2, 3)}, {"b": torch.ones(4, dtype=torch.bfloat16)}
+    torch.save(first, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save(second, tmp_path / "pytorch_model-00002-of-00002.bin")
+    table = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
+    state, shapes = read_state(tmp_path), read_state(tmp_path, empty=True)
+    for name, tensor in {**first, **second}.items():
+        assert torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype
+        assert shapes[name].is_meta and shapes[name].shape == tensor.shape
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match="pytorch_model-00002-of-00002.bin is missing"):
+        read_state(tmp_path)
+    write_model(tmp_path, tensors(), {"model_type": "llama"})
+    assert set(read_state(tmp_path)) == {"a", "b", "c"}, "safetensors come first"
+
+
+def test_older_files_run_no_code_and_hold_tensors(tmp_path: Path):
+    torch.save({"a": [1, 2]}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="not a table of tensors"):
+        read_state(tmp_path)
+    torch.save({"a": tmp_path}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="objects that are not plain data"):
+        read_state(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_state(tmp_path)
