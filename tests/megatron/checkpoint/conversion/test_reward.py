@@ -88,9 +88,8 @@ def reward_checkpoint(folder: Path, name: str) -> Path:
     stored["module"][f"sequential.{HEAD}"] = torch.randn(1, 32, dtype=torch.bfloat16)
     torch.save(stored, step / "mp_rank_00_model_states.pt")
     with (step / "configs" / "neox_config.yml").open("a") as config:
-        config.write(
-            "\ntrain_impl: rm\ndataset_impl: pairwise\npack_impl: unpacked\npos_train_data_paths: [a]\nneg_train_data_paths: [b]\n"
-        )
+        config.write("\ntrain_impl: rm\ndataset_impl: pairwise\npack_impl: unpacked\n")
+        config.write("pos_train_data_paths: [a]\nneg_train_data_paths: [b]\n")
     return step
 
 
