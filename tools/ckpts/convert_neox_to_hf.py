@@ -23,7 +23,7 @@ USAGE = f"""python tools/ckpts/convert_neox_to_hf.py --input_dir DIR --output_di
   --no_save_tokenizer      write no tokenizer
   --vocab-is-hf-tokenizer  vocab_file lies in a Hugging Face tokenizer's folder, to be copied whole
   --vocab-size N           rows kept of the vocabulary; without it, those of the model it was made of, else all
-  --pad-token-id N         pad_token_id in config.json
+  --pad-token-id N         pad_token_id in config.json; a reward model needs it
   --max-shard-size BYTES   of each safetensors file (5000000000){SHARED}"""
 
 

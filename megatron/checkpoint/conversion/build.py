@@ -23,6 +23,7 @@ from megatron.checkpoint.conversion.config_file import NAME, TRAINING, render
 from megatron.checkpoint.conversion.foreign import Foreign, open_foreign
 from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice
 from megatron.checkpoint.conversion.requests import Layout, Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.reward import score_fields
 from megatron.checkpoint.conversion.table import read_record
 from megatron.checkpoint.conversion.to_hf import convert_to_hf
 from megatron.checkpoint.conversion.to_neox import convert_to_neox, rewrite_neox
@@ -72,6 +73,8 @@ def to_hf(request: ToHF) -> str:
         vocab_file = find_tokenizer(request.tokenizer, request.tokenizer_folder, data.tokenizer_type, data.vocab_file, request.configs)
     rows = request.vocab_size or record.get("vocab_size")
     fields = special_fields(record.get("source_config") or {}, vocab_file, request.pad_token_id)
+    if model.reward:
+        fields |= score_fields(request.pad_token_id, rows or model.spec.vocab_size)
     choice = HFChoice(
         architecture=request.architecture,
         preferred=known_architecture(record),
@@ -84,7 +87,8 @@ def to_hf(request: ToHF) -> str:
     finish: list[Finish] = []
     if vocab_file is not None:
         finish.append(lambda aside: save_tokenizer(vocab_file, aside))
-    finish.append(lambda aside: write_generation_config(aside, fields))
+    if not model.reward:
+        finish.append(lambda aside: write_generation_config(aside, fields))
     lines: list[str] = []
     finish.append(lambda aside: lines.extend(verify(step, aside, model, request.precision.dtype, asked=request.verify)))
     family = convert_to_hf(step, out, model, choice, finish=finish)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint.conversion.model import Described
+from megatron.checkpoint.conversion.reward import is_scoring, scores
 from megatron.checkpoint.conversion.sampling import chosen_layers, of_layers, weights_of_layers, write_layers
 from megatron.checkpoint.conversion.weights import Whole
 from megatron.checkpoint.hf_store import read_config
 from megatron.checkpoint.state import load_canonical, summary
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
-from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
 
 log = get_logger(__name__)
@@ -51,12 +51,16 @@ def fixed_tokens(vocab: int, longest: int) -> Tensor:
 
 
 def neox_logits(weights: Whole, described: Described, tokens: Tensor, rounded: torch.dtype | None = None) -> Tensor:
-    """[b, s, v] float32 by our model; the arithmetic is in float32 whatever the weights are. rounded: to that dtype first"""
-    return _run(described.spec, weights.state(), tokens, rounded)
+    """[b, s, v] float32 by our model; the arithmetic is in float32 whatever the weights are. rounded: to that dtype first
+
+    Of a reward model, its scores: [b, s, 1]."""
+    return _run(described, weights.state(), tokens, rounded)
 
 
-def _run(spec: ModelSpec, state: Mapping[str, Tensor], tokens: Tensor, rounded: torch.dtype | None) -> Tensor:
-    model = Transformer(spec, dtype=torch.float32).eval()
+def _run(described: Described, state: Mapping[str, Tensor], tokens: Tensor, rounded: torch.dtype | None) -> Tensor:
+    if described.reward:
+        return scores(described.spec, state, tokens, rounded)
+    model = Transformer(described.spec, dtype=torch.float32).eval()
     load_canonical(model, state)
     _round(model, rounded)
     with torch.no_grad():
@@ -72,16 +76,18 @@ def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def hf_logits(directory: Path, tokens: Tensor, rounded: torch.dtype | None = None) -> Tensor:
-    """[b, s, v] float32 by transformers. rounded: the weights are, to that dtype, first
+    """[b, s, v] float32 by transformers, or the scores of a reward model at every position. rounded: the weights are, to that dtype, first
 
     Raises CheckpointError where it cannot open the directory."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    scoring = is_scoring(read_config(directory))
+    opener = AutoModelForSequenceClassification if scoring else AutoModelForCausalLM
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = opener.from_pretrained(
             directory, torch_dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -93,8 +99,9 @@ def hf_logits(directory: Path, tokens: Tensor, rounded: torch.dtype | None = Non
         raise CheckpointError(f"transformers misses weights: {summary(names)}", where=str(directory))
     _round(model, rounded)
     with torch.no_grad():
-        logits: Tensor = model.eval()(tokens).logits.float()
-    return logits
+        model.eval()
+        logits: Tensor = model.score(model.base_model(tokens).last_hidden_state) if scoring else model(tokens).logits
+    return logits.float()
 
 
 def difference(ours: Tensor, theirs: Tensor, inexact: torch.dtype | None = None) -> Difference:
@@ -112,7 +119,7 @@ def sampled_logits(
     weights: Whole, hf: Path, described: Described, tokens: Tensor, layers: Sequence[int], rounded: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Those of our model and of transformers', of these layers of each."""
-    ours = _run(of_layers(described, layers).spec, weights_of_layers(weights, described, layers), tokens, rounded)
+    ours = _run(of_layers(described, layers), weights_of_layers(weights, described, layers), tokens, rounded)
     with TemporaryDirectory(prefix="layers-") as scratch:
         write_layers(hf, Path(scratch) / "few", described.spec, layers)
         return ours, hf_logits(Path(scratch) / "few", tokens, rounded)
@@ -129,13 +136,14 @@ def verify(step: Path, hf: Path, model: Described, rounded: torch.dtype | None, 
         return []
     weights = Whole(step, model, rounded=rounded is None)
     tokens = fixed_tokens(int(read_config(hf)["vocab_size"]), model.spec.seq_length)
+    what = "scores" if model.reward else "logits"
     if asked or model.parameters <= WHOLE_UP_TO:
-        what, ours, theirs = "logits", neox_logits(weights, model, tokens, rounded), hf_logits(hf, tokens, rounded)
+        ours, theirs = neox_logits(weights, model, tokens, rounded), hf_logits(hf, tokens, rounded)
     else:
         layers = chosen_layers(model.spec.num_layers)
-        what, (ours, theirs) = "logits of a few layers", sampled_logits(weights, hf, model, tokens, layers, rounded)
+        what, (ours, theirs) = f"{what} of a few layers", sampled_logits(weights, hf, model, tokens, layers, rounded)
     found = difference(ours, theirs, (rounded or weights.dtype) if weights.shares_round else None)
-    line = f"{what} differ by at most {found.greatest:.2e} (bound {found.bound:.1e}, largest logit {found.largest:.1f})"
+    line = f"{what} differ by at most {found.greatest:.2e} (bound {found.bound:.1e}, largest {found.largest:.1f})"
     if not found.good:
         mend = "nothing was kept; report it with the configuration of the model"
         raise CheckpointError(f"source and result are not the same model: {line}", where=str(hf), mend=mend)

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.conversion.reward import head_name
 from megatron.checkpoint.hf_store import SHARD_BYTES
 from megatron.checkpoint.state import canonical_name, canonical_state
+from megatron.checkpoint.whole import shardings_of
 from megatron.model.block import unused_stored_prefixes
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
+from megatron.mpu.sharding import Sharding, Split
 
 Finish = Callable[[Path], None]
 """(the folder, not yet under its name): adds files, or raises where it must not be kept."""
@@ -54,6 +57,11 @@ class Described:
     spec: ModelSpec
 
     @property
+    def reward(self) -> bool:
+        """Whether it gives a score per position, not logits."""
+        return self.keys.get("train_impl") == "rm"
+
+    @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Whole shape of each stored tensor by canonical name."""
         return self._outline[0]
@@ -68,11 +76,20 @@ class Described:
         """How many numbers are stored."""
         return sum(prod(shape) for shape in self.shapes.values())
 
+    def shardings(self, ranks: int) -> dict[str, Sharding]:
+        """How each stored tensor is spread over a number of tensor ranks."""
+        table = shardings_of(self.spec, ranks) if ranks > 1 else {}
+        return {**table, head_name(self.spec): Split(1)} if self.reward else table
+
     @cached_property
     def _outline(self) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
         # Building a model costs a noticeable time even without numbers, so it is done once.
         module = Transformer(self.spec, device="meta")
         shapes = {name: tuple(tensor.shape) for name, tensor in canonical_state(module).items()}
+        if self.reward:
+            last = f"{self.spec.num_layers + 4}."
+            shapes = {name: shape for name, shape in shapes.items() if not name.startswith(last)}
+            shapes[head_name(self.spec)] = (1, self.spec.hidden_size)
         return shapes, tuple(map(canonical_name, unused_stored_prefixes(module)))
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megatron.checkpoint.config_rows import Pair
 from megatron.checkpoint.conversion.model import Described
+from megatron.checkpoint.conversion.reward import written_family
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
 from megatron.checkpoint.conversion.table import content_of
 from megatron.checkpoint.conversion.weights import Whole
-from megatron.checkpoint.families.registry import family_of
 from megatron.checkpoint.hf_store import CONFIG, SHARD_BYTES, read_config, read_state, write_json
 from megatron.checkpoint.mapping import Family, usual_names
 from megatron.checkpoint.state import LazyState
@@ -54,7 +54,7 @@ def weights_of_layers(weights: Whole, model: Described, layers: Sequence[int]) -
 def write_layers(hf: Path, target: Path, spec: ModelSpec, layers: Sequence[int]) -> None:
     """A Hugging Face directory of these layers of another one. spec: of the whole model"""
     config = read_config(hf)
-    family = family_of(config)
+    family = written_family(config)
     names = dict(_names(family, spec, layers))
     stored = usual_names(family, read_state(hf), set(names.values()))
     target.mkdir()

@@ -24,7 +24,6 @@ from megatron.checkpoint.neox_store import model_file
 from megatron.checkpoint.provenance import code_version
 from megatron.checkpoint.state import SEQUENTIAL
 from megatron.checkpoint.streaming import Later, streaming
-from megatron.checkpoint.whole import shardings_of
 from megatron.mpu.sharding import Replicated, split
 
 _EMPTY = (
@@ -48,7 +47,7 @@ class StepWriter:
         self, step: Path, ours: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], model: Described, choice: NeoXChoice
     ) -> None:
         self._step, self._ours, self._dtypes, self._choice, self._model = step, ours, dtypes, choice, model
-        self._shardings = shardings_of(model.spec, choice.tensor) if choice.tensor > 1 else {}
+        self._shardings = model.shardings(choice.tensor)
         self._last = ("", torch.empty(0))
         # The order in which the files hold them.
         self._coming = ahead((name, ours[name]) for name in model.shapes)

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron.checkpoint.conversion.ahead import ahead
 from megatron.checkpoint.conversion.folder import check_free, written_aside
 from megatron.checkpoint.conversion.model import Described, Finish, HFChoice
+from megatron.checkpoint.conversion.reward import scoring
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
 from megatron.checkpoint.conversion.table import Progress, Table, dtype_name, write_record
 from megatron.checkpoint.conversion.weights import Whole, check_files
@@ -62,20 +63,25 @@ def candidates(model: Described, choice: HFChoice) -> list[Family]:
     Raises ConfigError, naming keys, when there is none.
     """
     if choice.architecture is not None:
-        family = family_named(choice.architecture)
+        family = _form(family_named(choice.architecture), model)
         hf_config(family, model.keys, model.spec)
         return [family]
     found, reasons = [], []
     for family in sorted(FAMILIES, key=lambda one: one.name != choice.preferred):
         try:
-            hf_config(family, model.keys, model.spec)
-            found.append(family)
+            form = _form(family, model)
+            hf_config(form, model.keys, model.spec)
+            found.append(form)
         except ConfigError as error:
             reasons.append(f"{family.name}: {error.what}")
     if not found:
         mend = "train a model that one of them has, or use its checkpoint here"
         raise ConfigError("no Hugging Face architecture can express this model. " + "; ".join(reasons), where="architecture", mend=mend)
     return found
+
+
+def _form(family: Family, model: Described) -> Family:
+    return scoring(family) if model.reward else family
 
 
 def fitting(families: Sequence[Family], model: Described, names: Sequence[str]) -> Family:

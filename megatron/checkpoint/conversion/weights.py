@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.conversion.model import Described
+from megatron.checkpoint.conversion.reward import HEAD
 from megatron.checkpoint.families.dialects import canonical_weights
 from megatron.checkpoint.neox_store import bookkeeping_file, check_fit, zero3_partitioned
 from megatron.checkpoint.reading import read_torch_file
 from megatron.checkpoint.resharding import AT_ONCE, let_go
 from megatron.checkpoint.state import LazyState, canonical_name
 from megatron.checkpoint.verifying import Verify, look_at
-from megatron.checkpoint.whole import read_shards, shardings_of
+from megatron.checkpoint.whole import read_shards
 from megatron.errors import CheckpointError
 from megatron.mpu.sharding import Replicated, Summed, join, split
 
@@ -42,9 +43,10 @@ class Whole:
         ranks = len(stored)
         self._shards = [canonical_weights(shard, model.spec, ranks=ranks) for shard in stored]
         self.names = list(model.shapes)
-        if any(name.endswith("rm_linear.weight") for name in stored[0]):
-            raise CheckpointError("a reward model cannot be converted", where=str(step), mend="convert the model it was trained from")
-        self._how = shardings_of(model.spec, ranks) if ranks > 1 else {}
+        if not model.reward and any(name.endswith(HEAD) for name in stored[0]):
+            what = "this is a reward model, and the configuration does not say so"
+            raise CheckpointError(what, where=str(step), mend="give the configuration of its run, with train_impl: rm")
+        self._how = model.shardings(ranks)
         for rank, shard in enumerate(self._shards):
             local = {
                 name: split(torch.empty(shape, device="meta"), self._how.get(name, Replicated()), rank, ranks)

@@ -82,6 +82,9 @@ def family_for(keys: Mapping[str, Any], spec: ModelSpec, preferred: str | None =
 
     Raises ConfigError, naming the keys that the nearest one cannot express.
     """
+    if keys.get("train_impl") == "rm":
+        mend = "leave out save_hf, and run tools/ckpts/convert_neox_to_hf.py with --pad-token-id"
+        raise ConfigError("save_hf does not write reward models", where="save_hf", mend=mend)
     families = sorted(FAMILIES, key=lambda family: family.hf != preferred)
     refusals = [(family, refused(family, keys, spec)) for family in families]
     for family, errors in refusals:
