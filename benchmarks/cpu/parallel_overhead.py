@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)  # in place of this folder, whose tokenize.py would hide the standard one
 PLAIN = "plain torch loop"
 SIDES: dict[str, tuple[int, dict[str, Any]]] = {
     PLAIN: (1, {}),

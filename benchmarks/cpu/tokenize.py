@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)  # in place of this folder, whose tokenize.py would hide the standard one
 TOOL = ROOT / "tools" / "datasets" / "preprocess_data.py"
 VOCAB = 50277
 TRAIN_MB = 20
