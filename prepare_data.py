@@ -13,12 +13,14 @@ from megatron.data.fetching.corpora import CORPORA
 from megatron.data.fetching.prepare import Wish, prepare
 from megatron.errors import NeoXError
 from megatron.log import setup_logging
+from megatron.neox_arguments.cli import run_face
 from megatron.tokenizer import TokenizerKind
+from megatron.tool_flags import ToolParser
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(description="Download a named corpus and tokenise it into .bin/.idx.", allow_abbrev=False)
+    flags = ToolParser(description="Download a named corpus and tokenise it into .bin/.idx.", allow_abbrev=False)
     flags.add_argument(
         "dataset", nargs="?", default="enwik8", choices=[corpus.name for corpus in CORPORA], help="name of the corpus (default: enwik8)"
     )
@@ -70,4 +72,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

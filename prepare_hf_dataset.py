@@ -16,6 +16,7 @@ from megatron.data.making.flags import add_backend
 from megatron.errors import ConfigError
 from megatron.neox_arguments.cli import run_face
 from megatron.tokenizer import TokenizerBackend
+from megatron.tool_flags import ToolParser
 
 ABOUT = """Loads a dataset, finds its columns, counts its tokens, exports dataset.jsonl and writes <dir>_<stream>_document.bin and .idx.
 A column `text` becomes plain text; `messages` become conversations with labels, so that only answers are trained; chosen and rejected
@@ -25,7 +26,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(prog="prepare_hf_dataset.py", description=ABOUT, add_help=False, allow_abbrev=False)
+    flags = ToolParser(prog="prepare_hf_dataset.py", description=ABOUT, add_help=False, allow_abbrev=False)
     group = flags.add_argument_group("dataset")
     group.add_argument("--dataset", required=True, help="ORG/NAME on the Hub, or a file or folder here")
     group.add_argument("--subset", help="configuration of the dataset")
@@ -137,4 +138,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help(), about="", ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

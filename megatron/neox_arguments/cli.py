@@ -123,15 +123,18 @@ def rank_count(environ: Mapping[str, str]) -> int:
     return 1
 
 
-def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, usage: str, about: str, ranks: bool = True) -> int:
+def run_face(
+    main: Callable[[list[str]], int | None], argv: Sequence[str], *, usage: str, about: str, ranks: bool = True, keys: bool = True
+) -> int:
     """Run a script's `main` as a user wants it: --help answers at once, errors are reports on stderr, the result is the exit status.
 
     ranks: the script is one of a run's ranks, if mpirun or srun started it; False for launchers and tools
+    keys:  YAML keys and the launcher's options are flags of this script, too, so --help names them
     Tracebacks of errors raised on purpose appear with --debug only. A rank of deepy.py leaves its report to it, which tells the first
     failing rank's first.
     """
     if not set(argv).isdisjoint(("-h", "--help")):
-        sys.stdout.write(HELP.format(usage=usage, about=about))
+        sys.stdout.write(HELP.format(usage=usage, about=about) if keys else f"usage: {usage.strip()}\n\n{about}".rstrip() + "\n")
         return 0
     note = claim(os.environ)
     try:
@@ -149,6 +152,10 @@ def run_face(main: Callable[[list[str]], int | None], argv: Sequence[str], *, us
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output, `head` say, has enough. Nothing is left to be flushed into it at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception:
         if note is None:
             raise

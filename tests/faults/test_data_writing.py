@@ -104,6 +104,25 @@ def test_killed_at_any_moment(tmp_path: Path, kills: int, workers: int, seed: in
     assert names(killed_prefix) == WHOLE
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_says_how_it_goes_on(tmp_path: Path, workers: int) -> None:
+    driver = tmp_path / "often.py"
+    driver.write_text(OFTEN)
+    source = corpus(tmp_path, 1500)
+    (tmp_path / "out").mkdir()
+    prefix = tmp_path / "out" / "ds"
+    process = subprocess.Popen(command(driver, source, prefix, workers), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (prefix.parent / "ds.partial" / "journal.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert f"stopped: the same command goes on from {prefix}.partial" in out
+    done = subprocess.run(command(driver, source, prefix, workers), check=True, capture_output=True, text=True)
+    assert "going on with" in done.stdout and names(prefix) == WHOLE
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     source = corpus(tmp_path, 300)
     driver = tmp_path / "often.py"

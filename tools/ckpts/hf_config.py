@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megatron.checkpoint.hf_address import PREFIX, fetch  # noqa: E402
 from megatron.checkpoint.hf_model import HFModel, ready_yaml  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = "Prints the keys that describe a Hugging Face model and start from its weights; a run's own keys (data, batch, lr) stand elsewhere."
 USAGE = """python tools/ckpts/hf_config.py MODEL [--output FILE.yml]
@@ -24,7 +24,7 @@ USAGE = """python tools/ckpts/hf_config.py MODEL [--output FILE.yml]
 
 def main(argv: list[str]) -> int:
     """Print or write it."""
-    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False, usage=USAGE)
+    flags = ToolParser(allow_abbrev=False, add_help=False, usage=USAGE)
     flags.add_argument("model")
     flags.add_argument("--output", type=Path)
     given = flags.parse_args(argv)
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False, keys=False))

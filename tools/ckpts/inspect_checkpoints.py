@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron.checkpoint.inspect import Statistics, Wanted
@@ -40,7 +41,7 @@ USAGE = """python tools/ckpts/inspect_checkpoints.py PATH [--iteration N] [--sta
 
 def parser() -> argparse.ArgumentParser:
     """The flags of this tool."""
-    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False, usage=USAGE)
+    flags = ToolParser(allow_abbrev=False, add_help=False, usage=USAGE)
     flags.add_argument("path", nargs="?")
     flags.add_argument("--checkpoint-path", "--checkpoint_path", dest="named")
     flags.add_argument("--iteration", type=int)
@@ -134,4 +135,4 @@ def _finite(value: float | None) -> float | str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT))
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, keys=False))

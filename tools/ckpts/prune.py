@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from megatron.checkpoint.steps import saved_steps, step_tag  # noqa: E402
 from megatron.checkpoint.verifying import Verify  # noqa: E402
 from megatron.errors import CheckpointError, ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = "Deletes old checkpoints. The newest whole one, and one that is being uploaded, always stay."
 USAGE = """python tools/ckpts/prune.py DIR --keep N [--keep-every M] [--protect STEP ...] [--sizes] [--dry-run]
@@ -29,7 +29,7 @@ USAGE = """python tools/ckpts/prune.py DIR --keep N [--keep-every M] [--protect 
 
 def main(argv: list[str]) -> int:
     """Print what goes."""
-    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False, usage=USAGE)
+    flags = ToolParser(allow_abbrev=False, add_help=False, usage=USAGE)
     flags.add_argument("directory", type=Path)
     flags.add_argument("--keep", required=True, type=int)
     flags.add_argument("--keep-every", type=int)
@@ -55,4 +55,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False, keys=False))

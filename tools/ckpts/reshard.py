@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments import NeoXArgs  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = """Rewrites a checkpoint for another layout, piece by piece, in little memory. Training does the same when it resumes; this is for
 files that other programs read, and for many resumes at one layout."""
@@ -29,7 +29,7 @@ USAGE = """python tools/ckpts/reshard.py SOURCE TARGET --tensor N --pipe M [--it
 
 def main(argv: list[str]) -> int:
     """Write the new checkpoint and say where."""
-    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False, usage=USAGE)
+    flags = ToolParser(allow_abbrev=False, add_help=False, usage=USAGE)
     flags.add_argument("source", type=Path)
     flags.add_argument("target", type=Path)
     flags.add_argument("--tensor", type=int, required=True)
@@ -66,4 +66,4 @@ def spec_of(folder: Path, configs: list[Path]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT))
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, keys=False))

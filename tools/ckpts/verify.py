@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 
 from megatron.checkpoint.verifying import Verify, survey  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = "Compares checkpoints with their manifests. Exit status 1 when one of them is bad."
 USAGE = """python tools/ckpts/verify.py DIR [--sizes]
@@ -22,7 +22,7 @@ USAGE = """python tools/ckpts/verify.py DIR [--sizes]
 
 def main(argv: list[str]) -> int:
     """Print a line per step, and one per bad file."""
-    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False, usage=USAGE)
+    flags = ToolParser(allow_abbrev=False, add_help=False, usage=USAGE)
     flags.add_argument("directory", type=Path)
     flags.add_argument("--sizes", action="store_true")
     given = flags.parse_args(argv)
@@ -36,4 +36,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False, keys=False))

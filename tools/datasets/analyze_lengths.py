@@ -23,6 +23,8 @@ from megatron.data.making.encoders import TextSource  # noqa: E402
 from megatron.data.making.inputs import find  # noqa: E402
 from megatron.data.making.sources import Files  # noqa: E402
 from megatron.errors import DataError, NeoXError  # noqa: E402
+from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = """Lengths of a set of .bin/.idx files: percentiles, coverage, the recommended max_length, and the expected waste per batch mode.
 
@@ -37,7 +39,7 @@ or files (JSON lines, Parquet, text..., folders and globs) with a tokenizer:
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(description=ABOUT, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = ToolParser(description=ABOUT, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("input", nargs="+", help="one or more; taken together as one set")
     flags.add_argument("--rejected", help="prefix of the rejected sequences; INPUT holds the chosen ones")
     add_records(flags)
@@ -194,4 +196,4 @@ def draw(lengths: Lengths, report: Report, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

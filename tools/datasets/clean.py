@@ -20,6 +20,7 @@ from megatron.data.cleaning.run import Local, OnSlurm, Runner, clean  # noqa: E4
 from megatron.data.cleaning.settings import Form, Identify, NearSettings, Settings  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = "Cleans and de-duplicates JSON lines or Parquet: stages in the order below, those not named are off. See documentation/cleaning.md."
 USAGE = """python tools/datasets/clean.py INPUT ... --output DIR [stages] [options]
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 
 def _flags() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False, usage=USAGE)
+    flags = ToolParser(allow_abbrev=False, add_help=False, usage=USAGE)
     flags.add_argument("inputs", nargs="+")
     flags.add_argument("--output", required=True, type=Path)
     flags.add_argument("--text-key", default="text")
@@ -173,4 +174,4 @@ def _table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=USAGE, about=ABOUT, ranks=False, keys=False))

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from megatron.data.finished.inspecting import Agreement, Pair, Statistics, compare, labels_beside, statistics  # noqa: E402
 from megatron.data.finished.legacy import open_any  # noqa: E402
 from megatron.errors import DataError, ExitStatus, NeoXError  # noqa: E402
+from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, open_tokenizer  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 DIM, TRAINED, RESET = "\033[2m", "\033[32m", "\033[0m"
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -29,7 +31,7 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(
+    flags = ToolParser(
         description="Show statistics and documents of a .bin/.idx pair, and check its labels. Exit status 77 where they do not fit.",
         allow_abbrev=False,
     )
@@ -192,4 +194,4 @@ def percent(part: int, whole: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 from megatron.data.finished.merging import merge_folder  # noqa: E402
 from megatron.errors import NeoXError  # noqa: E402
 from megatron.log import setup_logging  # noqa: E402
+from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(
+    flags = ToolParser(
         description="Merge all .bin/.idx pairs of a folder into one, in the order of their names. Document borders are kept.",
         allow_abbrev=False,
     )
@@ -50,4 +52,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

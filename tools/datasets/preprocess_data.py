@@ -16,6 +16,7 @@ from megatron.data.making.inputs import find  # noqa: E402
 from megatron.data.making.sources import Files  # noqa: E402
 from megatron.data.making.writer import write  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = """Tokenizes texts and writes <prefix>_<key>_document.bin and .idx, and <prefix>_metadata.json.
 The files appear when they are whole; a run that was killed goes on where it stopped when it is started again in the same way."""
@@ -23,7 +24,7 @@ The files appear when they are whole; a run that was killed goes on where it sto
 
 def parser() -> argparse.ArgumentParser:
     """The flags. Prefixes of them work, as users of --vocab are used to."""
-    flags = argparse.ArgumentParser(prog="preprocess_data.py", description=ABOUT, add_help=False)
+    flags = ToolParser(prog="preprocess_data.py", description=ABOUT, add_help=False)
     shared.add_input(flags, keys=["text"])
     shared.add_tokenizer(flags)
     flags.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
@@ -46,4 +47,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

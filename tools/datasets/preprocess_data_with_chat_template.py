@@ -21,6 +21,7 @@ from megatron.data.making.sources import Files  # noqa: E402
 from megatron.data.making.writer import write  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = """Renders conversations with the tokenizer's chat template and writes <prefix>_<key>_document, <prefix>_<key>_label_document,
 with --reward-key <prefix>_<key>_reward_document (.bin and .idx), and <prefix>_metadata.json. Labels are -100 where nothing is trained.
@@ -31,7 +32,7 @@ KEYS = ["conversation"]
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(prog="preprocess_data_with_chat_template.py", description=ABOUT, add_help=False)
+    flags = ToolParser(prog="preprocess_data_with_chat_template.py", description=ABOUT, add_help=False)
     shared.add_input(flags, keys=KEYS)
     flags.add_argument("--prompt-key", help="the turns under --jsonl-keys answer this prompt (text or turns), which is not trained")
     flags.add_argument("--tools-key", help="key of the tools offered in a conversation, given to the template")
@@ -132,4 +133,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

@@ -17,6 +17,7 @@ from megatron.data.making.sources import Files  # noqa: E402
 from megatron.data.making.writer import write  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 ABOUT = """Tokenizes texts and writes <prefix>_text_document and <prefix>_label_document (.bin and .idx), and <prefix>_metadata.json.
 Labels are -100 up to and including the first occurrence of --mask-before-token, and the tokens themselves after it."""
@@ -24,7 +25,7 @@ Labels are -100 up to and including the first occurrence of --mask-before-token,
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(prog="preprocess_data_with_mask.py", description=ABOUT, add_help=False)
+    flags = ToolParser(prog="preprocess_data_with_mask.py", description=ABOUT, add_help=False)
     shared.add_input(flags, keys=["text"])
     shared.add_tokenizer(flags)
     flags.add_argument("--mask-before-token", default="", help="token ids, separated by commas; without it every token is trained")
@@ -56,4 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False))
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

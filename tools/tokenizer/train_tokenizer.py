@@ -15,12 +15,14 @@ from megatron.data.making.reading import texts  # noqa: E402
 from megatron.data.making.sources import Files  # noqa: E402
 from megatron.errors import NeoXError  # noqa: E402
 from megatron.log import setup_logging  # noqa: E402
+from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tokenizer.train import save_tokenizer, train_bpe  # noqa: E402
+from megatron.tool_flags import ToolParser  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    flags = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer.", allow_abbrev=False)
+    flags = ToolParser(description="Train a byte-level BPE tokenizer.", allow_abbrev=False)
     given = flags.add_mutually_exclusive_group(required=True)
     given.add_argument("--json_input_dir", "--json-input-dir", help="folder (or file) of JSON lines, plain, .gz or .zst")
     given.add_argument("--input", nargs="+", help="files or folders: JSON lines or plain text")
@@ -51,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_face(main, sys.argv[1:], usage=parser().format_help().removeprefix("usage: "), about="", ranks=False, keys=False))

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron.tool_flags import ToolParser
+
 SHARED = """
   --overwrite        replace the output folder, where there is one
   --verify           compare the logits of source and result, of the whole model whatever its size; without this flag,
@@ -15,7 +17,7 @@ SHARED = """
 
 def parser(usage: str) -> argparse.ArgumentParser:
     """With the shared flags."""
-    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False, usage=usage)
+    flags = ToolParser(allow_abbrev=False, add_help=False, usage=usage)
     flags.add_argument("--overwrite", action="store_true")
     flags.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None)
     return flags

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ class Records:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class Block(ABC):
     """Records that lie side by side in one input.
 
     where:        the input, as shown in errors
@@ -55,9 +56,9 @@ class Block:
     source_bytes: int = 0
     after: Position | None
 
+    @abstractmethod
     def read(self) -> Records:
         """The records. Faults are returned, never raised."""
-        raise NotImplementedError
 
     def label(self, number: int) -> str:
         """`file:line` of a record."""

@@ -93,6 +93,8 @@ class Partial:
         keep = kind is not None and not (issubclass(kind, DataError) and error is not None and error.__cause__ is None)
         if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
+        elif kind is not None and issubclass(kind, KeyboardInterrupt):
+            log.info("stopped: the same command goes on from %s; or remove it", self.folder)
         if self._lock is not None:
             self._lock.close()
 

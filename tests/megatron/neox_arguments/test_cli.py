@@ -205,7 +205,9 @@ def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFix
     assert "Traceback" in capsys.readouterr().err
     assert len(waits) == 2  # rank 0 speaks first
     assert run_face(fails, ["--help"], usage="how", about="what") == 0
-    assert "usage: how" in capsys.readouterr().out
+    assert "usage: how" in (said := capsys.readouterr().out) and "Every YAML key is a flag too" in said
+    assert run_face(fails, ["--help"], usage="how\n", about="what", keys=False) == 0
+    assert capsys.readouterr().out == "usage: how\n\nwhat\n"
 
 
 def test_a_rank_of_deepy_leaves_its_report_to_it(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron.data.hf.pipeline import prepare
@@ -206,9 +208,6 @@ def test_failures_are_named_and_recorded(folder: Path) -> None:
 
 
 def test_tables_and_many_workers_give_the_same_bytes(folder: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
     asked = wish(folder, [{"messages": talk, "id": number} for number, talk in enumerate(TALKS)])
     prepare(asked)
     (folder / "repo").mkdir()

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""argparse whose complaints are those of the rest: a wrong flag is named, with the nearest right one. Knows no particular flag."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from megatron.errors import ConfigError
+
+WHERE = "command line"
+
+
+class ToolParser(argparse.ArgumentParser):
+    """Raises ConfigError instead of leaving with status 2."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # overloads
+        """The values. An unknown flag is told before the required ones that are then missing."""
+        for word in args or ():
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            if name.startswith("--") and not self._known(name):
+                near = get_close_matches(name, self._option_string_actions, n=1)
+                mend = f"is {near[0]} meant? " if near else ""
+                raise ConfigError(f"unknown flag {name}", where=WHERE, mend=f"{mend}--help shows all flags")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """A missing flag or a value that cannot be used."""
+        raise ConfigError(message, where=WHERE, mend="--help shows all flags")
+
+    def _known(self, name: str) -> bool:
+        known = self._option_string_actions
+        return name in known or (self.allow_abbrev and any(flag.startswith(name) for flag in known))
