@@ -111,11 +111,13 @@ def test_ctrl_c_says_how_it_goes_on(tmp_path: Path, workers: int) -> None:
     source = corpus(tmp_path, 1500)
     (tmp_path / "out").mkdir()
     prefix = tmp_path / "out" / "ds"
-    process = subprocess.Popen(command(driver, source, prefix, workers), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(driver, source, prefix, workers), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (prefix.parent / "ds.partial" / "journal.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal asks the encoding processes, too
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
     assert f"stopped: the same command goes on from {prefix}.partial" in out

@@ -6,10 +6,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 
@@ -67,11 +69,17 @@ class EncodingPool:
         # spawn: a fork of a process whose tokenizer has started threads can hang
         context = multiprocessing.get_context("spawn")
         threads = max(1, usable_cores() // workers)
+        resource_tracker.ensure_running()  # else the first start does it, and lets Ctrl-C through again
         self._members: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
         for _ in range(workers):
             ours, theirs = context.Pipe(duplex=True)
             process = context.Process(target=_work, args=(source, theirs, threads), daemon=True)
-            process.start()
+            # Ctrl-C is this process's business: blocked here while it starts, it is blocked there for good.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             self._members.append((process, ours))
 
@@ -140,7 +148,7 @@ def _work(source: EncoderSource, connection: Connection, threads: int) -> None:
         encoder = source.open()
         while (block := blocks.get()) is not None:
             connection.send(encode(block, encoder))
-    except (BrokenPipeError, KeyboardInterrupt):
+    except BrokenPipeError:
         return
     except NeoXError as error:
         connection.send(error)
