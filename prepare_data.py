@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron.data.fetching.corpora import CORPORA
-from megatron.data.fetching.prepare import Wish, prepare
+from megatron.data.hf.corpora import CORPORA
+from megatron.data.hf.prepare_corpus import Wish, prepare
 from megatron.errors import NeoXError
 from megatron.log import setup_logging
 from megatron.neox_arguments.cli import run_face

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from megatron.data.hf.pipeline import Prepared, prepare
-from megatron.data.hf.wish import As, Columns, Data, Tokens, Wish, default_folder
-from megatron.data.making.flags import add_backend
+from megatron.data.hf.request import As, Columns, Data, Tokens, Wish, default_folder
+from megatron.data.preprocess.flags import add_backend
 from megatron.errors import ConfigError
 from megatron.neox_arguments.cli import run_face
 from megatron.tokenizer import TokenizerBackend

@@ -12,29 +12,29 @@ from typing import NamedTuple
 
 import torch
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.checkpoint.build import choose_source, compared_args, own_folder
 from megatron.checkpoint.exporting.build import require_exportable
-from megatron.checkpoint.verifying import Verify
+from megatron.checkpoint.steps.verify import Verify
 from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
-from megatron.engine.rewinding import Rewinder
+from megatron.engine.rollback import Rewinder
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import Ends, build_hooks, build_stop
-from megatron.hooks.characters import PER_CHARACTER, Characters
-from megatron.hooks.locking import LockHook
-from megatron.hooks.numbers import Record
+from megatron.hooks.chars_per_token import PER_CHARACTER, Characters
+from megatron.hooks.heartbeat import watched
+from megatron.hooks.nonfinite_and_spikes import Record
+from megatron.hooks.run_lock import LockHook
 from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import Evaluate
-from megatron.hooks.watching import watched
 from megatron.launch.heartbeat import FOLDER
-from megatron.launch.pulse import LOAD, Pulse
-from megatron.launch.records import claimed
+from megatron.launch.progress_reporter import LOAD, Pulse
+from megatron.launch.rank_events import claimed
 from megatron.launch.signals import noting_signals
-from megatron.launch.watch import WatchPlan, watching
+from megatron.launch.watchdog import WatchPlan, watching
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank, barrier
@@ -44,7 +44,7 @@ from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
-from megatron.resuming.build import as_before, check_forward, make_place, take_up
+from megatron.resume import as_before, check_forward, make_place, take_up
 from megatron.tokenizer.build import build_tokenizer, with_vocabulary
 
 log = get_logger(__name__)
@@ -72,7 +72,7 @@ def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
-    faults.point("set-up")
+    fault_injection.point("set-up")
     stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
     with own_folder(args, groups.world) as check_owner, watching(watch_plan(args, groups.world)) as pulse:
         return run(args, groups, device, stop, check_owner, pulse)
@@ -204,8 +204,8 @@ def train(
             hook.on_start(state, engine)
         steps = steps_from(state)
         while state.iteration < state.target:
-            faults.begin_step(state.iteration + 1)
-            faults.point("step")
+            fault_injection.begin_step(state.iteration + 1)
+            fault_injection.point("step")
             result = engine.train_step(objective, next(steps))
             state = state.after(samples=result.samples, tokens=result.tokens)
             verdicts = verdicts_of(hooks, state, result, engine)

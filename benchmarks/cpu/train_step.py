@@ -102,7 +102,7 @@ def peer(options: argparse.Namespace) -> Callable[[int], float]:
 def ours(options: argparse.Namespace) -> Callable[[int], float]:
     """This project's engine, the one that trains: DeepSpeed, schedule, clipping, metrics."""
     from megatron.checkpoint.build import Source, Take
-    from megatron.checkpoint.convert import load_hf
+    from megatron.checkpoint.mapping.hf_config import load_hf
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel

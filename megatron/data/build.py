@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron.data.dataset_builder import Amount, Paths, Recipe, open_dataset, open_epochs, open_mixture
 from megatron.data.fingerprint import fingerprint
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.loader import Split
-from megatron.data.opening import Amount, Paths, Recipe, open_dataset, open_epochs, open_mixture
 from megatron.data.streams import MAINS, Kind, kind_of, main_of
 from megatron.data.weights import by_num_documents, normalise, split_bounds
 from megatron.errors import ConfigError, DataError

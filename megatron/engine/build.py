@@ -8,15 +8,15 @@ import os
 import torch
 
 from megatron.checkpoint.build import Source, opened
-from megatron.checkpoint.neox_store import copy_weights
+from megatron.checkpoint.formats.neox_files import copy_weights
+from megatron.engine.deepspeed_mpu import counted_here, entries_of, mark_split
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.distributed import Shape, choose_device, rendezvous_from, seed_everything, start
 from megatron.engine.engine import TrainEngine
-from megatron.engine.grid import counted_here, entries_of, mark_split
-from megatron.engine.partitioning import Partitioning
 from megatron.engine.pipeline import LossOfStep, PipelinePath
 from megatron.engine.sequential import SequentialPath
 from megatron.engine.timers import Timers
+from megatron.engine.zero3_init import Partitioning
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses

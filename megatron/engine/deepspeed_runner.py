@@ -14,17 +14,17 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from megatron.checkpoint.optimizer_store import RECORD, recorded
-from megatron.checkpoint.reading import read_torch_file
-from megatron.checkpoint.state import canonical_name
-from megatron.checkpoint.writing import Writing
+from megatron.checkpoint.formats.optimizer_files import RECORD, recorded
+from megatron.checkpoint.formats.state import canonical_name
+from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.saving.write import Writing
 from megatron.engine.base import Pieces
-from megatron.engine.disturbing import disturb_backward, disturb_reduced, disturb_weights
-from megatron.engine.grid import counted_here, grid_of, mark_split
-from megatron.engine.guard import UpdateGuard
-from megatron.engine.layout import Layout, stored_layout
-from megatron.engine.pieces import pieces_of
-from megatron.engine.respreading import spread_anew
+from megatron.engine.checkpoint_layout import Layout, stored_layout
+from megatron.engine.deepspeed_mpu import counted_here, grid_of, mark_split
+from megatron.engine.fault_injection import disturb_backward, disturb_reduced, disturb_weights
+from megatron.engine.nonfinite_guard import UpdateGuard
+from megatron.engine.reshard import spread_anew
+from megatron.engine.shards import pieces_of
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec

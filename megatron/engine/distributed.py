@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import BackendError, ConfigError, LostRankError
-from megatron.launch.place import Place, place_from
+from megatron.launch.rendezvous import Place, place_from
 from megatron.log import get_logger
 from megatron.mpu.comm import open_groups
 from megatron.mpu.groups import Groups

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.writing import Writing
+from megatron.checkpoint.saving.write import Writing
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, tokens_digest, weighted_mean
 from megatron.engine.base import Pieces, StepResult
 from megatron.engine.deepspeed_runner import Runner
+from megatron.engine.loss_normalization import MetricSum, global_denominator, part_of, require_same_batch, tokens_digest, weighted_mean
 from megatron.engine.timers import Timers
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, targets_of
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.disturbing import disturbed
+from megatron.engine.fault_injection import disturbed
+from megatron.engine.loss_normalization import MetricSum, targets_of
 from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
 from megatron.objectives.base import Objective
@@ -45,7 +45,7 @@ class LossOfStep:
         """Loss of one micro batch, scaled so that DeepSpeed's division by accumulation steps and data ranks is undone."""
         if self.current is None:
             raise TrainingError("the pipeline ran outside a step", mend="call train_step or eval_step")
-        faults.point("micro_batch")
+        fault_injection.point("micro_batch")
         step = self.current
         terms = step.objective.loss(logits, dict(zip(step.names, targets, strict=True)), step.denominator)
         if terms.loss.requires_grad:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, add_terms, targets_of
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.disturbing import disturbed
+from megatron.engine.fault_injection import disturbed
+from megatron.engine.loss_normalization import MetricSum, add_terms, targets_of
 from megatron.engine.timers import Timers
 from megatron.objectives.base import LossTerms, Objective
 
@@ -31,7 +31,7 @@ class SequentialPath:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         engine = self._runner.deepspeed
         for batch in micro_batches:
-            faults.point("micro_batch")
+            fault_injection.point("micro_batch")
             with self._timers("forward"):
                 terms = disturbed(self._terms(engine, objective, batch, denominator))
                 meter.add(terms.metrics)

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
-from megatron.engine.accounting import MetricSum, add_terms, targets_of, weighted_mean
 from megatron.engine.distributed import choose_device
+from megatron.engine.loss_normalization import MetricSum, add_terms, targets_of, weighted_mean
 from megatron.errors import ConfigError, StoppedError, required
 from megatron.evaluation.coordinates import Size, Subject, measure
 from megatron.generation.build import load_model
-from megatron.hooks.characters import PER_CHARACTER, Characters
+from megatron.hooks.chars_per_token import PER_CHARACTER, Characters
 from megatron.hooks.validation import with_perplexity
 from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
@@ -49,7 +49,7 @@ class _Terms:
     model: Transformer
 
     def __call__(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
-        """See `Terms` of engine/accounting.py."""
+        """See `Terms` of engine/loss_normalization.py."""
         device = denominator.device
         targets = targets_of(batch, device)
         logits = self.model(batch.tokens.to(device), targets["segments"])
@@ -108,7 +108,7 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
 def _until_told(received: Sequence[int], batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; raises StoppedError before the next one once a signal came: losses over some of the data are not written."""
     for batch in batches:
-        faults.point("evaluate")
+        fault_injection.point("evaluate")
         if received:
             raise StoppedError(received[0])
         yield batch

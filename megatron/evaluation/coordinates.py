@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from megatron.errors import TrainingError
 from megatron.model.embedding import Embedding
-from megatron.model.stream import Stream
+from megatron.model.layer_state import Stream
 from megatron.model.transformer import Transformer
 
 KINDS = ("embedding", "attention", "mlp", "block", "logits")

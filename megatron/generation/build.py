@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.build import hf_shapes, hf_spec, search_of
-from megatron.checkpoint.discovery import find
-from megatron.checkpoint.hf_address import fetch, is_hf
-from megatron.checkpoint.hf_model import ROWS, HFModel
-from megatron.checkpoint.neox_store import copy_weights
-from megatron.checkpoint.whole import join_shards, read_shards, width_over
+from megatron.checkpoint.formats.neox_files import copy_weights
+from megatron.checkpoint.loading.hf_view import ROWS, HFModel
+from megatron.checkpoint.loading.merge_tp import join_shards, read_shards, width_over
+from megatron.checkpoint.remote.hub_resolve import fetch, is_hf
+from megatron.checkpoint.steps.discovery import find
 from megatron.errors import ConfigError
 from megatron.generation.decode import ModelScorer, Settings
 from megatron.generation.modes import TextGenType, Writer, input_file, interactive, unconditional

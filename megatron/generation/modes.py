@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.errors import DataError, StoppedError
 from megatron.generation.decode import Completion, Scorer, Settings, decode
 from megatron.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class Writer:
         records: list[Record | None] = [None] * len(contexts)
         hopeless = [len(prompt) >= self.scorer.longest for prompt in prompts]
         for numbers in self._batches(prompts):
-            faults.point("generate")
+            fault_injection.point("generate")
             if self.received:
                 break
             start = time.monotonic()

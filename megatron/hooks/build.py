@@ -14,25 +14,25 @@ from uuid import uuid4
 from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_args
 from megatron.checkpoint.exporting.build import build_exporter
 from megatron.checkpoint.exporting.exporter import Exporter
-from megatron.checkpoint.provenance import code_version, without_secrets
-from megatron.checkpoint.uploading import Uploader
+from megatron.checkpoint.remote.upload import Uploader
+from megatron.checkpoint.steps.provenance import code_version, without_secrets
 from megatron.engine.base import Engine
-from megatron.engine.forward_check import forward_pass
-from megatron.engine.persistence import Position
-from megatron.engine.saving import Saver
+from megatron.engine.checkpointer import Saver
+from megatron.engine.logit_check import forward_pass
+from megatron.engine.restore import Position
 from megatron.errors import ConfigError, required
 from megatron.hooks.base import BaseHook, Hook
 from megatron.hooks.checkpointing import CheckpointHook, Checkpoints, SavePlan
 from megatron.hooks.console import ConsoleHook, tee_log
 from megatron.hooks.exports import ExportHook
+from megatron.hooks.gradient_noise_scale import NoiseScaleHook
 from megatron.hooks.memory import MemoryHook, require_cuda
 from megatron.hooks.metrics import ClosingHook, MetricsHook
 from megatron.hooks.metrics_file import NAME, MetricsFile
-from megatron.hooks.noise import NoiseScaleHook
+from megatron.hooks.nonfinite_and_spikes import ActingHook, NumbersHook, NumbersPlan, Policy, Record
 from megatron.hooks.norms import NormsHook, NormsPlan, Send
-from megatron.hooks.numbers import ActingHook, NumbersHook, NumbersPlan, Policy, Record
 from megatron.hooks.profiling import ProfilingHook
-from megatron.hooks.replicas import ReplicaHook
+from megatron.hooks.replica_consistency import ReplicaHook
 from megatron.hooks.sinks import (
     CometSink,
     CometSpec,

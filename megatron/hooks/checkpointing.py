@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 
@@ -17,7 +17,7 @@ FAILURES = "checkpoint_failures"
 
 
 class Checkpoints(Protocol):
-    """Writes checkpoints (engine/saving.py: Saver). All ranks call each method together, except `abandon`."""
+    """Writes checkpoints (engine/checkpointer.py: Saver). All ranks call each method together, except `abandon`."""
 
     saved: int | None
     failures: int
@@ -126,7 +126,7 @@ class CheckpointHook(BaseHook):
         self.checkpoints.abandon(error)
 
     def _save(self, state: TrainState, *, last: bool = False) -> None:
-        faults.point("save")
+        fault_injection.point("save")
         self.checkpoints.save(state.iteration, state.samples, state.tokens, last=last)
         self._tell_seconds()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.engine.base import Engine, Pieces, StepResult
-from megatron.engine.grid import TIED_AGAIN, counted_here, entries_of
+from megatron.engine.deepspeed_mpu import TIED_AGAIN, counted_here, entries_of
 from megatron.errors import TrainingError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.mpu.collectives import of_all_ranks

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TypeVar
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import ExitStatus, NoTimeError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
@@ -63,7 +63,7 @@ class StopRequest:
     def until(self, items: Iterable[T]) -> Iterator[T]:
         """The items, ending early where the run is to stop. Every rank goes through as many items."""
         for item in items:
-            faults.point("evaluate")
+            fault_injection.point("evaluate")
             if self.agreed():
                 return
             yield item

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron.checkpoint.uploading import Uploader
+from megatron.checkpoint.remote.upload import Uploader
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.hooks.norms import Send

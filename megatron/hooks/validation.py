@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
-from megatron.hooks.characters import PER_CHARACTER
+from megatron.hooks.chars_per_token import PER_CHARACTER
 from megatron.log import get_logger
 from megatron.progress import EvaluationBlock, format_evaluation, perplexity
 

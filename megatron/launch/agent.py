@@ -19,11 +19,11 @@ from types import FrameType
 from typing import Any
 
 from megatron.errors import ConfigError
+from megatron.launch.control_channel import connect, tell
 from megatron.launch.environment import PRIVATE, Seat, machine_environment
-from megatron.launch.place import place_from
-from megatron.launch.records import LEAVING, Event, lines_of, shell_status
+from megatron.launch.rank_events import LEAVING, Event, lines_of, shell_status
+from megatron.launch.rendezvous import place_from
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
-from megatron.launch.wire import connect, tell
 
 TASK = "--task"
 FALLBACK_PORT = 29500

@@ -29,7 +29,7 @@ def check_names(hosts: Iterable[Host]) -> None:
 def pdsh(hosts: Sequence[Host]) -> tuple[str, ...]:
     """pdsh starts one `reach` per host, which goes there with ssh; pdsh itself replaces %h, so a % in a path is doubled."""
     names = ",".join(host.name for host in hosts)
-    reach = (sys.executable.replace("%", "%%"), "-u", "-m", "megatron.launch.reach", "%h")
+    reach = (sys.executable.replace("%", "%%"), "-u", "-m", "megatron.launch.ssh_agent", "%h")
     # -S: the largest exit status; -N: lines as they are; -R exec: a local program per host
     return ("pdsh", "-S", "-N", "-R", "exec", "-f", str(len(hosts)), "-w", names, *reach)
 

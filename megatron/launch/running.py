@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from megatron.launch.environment import PRIVATE, Seat, machine_environment
-from megatron.launch.launched import Launched
+from megatron.launch.launcher_process import Launched
 from megatron.launch.plan import Plan
-from megatron.launch.records import SIGNALLED, Ledger, shell_status
+from megatron.launch.rank_events import SIGNALLED, Ledger, shell_status
 from megatron.launch.signals import noting_signals
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
 

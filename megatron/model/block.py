@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from megatron.model.attention.layer import SelfAttention
+from megatron.model.layer_state import Stream
 from megatron.model.mlp import MLP
 from megatron.model.norms import ALONE, build_norm
 from megatron.model.spec import BlockSpec, Residual
-from megatron.model.stream import Stream
 from megatron.mpu.comm import leave
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group

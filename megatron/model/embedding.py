@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from megatron.errors import NeoXError
 from megatron.model.attention.masks import document_positions
+from megatron.model.layer_state import Stream
 from megatron.model.spec import EmbeddingSpec, Positions
-from megatron.model.stream import Stream
 from megatron.mpu.comm import own_part
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group

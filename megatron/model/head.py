@@ -10,10 +10,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.model.blockwise import blockwise_nll, blockwise_token_logps
+from megatron.model.chunked_cross_entropy import blockwise_nll, blockwise_token_logps
+from megatron.model.layer_state import Stream
 from megatron.model.norms import ALONE, build_norm
 from megatron.model.spec import HeadSpec, NormSpec
-from megatron.model.stream import Stream
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import ColumnLinear

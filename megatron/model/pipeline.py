@@ -19,10 +19,10 @@ from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
+from megatron.model.layer_state import Stream
 from megatron.model.plan import Builder, Slot, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
-from megatron.model.stream import Stream
 from megatron.mpu.groups import Group, Groups
 
 log = get_logger(__name__)

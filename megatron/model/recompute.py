@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from megatron.model.attention.masks import Documents
 from megatron.model.block import TransformerBlock
-from megatron.model.stream import Stream
+from megatron.model.layer_state import Stream
 from megatron.mpu.comm import all_gather
 from megatron.mpu.groups import Group
 

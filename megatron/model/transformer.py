@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Gather, Initialiser
+from megatron.model.layer_state import Stream
 from megatron.model.plan import Builder, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
-from megatron.model.stream import Stream
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 

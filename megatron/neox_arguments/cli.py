@@ -17,16 +17,16 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
-from megatron.launch.place import place_from
-from megatron.launch.records import claim, leave
+from megatron.launch.rank_events import claim, leave
+from megatron.launch.rendezvous import place_from
 from megatron.log import setup_logging
 
-from . import payload
+from . import worker_payload
 from .deepspeed import deepspeed_config
 from .flags import HELP, INSIDE, Words, sort_words
-from .flat import read_files
+from .hostfile import visible_devices
 from .neox_args import NeoXArgs
-from .world import visible_devices
+from .yaml_loader import read_files
 
 MEGATRON_CONFIG = "--megatron_config"
 DEEPSPEED_CONFIG = "--deepspeed_config"
@@ -110,8 +110,13 @@ def worker_words(args: NeoXArgs, *, debug: bool = False) -> tuple[str, ...]:
     if args.runtime.autotuning_run:
         tuned = AUTOTUNING_FILE  # the autotuner edits a file
     else:
-        tuned = payload.encode(deepspeed_config(args))
-    words = (DEEPSPEED_CONFIG, tuned, MEGATRON_CONFIG, payload.encode({**args.given(), "global_num_gpus": args.runtime.global_num_gpus}))
+        tuned = worker_payload.encode(deepspeed_config(args))
+    words = (
+        DEEPSPEED_CONFIG,
+        tuned,
+        MEGATRON_CONFIG,
+        worker_payload.encode({**args.given(), "global_num_gpus": args.runtime.global_num_gpus}),
+    )
     return (*words, "--debug") if debug else words
 
 
@@ -273,7 +278,7 @@ def _with_entry(block: Any, path: list[str], value: Any, flag: str) -> dict[str,
 
 
 def _from_encoded(encoded: Mapping[str, str], fixed: dict[str, Any]) -> NeoXArgs:
-    values = payload.decode(encoded[MEGATRON_CONFIG], MEGATRON_CONFIG)
+    values = worker_payload.decode(encoded[MEGATRON_CONFIG], MEGATRON_CONFIG)
     if values.get("autotuning_run") and DEEPSPEED_CONFIG in encoded:
         tuned = _tuned(encoded[DEEPSPEED_CONFIG])
         values |= {key: tuned[key] for key in TUNED if key in tuned}
@@ -294,6 +299,6 @@ def _check_ranks(wanted: Any, found: int) -> None:
 def _tuned(text: str) -> dict[str, Any]:
     """The DeepSpeed config of an autotuning trial: a JSON file, or encoded."""
     if not Path(text).is_file():
-        return payload.decode(text, DEEPSPEED_CONFIG)
+        return worker_payload.decode(text, DEEPSPEED_CONFIG)
     loaded = json.loads(Path(text).read_text())
     return loaded if isinstance(loaded, dict) else {}

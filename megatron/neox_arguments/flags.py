@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
-from .flat import fold, scalar
 from .problems import ConfigProblems, Problem, closest
 from .sections import SECTION_OF, SECTIONS
+from .yaml_loader import fold, scalar
 
 # Short spellings of keys, and one long one: --autotuning sets the key autotuning_run (the key autotuning is a dict).
 SHORT = {"-H": "hostfile", "-i": "sample_input_file", "-o": "sample_output_file"}

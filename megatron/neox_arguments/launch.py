@@ -13,13 +13,13 @@ from pathlib import Path
 
 from megatron.errors import ConfigError
 from megatron.launch import commands
+from megatron.launch.control_channel import ADDRESSES, SECRET
 from megatron.launch.environment import SECRET_NAME, environment_file, handed_on, python_path, visible_devices
-from megatron.launch.place import LOOPBACK, expand, slurm_port
 from megatron.launch.plan import Host, Plan
-from megatron.launch.wire import ADDRESSES, SECRET
+from megatron.launch.rendezvous import LOOPBACK, expand, slurm_port
 
+from .hostfile import HostError, Hosts, find_hostfile, parse_filter, read_hosts
 from .neox_args import NeoXArgs
-from .world import HostError, Hosts, find_hostfile, parse_filter, read_hosts
 
 LOCAL_NAMES = ("localhost", LOOPBACK)
 # What a remote shell takes literally: DeepSpeed's pdsh runner hands its command to one.

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from . import flat as flat_files
-from .draft import Draft
-from .flat import Flat, fold
-from .idle import idle_keys
+from . import yaml_loader as flat_files
+from .hostfile import visible_devices
 from .nested import check_block
 from .problems import DEFAULT, ConfigProblems, Origin, Problem
+from .pydantic_errors import unknown_key, value_problems
+from .resolution_state import Draft
 from .resolvers import RESOLVERS, resolve_world
 from .rules import broken_rules
 from .sections import (
@@ -35,8 +35,8 @@ from .sections import (
     Section,
     TextArgs,
 )
-from .translate import unknown_key, value_problems
-from .world import visible_devices
+from .unused_keys import idle_keys
+from .yaml_loader import Flat, fold
 
 
 @dataclass(frozen=True, kw_only=True)

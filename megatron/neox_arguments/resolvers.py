@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from .draft import Draft
-from .idle import RECOMPUTE_ENTRIES
+from .hostfile import HostError, Hosts, count_ranks
 from .nested import OPTIMIZER_PARAMS
 from .problems import Problem, closest, plain, shown
+from .resolution_state import Draft
 from .resolve import TRIPLE, Unsolvable, batch_triple, choose_precision, decay_iters, expand_attention, parse_split
-from .world import HostError, Hosts, count_ranks
+from .unused_keys import RECOMPUTE_ENTRIES
 
 # Data that is made of separate texts: tokens of one must not depend on another.
 ISOLATING: Final = tuple(

@@ -32,7 +32,7 @@ class TokenizerBackend(str, Enum):
     """Which library runs a tokenizer. The ids are the same whichever does, or the run stops."""
 
     AUTO = "auto"
-    """gigatoken where `settle` finds that it gives the same ids, else hf."""
+    """gigatoken where `select_backend` finds that it gives the same ids, else hf."""
     HF = "hf"
     """The family's own library."""
     GIGATOKEN = "gigatoken"

@@ -114,11 +114,11 @@ def plan(path: Path, rows: list[dict[str, Any]], step: int) -> None:
     """Make these the faults of this process."""
     import yaml
 
-    from megatron import faults
+    from megatron import fault_injection
 
     path.write_text(yaml.safe_dump(rows))
-    faults._PLAN = faults._read(str(path))
-    faults.begin_step(step)
+    fault_injection._PLAN = fault_injection._read(str(path))
+    fault_injection.begin_step(step)
 
 
 def check_steps(folder: Path, layouts: dict[str, dict[str, Any]]) -> None:

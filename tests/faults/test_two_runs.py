@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint import lock as module
-from megatron.checkpoint.lock import LOCK, Holder, RunLock, acquire, held, this_process
-from megatron.checkpoint.steps import saved_steps
+from megatron.checkpoint.steps import run_lock as module
+from megatron.checkpoint.steps.run_lock import LOCK, Holder, RunLock, acquire, held, this_process
+from megatron.checkpoint.steps.step_dirs import saved_steps
 from megatron.errors import ConfigError, TrainingError
 from support.checkpoints import flip
 from support.jobs import Job, settings
@@ -25,7 +25,7 @@ RACERS = 6
 RACE = """
 import sys, time
 from pathlib import Path
-from megatron.checkpoint.lock import held
+from megatron.checkpoint.steps.run_lock import held
 from megatron.errors import ConfigError
 print("ready", flush=True)
 folder, start = Path(sys.argv[1]), float(sys.stdin.readline())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.writing import Writing
+from megatron.checkpoint.saving.write import Writing
 from megatron.data.batch import Batch
 from megatron.engine.base import Pieces, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict

@@ -100,7 +100,7 @@ def whole_weights(engine: Any, spec: Any, groups: Any) -> tuple[dict[str, Any], 
     import deepspeed
     import torch.distributed as dist
 
-    from megatron.checkpoint.neox_store import canonical_name
+    from megatron.checkpoint.formats.neox_files import canonical_name
 
     partitioned = [parameter for parameter in engine.module().parameters() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
@@ -115,7 +115,7 @@ def whole_weights(engine: Any, spec: Any, groups: Any) -> tuple[dict[str, Any], 
 def _joined(everybody: list[tuple[int, dict[str, Any]]], spec: Any, tensor_ranks: int) -> tuple[dict[str, Any], set[str]]:
     import torch
 
-    from megatron.checkpoint.whole import shardings_of
+    from megatron.checkpoint.loading.merge_tp import shardings_of
     from megatron.mpu.sharding import Replicated, join
 
     table = shardings_of(spec, tensor_ranks)

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     from megatron.checkpoint.conversion.hub import local_folder
     from megatron.checkpoint.conversion.requests import ToNeoX
     from megatron.errors import ConfigError
-    from megatron.neox_arguments.flat import read_files
+    from megatron.neox_arguments.yaml_loader import read_files
 
     local, step = Path(given.hf_model_name).is_dir(), given.revision
     name = given.hf_model_name if local or "/" in given.hf_model_name else f"EleutherAI/{given.hf_model_name}"

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
 from megatron.data.cleaning.backend import trove  # noqa: E402
-from megatron.data.cleaning.near import Keep  # noqa: E402
+from megatron.data.cleaning.minhash_dedup import Keep  # noqa: E402
 from megatron.data.cleaning.pii import Code  # noqa: E402
 from megatron.data.cleaning.quality import Filter  # noqa: E402
 from megatron.data.cleaning.run import Local, OnSlurm, Runner, clean  # noqa: E402

@@ -14,11 +14,11 @@ from megatron.data.chat.masks import Borders, Masking  # noqa: E402
 from megatron.data.chat.pairs import PairSource  # noqa: E402
 from megatron.data.chat.preview import preview  # noqa: E402
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format  # noqa: E402
-from megatron.data.making import flags as shared  # noqa: E402
-from megatron.data.making.blocks import Position  # noqa: E402
-from megatron.data.making.inputs import find  # noqa: E402
-from megatron.data.making.sources import Files  # noqa: E402
-from megatron.data.making.writer import write  # noqa: E402
+from megatron.data.preprocess import flags as shared  # noqa: E402
+from megatron.data.preprocess.blocks import Position  # noqa: E402
+from megatron.data.preprocess.inputs import find  # noqa: E402
+from megatron.data.preprocess.sources import Files  # noqa: E402
+from megatron.data.preprocess.writer import write  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402

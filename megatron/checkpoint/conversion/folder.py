@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from megatron.checkpoint.durable import sync_folder
+from megatron.atomic_io import sync_folder
 from megatron.errors import CheckpointError
 
 PARTIAL = ".partial"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.conversion.model import Precision
-from megatron.checkpoint.hf_store import SHARD_BYTES
+from megatron.checkpoint.formats.hf_files import SHARD_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.config_rows import ConfigRow, Theirs
-from megatron.checkpoint.families.registry import FAMILIES, family_of
-from megatron.checkpoint.mapping import Family, Row
-from megatron.checkpoint.state import load_canonical
+from megatron.checkpoint.formats.state import load_canonical
+from megatron.checkpoint.mapping.config_rows import ConfigRow, Theirs
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of
+from megatron.checkpoint.mapping.rows import Family, Row
 from megatron.errors import ConfigError
+from megatron.model.layer_state import Stream
 from megatron.model.spec import ModelSpec
-from megatron.model.stream import Stream
 from megatron.model.transformer import Transformer
 
 HEAD = "rm_linear.weight"

@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.config_rows import Pair
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.reward import written_family
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
-from megatron.checkpoint.conversion.table import content_of
+from megatron.checkpoint.conversion.tensor_manifest import content_of
 from megatron.checkpoint.conversion.weights import Whole
-from megatron.checkpoint.hf_store import CONFIG, SHARD_BYTES, read_config, read_state, write_json
-from megatron.checkpoint.mapping import Family, usual_names
-from megatron.checkpoint.state import LazyState
+from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, read_config, read_state, write_json
+from megatron.checkpoint.formats.state import LazyState
+from megatron.checkpoint.mapping.config_rows import Pair
+from megatron.checkpoint.mapping.rows import Family, usual_names
 from megatron.model.spec import ModelSpec
 
 

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.conversion.ahead import ahead
 from megatron.checkpoint.conversion.folder import check_free, written_aside
 from megatron.checkpoint.conversion.model import Described, Finish, HFChoice
+from megatron.checkpoint.conversion.prefetch import ahead
 from megatron.checkpoint.conversion.reward import scoring
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
-from megatron.checkpoint.conversion.table import Progress, Table, dtype_name, write_record
+from megatron.checkpoint.conversion.tensor_manifest import Progress, Table, dtype_name, write_record
 from megatron.checkpoint.conversion.weights import Whole, check_files
-from megatron.checkpoint.convert import hf_config
-from megatron.checkpoint.families.registry import FAMILIES, family_named
-from megatron.checkpoint.hf_store import CONFIG, write_json
-from megatron.checkpoint.mapping import Bound, Family, bound_rows, from_canonical
+from megatron.checkpoint.formats.hf_files import CONFIG, write_json
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_named
+from megatron.checkpoint.mapping.hf_config import hf_config
+from megatron.checkpoint.mapping.rows import Bound, Family, bound_rows, from_canonical
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import get_logger
 

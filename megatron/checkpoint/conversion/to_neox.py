@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.conversion.external_weights import Foreign
 from megatron.checkpoint.conversion.folder import check_free, written_aside
-from megatron.checkpoint.conversion.foreign import Foreign
 from megatron.checkpoint.conversion.model import Described, Finish, NeoXChoice
 from megatron.checkpoint.conversion.step_writer import StepWriter
-from megatron.checkpoint.conversion.table import Noted, Progress, Table, write_record
+from megatron.checkpoint.conversion.tensor_manifest import Noted, Progress, Table, write_record
 from megatron.checkpoint.conversion.weights import Whole, check_files
-from megatron.checkpoint.mapping import Bound, bound_rows, to_canonical, usual_names
-from megatron.checkpoint.steps import step_tag, write_latest
+from megatron.checkpoint.mapping.rows import Bound, bound_rows, to_canonical, usual_names
+from megatron.checkpoint.steps.step_dirs import step_tag, write_latest
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 

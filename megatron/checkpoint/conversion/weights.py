@@ -10,13 +10,13 @@ from torch import Tensor
 
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.reward import HEAD
-from megatron.checkpoint.families.dialects import canonical_weights
-from megatron.checkpoint.neox_store import bookkeeping_file, check_fit, zero3_partitioned
-from megatron.checkpoint.reading import read_torch_file
-from megatron.checkpoint.resharding import AT_ONCE, let_go
-from megatron.checkpoint.state import LazyState, canonical_name
-from megatron.checkpoint.verifying import Verify, look_at
-from megatron.checkpoint.whole import read_shards
+from megatron.checkpoint.formats.neox_files import bookkeeping_file, check_fit, zero3_partitioned
+from megatron.checkpoint.formats.state import LazyState, canonical_name
+from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.loading.merge_tp import read_shards
+from megatron.checkpoint.loading.reshard import AT_ONCE, let_go
+from megatron.checkpoint.mapping.families.dialects import canonical_weights
+from megatron.checkpoint.steps.verify import Verify, look_at
 from megatron.errors import CheckpointError
 from megatron.mpu.sharding import Replicated, Summed, join, split
 

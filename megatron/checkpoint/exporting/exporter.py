@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megatron.checkpoint.durable import write_durably
+from megatron.atomic_io import write_durably
 from megatron.checkpoint.exporting.hf_export import Export
-from megatron.checkpoint.publishing import recover
-from megatron.checkpoint.retention import EXPORTING
-from megatron.checkpoint.steps import step_of
+from megatron.checkpoint.steps.commit import recover
+from megatron.checkpoint.steps.retention import EXPORTING
+from megatron.checkpoint.steps.step_dirs import step_of
 from megatron.log import get_logger
 
 log = get_logger(__name__)

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.conversion.companions import save_tokenizer, write_generation_config
 from megatron.checkpoint.conversion.folder import written_aside
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.safetensors_file import write_shards
-from megatron.checkpoint.conversion.table import Progress, Table, dtype_name
+from megatron.checkpoint.conversion.tensor_manifest import Progress, Table, dtype_name
 from megatron.checkpoint.conversion.to_hf import planned, unpacked
+from megatron.checkpoint.conversion.tokenizer_files import save_tokenizer, write_generation_config
 from megatron.checkpoint.conversion.weights import Whole
-from megatron.checkpoint.convert import hf_config
-from megatron.checkpoint.families.registry import FAMILIES
-from megatron.checkpoint.hf_store import CONFIG, SHARD_BYTES, write_json
-from megatron.checkpoint.mapping import Family, bound_rows, from_canonical
-from megatron.checkpoint.whole import shapes_of
+from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, write_json
+from megatron.checkpoint.loading.merge_tp import shapes_of
+from megatron.checkpoint.mapping.families.registry import FAMILIES
+from megatron.checkpoint.mapping.hf_config import hf_config
+from megatron.checkpoint.mapping.rows import Family, bound_rows, from_canonical
 from megatron.errors import ConfigError, NeoXError
 from megatron.model.spec import ModelSpec
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron.data.chat.template import ChatTemplate, RenderError, Span
 from megatron.data.chat.turns import Conversation, UnmaskableError, check_prefix, mark, rendered, wanted_turns
-from megatron.data.making.encoders import UNTRAINED
+from megatron.data.preprocess.encoders import UNTRAINED
 from megatron.tokenizer.spans import Spans, SpanTokenizer
 
 NEOX_MEND = "--turn-borders exact masks it"

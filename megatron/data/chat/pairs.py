@@ -16,7 +16,7 @@ from megatron.data.chat.masks import Masked, close, count_trained, trained_token
 from megatron.data.chat.records import answered, common_turns, mended
 from megatron.data.chat.sources import IDS, NOTHING, ChatFormat
 from megatron.data.chat.turns import Conversation, Marked, UnmaskableError, mark
-from megatron.data.making.encoders import UNTRAINED, Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
+from megatron.data.preprocess.encoders import UNTRAINED, Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
 from megatron.tokenizer.spans import Spans
 
 LENGTHS = "lengths"

@@ -18,7 +18,7 @@ from megatron.data.chat.masks import Borders, Masked, Masking, Plan, close, coun
 from megatron.data.chat.records import answered, mended, reward_of, talk_of
 from megatron.data.chat.template import ChatTemplate
 from megatron.data.chat.turns import UnmaskableError
-from megatron.data.making.encoders import Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
+from megatron.data.preprocess.encoders import Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
 from megatron.tokenizer.hugging_face import from_hub
 from megatron.tokenizer.spans import SpanTokenizer
 

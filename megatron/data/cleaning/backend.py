@@ -14,4 +14,4 @@ def trove() -> Any:
     """The module that wraps datatrove. Raises BackendError naming the extra."""
     if importlib.util.find_spec("datatrove") is None:
         raise BackendError("cleaning runs on the package datatrove, which is not installed", mend="uv pip install 'megatron-neox[clean]'")
-    return importlib.import_module("megatron.data.cleaning.trove")
+    return importlib.import_module("megatron.data.cleaning.datatrove_adapter")

@@ -9,9 +9,9 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import Book
 from megatron.errors import DataError
 
 TOKEN = re.compile(r"\w+")

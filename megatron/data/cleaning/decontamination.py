@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.sources import Piece, find_inputs, records
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import Book
 from megatron.data.cleaning.words import hash_runs, hash_words, plain_words
 from megatron.errors import DataError
 

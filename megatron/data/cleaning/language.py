@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.data.cleaning.backend import trove
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import Book
 from megatron.data.cleaning.words import plain_words
 
 MIN_WORDS = 20

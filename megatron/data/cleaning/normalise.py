@@ -7,9 +7,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import Book
 
 LINE_ENDS = re.compile(r"\r\n?|\u2028|\u2029|\x85")
 # Controls but tab and newline, byte order marks, and Unicode's non-characters.

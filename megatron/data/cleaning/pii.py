@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document, look_up
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import Book
 
 PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{1,10000}?-----END [A-Z ]*PRIVATE KEY-----"
 KEYS = "|".join(

@@ -13,13 +13,13 @@ from megatron.data.cleaning.blocklist import Block, read_blocklist
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.exact import RANGES, FindSame, Fingerprint
 from megatron.data.cleaning.language import FUNCTION_WORDS, ByFastText, ByFunctionWords
-from megatron.data.cleaning.near import ChooseNear
+from megatron.data.cleaning.minhash_dedup import ChooseNear
 from megatron.data.cleaning.normalise import Normalise
 from megatron.data.cleaning.parquet import GatherSchema, WriteParquet
 from megatron.data.cleaning.pii import MaskPII
+from megatron.data.cleaning.pipeline import Segment, Source, Store, Stored, WriteLines
 from megatron.data.cleaning.publish import Publish
 from megatron.data.cleaning.quality import Quality
-from megatron.data.cleaning.segment import Segment, Source, Store, Stored, WriteLines
 from megatron.data.cleaning.settings import Form, Identify, Settings
 from megatron.data.cleaning.similarity import StoreShingles
 from megatron.data.cleaning.sources import Reader

@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from megatron.data.cleaning.book import Book, merged
-from megatron.data.cleaning.segment import OUTPUT
+from megatron.data.cleaning.pipeline import OUTPUT
 from megatron.data.cleaning.sources import STAGE as READ
+from megatron.data.cleaning.stage_stats import Book, merged
 
 REPORT = "report.json"
 VERSION = 1

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from megatron.data.cleaning.backend import trove
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import Book
 
 
 class Filter(Enum):

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.data.cleaning.near import Keep
+from megatron.data.cleaning.minhash_dedup import Keep
 from megatron.data.cleaning.pii import Code
 from megatron.data.cleaning.quality import Filter
 from megatron.errors import ConfigError

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import orjson
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
+from megatron.data.cleaning.stage_stats import Book
 from megatron.errors import DataError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
+from megatron.data.cleaning.stage_stats import Book
 
 Judge = Callable[[Document], str | tuple[str, str] | None]
 """None keeps the document, whose text may have been changed. Otherwise the rule that refused it, or (rule, what it met)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from megatron.data.making.blocks import Block, Position, RecordBlock
-from megatron.data.making.inputs import InputFile, Kind
-from megatron.data.making.sources import BLOCK_RECORDS, BOM, Files
+from megatron.data.preprocess.blocks import Block, Position, RecordBlock
+from megatron.data.preprocess.inputs import InputFile, Kind
+from megatron.data.preprocess.sources import BLOCK_RECORDS, BOM, Files
 from megatron.errors import DataError
 
 LOOKED_AT = 4096

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from megatron.data.hf.wish import As, Columns
+from megatron.data.hf.request import As, Columns
 from megatron.errors import DataError
 
 TURNS = ("messages", "conversations", "conversation")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.hf.shapes import Shape
-from megatron.data.making.encoders import UNTRAINED, Batch, Dropped, Encoder, EncoderSource, Fault, Ragged, Stream
+from megatron.data.hf.record_adapters import Shape
+from megatron.data.preprocess.encoders import UNTRAINED, Batch, Dropped, Encoder, EncoderSource, Fault, Ragged, Stream
 
 LENGTHS = "lengths"
 

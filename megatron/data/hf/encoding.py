@@ -14,13 +14,13 @@ from megatron.data.chat.pairs import PairSource
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format
 from megatron.data.hf.detect import Found, How
 from megatron.data.hf.encoders import LimitedSource, ShapedSource
-from megatron.data.hf.shapes import Shape
-from megatron.data.hf.wish import Tokens
-from megatron.data.making.blocks import Position
-from megatron.data.making.encoders import EncoderSource, TextSource
-from megatron.data.making.flags import choose
-from megatron.data.making.reading import FIRST_RECORDS
-from megatron.data.making.sources import Source
+from megatron.data.hf.record_adapters import Shape
+from megatron.data.hf.request import Tokens
+from megatron.data.preprocess.blocks import Position
+from megatron.data.preprocess.encoders import EncoderSource, TextSource
+from megatron.data.preprocess.flags import choose
+from megatron.data.preprocess.reading import FIRST_RECORDS
+from megatron.data.preprocess.sources import Source
 from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 

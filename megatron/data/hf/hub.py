@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.data.hf.patience import hidden, patiently
+from megatron.data.hf.request import Data
+from megatron.data.hf.retry import hidden, patiently
 from megatron.data.hf.rows import tables
-from megatron.data.hf.wish import Data
-from megatron.data.making.blocks import ArrowBlock, Block, Position
-from megatron.data.making.sources import BLOCK_BYTES
+from megatron.data.preprocess.blocks import ArrowBlock, Block, Position
+from megatron.data.preprocess.sources import BLOCK_BYTES
 from megatron.errors import DataError, NeoXError
 from megatron.log import get_logger
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.data.hf.arrays import Arrays, is_array
-from megatron.data.hf.wish import Data
-from megatron.data.making.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
-from megatron.data.making.sources import Files
+from megatron.data.hf.request import Data
+from megatron.data.preprocess.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
+from megatron.data.preprocess.sources import Files
 from megatron.errors import DataError
 from megatron.log import get_logger
 

@@ -16,18 +16,18 @@ from megatron.data.hf import hub
 from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.detect import Found, How, detect
 from megatron.data.hf.encoding import TEMPLATED, Opened, encoding_of, open_tokens
-from megatron.data.hf.ledger import Ledger, Result, Stage
 from megatron.data.hf.local import local_source
-from megatron.data.hf.passes import count, export
-from megatron.data.hf.patience import hidden
-from megatron.data.hf.shapes import Shape
-from megatron.data.hf.wish import Wish, check
+from megatron.data.hf.record_adapters import Shape
+from megatron.data.hf.request import Wish, check
+from megatron.data.hf.retry import hidden
+from megatron.data.hf.scan import count, export
+from megatron.data.hf.stage_cache import Ledger, Result, Stage
 from megatron.data.indexed_dataset import data_file, index_file
-from megatron.data.making.blocks import Position
-from megatron.data.making.partial import Counts
-from megatron.data.making.reading import FIRST_RECORDS
-from megatron.data.making.sources import Files, Source
-from megatron.data.making.writer import Options, stream_prefix, write
+from megatron.data.preprocess.blocks import Position
+from megatron.data.preprocess.reading import FIRST_RECORDS
+from megatron.data.preprocess.resumable_output import Counts
+from megatron.data.preprocess.sources import Files, Source
+from megatron.data.preprocess.writer import Options, stream_prefix, write
 from megatron.errors import DataError, NeoXError
 from megatron.log import get_logger
 

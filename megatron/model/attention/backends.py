@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron.errors import BackendError
 from megatron.fused_kernels import available
 from megatron.model.attention import flash, varlen
+from megatron.model.attention.inputs import View
 from megatron.model.attention.masks import allowed, needs_no_mask
-from megatron.model.attention.view import View
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.random import drop_by_head, seeded
 

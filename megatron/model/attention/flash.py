@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import View
 from megatron.model.spec import AttentionSpec
 from megatron.mpu.random import seeded
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from megatron.errors import ConfigError
 from megatron.model.attention import backends, ring, ulysses
+from megatron.model.attention.inputs import BiasOf, View
 from megatron.model.attention.masks import Documents, document_positions
 from megatron.model.attention.qkv import layout
-from megatron.model.attention.view import BiasOf, View
 from megatron.model.cache import LayerCache
 from megatron.model.norms import EachHeadNorm, HeadNorm
 from megatron.model.positions import Alibi, RelativeBias, Rotary, rotate

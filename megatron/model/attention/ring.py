@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.model.attention.sight import Sight
-from megatron.model.attention.view import View
+from megatron.model.attention.block_mask import Sight
+from megatron.model.attention.inputs import View
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.ring import Shift, shift

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.errors import BackendError
 from megatron.model.attention.backends import Attend
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import View
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import View
 from megatron.model.spec import AttentionSpec
 
 

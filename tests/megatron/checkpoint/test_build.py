@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.build import Source, Take, choose_source, own_folder
-from megatron.checkpoint.lock import LOCK
-from megatron.checkpoint.steps import saved_steps, write_latest
+from megatron.checkpoint.steps.run_lock import LOCK
+from megatron.checkpoint.steps.step_dirs import saved_steps, write_latest
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs

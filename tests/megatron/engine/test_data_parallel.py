@@ -53,7 +53,7 @@ def resumed_and_whole(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Weights after four steps with dropout, in one run and in two; and this rank's random state at the start of other resumed runs."""
     import torch
 
-    from megatron.checkpoint.neox_store import read_weights
+    from megatron.checkpoint.formats.neox_files import read_weights
     from megatron.neox_arguments import NeoXArgs
     from megatron.training import pretrain
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import TrainingError
-from megatron.hooks.noise import noise_terms
+from megatron.hooks.gradient_noise_scale import noise_terms
 from support.dist import run_distributed
 from support.fake_engine import drive, result
 from support.measuring import by_plain_torch, measured
@@ -85,7 +85,7 @@ def test_only_what_is_asked_for_is_done() -> None:
     from support.tiny import tiny
 
     assert measures(NeoXArgs.from_dict(tiny()), lambda values, row: None) == []
-    from megatron.engine.pieces import WholePieces
+    from megatron.engine.shards import WholePieces
     from support.fake_engine import FakeEngine
 
     class Shows(FakeEngine):

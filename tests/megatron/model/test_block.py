@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megatron.model.block import TransformerBlock, unused_stored_prefixes
+from megatron.model.layer_state import Stream
 from megatron.model.spec import MLPSpec, Residual
-from megatron.model.stream import Stream
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Group
 from support.specs import HIDDEN, model_spec

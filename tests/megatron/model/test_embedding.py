@@ -9,8 +9,8 @@ import torch
 from megatron.errors import NeoXError
 from megatron.model.cache import KVCache
 from megatron.model.embedding import Embedding, sinusoid
+from megatron.model.layer_state import Stream
 from megatron.model.spec import EmbeddingSpec, Positions
-from megatron.model.stream import Stream
 from megatron.mpu.groups import Group
 
 TOKENS = [[3, 1, 4, 1, 5]]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.model.head import FinalNorm, LMHead, Logits, tied_logits
+from megatron.model.layer_state import Stream
 from megatron.model.spec import HeadSpec, NormKind, NormSpec
-from megatron.model.stream import Stream
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import VocabEmbedding
 

@@ -100,7 +100,7 @@ def test_a_document_cannot_spell_the_end() -> None:
 
 def test_opening_a_tokenizer_imports_no_torch() -> None:
     code = (
-        "import sys, megatron.tokenizer, megatron.data.fetching.prepare; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        "import sys, megatron.tokenizer, megatron.data.hf.prepare_corpus; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3], timeout=60

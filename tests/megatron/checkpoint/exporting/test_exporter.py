@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from megatron.checkpoint.exporting.exporter import FOLDER, Exporter
 from megatron.checkpoint.exporting.hf_export import Export
-from megatron.checkpoint.retention import EXPORTING, removable
+from megatron.checkpoint.steps.retention import EXPORTING, removable
 
 
 @dataclass

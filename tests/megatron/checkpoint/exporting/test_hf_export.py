@@ -13,8 +13,8 @@ import torch
 
 from megatron.checkpoint.exporting.build import require_exportable
 from megatron.checkpoint.exporting.hf_export import Export, family_for, tokenizer_file
-from megatron.checkpoint.families.registry import family_named
-from megatron.checkpoint.hf_store import read_state
+from megatron.checkpoint.formats.hf_files import read_state
+from megatron.checkpoint.mapping.families.registry import family_named
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.build import build_spec
 from megatron.neox_arguments import NeoXArgs

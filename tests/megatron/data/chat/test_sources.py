@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from megatron.data.chat.masks import Borders, Masking
 from megatron.data.chat.sources import CROSSING, CUT, ENDLESS, NOTHING, ChatEncoder, ChatSource, chat_format
-from megatron.data.making.encoders import UNTRAINED, Batch
+from megatron.data.preprocess.encoders import UNTRAINED, Batch
 from tests.support.chat import GOLDEN, STYLES, chat_folder, turns
 
 STABLE = [name for name in STYLES if name != "qwen3"]

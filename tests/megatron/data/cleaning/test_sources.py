@@ -15,8 +15,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.sources import Reader, divide, find_inputs
+from megatron.data.cleaning.stage_stats import Book
 from megatron.errors import DataError
 
 

@@ -13,12 +13,12 @@ import pytest
 
 from megatron.data.cleaning.backend import trove
 from megatron.data.cleaning.blocklist import read_blocklist
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.language import ByFunctionWords
 from megatron.data.cleaning.normalise import Normalise
 from megatron.data.cleaning.quality import Filter, Quality
+from megatron.data.cleaning.stage_stats import Book
 from megatron.errors import BackendError, DataError
 from support.cleaning import nonsense, prose, run, sentence, write_lines
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.data.hf.detect import How, detect
-from megatron.data.hf.wish import As, Columns
+from megatron.data.hf.request import As, Columns
 from megatron.errors import DataError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from megatron.data.hf.detect import Found, How
 from megatron.data.hf.encoders import LimitedSource, ShapedSource
-from megatron.data.hf.shapes import Shape
-from megatron.data.making.encoders import UNTRAINED, Batch, Dropped, Fault, Stream, gather
+from megatron.data.hf.record_adapters import Shape
+from megatron.data.preprocess.encoders import UNTRAINED, Batch, Dropped, Fault, Stream, gather
 
 STREAMS = {"messages": Stream(np.dtype("<i4")), "messages_label": Stream(np.dtype("<i4"))}
 

@@ -10,8 +10,8 @@ import pytest
 
 from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.local import local_source
-from megatron.data.hf.wish import Data, default_folder
-from megatron.data.making.blocks import Position
+from megatron.data.hf.request import Data, default_folder
+from megatron.data.preprocess.blocks import Position
 from megatron.errors import DataError
 
 

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron.data.hf.pipeline import prepare
-from megatron.data.hf.wish import As, Columns, Data, Tokens, Wish
+from megatron.data.hf.request import As, Columns, Data, Tokens, Wish
 from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.making.encoders import UNTRAINED
+from megatron.data.preprocess.encoders import UNTRAINED
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 from tests.support.chat import chat_folder, turns

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron.errors import BackendError
 from megatron.model.attention import flash, varlen
 from megatron.model.attention.backends import eager, pick, refuses, sdpa
+from megatron.model.attention.inputs import View
 from megatron.model.attention.masks import Documents
-from megatron.model.attention.view import View
 from megatron.model.positions import distances
 from megatron.model.spec import AttentionSpec, BackendName, RpeSpec
 

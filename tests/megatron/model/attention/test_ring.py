@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron.errors import ConfigError
 from megatron.model.attention import ring
 from megatron.model.attention.backends import eager
+from megatron.model.attention.inputs import View
 from megatron.model.attention.layer import SelfAttention
 from megatron.model.attention.masks import Documents
-from megatron.model.attention.view import View
 from megatron.model.cache import KVCache
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RotarySpec, RpeSpec
 from megatron.mpu import comm

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.errors import BackendError
 from megatron.model.attention import ulysses
 from megatron.model.attention.backends import sdpa
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import View
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RotarySpec, RpeSpec
 from megatron.mpu import comm
 from megatron.mpu.context import ContextKind, ContextPlan

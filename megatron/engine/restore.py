@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes up a run's whole state from a checkpoint folder (saving.py wrote it). Knows no configuration object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.formats.neox_files import bookkeeping
+from megatron.checkpoint.loading.resume_state import compare_args, restore_rng
+from megatron.engine.base import Engine
+from megatron.engine.distributed import seed_everything
+from megatron.engine.reshard import stored_stages, stored_state
+from megatron.errors import CheckpointError
+from megatron.log import get_logger
+from megatron.model.spec import ModelSpec
+from megatron.mpu.groups import Groups
+
+log = get_logger(__name__)
+
+OURS = "run_state"
+"""Key of what this project keeps beside the reference's client state."""
+
+RNG = "rng_of_data_ranks"
+"""Under OURS: the random states of every data-parallel rank, where there are several. The reference keeps those of the first alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a run is: optimizer steps, and samples and tokens consumed over all data ranks."""
+
+    iteration: int = 0
+    samples: int = 0
+    tokens: int = 0
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resume_everything(
+    engine: Engine, folder: Path, spec: ModelSpec, *, compared: Mapping[str, Any], batch_size: int, rng: bool
+) -> Position:
+    """Load weights, optimizer, schedule, position and (rng) random states, whatever layout wrote them. All ranks call it."""
+    stored = bookkeeping(folder, deepspeed_types=True)
+    compare_args(compared, stored.get("args"), folder)
+    if (stored.get(OURS) or {}).get("optimizer") is False:
+        raise CheckpointError(
+            "the checkpoint was written without the optimizer's state (no_save_optim)",
+            where=str(folder),
+            mend="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
+        )
+    client_state = engine.load(folder.parent, folder.name, spec)
+    if rng:
+        take_up_rng(client_state, engine.groups, folder)
+    return _position(client_state, folder, batch_size)
+
+
+def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
+    """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
+    client_state = stored_state(folder, engine.groups)
+    compare_args(compared, client_state.get("args"), folder)
+    if rng:
+        take_up_rng(client_state, engine.groups, folder)
+    position = _position(client_state, folder, batch_size)
+    engine.set_schedule_step(position.iteration, client_state.get("lr_scheduler"))
+    return position
+
+
+def take_up_rng(client_state: Mapping[str, Any], groups: Groups, folder: Path) -> None:
+    """Set this rank's random states to what they were.
+
+    Where the checkpoint knows the states of one rank only, or of another number of ranks or stages, the others start streams of
+    their own from it: two ranks with one state would drop the same activations.
+    """
+    dp = groups.replicas
+    stage = groups.pp.rank if stored_stages(folder) != groups.pp.size else 0
+    states = (client_state.get(OURS) or {}).get(RNG) or []
+    known = len(states) == dp.size
+    restore_rng(states[dp.rank] if known else client_state, folder)
+    if stage > 0 or (dp.rank > 0 and not known):
+        seed_everything(int(torch.randint(2**62, ())) + stage * dp.size + dp.rank)
+
+
+def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) -> Position:
+    iteration = int(client_state.get("iteration", client_state.get("total_iters", client_state.get("global_steps", 0))))
+    ours = client_state.get(OURS) or {}
+    log.info("Loading checkpoint and starting from iteration %d", iteration)
+    samples = int(ours.get("samples", iteration * batch_size))
+    if samples != iteration * batch_size:
+        log.warning(
+            "%d iterations took %d samples so far, %g each, and take %d each now: the data goes on behind the last sample",
+            *(iteration, samples, samples / iteration, batch_size),
+        )
+    return Position(iteration=iteration, samples=samples, tokens=int(ours.get("tokens", 0)), kept=dict(ours.get("kept", {})))
