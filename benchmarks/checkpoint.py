@@ -211,18 +211,20 @@ def worker(options: argparse.Namespace) -> dict[str, object]:
     """Train and save in one mode; figures of each save."""
     import torch
 
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.engine.build import build_engine, join_job
-    from megatron.engine.checkpointer import Saver
+    from megatron.engine.checkpointer import Checkpointer
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
 
     torch.set_num_threads(1)
     args = NeoXArgs.from_dict(flat(options))
     groups, device = join_job(args)
-    engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+    engine, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     objective = LanguageModel(eod=VOCAB)
-    saver = Saver(engine=engine, directory=options.folder, compared={}, configs={}, background=options.worker == MODES[1], keep_last=1)
+    saver = Checkpointer(
+        engine=engine, directory=options.folder, compared={}, configs={}, background=options.worker == MODES[1], keep_last=1
+    )
 
     def step() -> float:
         batch = objective.collate([{"text": torch.randint(0, VOCAB, (options.tokens + 1,)).numpy()}])

@@ -126,10 +126,10 @@ def _read(path: str) -> _Plan:
     try:
         faults = [_Fault(**row) for row in rows]
     except TypeError as error:
-        raise ConfigError(f"not a list of faults: {error}", where=path, mend=f"correct it, or unset {PLAN}") from error
+        raise ConfigError(f"not a list of faults: {error}", where=path, fix=f"correct it, or unset {PLAN}") from error
     odd = {fault.action for fault in faults} - set(_ACTIONS) - set(_CHANGES)
     if odd:
-        raise ConfigError(f"unknown actions {sorted(odd)}", where=path, mend=f"use one of {sorted({*_ACTIONS, *_CHANGES})}")
+        raise ConfigError(f"unknown actions {sorted(odd)}", where=path, fix=f"use one of {sorted({*_ACTIONS, *_CHANGES})}")
     return _Plan(faults)
 
 

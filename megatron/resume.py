@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.checkpoint.build import STARTED_FROM, Source, Take, compared_args
+from megatron.checkpoint.build import STARTED_FROM, CheckpointSource, Take, compared_args
 from megatron.checkpoint.formats.neox_files import bookkeeping
 from megatron.checkpoint.loading.config_diff import SCHEDULE, tell_changes, watched_values
 from megatron.checkpoint.loading.hf_view import HFModel
@@ -16,7 +16,7 @@ from megatron.data.build import data_fingerprint
 from megatron.data.fingerprint import differences, require_same
 from megatron.engine.base import Engine
 from megatron.engine.logit_check import compare_forward, forward_pass
-from megatron.engine.restore import Position, resume_everything, resume_position
+from megatron.engine.restore import TrainPosition, resume_everything, resume_position
 from megatron.errors import required
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import of_all_ranks
@@ -34,12 +34,12 @@ def make_place(args: NeoXArgs) -> None:
             Path(place).mkdir(parents=True, exist_ok=True)
 
 
-def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> Position:
+def take_up(args: NeoXArgs, source: CheckpointSource, engine: Engine, spec: ModelSpec) -> TrainPosition:
     """Where the run goes on, after what `source` gives was taken."""
     if source.folder is None or source.take in (Take.NOTHING, Take.WEIGHTS):
         if source.hf is None:
-            return Position()
-        return Position(kept={STARTED_FROM: {**source.hf.told(), **HFModel.open(source.hf.directory).facts()}})
+            return TrainPosition()
+        return TrainPosition(kept={STARTED_FROM: {**source.hf.told(), **HFModel.open(source.hf.directory).facts()}})
     compared, rng = compared_args(args), not args.checkpoint.no_load_rng
     batch_size = required(args.run.train_batch_size, "train_batch_size")
     if source.take is Take.WEIGHTS_AND_POSITION:
@@ -47,7 +47,7 @@ def take_up(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> 
     return resume_everything(engine, source.folder, spec, compared=compared, batch_size=batch_size, rng=rng)
 
 
-def as_before(args: NeoXArgs, source: Source, position: Position, streams: Sequence[str], world: Group) -> Position:
+def as_before(args: NeoXArgs, source: CheckpointSource, position: TrainPosition, streams: Sequence[str], world: Group) -> TrainPosition:
     """The position with what checkpoints from now on keep of data and settings; what a resume changes of them is told, or refused.
 
     Raises DataError when the data is not the checkpoint's, unless `allow_data_change`.
@@ -68,7 +68,7 @@ def as_before(args: NeoXArgs, source: Source, position: Position, streams: Seque
     return replace(position, kept={**position.kept, DATA: data, SETTINGS: settings})
 
 
-def check_forward(args: NeoXArgs, source: Source, engine: Engine, spec: ModelSpec) -> None:
+def check_forward(args: NeoXArgs, source: CheckpointSource, engine: Engine, spec: ModelSpec) -> None:
     """With `checkpoint_validation_with_forward_pass`: compare the model that was read with the one that was saved."""
     if source.folder is None or not args.checkpoint.checkpoint_validation_with_forward_pass:
         return

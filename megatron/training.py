@@ -20,7 +20,7 @@ from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
-from megatron.engine.rollback import Rewinder
+from megatron.engine.rollback import Rollback
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import Ends, build_hooks, build_stop
@@ -55,7 +55,7 @@ def pretrain(args: NeoXArgs, received: Sequence[int] | None = None) -> TrainStat
 
     received: signals to this process, where they are noted already
 
-    A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can mend.
+    A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can fix.
     """
     setup_logging()
     if received is not None:
@@ -137,7 +137,7 @@ def rewinding(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -
     """What takes the run from a state back to where `record` wants it to be."""
 
     def rewind(state: TrainState) -> TrainState:
-        rewinder = Rewinder(
+        rewinder = Rollback(
             engine=engine,
             spec=spec,
             directory=Path(required(args.checkpoint.save, "save")),
@@ -173,7 +173,7 @@ def evaluator(
     def evaluate(split: str, iterations: int) -> Mapping[str, float] | None:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
-            raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
+            raise DataError(f"there is no {split} data", where=f"{split}_data_paths", fix=f"give {split}_data_paths, or set eval_iters: 0")
         batches = stop.until(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
         characters = None if counting is None else Characters(*counting)
         metrics = engine.eval_step(objective, batches if characters is None else characters.counted(batches))

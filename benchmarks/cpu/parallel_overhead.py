@@ -119,7 +119,7 @@ def plain(options: argparse.Namespace) -> Callable[[int], float]:
         total = 0.0
         for batch in batches:
             targets = {"labels": batch.labels, "loss_weight": batch.loss_weight}
-            loss = objective.loss(model(batch.tokens, batch.segments), targets, trained).loss
+            loss = objective.loss(model(batch.tokens, batch.segment_ids), targets, trained).loss
             loss.backward()
             total += float(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,14 +132,14 @@ def plain(options: argparse.Namespace) -> Callable[[int], float]:
 
 def engine(options: argparse.Namespace, world: int, layout: dict[str, Any]) -> Callable[[int], float]:
     """This project's engine, the one that trains."""
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
 
     args = NeoXArgs.from_dict(config(options, world, layout))
     groups, device = join_job(args)
-    running, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+    running, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     objective = LanguageModel(eod=options.vocab)
 
     def step(index: int) -> float:

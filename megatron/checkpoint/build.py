@@ -49,7 +49,7 @@ class Take(Enum):
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """Where a run starts from. hf: a Hugging Face model instead of a checkpoint."""
 
     take: Take
@@ -68,7 +68,7 @@ class Source:
         return self.hf.directory if self.hf is not None else self.folder or Path()
 
 
-def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
+def choose_source(args: NeoXArgs, world: Group | None = None) -> CheckpointSource:
     """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for. Call on every rank.
 
     A folder without any checkpoint is an error, unless it is also where this run saves: then the run starts there.
@@ -77,29 +77,29 @@ def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
     """
     section, world = args.checkpoint, world or Group.single()
     if not section.load:
-        return Source(Take.NOTHING)
+        return CheckpointSource(Take.NOTHING)
     if is_hf(section.load):
         return _hf_or_own(args, world)
     search = search_of(args)
     same = bool(section.save) and Path(str(section.save)).resolve() == search.directory.resolve()
     if same and search.iteration is None and on_first_rank(lambda: nothing_saved(search.directory), world):
         log.info("no checkpoint in %s yet: starting from the beginning", search.directory)
-        return Source(Take.NOTHING)
+        return CheckpointSource(Take.NOTHING)
     tag = find(replace(search, own=same and not section.finetune), world)
     if section.finetune:
-        return Source(Take.WEIGHTS, search.directory, tag)
-    return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
+        return CheckpointSource(Take.WEIGHTS, search.directory, tag)
+    return CheckpointSource(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
 
 
-def _hf_or_own(args: NeoXArgs, world: Group) -> Source:
+def _hf_or_own(args: NeoXArgs, world: Group) -> CheckpointSource:
     section, verify = args.checkpoint, Verify(args.checkpoint.checkpoint_verify)
     if section.save and not section.finetune:
         directory = Path(str(section.save))
         if section.iteration is not None or not on_first_rank(lambda: nothing_saved(directory), world):
             tag = find(Search(directory=directory, iteration=section.iteration, own=True, verify=verify), world)
             log.info("%s holds a checkpoint of this run: it goes on from %s, and %s is not read", directory, tag, section.load)
-            return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
-    return Source(Take.WEIGHTS, hf=fetch(str(section.load), world, contents=verify is Verify.FULL))
+            return CheckpointSource(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
+    return CheckpointSource(Take.WEIGHTS, hf=fetch(str(section.load), world, contents=verify is Verify.FULL))
 
 
 class Weights(NamedTuple):
@@ -109,7 +109,7 @@ class Weights(NamedTuple):
     shapes: Mapping[str, torch.Size] | None = None
 
 
-def opened(args: NeoXArgs, source: Source, tp: Group) -> tuple[ModelSpec, Weights | None]:
+def opened(args: NeoXArgs, source: CheckpointSource, tp: Group) -> tuple[ModelSpec, Weights | None]:
     """What the model is, and the weights of this tensor rank where weights alone are taken: names are compared, tensors read on access.
 
     Raises ConfigError or CheckpointError for a source that does not fit the configuration.

@@ -15,12 +15,12 @@ class Batch:
     tokens      [b, s] int64   model input
     labels      [b, s] int64   next token, already shifted; where loss_weight is 0 any valid id
     loss_weight [b, s] float32 0 = not trained; negative = gradient ascent
-    segments    [b, s] int32   document number in the row (all 0 = joined)
+    segment_ids    [b, s] int32   document number in the row (all 0 = joined)
     extras      further named targets of an objective (ref_logps, rewards, ...)
     """
 
     tokens: Tensor
     labels: Tensor
     loss_weight: Tensor
-    segments: Tensor
+    segment_ids: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)

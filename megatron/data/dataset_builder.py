@@ -16,7 +16,7 @@ from megatron.data.blend import BlendedDataset, Dataset, blend_indices
 from megatron.data.cache import cached_arrays
 from megatron.data.index_map import IndexMap, Ints
 from megatron.data.indexed_dataset import IndexedDataset, data_file
-from megatron.data.streams import MAINS, Kind, StreamDataset, check_aligned, kind_of
+from megatron.data.streams import MAINS, StreamDataset, StreamKind, check_aligned, kind_of
 from megatron.data.weights import normalise, samples_per_member
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -91,7 +91,7 @@ def open_dataset(name: str, paths: Paths, recipe: Recipe, amount: Amount, *, doc
     )
     index = IndexMap(arrays["doc_idx"], arrays["sample_idx"], arrays["shuffle_idx"], cut=recipe.pack == "packed")
     # Where rows are padded, or labels are wanted and this member has none, every token that is there is trained.
-    wanted = {stream for stream in paths if kind_of(stream) is Kind.LABEL}
+    wanted = {stream for stream in paths if kind_of(stream) is StreamKind.LABEL}
     if recipe.pack != "packed":
         wanted |= {"label" if stream == "text" else f"{stream}_label" for stream in streams if stream in MAINS}
     unlabelled = tuple(sorted(wanted - streams.keys()))
@@ -108,11 +108,11 @@ def build_map(streams: Mapping[str, IndexedDataset], recipe: Recipe, amount: Amo
     if recipe.pack == "packed":
         if len(mains) > 1:
             raise DataError(
-                "pairs cannot be packed: their halves have different lengths", where="pack_impl", mend="pack_until_overflow or unpacked"
+                "pairs cannot be packed: their halves have different lengths", where="pack_impl", fix="pack_until_overflow or unpacked"
             )
         return index_map.packed(sizes, documents, recipe.seq_length, recipe.seed, num_epochs=amount.epochs or 1)
     if amount.samples is None:
-        raise DataError(f"train_epochs needs pack_impl packed, not {recipe.pack}", where="train_epochs", mend="give train_iters instead")
+        raise DataError(f"train_epochs needs pack_impl packed, not {recipe.pack}", where="train_epochs", fix="give train_iters instead")
     keep = index_map.usable(sizes, _trained(streams, recipe), recipe.seq_length, recipe.allow_chopped)
     first, last = documents
     skipped = last - first - int(np.count_nonzero(keep[first:last]))
@@ -127,9 +127,9 @@ def _trained(streams: Mapping[str, IndexedDataset], recipe: Recipe) -> NDArray[n
     """Documents with something to train in every token stream; None where all have."""
     result: NDArray[np.bool_] | None = None
     for name, dataset in streams.items():
-        if kind_of(name) is Kind.LABEL:
+        if kind_of(name) is StreamKind.LABEL:
             part = index_map.trained_documents(dataset.values, dataset.sizes, recipe.seq_length)
-        elif kind_of(name) is Kind.TOKENS and recipe.pack == "unpacked":
+        elif kind_of(name) is StreamKind.TOKENS and recipe.pack == "unpacked":
             part = dataset.sizes > 1  # one token alone has no target
         else:
             continue
@@ -141,11 +141,11 @@ def map_key(streams: Mapping[str, IndexedDataset], recipe: Recipe, amount: Amoun
     """Everything a map depends on, as plain values: changed inputs give another key and so another file."""
     return {
         "version": MAP_VERSION,
-        "streams": {name: dataset.digest() for name, dataset in sorted(streams.items()) if kind_of(name) is Kind.TOKENS},
+        "streams": {name: dataset.digest() for name, dataset in sorted(streams.items()) if kind_of(name) is StreamKind.TOKENS},
         "labels": {
             name: content_digest(data_file(dataset.prefix))
             for name, dataset in sorted(streams.items())
-            if kind_of(name) is Kind.LABEL and recipe.pack != "packed"
+            if kind_of(name) is StreamKind.LABEL and recipe.pack != "packed"
         },
         "documents": documents,
         "seq_length": recipe.seq_length,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron.checkpoint.saving.write import Writing
+from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.data.batch import Batch
 from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
@@ -45,14 +45,14 @@ class StepResult:
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
-class Pieces(Protocol):
+class LocalShards(Protocol):
     """Parameters, gradients and optimizer state as this rank holds them: flat or in shape, in any precision.
 
-    spread: the pieces of one parameter lie on the data ranks, each entry on one of them; else every data rank has the whole
+    sharded: the shards of one parameter lie on the data ranks, each entry on one of them; else every data rank has the whole
     """
 
     @property
-    def spread(self) -> bool: ...
+    def sharded(self) -> bool: ...
 
     def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Of a parameter that is trained."""
@@ -77,7 +77,7 @@ class Engine(Protocol):
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         """Metrics over all micro batches of all data ranks as one sum, without gradients; the same on every rank."""
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for. All ranks call it."""
 
     def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Engine(Protocol):
     def module(self) -> torch.nn.Module:
         """The model (this stage of it), for inspection."""
 
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         """What of each parameter is on this rank."""
 
     def before_update(self, look: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron import fault_injection
 from megatron.checkpoint.loading.resume_state import capture_rng, write_configs
 from megatron.checkpoint.saving.finalize import complete_folder
-from megatron.checkpoint.saving.write import Writing, Written
+from megatron.checkpoint.saving.write import RankFileWriter, WrittenFiles
 from megatron.checkpoint.steps.commit import PARTIAL, publish
 from megatron.checkpoint.steps.manifest import Manifest
 from megatron.checkpoint.steps.retention import prune
@@ -43,13 +43,13 @@ class _Begun:
     """A checkpoint under way. manifest: all but the files. seconds: that training stood still for it"""
 
     iteration: int
-    writing: Writing
+    writing: RankFileWriter
     manifest: Manifest
     seconds: float = 0.0
 
 
 @dataclass(kw_only=True)
-class Saver:
+class Checkpointer:
     """Writes checkpoints of one run. All ranks call each method together, except `abandon`.
 
     directory: `save`
@@ -141,7 +141,7 @@ class Saver:
         if last or self._in_a_row > self.failures_allowed:
             how_often = "" if last else f" ({self._in_a_row} in a row; checkpoint_failures_allowed: {self.failures_allowed})"
             what = f"the checkpoint of step {begun.iteration} was not saved{how_often}:\n" + "\n".join(f"    {line}" for line in problems)
-            raise SaveError(what, where=str(self.directory), mend=_MEND)
+            raise SaveError(what, where=str(self.directory), fix=_MEND)
 
     def abandon(self, error: BaseException) -> None:
         """The run ends by an exception: a single process finishes what is under way, several discard it. Does not raise.
@@ -174,7 +174,7 @@ class Saver:
         since, world = time.monotonic(), self.engine.groups.world
         aside = f"{step_tag(iteration)}.{PARTIAL}"
         client_state = self._client_state(iteration, samples, tokens)
-        writing = Writing(self.directory / aside, copies=self.background)
+        writing = RankFileWriter(self.directory / aside, copies=self.background)
         if problem := on_first_rank(lambda: _made_empty(self.directory / aside), world):
             writing.fail(aside, problem)
         self.engine.save(self.directory, aside, client_state, writing)
@@ -205,7 +205,7 @@ class Saver:
             client_state[OURS].update({RNG: states} if len(states) > 1 else {})
         return client_state
 
-    def _conclude(self, begun: _Begun, everyone: Sequence[Written]) -> tuple[list[str], float | None]:
+    def _conclude(self, begun: _Begun, everyone: Sequence[WrittenFiles]) -> tuple[list[str], float | None]:
         """On the first rank: publish, or clear away. Gives the problems, and the seconds of the last checkpoint that is complete."""
         since, aside = time.monotonic(), begun.writing.folder
         problems = [f"rank {rank}: {line}" for rank, written in enumerate(everyone) for line in written.problems]

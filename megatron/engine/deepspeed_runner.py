@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from megatron.checkpoint.formats.optimizer_files import RECORD, recorded
 from megatron.checkpoint.formats.state import canonical_name
 from megatron.checkpoint.formats.torch_file import read_torch_file
-from megatron.checkpoint.saving.write import Writing
-from megatron.engine.base import Pieces
-from megatron.engine.checkpoint_layout import Layout, stored_layout
+from megatron.checkpoint.saving.write import RankFileWriter
+from megatron.engine.base import LocalShards
+from megatron.engine.checkpoint_layout import CheckpointLayout, stored_layout
 from megatron.engine.deepspeed_mpu import counted_here, grid_of, mark_split
 from megatron.engine.fault_injection import disturb_backward, disturb_reduced, disturb_weights
 from megatron.engine.nonfinite_guard import UpdateGuard
-from megatron.engine.reshard import spread_anew
-from megatron.engine.shards import pieces_of
+from megatron.engine.reshard import load_resharded
+from megatron.engine.shards import local_shards_of
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
@@ -37,7 +37,7 @@ log = get_logger(__name__)
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """Hands what DeepSpeed wants written to a Writing, and reads without running code found in a file.
+    """Hands what DeepSpeed wants written to a RankFileWriter, and reads without running code found in a file.
 
     It raises nothing: while one rank had an error, the others would wait for it in DeepSpeed's barriers.
     optimizer: whether the optimizer's state is written
@@ -47,7 +47,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
     def __init__(self, config: Any, *, optimizer: bool = True) -> None:
         super().__init__(config)
         self._optimizer = optimizer
-        self.writing: Writing | None = None
+        self.writing: RankFileWriter | None = None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """A folder of the checkpoint."""
@@ -67,9 +67,9 @@ class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         else:
             self._target().add({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, Path(path))
 
-    def _target(self) -> Writing:
+    def _target(self) -> RankFileWriter:
         if self.writing is None:
-            raise TrainingError("DeepSpeed wrote a checkpoint by itself", mend="save through the engine")
+            raise TrainingError("DeepSpeed wrote a checkpoint by itself", fix="save through the engine")
         return self.writing
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -133,11 +133,11 @@ class Runner:
 
     def _update(self, lr_kwargs: Any) -> None:
         """Stands between DeepSpeed's backward passes and its update."""
-        pieces = self.pieces()
-        disturb_reduced(self._parameters, pieces)
+        shards = self.local_shards()
+        disturb_reduced(self._parameters, shards)
         for look in self._watchers:
             look()
-        self.guard.decide(self._parameters, pieces, self.deepspeed.device)
+        self.guard.decide(self._parameters, shards, self.deepspeed.device)
         schedule_step = self.schedule.num_iters
         with _overflow_checked(self.optimizer, bool(self.guard.refused)):
             self._make_update(lr_kwargs)
@@ -153,9 +153,9 @@ class Runner:
         """
         self.deepspeed._backward_prologue()
 
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         """What of each parameter is on this rank."""
-        return pieces_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.replicas.rank)
+        return local_shards_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.replicas.rank)
 
     @property
     def learning_rate(self) -> float:
@@ -186,7 +186,7 @@ class Runner:
         unseen = not self.deepspeed.fp16_enabled() and not self.deepspeed.was_step_applied()
         return self.guard.refused or ("gradient norm" if unseen else "")
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         """Hand over everything that belongs into directory/tag; `writing` knows when it is there, and what failed."""
         engine = self.deepspeed.checkpoint_engine
         engine.writing = writing
@@ -204,7 +204,7 @@ class Runner:
         if not self._fits(folder):
             stored, ours = stored_layout(folder), self._layout()
             log.info("the checkpoint was written at: %s; this run has: %s; its weights and optimizer are spread anew", stored, ours)
-            state = spread_anew(self.deepspeed, self.groups, folder, spec)
+            state = load_resharded(self.deepspeed, self.groups, folder, spec)
             if state.get("lr_scheduler") is not None:
                 self.schedule.load_state_dict(state["lr_scheduler"])
             return state
@@ -216,31 +216,31 @@ class Runner:
             raise CheckpointError(
                 f"weights and optimizer cannot be resumed: {error}",
                 where=str(folder),
-                mend="resume with the layout it was written with, or take the weights alone with `no_load_optim: true` or `finetune: true`",
+                fix="resume with the layout it was written with, or take the weights alone with `no_load_optim: true` or `finetune: true`",
             ) from error
         if path is None:
-            raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), mend="check that all files were copied")
+            raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), fix="check that all files were copied")
         groups = zip(kinds, self.optimizer.param_groups, strict=False)
         lacking = sorted({key for kind, group in groups for key in kind if key not in group} - {"name"})
         if lacking:
             raise CheckpointError(
                 f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}",
                 where=str(folder),
-                mend="set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`",
+                fix="set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`",
             )
         self._restore_numbers(configured)
         # ZeRO loads the optimizer, with the rate it was saved with, after the schedule.
         self.schedule.apply()
         return dict(client_state)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> CheckpointLayout:
         engine = self.deepspeed
-        return Layout(
+        return CheckpointLayout(
             pipelined=bool(engine.pipeline_parallelism),
             partitions=self.groups.replicas.size if engine.zero_optimization() else 0,
             model_ranks=self.groups.tp.size * self.groups.pp.size,
             tensor_ranks=self.groups.tp.size,
-            spread=engine.zero_optimization_stage() == 3,
+            sharded=engine.zero_optimization_stage() == 3,
         )
 
     def record(self) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.saving.write import Writing
+from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.data.batch import Batch
-from megatron.engine.base import Pieces, StepResult
+from megatron.engine.base import LocalShards, StepResult
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.loss_normalization import MetricSum, global_denominator, part_of, require_same_batch, tokens_digest, weighted_mean
 from megatron.engine.timers import Timers
@@ -96,7 +96,7 @@ class TrainEngine:
         self.module().train()
         return metrics
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for."""
         self.runner.save(directory, tag, client_state, writing)
 
@@ -113,9 +113,9 @@ class TrainEngine:
         module: nn.Module = self.runner.deepspeed.module
         return module
 
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         """What of each parameter is on this rank."""
-        return self.runner.pieces()
+        return self.runner.local_shards()
 
     def before_update(self, look: Callable[[], None]) -> None:
         """Have `look` called on every rank just before each optimizer update, when the gradients are complete."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron import fault_injection
-from megatron.engine.base import Pieces
+from megatron.engine.base import LocalShards
 from megatron.objectives.base import LossTerms
 
 
@@ -32,10 +32,10 @@ def disturb_backward(parameters: Sequence[Parameter]) -> None:
         parameters[0].register_hook(change)
 
 
-def disturb_reduced(parameters: Sequence[Parameter], pieces: Pieces) -> None:
+def disturb_reduced(parameters: Sequence[Parameter], shards: LocalShards) -> None:
     """Site `reduced`: of the first parameter, after it was summed over ranks. Reaches gradients that every rank has whole."""
-    if fault_injection.planned() and parameters and not pieces.spread:
-        grad = pieces.gradient(parameters[0])
+    if fault_injection.planned() and parameters and not shards.sharded:
+        grad = shards.gradient(parameters[0])
         if grad is not None:
             grad.copy_(fault_injection.changed("reduced", grad))
 

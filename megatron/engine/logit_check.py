@@ -43,7 +43,7 @@ class LogitsProbe:
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """There is no data."""
-        raise TrainingError("the forward check has a fixed input and no data", mend="call forward_pass")
+        raise TrainingError("the forward check has a fixed input and no data", fix="call forward_pass")
 
     def denominator(self, batch: Batch) -> float:
         """No token counts."""
@@ -61,7 +61,7 @@ def forward_pass(engine: Engine, *, vocab_size: int, seq_length: int) -> Tensor:
     tokens = ((torch.arange(length) * 7919 + 13) % vocab_size).unsqueeze(0)
     nothing = torch.zeros(1, length)
     probe = LogitsProbe()
-    engine.eval_step(probe, [Batch(tokens=tokens, labels=tokens, loss_weight=nothing, segments=nothing.int())])
+    engine.eval_step(probe, [Batch(tokens=tokens, labels=tokens, loss_weight=nothing, segment_ids=nothing.int())])
     logits = of_last_rank(probe.logits, engine.groups.pp)
     if logits is None:
         raise CheckpointError("the engine showed no logits of the fixed input", where="checkpoint_validation_with_forward_pass")
@@ -86,7 +86,7 @@ def compare_forward(stored: Mapping[str, Any], now: Tensor, folder: Path) -> Non
         return
     if before.shape != now.shape:
         raise CheckpointError(
-            f"logits of the fixed input: {list(before.shape)} stored, {list(now.shape)} now", where=str(folder), mend=_MEND
+            f"logits of the fixed input: {list(before.shape)} stored, {list(now.shape)} now", where=str(folder), fix=_MEND
         )
     exact = before.dtype == now.dtype == torch.float32
     difference = float((before.float() - now.float()).abs().max())
@@ -97,7 +97,7 @@ def compare_forward(stored: Mapping[str, Any], now: Tensor, folder: Path) -> Non
             f"the model read from the checkpoint is not the one that was saved: its logits differ by up to {difference:.3g} "
             f"(largest logit {largest:.3g})",
             where=str(folder),
-            mend=_MEND,
+            fix=_MEND,
         )
     log.info("the forward pass of a fixed input gives the logits of the checkpoint (largest difference %.3g)", difference)
 

@@ -31,12 +31,12 @@ def global_denominator(objective: Objective, micro_batches: Sequence[Batch], dp:
 
 def targets_of(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """Everything an objective's loss reads, on `device`, in a fixed order."""
-    named = {"labels": batch.labels, "loss_weight": batch.loss_weight, "segments": batch.segments, **batch.extras}
+    named = {"labels": batch.labels, "loss_weight": batch.loss_weight, "segment_ids": batch.segment_ids, **batch.extras}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
 
 
 def part_of(batch: Batch, context: ContextPlan) -> Batch:
-    """This context rank's part of a batch; `segments` stay those of whole rows. The batch itself without context parallelism."""
+    """This context rank's part of a batch; `segment_ids` stay those of whole rows. The batch itself without context parallelism."""
     if context.size == 1:
         return batch
     own = context.own
@@ -106,7 +106,7 @@ def require_same_batch(micro_batches: Sequence[Batch], groups: Groups) -> None:
             raise TrainingError(
                 f"rank {odd[0]} reads other samples than rank {group.ranks[0]}, which is in its {axis} parallel group",
                 where="data paths",
-                mend="check that all hosts see the same data files and index maps (index_map_dir, use_shared_fs)",
+                fix="check that all hosts see the same data files and index maps (index_map_dir, use_shared_fs)",
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.engine.base import Pieces
+from megatron.engine.base import LocalShards
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
 
@@ -40,22 +40,22 @@ class UpdateGuard:
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
 
-    def decide(self, parameters: Sequence[Parameter], pieces: Pieces, device: torch.device) -> None:
+    def decide(self, parameters: Sequence[Parameter], shards: LocalShards, device: torch.device) -> None:
         """Look at this step, whose gradients are complete. All ranks call it."""
         loss, self._loss = self._loss, None
         own = torch.zeros(2, device=device)
         if loss is not None:
             own[0] = ~loss.isfinite()
         if self._gradients:
-            own[1] = ~self._norms(parameters, pieces, device).isfinite().all()
+            own[1] = ~self._norms(parameters, shards, device).isfinite().all()
         # The largest of these numbers names the first rank.
         first = all_reduce(own * (self._world.size - self._world.rank), self._world, maximum=True).tolist()
         names = zip(("loss", "gradient"), first, strict=True)
         self.refused = ", ".join(f"{name} on rank {self._world.size - int(number)}" for name, number in names if number)
 
-    def _norms(self, parameters: Sequence[Parameter], pieces: Pieces, device: torch.device) -> Tensor:
-        """L2 norm of this rank's piece of every gradient, and of all of them. [number of pieces + 1]"""
-        found = [grad for p in parameters if (grad := pieces.gradient(p)) is not None and grad.numel()]
+    def _norms(self, parameters: Sequence[Parameter], shards: LocalShards, device: torch.device) -> Tensor:
+        """L2 norm of this rank's piece of every gradient, and of all of them. [number of shards + 1]"""
+        found = [grad for p in parameters if (grad := shards.gradient(p)) is not None and grad.numel()]
         if not found:
             return torch.zeros(1, device=device)
         norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32).to(device) for grad in found])

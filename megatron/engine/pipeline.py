@@ -44,7 +44,7 @@ class LossOfStep:
     def __call__(self, logits: Any, targets: Sequence[Tensor]) -> Tensor:
         """Loss of one micro batch, scaled so that DeepSpeed's division by accumulation steps and data ranks is undone."""
         if self.current is None:
-            raise TrainingError("the pipeline ran outside a step", mend="call train_step or eval_step")
+            raise TrainingError("the pipeline ran outside a step", fix="call train_step or eval_step")
         fault_injection.point("micro_batch")
         step = self.current
         terms = step.objective.loss(logits, dict(zip(step.names, targets, strict=True)), step.denominator)
@@ -109,4 +109,4 @@ class PipelinePath:
 
 def rows_of(prepared: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> list[tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]]:
     """Micro batches in the form that DeepSpeed wants: (input of the first stage, targets of the last)."""
-    return [((tokens, targets["segments"]), tuple(targets.values())) for tokens, targets in prepared]
+    return [((tokens, targets["segment_ids"]), tuple(targets.values())) for tokens, targets in prepared]

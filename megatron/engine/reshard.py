@@ -34,7 +34,7 @@ def stored_state(folder: Path, groups: Groups) -> dict[str, Any]:
     return bookkeeping(folder, deepspeed_types=True, rank=rank)
 
 
-def spread_anew(engine: Any, groups: Groups, folder: Path, spec: ModelSpec) -> dict[str, Any]:
+def load_resharded(engine: Any, groups: Groups, folder: Path, spec: ModelSpec) -> dict[str, Any]:
     """Read weights and optimizer of `folder` into a fresh DeepSpeed engine; returns the bookkeeping. All ranks call it.
 
     Tensors are read one at a time. The learning-rate schedule is left to the caller.
@@ -48,7 +48,7 @@ def spread_anew(engine: Any, groups: Groups, folder: Path, spec: ModelSpec) -> d
     masters = spreading.weights([one.masters for one in optimizers])
     if missing := sorted({name for name, _ in trained_parameters(engine.module)} - set(masters)):
         raise CheckpointError(
-            f"the checkpoint's optimizer does not have {', '.join(missing[:6])}", where=str(folder), mend="set `no_load_optim: true`"
+            f"the checkpoint's optimizer does not have {', '.join(missing[:6])}", where=str(folder), fix="set `no_load_optim: true`"
         )
     slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
     weights = _over(masters, spreading.weights(shards))

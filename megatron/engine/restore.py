@@ -30,7 +30,7 @@ RNG = "rng_of_data_ranks"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
+class TrainPosition:
     """How far a run is: optimizer steps, and samples and tokens consumed over all data ranks."""
 
     iteration: int = 0
@@ -41,7 +41,7 @@ class Position:
 
 def resume_everything(
     engine: Engine, folder: Path, spec: ModelSpec, *, compared: Mapping[str, Any], batch_size: int, rng: bool
-) -> Position:
+) -> TrainPosition:
     """Load weights, optimizer, schedule, position and (rng) random states, whatever layout wrote them. All ranks call it."""
     stored = bookkeeping(folder, deepspeed_types=True)
     compare_args(compared, stored.get("args"), folder)
@@ -49,7 +49,7 @@ def resume_everything(
         raise CheckpointError(
             "the checkpoint was written without the optimizer's state (no_save_optim)",
             where=str(folder),
-            mend="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
+            fix="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
         )
     client_state = engine.load(folder.parent, folder.name, spec)
     if rng:
@@ -57,7 +57,7 @@ def resume_everything(
     return _position(client_state, folder, batch_size)
 
 
-def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> Position:
+def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> TrainPosition:
     """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
     client_state = stored_state(folder, engine.groups)
     compare_args(compared, client_state.get("args"), folder)
@@ -83,7 +83,7 @@ def take_up_rng(client_state: Mapping[str, Any], groups: Groups, folder: Path) -
         seed_everything(int(torch.randint(2**62, ())) + stage * dp.size + dp.rank)
 
 
-def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) -> Position:
+def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) -> TrainPosition:
     iteration = int(client_state.get("iteration", client_state.get("total_iters", client_state.get("global_steps", 0))))
     ours = client_state.get(OURS) or {}
     log.info("Loading checkpoint and starting from iteration %d", iteration)
@@ -93,4 +93,4 @@ def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) ->
             "%d iterations took %d samples so far, %g each, and take %d each now: the data goes on behind the last sample",
             *(iteration, samples, samples / iteration, batch_size),
         )
-    return Position(iteration=iteration, samples=samples, tokens=int(ours.get("tokens", 0)), kept=dict(ours.get("kept", {})))
+    return TrainPosition(iteration=iteration, samples=samples, tokens=int(ours.get("tokens", 0)), kept=dict(ours.get("kept", {})))

@@ -13,14 +13,14 @@ from megatron.checkpoint.steps.discovery import Search, find, set_aside_after
 from megatron.checkpoint.steps.step_dirs import saved_steps
 from megatron.checkpoint.steps.verify import Verify
 from megatron.engine.base import Engine
-from megatron.engine.restore import Position, resume_everything
+from megatron.engine.restore import TrainPosition, resume_everything
 from megatron.errors import DivergenceError
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import on_first_rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewinder:
+class Rollback:
     """Goes back. Call on every rank.
 
     directory:  `save`
@@ -38,7 +38,7 @@ class Rewinder:
     rng: bool = True
     verify: Verify = Verify.FULL
 
-    def to(self, before: int) -> Position:
+    def to(self, before: int) -> TrainPosition:
         """Take up the newest whole checkpoint of step `before` or an earlier one; later ones are set aside.
 
         Raises DivergenceError where there is none, CheckpointError where all are damaged.
@@ -48,7 +48,7 @@ class Rewinder:
             raise DivergenceError(
                 f"there is no checkpoint of step {before} or before to go back to",
                 where=str(self.directory),
-                mend="save more often (checkpoint_factor), and before the first step: extra_save_iters: [0]",
+                fix="save more often (checkpoint_factor), and before the first step: extra_save_iters: [0]",
             )
         tag = find(Search(directory=self.directory, own=True, verify=self.verify), world)
         folder = self.directory / tag

@@ -51,7 +51,7 @@ class SequentialPath:
         targets = targets_of(batch, self._device)
         terms: LossTerms = model(
             batch.tokens.to(self._device, non_blocking=True),
-            targets["segments"],
+            targets["segment_ids"],
             read=lambda logits: objective.loss(logits, targets, denominator),
         )
         return terms

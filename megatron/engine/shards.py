@@ -11,17 +11,17 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from megatron.engine.base import Pieces
+from megatron.engine.base import LocalShards
 
 
-class WholePieces:
+class WholeShards:
     """Every data rank holds everything: float32 without ZeRO, or half precision without ZeRO.
 
     scale: gives what gradients are multiplied by (the fp16 loss scale)
     copies: float32 copies of 16-bit parameters, which are what the optimizer updates
     """
 
-    spread = False
+    sharded = False
 
     def __init__(
         self, state: Mapping[Any, Mapping[str, Any]], scale: Callable[[], float], copies: Mapping[nn.Parameter, nn.Parameter]
@@ -45,10 +45,10 @@ class WholePieces:
         return {name: value for name, value in own.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
-class FragmentPieces:
+class FragmentShards:
     """ZeRO 1 and 2, and bfloat16 with float32 sums: one flat float32 buffer per group, cut over the data ranks wherever it falls."""
 
-    spread = True
+    sharded = True
 
     def __init__(self, optimizer: torch.optim.Optimizer, scale: Callable[[], float]) -> None:
         self._optimizer = optimizer
@@ -85,13 +85,13 @@ class FragmentPieces:
         }
 
 
-class PartitionPieces:
+class PartitionShards:
     """ZeRO 3: every parameter is cut over the data ranks into equal parts, the last one padded.
 
     state: the optimizer's, by flat buffer; its keys tell which states there are
     """
 
-    spread = True
+    sharded = True
 
     def __init__(self, state: Mapping[Any, Mapping[str, Any]], scale: Callable[[], float], rank: int) -> None:
         self._state = state
@@ -118,15 +118,15 @@ class PartitionPieces:
         return part.flatten()[: max(0, min(part.numel(), whole - self._rank * part.numel()))]
 
 
-def pieces_of(engine: Any, scale: Callable[[], float], rank: int) -> Pieces:
-    """The pieces of a DeepSpeed engine's parameters. rank: within the data parallel group"""
+def local_shards_of(engine: Any, scale: Callable[[], float], rank: int) -> LocalShards:
+    """The shards of a DeepSpeed engine's parameters. rank: within the data parallel group"""
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)
     if engine.zero_optimization_stage() == 3:
-        return PartitionPieces(inner.state, scale, rank)
+        return PartitionShards(inner.state, scale, rank)
     if any(hasattr(parameter, "_hp_mapping") for parameter in engine.module.parameters()):
-        return FragmentPieces(inner, scale)
-    return WholePieces(inner.state, scale, copies_of(outer))
+        return FragmentShards(inner, scale)
+    return WholeShards(inner.state, scale, copies_of(outer))
 
 
 def copies_of(outer: Any) -> dict[nn.Parameter, nn.Parameter]:

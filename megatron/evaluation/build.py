@@ -52,7 +52,7 @@ class _Terms:
         """See `Terms` of engine/loss_normalization.py."""
         device = denominator.device
         targets = targets_of(batch, device)
-        logits = self.model(batch.tokens.to(device), targets["segments"])
+        logits = self.model(batch.tokens.to(device), targets["segment_ids"])
         return objective.loss(logits, targets, denominator)
 
 
@@ -69,7 +69,7 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
 def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
     if args.text.eval_tasks:
         raise ConfigError(
-            "evaluation tasks are not built yet", where="eval_tasks", mend="remove eval_tasks: eval.py reports the validation and test loss"
+            "evaluation tasks are not built yet", where="eval_tasks", fix="remove eval_tasks: eval.py reports the validation and test loss"
         )
     tokenizer = build_tokenizer(args)
     loaded = load_model(args)
@@ -100,7 +100,7 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
         log.info("%s", json.dumps({name: results[name]}))
     if not results:
         raise ConfigError(
-            "there is no validation or test data", where="valid_data_paths", mend="give valid_data_paths or split, and eval_iters > 0"
+            "there is no validation or test data", where="valid_data_paths", fix="give valid_data_paths or split, and eval_iters > 0"
         )
     return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}, **stopped}
 
@@ -121,8 +121,8 @@ def coordinate_check(args: NeoXArgs, widths: Sequence[int], *, steps: int) -> li
     stays at `lr`. Raises ConfigError for a width that the model cannot have.
     """
     if len(set(widths)) < 2 or steps < 1:
-        mend = "e.g. --widths 64,128,256 --steps 3"
-        raise ConfigError("a coordinate check needs two different widths and one step at least", where="--widths, --steps", mend=mend)
+        fix = "e.g. --widths 64,128,256 --steps 3"
+        raise ConfigError("a coordinate check needs two different widths and one step at least", where="--widths, --steps", fix=fix)
     device = choose_device(0)
     seq_length = min(required(args.model.seq_length, "seq_length"), CHECK_TOKENS)
     vocab = args.model.padded_vocab_size or CHECK_VOCAB

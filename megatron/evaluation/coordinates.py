@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from megatron.errors import TrainingError
 from megatron.model.embedding import Embedding
-from megatron.model.layer_state import Stream
+from megatron.model.layer_state import LayerState
 from megatron.model.transformer import Transformer
 
 KINDS = ("embedding", "attention", "mlp", "block", "logits")
@@ -57,7 +57,7 @@ def measure(make: Callable[[int], Subject], widths: Sequence[int], tokens: Tenso
             sizes = _step(subject, tokens, update=step < steps)
             if not all(math.isfinite(size) for size in sizes.values()):
                 what = f"activations are not finite at hidden_size {width} after {step} updates"
-                raise TrainingError(what, where="optimizer.params.lr", mend="lower the learning rate, or set use_mup: true")
+                raise TrainingError(what, where="optimizer.params.lr", fix="lower the learning rate, or set use_mup: true")
             found += [Size(width=width, step=step, kind=kind, size=size) for kind, size in sizes.items()]
     return found
 
@@ -121,7 +121,7 @@ def _watched(model: Transformer) -> Iterator[dict[str, list[float]]]:
 
     def of_stream(kind: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, given: Any, out: Any) -> None:
-            if isinstance(out, Stream):  # a tied embedding, run as the head, gives the loss
+            if isinstance(out, LayerState):  # a tied embedding, run as the head, gives the loss
                 seen[kind].append(_size(out.hidden))
 
         return hook

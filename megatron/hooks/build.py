@@ -17,9 +17,9 @@ from megatron.checkpoint.exporting.exporter import Exporter
 from megatron.checkpoint.remote.upload import Uploader
 from megatron.checkpoint.steps.provenance import code_version, without_secrets
 from megatron.engine.base import Engine
-from megatron.engine.checkpointer import Saver
+from megatron.engine.checkpointer import Checkpointer
 from megatron.engine.logit_check import forward_pass
-from megatron.engine.restore import Position
+from megatron.engine.restore import TrainPosition
 from megatron.errors import ConfigError, required
 from megatron.hooks.base import BaseHook, Hook
 from megatron.hooks.checkpointing import CheckpointHook, Checkpoints, SavePlan
@@ -125,7 +125,7 @@ def build_hooks(
     engine: Engine,
     spec: ModelSpec,
     evaluate: Evaluate,
-    position: Position,
+    position: TrainPosition,
     splits: frozenset[str] | None = None,
     ends: Ends | None = None,
 ) -> list[Hook]:
@@ -186,12 +186,12 @@ def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool
 
 def _checkpoints(
     args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], told: Sequence[Callable[[Path], None]]
-) -> Saver | None:
+) -> Checkpointer | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
         return None
-    return Saver(
+    return Checkpointer(
         engine=engine,
         directory=Path(section.save),
         compared=compared_args(args),
@@ -345,7 +345,7 @@ def _place(args: NeoXArgs, key: str, first: str = "tensorboard_dir") -> str:
     """The folder for what `key` writes. Raises ConfigError when the run has none."""
     place = args.logs.tensorboard_dir or args.logs.log_dir or args.checkpoint.save
     if not place:
-        raise ConfigError(f"{key} needs a folder to write to", where=key, mend=f"set {first}, log_dir or save")
+        raise ConfigError(f"{key} needs a folder to write to", where=key, fix=f"set {first}, log_dir or save")
     return place
 
 
@@ -392,7 +392,7 @@ def _wandb_spec(args: NeoXArgs, parts: RunParts) -> WandbSpec | None:
         raise ConfigError(
             f"use_wandb is set, but no key for {logs.wandb_host} was found",
             where="use_wandb",
-            mend="run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline",
+            fix="run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline",
         )
     suffix = f"-rank{parts.rank}" if parts.rank else ""
     place = logs.log_dir or args.checkpoint.save

@@ -63,7 +63,7 @@ class NoiseScaleHook(BaseHook):
             raise ConfigError(
                 "the gradient noise scale compares the gradients of several micro batches, and a step has only one",
                 where="log_gradient_noise_scale",
-                mend="set gradient_accumulation_steps to 2 or more, or use more data ranks",
+                fix="set gradient_accumulation_steps to 2 or more, or use more data ranks",
             )
         counted = counted_here(engine.groups.tp)
         self._handles = [p.register_hook(self._add) for p in engine.module().parameters() if p.requires_grad and counted(p)]

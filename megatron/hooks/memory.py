@@ -71,5 +71,5 @@ def require_cuda(device: torch.device) -> None:
         raise ConfigError(
             f"memory_profiling records the memory of CUDA devices, and this run is on {device.type}",
             where="memory_profiling",
-            mend="remove memory_profiling; the memory line after the first report shows the memory of the process",
+            fix="remove memory_profiling; the memory line after the first report shows the memory of the process",
         )

@@ -145,7 +145,7 @@ class NumbersHook(BaseHook):
             self.error = TrainingError(
                 f"the last {self._overflows} steps overflowed in fp16 and were skipped (loss scale {result.loss_scale})",
                 where=f"iteration {state.iteration}",
-                mend="use bfloat16, or a lower learning rate",
+                fix="use bfloat16, or a lower learning rate",
             )
         elif not overflowed:
             self.record.in_a_row = 0
@@ -185,7 +185,7 @@ class NumbersHook(BaseHook):
             if record.in_a_row <= self.plan.nonfinite_limit:
                 return f"not finite: {what}, {where}: no update ({record.skipped_nonfinite} such steps so far)"
             what += f"; {record.in_a_row} steps in a row made no update (nonfinite_limit: {self.plan.nonfinite_limit})"
-        self.error = DivergenceError(f"not finite: {what}", where=where, mend=_MEND)
+        self.error = DivergenceError(f"not finite: {what}", where=where, fix=_MEND)
         return ""
 
     def _compare(self, state: TrainState, loss: float, samples: Ranges) -> str:
@@ -210,13 +210,13 @@ class NumbersHook(BaseHook):
         if self.plan.spike is Policy.ROLLBACK:
             return self._go_back(what, where, first - 1, all_samples)
         if self.plan.spike is Policy.STOP:
-            self.error = DivergenceError(what, where=where, mend=_MEND)
+            self.error = DivergenceError(what, where=where, fix=_MEND)
         return f"{what}, {where}"
 
     def _go_back(self, what: str, where: str, before: int, samples: Ranges) -> str:
         if self.record.rollbacks >= self.plan.rollback_limit:
             what += f"; the run went back {self.record.rollbacks} times already (rollback_limit: {self.plan.rollback_limit})"
-            self.error = DivergenceError(what, where=where, mend=_MEND)
+            self.error = DivergenceError(what, where=where, fix=_MEND)
             return ""
         self.record.wanted = Rollback(before=before, samples=Skipped().with_ranges(samples).ranges)
         return f"{what}, {where}: going back"

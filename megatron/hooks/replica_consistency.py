@@ -49,5 +49,5 @@ class ReplicaHook(BaseHook):
         raise TrainingError(
             "ranks that should hold the same weights do not:\n" + "\n".join(f"    {line}" for line in shown),
             where=f"iteration {state.iteration}, replica_check_interval {self.interval}",
-            mend=f"look for a faulty device, memory or network on the hosts of these ranks.{before}",
+            fix=f"look for a faulty device, memory or network on the hosts of these ranks.{before}",
         )

@@ -81,7 +81,7 @@ def require(package: str, *, where: str) -> None:
         raise BackendError(
             f"the package {package!r} is not installed",
             where=where,
-            mend=f'install it (uv pip install "megatron-neox[{_EXTRAS[package]}]" or {package}) or remove the key',
+            fix=f'install it (uv pip install "megatron-neox[{_EXTRAS[package]}]" or {package}) or remove the key',
         )
 
 

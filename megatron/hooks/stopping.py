@@ -57,7 +57,7 @@ class StopRequest:
             raise NoTimeError(
                 f"the job ends in {max(0.0, left or 0.0):.0f} s, before a step could be made and saved",
                 where=f"{SLURM_END}, exit_margin_in_secs {self.wall.limits.margin_s:g}",
-                mend="ask for more time (sbatch --time), or lower exit_margin_in_secs",
+                fix="ask for more time (sbatch --time), or lower exit_margin_in_secs",
             )
 
     def until(self, items: Iterable[T]) -> Iterator[T]:

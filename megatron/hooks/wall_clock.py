@@ -46,7 +46,7 @@ def job_end(environ: Mapping[str, str]) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"{SLURM_END} is {text!r}, not seconds since 1970", where="environment", mend=f"unset {SLURM_END}") from None
+        raise ConfigError(f"{SLURM_END} is {text!r}, not seconds since 1970", where="environment", fix=f"unset {SLURM_END}") from None
 
 
 class WallClock:

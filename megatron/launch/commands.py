@@ -22,7 +22,7 @@ def check_names(hosts: Iterable[Host]) -> None:
     for host in hosts:
         if not HOST_NAME.fullmatch(host.name):
             raise ConfigError(
-                f"{host.name!r} is not a host name", where="hostfile", mend="write plain names or addresses: letters, digits and . - _ :"
+                f"{host.name!r} is not a host name", where="hostfile", fix="write plain names or addresses: letters, digits and . - _ :"
             )
 
 
@@ -68,7 +68,7 @@ def slurm(
         raise ConfigError(
             "srun starts the same number of ranks on every host, and always on the first devices",
             where="launcher",
-            mend="give whole hosts or the first N slots of each, or use launcher: pdsh",
+            fix="give whole hosts or the first N slots of each, or use launcher: pdsh",
         )
     if hosts:
         argv += [f"--nodes={len(hosts)}", f"--ntasks-per-node={sizes.pop()}"]

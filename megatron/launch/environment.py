@@ -61,7 +61,7 @@ def environment_file(environ: Mapping[str, str], home: Path, here: Path) -> dict
     named = environ.get("DS_ENV_FILE")
     paths = [Path(named)] if named else [folder / DEEPSPEED_ENV for folder in dict.fromkeys((home, here))]
     if named and not paths[0].is_file():
-        raise ConfigError(f"DS_ENV_FILE names {named}, which does not exist", where="DS_ENV_FILE", mend="name a file, or unset it")
+        raise ConfigError(f"DS_ENV_FILE names {named}, which does not exist", where="DS_ENV_FILE", fix="name a file, or unset it")
     found: dict[str, str] = {}
     for path in paths:
         if path.is_file():
@@ -76,7 +76,7 @@ def _lines(path: Path) -> Iterable[tuple[str, str]]:
             continue
         name, equals, value = line.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
-            raise ConfigError("an environment file has a line that is not NAME=VALUE", where=f"{path}:{number}", mend="write NAME=VALUE")
+            raise ConfigError("an environment file has a line that is not NAME=VALUE", where=f"{path}:{number}", fix="write NAME=VALUE")
         yield name.strip(), value.strip()
 
 

@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 from megatron.errors import BackendError
 from megatron.launch.control_channel import Wires
-from megatron.launch.plan import Plan
-from megatron.launch.rank_events import MARK, Event, Ledger, Lines
+from megatron.launch.plan import LaunchPlan
+from megatron.launch.rank_events import MARK, Event, Lines, RankEvents
 from megatron.launch.ssh_agent import FOLDER, ORDERS_FILE, PLAN_FILE
 from megatron.launch.supervisor import GRACE_S, LAST_S, PATIENCE, PATIENT_LAST_S, POLL_S, dying_with_parent
 
@@ -46,7 +46,7 @@ class Launched:
     received: signals to this process, appended to by their handler
     """
 
-    def __init__(self, plan: Plan, environ: Mapping[str, str], ledger: Ledger, received: list[int]) -> None:
+    def __init__(self, plan: LaunchPlan, environ: Mapping[str, str], ledger: RankEvents, received: list[int]) -> None:
         self.plan = plan
         self.ledger = ledger
         self.received = received
@@ -90,8 +90,8 @@ class Launched:
                 preexec_fn=dying_with_parent(signal.SIGTERM),
             )
         except FileNotFoundError:
-            mend = INSTALL.get(self.plan.launcher, "install it")
-            raise BackendError(f"{self.plan.argv[0]} is not installed here", where="launcher", mend=mend) from None
+            fix = INSTALL.get(self.plan.launcher, "install it")
+            raise BackendError(f"{self.plan.argv[0]} is not installed here", where="launcher", fix=fix) from None
 
     def _attend(self, process: subprocess.Popen[bytes]) -> int:
         ended_at: float | None = None
@@ -174,7 +174,7 @@ class Launched:
         out.flush()
 
 
-def _write_plan(plan: Plan, folder: Path) -> None:
+def _write_plan(plan: LaunchPlan, folder: Path) -> None:
     """What `reach` tells each host's agent; secret values stay in the environment."""
     shared = {
         "argv": plan.worker,

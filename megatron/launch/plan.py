@@ -24,7 +24,7 @@ class Host:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LaunchPlan:
     """A run that can be started.
 
     launcher:    local, pdsh, openmpi, mpich, slurm; deepspeed where its own runner does the work

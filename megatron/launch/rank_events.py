@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of ranks that ended: written by the rank, carried as marked lines of stderr, told as one report.
 
-A rank that fails leaves a file (`leave`); whoever started the rank reads it (`found`) and tells a Ledger, either directly or, from
+A rank that fails leaves a file (`leave`); whoever started the rank reads it (`found`) and tells a RankEvents, either directly or, from
 another machine, through lines that `Lines` picks out of a launcher's output.
 """
 
@@ -145,7 +145,7 @@ class Lines:
 
 
 @dataclass
-class Ledger:
+class RankEvents:
     """All events of a run, in the order they were heard.
 
     hosts: {rank: host} as planned

@@ -19,8 +19,8 @@ PART = r"(?:[^,\[\]\s]|\[[^\[\]]*\])+"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Place of this process in the job and where all of them meet."""
+class Rendezvous:
+    """Rendezvous of this process in the job and where all of them meet."""
 
     rank: int = 0
     local_rank: int = 0
@@ -39,7 +39,7 @@ SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TA
 SLURM_JOB = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE")
 
 
-def place_from(environ: Mapping[str, str], *, slurm: bool = False, mpi: bool = False) -> Place:
+def place_from(environ: Mapping[str, str], *, slurm: bool = False, mpi: bool = False) -> Rendezvous:
     """Rank, local rank, world size and meeting point; a lone process where nothing is set.
 
     slurm, mpi: the configuration says (`deepspeed_slurm`, `deepspeed_mpi`) that ranks come from there, so these are looked at first
@@ -56,11 +56,11 @@ def place_from(environ: Mapping[str, str], *, slurm: bool = False, mpi: bool = F
         if slurm or mpi:
             key, wanted = ("deepspeed_slurm", SLURM_JOB) if slurm else ("deepspeed_mpi", OPENMPI)
             raise ConfigError(
-                f"{key} is true, but {', '.join(wanted[:3])} are not set", where=key, mend="start through srun / mpirun, or unset the key"
+                f"{key} is true, but {', '.join(wanted[:3])} are not set", where=key, fix="start through srun / mpirun, or unset the key"
             )
-        return Place()
+        return Rendezvous()
     rank, local_rank, world_size = (_number(environ, name) for name in names[:3])
-    return Place(
+    return Rendezvous(
         rank=rank,
         local_rank=local_rank,
         world_size=world_size,
@@ -73,7 +73,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])
     except ValueError:
-        raise ConfigError(f"{name} is {environ[name]!r}, not a number", where=name, mend="unset it, or start with a launcher") from None
+        raise ConfigError(f"{name} is {environ[name]!r}, not a number", where=name, fix="unset it, or start with a launcher") from None
 
 
 def _address(environ: Mapping[str, str], names: tuple[str, ...], world_size: int) -> str:
@@ -86,7 +86,7 @@ def _address(environ: Mapping[str, str], names: tuple[str, ...], world_size: int
     here = environ.get(names[3], "")
     if names != TORCH and here.isdecimal() and int(here) < world_size:
         raise ConfigError(
-            f"{world_size} ranks on several hosts have no common address", where="MASTER_ADDR", mend="export MASTER_ADDR=<host of rank 0>"
+            f"{world_size} ranks on several hosts have no common address", where="MASTER_ADDR", fix="export MASTER_ADDR=<host of rank 0>"
         )
     return LOOPBACK
 
@@ -147,5 +147,5 @@ def _choices(text: str, nodelist: str) -> list[str]:
 
 def _damaged(nodelist: str) -> ConfigError:
     return ConfigError(
-        f"{nodelist!r} is not a SLURM node list", where="SLURM_JOB_NODELIST", mend="export MASTER_ADDR=<host of rank 0> to do without it"
+        f"{nodelist!r} is not a SLURM node list", where="SLURM_JOB_NODELIST", fix="export MASTER_ADDR=<host of rank 0> to do without it"
     )

@@ -151,7 +151,7 @@ class _NLL(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            raise TrainingError("the loss of the head was differentiated twice", mend="form the loss again, or use token_logps")
+            raise TrainingError("the loss of the head was differentiated twice", fix="form the loss again, or use token_logps")
         # The scale (1 / tokens, loss scale) comes last: before it, 16-bit gradients could underflow.
         x = None if grads.x is None else grads.x.mul_(upstream[0]).view(ctx.hidden_shape)
         return x, None if grads.w is None else grads.w.mul_(upstream[0]), None, None, None, None

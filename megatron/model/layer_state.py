@@ -8,15 +8,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Stream(NamedTuple):
+class LayerState(NamedTuple):
     """What a layer takes and gives. A tuple by nature, so the pipeline sends it as it is.
 
     hidden   [b, s, h] activations (the first layer takes token ids [b, s] int64 in its place)
-    segments [b, s]    int32 document number within the row; attention never crosses a change.
+    segment_ids [b, s]    int32 document number within the row; attention never crosses a change.
                        All zero when documents are joined.
 
-    A rank may have a part of the sequence's hidden states (sequence and context parallelism); segments are always of whole rows.
+    A rank may have a part of the sequence's hidden states (sequence and context parallelism); segment_ids are always of whole rows.
     """
 
     hidden: Tensor
-    segments: Tensor
+    segment_ids: Tensor

@@ -19,7 +19,7 @@ from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
-from megatron.model.layer_state import Stream
+from megatron.model.layer_state import LayerState
 from megatron.model.plan import Builder, Slot, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
@@ -89,7 +89,7 @@ class Stages(PipelineModule):  # type: ignore[misc]  # deepspeed is untyped
         flow = forward_input
         for are_blocks, layers in groupby(self.forward_funcs, key=is_block):
             if are_blocks:
-                flow = run_blocks(list(layers), Stream(*flow), self.recompute, tp=self.tp)
+                flow = run_blocks(list(layers), LayerState(*flow), self.recompute, tp=self.tp)
                 continue
             for layer in layers:
                 flow = layer(flow)
@@ -145,7 +145,7 @@ def pipeline_module(
 
     topology: DeepSpeed process topology with axes pipe, data, model (PipeModelDataParallelTopology)
     loss_fn:  (Logits handle of the last slot, tuple of target tensors) -> scalar
-    The first slot takes the tuple (tokens [b, s] int64, segments [b, s] int32).
+    The first slot takes the tuple (tokens [b, s] int64, segment_ids [b, s] int32).
     Raises ConfigError where the model cannot be cut into stages.
     """
     choices = choices or PipelineChoices()
@@ -154,7 +154,7 @@ def pipeline_module(
         raise ConfigError(
             "a relative position table is shared by all layers and cannot be spread over pipeline stages",
             where="pos_emb: rpe, pipe_parallel_size",
-            mend="set pipe_parallel_size to 0 or 1, or use another pos_emb",
+            fix="set pipe_parallel_size to 0 or 1, or use another pos_emb",
         )
     law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed)
     builder = Builder(initialiser=law, tp=groups.tp, context=context_plan(spec, groups), dtype=dtype)

@@ -62,11 +62,11 @@ def consume_deepy_args(argv: Sequence[str]) -> Launch:
     words = sort_words(argv)
     if len(words.bare) < 2:
         missing = "script and config files" if not words.bare else "config files"
-        raise ConfigError(f"no {missing} given", where="command line", mend="python deepy.py train.py configs/quickstart.yml")
+        raise ConfigError(f"no {missing} given", where="command line", fix="python deepy.py train.py configs/quickstart.yml")
     script, *confs = words.bare
     if not Path(script).is_file():
         raise ConfigError(
-            f"the script {script} does not exist", where="command line", mend="python deepy.py SCRIPT CONF...: the script comes first"
+            f"the script {script} does not exist", where="command line", fix="python deepy.py SCRIPT CONF...: the script comes first"
         )
     words.overrides["user_script"] = script
     args = read_config(words, confs)
@@ -86,7 +86,7 @@ def consume_neox_args(argv: Sequence[str], overwrites: Mapping[str, Any] | None 
     fixed = dict(overwrites or {})
     if MEGATRON_CONFIG not in encoded:
         if not words.bare:
-            raise ConfigError("no config files given", where="command line", mend="python train.py CONF..., or start it with deepy.py")
+            raise ConfigError("no config files given", where="command line", fix="python train.py CONF..., or start it with deepy.py")
         found = rank_count(os.environ)
         wanted = words.overrides.get("global_num_gpus") or read_files(words.bare, words.conf_dir).values.get("global_num_gpus")
         _check_ranks(fixed.get("global_num_gpus", wanted), found)
@@ -95,7 +95,7 @@ def consume_neox_args(argv: Sequence[str], overwrites: Mapping[str, Any] | None 
         raise ConfigError(
             f"{MEGATRON_CONFIG} holds the whole configuration; files and flags beside it would be ignored",
             where="command line",
-            mend="give them to deepy.py, or drop the encoded config",
+            fix="give them to deepy.py, or drop the encoded config",
         )
     return _from_encoded(encoded, fixed)
 
@@ -272,7 +272,7 @@ def _with_entry(block: Any, path: list[str], value: Any, flag: str) -> dict[str,
     if block is None:
         block = {}
     if not isinstance(block, dict):
-        raise ConfigError(f"{flag} names an entry of a mapping, but there is {block!r}", where=flag, mend="give the whole key")
+        raise ConfigError(f"{flag} names an entry of a mapping, but there is {block!r}", where=flag, fix="give the whole key")
     head, *rest = path
     return {**block, head: _with_entry(block.get(head), rest, value, flag) if rest else value}
 
@@ -292,7 +292,7 @@ def _check_ranks(wanted: Any, found: int) -> None:
         raise ConfigError(
             f"the configuration is for {wanted} ranks, but {found} {'was' if found == 1 else 'were'} started",
             where="global_num_gpus",
-            mend=f"start {wanted} processes (python deepy.py does), or leave global_num_gpus out",
+            fix=f"start {wanted} processes (python deepy.py does), or leave global_num_gpus out",
         )
 
 

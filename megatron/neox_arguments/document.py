@@ -35,7 +35,7 @@ def field_of(key: str) -> FieldInfo:
     if name not in SECTION_OF:
         near = closest(name, SECTION_OF)
         raise ConfigError(
-            f"there is no key {key}", where=key, mend=f"did you mean {near}?" if near else "all keys: documentation/CONFIG_ARGUMENTS.md"
+            f"there is no key {key}", where=key, fix=f"did you mean {near}?" if near else "all keys: documentation/CONFIG_ARGUMENTS.md"
         )
     return SECTIONS[SECTION_OF[name]].model_fields[name]
 

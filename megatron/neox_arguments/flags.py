@@ -125,8 +125,8 @@ def _value(name: str, has_value: bool, rest: list[str]) -> str:
     raise _problem(f"{name} needs a value", name, f"write {name} VALUE, or {name}=VALUE if it begins with a dash")
 
 
-def _problem(what: str, where: str, mend: str, near: str | None = None) -> ConfigProblems:
-    return ConfigProblems([Problem(what, where=where, closest=near, mend=mend)])
+def _problem(what: str, where: str, fix: str, near: str | None = None) -> ConfigProblems:
+    return ConfigProblems([Problem(what, where=where, closest=near, fix=fix)])
 
 
 def _truth(has_value: bool, rest: list[str]) -> Any:

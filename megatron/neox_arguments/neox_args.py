@@ -17,7 +17,7 @@ from .hostfile import visible_devices
 from .nested import check_block
 from .problems import DEFAULT, ConfigProblems, Origin, Problem
 from .pydantic_errors import unknown_key, value_problems
-from .resolution_state import Draft
+from .resolution_state import ResolutionState
 from .resolvers import RESOLVERS, resolve_world
 from .rules import broken_rules
 from .sections import (
@@ -150,9 +150,9 @@ class NeoXArgs:
         return cls(**sections, _given=flat.values, _origins=origins)
 
 
-def _read(flat: Flat) -> Draft:
+def _read(flat: Flat) -> ResolutionState:
     """Values of all keys as far as each is right by itself; unknown keys and wrong values become problems."""
-    draft = Draft({}, frozenset(), flat.origins, files=tuple(flat.files))
+    draft = ResolutionState({}, frozenset(), flat.origins, files=tuple(flat.files))
     for problem in flat.problems:
         draft.refuse(problem)
     draft.bad.clear()
@@ -170,14 +170,14 @@ def _read(flat: Flat) -> Draft:
     return draft
 
 
-def _checked_block(draft: Draft, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
+def _checked_block(draft: ResolutionState, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
     checked, problems = check_block(key, block, relaxed=relaxed)
     for problem in problems:
         draft.refuse(Problem(**{**vars(problem), "where": draft.place(problem.keys[-1:]), "keys": problem.keys[-1:]}))
     return checked
 
 
-def _valid_values(draft: Draft, section: type[Section], given: dict[str, Any]) -> dict[str, Any]:
+def _valid_values(draft: ResolutionState, section: type[Section], given: dict[str, Any]) -> dict[str, Any]:
     """The section's values; a value that is not allowed is reported and its default stands in."""
     try:
         made = section.model_validate(given)
@@ -188,7 +188,7 @@ def _valid_values(draft: Draft, section: type[Section], given: dict[str, Any]) -
     return {key: getattr(made, key) for key in section.model_fields}
 
 
-def _sections(draft: Draft) -> dict[str, Any]:
+def _sections(draft: ResolutionState) -> dict[str, Any]:
     """The frozen sections of a resolved draft; a derived value out of bounds is a problem too."""
     made: dict[str, Any] = {}
     for name, section in SECTIONS.items():

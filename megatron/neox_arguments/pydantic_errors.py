@@ -36,8 +36,8 @@ OTHER_NAMES: Final = MappingProxyType(
 def unknown_key(key: str, where: str | None) -> Problem:
     """A key that no section has."""
     near = OTHER_NAMES.get(key) or closest(key, SECTION_OF)
-    mend = f"write {near}, or remove it" if near else "remove it; `python -m megatron.neox_arguments document` lists all keys"
-    return Problem(f"{key} is not a known key", where=where, closest=near, mend=mend, keys=(key,))
+    fix = f"write {near}, or remove it" if near else "remove it; `python -m megatron.neox_arguments document` lists all keys"
+    return Problem(f"{key} is not a known key", where=where, closest=near, fix=fix, keys=(key,))
 
 
 def value_problems(section: type[Section], error: ValidationError, values: Mapping[str, Any]) -> list[Problem]:
@@ -50,13 +50,13 @@ def value_problems(section: type[Section], error: ValidationError, values: Mappi
 
 def _value_problem(key: str, value: Any, field: FieldInfo, places: list[tuple[Any, ...]]) -> Problem:
     if field.annotation is type(None):
-        return Problem(f"{key} is filled in at run time and cannot be set", allowed="nothing", mend="remove it", keys=(key,))
+        return Problem(f"{key} is filled in at run time and cannot be set", allowed="nothing", fix="remove it", keys=(key,))
     near = closest(value, literal_choices(field.annotation)) if isinstance(value, str) else None
     element = next((part for place in places for part in place if isinstance(part, int)), None)
     what = f"{key} is {shown(value)}"
     if element is not None and isinstance(value, list) and element < len(value):
         what += f", of which entry {element + 1}, {shown(value[element])}, does not fit"
-    return Problem(what, allowed=allowed(field), closest=near, mend=_mend(key, value, field, near), keys=(key,))
+    return Problem(what, allowed=allowed(field), closest=near, fix=_mend(key, value, field, near), keys=(key,))
 
 
 def _mend(key: str, value: Any, field: FieldInfo, near: str | None) -> str:

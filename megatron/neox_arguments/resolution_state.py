@@ -11,7 +11,7 @@ from .problems import Origin, Problem, shown
 
 
 @dataclass
-class Draft:
+class ResolutionState:
     """Values of all keys on their way to the frozen sections.
 
     values:  key -> value, defaults filled in
@@ -74,7 +74,7 @@ class Draft:
         self.refuse(
             Problem(
                 f"{key} is {shown(outer)}, but {path} is {shown(inner)}",
-                mend=f"set one of the two; {path} is enough" if "." in path else "set one of the two, or both alike",
+                fix=f"set one of the two; {path} is enough" if "." in path else "set one of the two, or both alike",
                 keys=(key, path),
             )
         )

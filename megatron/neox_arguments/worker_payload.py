@@ -29,7 +29,7 @@ def encode(values: dict[str, Any]) -> str:
         raise ConfigError(
             f"a secret may not stand in a config: {', '.join(secrets)}",
             where=", ".join(secrets),
-            mend="take it out of the YAML and export it in the environment (WANDB_API_KEY, COMET_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY)",
+            fix="take it out of the YAML and export it in the environment (WANDB_API_KEY, COMET_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY)",
         )
     raw = json.dumps(values).encode()
     text = base64.urlsafe_b64encode(raw).decode()
@@ -38,7 +38,7 @@ def encode(values: dict[str, Any]) -> str:
     if len(text) > ARGUMENT_LIMIT:
         raise ConfigError(
             f"the configuration takes {len(text)} bytes, more than one command-line argument holds ({ARGUMENT_LIMIT})",
-            mend="start the workers on the YAML files themselves: torchrun --nproc_per_node N train.py CONF...",
+            fix="start the workers on the YAML files themselves: torchrun --nproc_per_node N train.py CONF...",
         )
     return text
 
@@ -49,9 +49,9 @@ def decode(text: str, flag: str) -> dict[str, Any]:
         raw = base64.urlsafe_b64decode(text)
         values = json.loads(raw if raw.startswith(b"{") else zlib.decompress(raw))
     except (binascii.Error, zlib.error, ValueError) as error:
-        raise ConfigError(f"{flag} is not base64 JSON ({error})", where=flag, mend="leave this flag to deepy.py") from None
+        raise ConfigError(f"{flag} is not base64 JSON ({error})", where=flag, fix="leave this flag to deepy.py") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{flag} holds {type(values).__name__}, not a mapping", where=flag, mend="leave this flag to deepy.py")
+        raise ConfigError(f"{flag} holds {type(values).__name__}, not a mapping", where=flag, fix="leave this flag to deepy.py")
     return values
 
 

@@ -104,7 +104,7 @@ def read_files(paths: Sequence[str], conf_dir: str | None = None) -> Flat:
                 Problem(
                     f"two config files are called {path.name}",
                     where=f"{seen[path.name]}, {path}",
-                    mend="rename one: copies of both are kept side by side in every checkpoint",
+                    fix="rename one: copies of both are kept side by side in every checkpoint",
                 )
             )
             continue
@@ -129,7 +129,7 @@ def read_text(text: str, name: str, flat: Flat) -> None:
                     Problem(
                         "a config file holds `key: value` pairs, this one does not",
                         where=f"{name}:{node.start_mark.line + 1}",
-                        mend='write `key: value`, one pair per line, or { "key": value, ... }',
+                        fix='write `key: value`, one pair per line, or { "key": value, ... }',
                     )
                 )
                 return
@@ -139,7 +139,7 @@ def read_text(text: str, name: str, flat: Flat) -> None:
     except yaml.MarkedYAMLError as error:
         flat.problems.append(_syntax_problem(error, name))
     except (yaml.YAMLError, ValueError) as error:
-        flat.problems.append(Problem(f"not readable as YAML: {error}", where=f"{name}:1", mend="save the file as UTF-8 text"))
+        flat.problems.append(Problem(f"not readable as YAML: {error}", where=f"{name}:1", fix="save the file as UTF-8 text"))
 
 
 def _text(path: Path, flat: Flat) -> str | None:
@@ -153,11 +153,11 @@ def _text(path: Path, flat: Flat) -> str | None:
                 f"cannot read the config file: {error.strerror}",
                 where=str(path),
                 closest=str(path.parent / near) if near else None,
-                mend="give the path of a .yml, .yaml or .json file; other names get .yml appended",
+                fix="give the path of a .yml, .yaml or .json file; other names get .yml appended",
             )
         )
     except UnicodeDecodeError as error:
-        flat.problems.append(Problem(f"the config file is not UTF-8 text: {error.reason}", where=str(path), mend="save it as UTF-8"))
+        flat.problems.append(Problem(f"the config file is not UTF-8 text: {error.reason}", where=str(path), fix="save it as UTF-8"))
     return None
 
 
@@ -166,16 +166,16 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str) -> Problem:
     line = mark.line + 1 if mark else 1
     cause = error.problem or error.context or "syntax error"
     if "\\t" in cause:
-        mend = "indent with spaces, not tabs"
+        fix = "indent with spaces, not tabs"
     elif "expected ',' or" in cause:
-        mend = "put a comma between the entries, and close every bracket that is open"
+        fix = "put a comma between the entries, and close every bracket that is open"
     elif "mapping values are not allowed" in cause:
-        mend = "put one `key: value` per line, and quote values that hold `: `"
+        fix = "put one `key: value` per line, and quote values that hold `: `"
     elif "single document" in cause or "another document" in cause:
-        mend = "keep one document per file: remove the `---` line"
+        fix = "keep one document per file: remove the `---` line"
     else:
-        mend = "correct the line, or the one before it"
-    return Problem(f"not valid YAML: {cause}", where=f"{name}:{line}", mend=mend)
+        fix = "correct the line, or the one before it"
+    return Problem(f"not valid YAML: {cause}", where=f"{name}:{line}", fix=fix)
 
 
 def _add_mapping(loader: ConfigLoader, node: yaml.MappingNode, name: str, flat: Flat) -> None:
@@ -183,11 +183,11 @@ def _add_mapping(loader: ConfigLoader, node: yaml.MappingNode, name: str, flat: 
     for key_node, value_node in node.value:
         here = Origin("file", name, key_node.start_mark.line + 1)
         if key_node.tag == "tag:yaml.org,2002:merge":
-            flat.problems.append(Problem("`<<` does not work at the top of a config", where=str(here), mend="write the keys out"))
+            flat.problems.append(Problem("`<<` does not work at the top of a config", where=str(here), fix="write the keys out"))
             continue
         raw = loader.construct_object(key_node, deep=True)
         if not isinstance(raw, str):
-            flat.problems.append(Problem(f"a key is a name, {raw!r} is none", where=str(here), mend="write `name: value`"))
+            flat.problems.append(Problem(f"a key is a name, {raw!r} is none", where=str(here), fix="write `name: value`"))
             continue
         key = fold(raw)
         _note_nested(value_node, key, name, flat, frozenset())
@@ -196,7 +196,7 @@ def _add_mapping(loader: ConfigLoader, node: yaml.MappingNode, name: str, flat: 
                 Problem(
                     f"{key} is set twice",
                     where=f"{flat.origins[key]}, {here}",
-                    mend="keep one of the two; `-` and `_` in a key are the same",
+                    fix="keep one of the two; `-` and `_` in a key are the same",
                     keys=(key,),
                 )
             )
@@ -220,9 +220,7 @@ def _note_nested(node: yaml.Node, path: str, name: str, flat: Flat, above: froze
         inner = f"{path}.{key_node.value}"
         here = Origin("file", name, key_node.start_mark.line + 1)
         if inner in lines and key_node.tag != "tag:yaml.org,2002:merge":
-            flat.problems.append(
-                Problem(f"{inner} is set twice", where=f"{lines[inner]}, {here}", mend="keep one of the two", keys=(path,))
-            )
+            flat.problems.append(Problem(f"{inner} is set twice", where=f"{lines[inner]}, {here}", fix="keep one of the two", keys=(path,)))
         lines[inner] = here
         flat.origins.setdefault(inner, here)
         _note_nested(value_node, inner, name, flat, above)
@@ -244,7 +242,7 @@ def from_mapping(values: Mapping[str, Any], kind: str = "from_dict") -> Flat:
     for raw, value in values.items():
         key = fold(str(raw))
         if key in flat.values:
-            flat.problems.append(Problem(f"{key} is set twice", where=kind, mend="keep one of `-` and `_`", keys=(key,)))
+            flat.problems.append(Problem(f"{key} is set twice", where=kind, fix="keep one of `-` and `_`", keys=(key,)))
         flat.values[key] = value
         flat.origins[key] = Origin(kind)
     return flat

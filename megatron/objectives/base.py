@@ -49,6 +49,6 @@ class Objective(Protocol):
         """Loss of one micro batch.
 
         logits:      handle of the head (never the full matrix)
-        targets:     {"labels", "loss_weight", "segments", **extras}, on the model's device
+        targets:     {"labels", "loss_weight", "segment_ids", **extras}, on the model's device
         denominator: scalar float32, summed over all micro batches of the step and all data ranks
         """

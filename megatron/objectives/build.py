@@ -24,7 +24,7 @@ def build_objective(args: NeoXArgs, *, eod: int) -> Objective:
     kind = objective_class(args.objective.train_impl)
     for key in ("ga_dataset", "gd_retain_dataset"):
         if getattr(args.objective, key) is not None:
-            raise ConfigError("gradient ascent and gradient difference are not built yet", where=key, mend=f"remove {key}")
+            raise ConfigError("gradient ascent and gradient difference are not built yet", where=key, fix=f"remove {key}")
     isolated = args.attention.attention_over_documents == "isolated"
     log.info(f"documents packed into one row: {'isolated from' if isolated else 'joined with'} each other")
     return kind(

@@ -45,7 +45,7 @@ class LanguageModel:
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Rows of s + 1 tokens -> a batch of s positions.
 
-        samples: b items {"text": [s+1], "label": [s+1], "segments": [s+1]}. A negative label is not trained (padding has one), a
+        samples: b items {"text": [s+1], "label": [s+1], "segment_ids": [s+1]}. A negative label is not trained (padding has one), a
         negative text id is padding. Segments are the document numbers; where they are missing, documents are told apart by their end.
 
         Two documents and the start of a third in one row, 0 ends a document:
@@ -54,13 +54,13 @@ class LanguageModel:
         >>> joined = LanguageModel(eod=0).collate([row])
         >>> joined.tokens, joined.labels
         (tensor([[5, 6, 0, 7, 0, 8]]), tensor([[6, 0, 7, 0, 8, 9]]))
-        >>> joined.segments.tolist(), joined.loss_weight.tolist()
+        >>> joined.segment_ids.tolist(), joined.loss_weight.tolist()
         ([[0, 0, 0, 0, 0, 0]], [[1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
 
         Isolated, the end token belongs to the document it ends, and nothing is asked to foretell the next document's first token:
 
         >>> alone = LanguageModel(eod=0, isolated=True).collate([row])
-        >>> alone.segments.tolist(), alone.loss_weight.tolist()
+        >>> alone.segment_ids.tolist(), alone.loss_weight.tolist()
         ([[0, 0, 0, 1, 1, 2]], [[1.0, 1.0, 0.0, 1.0, 0.0, 1.0]])
 
         A label stream keeps a prompt (here: 5 6) out of the loss; -1 in the text is padding:
@@ -81,17 +81,17 @@ class LanguageModel:
             labels = np.where(wanted >= 0, wanted, labels)
         if self.eod_mask_loss:
             trained &= ~ends[:, :-1]
-        segments = np.zeros(text.shape, np.int32)
+        segment_ids = np.zeros(text.shape, np.int32)
         if self.isolated:
-            known = all("segments" in sample for sample in samples)
-            segments = _rows(samples, "segments").astype(np.int32) if known else document_numbers(ends)
+            known = all("segment_ids" in sample for sample in samples)
+            segment_ids = _rows(samples, "segment_ids").astype(np.int32) if known else document_numbers(ends)
             # The first token of a document is not foretold from the document before it.
-            trained &= segments[:, :-1] == segments[:, 1:]
+            trained &= segment_ids[:, :-1] == segment_ids[:, 1:]
         return Batch(
             tokens=torch.from_numpy(np.where(pad[:, :-1], PAD_TOKEN, tokens)),
             labels=torch.from_numpy(np.where(labels < 0, PAD_TOKEN, labels)),
             loss_weight=torch.from_numpy(trained.astype(np.float32)),
-            segments=torch.from_numpy(np.ascontiguousarray(segments[:, :-1])),
+            segment_ids=torch.from_numpy(np.ascontiguousarray(segment_ids[:, :-1])),
         )
 
     def denominator(self, batch: Batch) -> float:
@@ -119,12 +119,12 @@ def document_numbers(ends: np.ndarray) -> np.ndarray:
 def _rows(samples: Sequence[Sample], stream: str) -> np.ndarray:
     """The named stream of every sample as one int64 array [b, s+1]."""
     if not samples:
-        raise DataError("a micro batch without samples", mend="check train_micro_batch_size_per_gpu and the dataset's length")
+        raise DataError("a micro batch without samples", fix="check train_micro_batch_size_per_gpu and the dataset's length")
     missing = [i for i, sample in enumerate(samples) if stream not in sample]
     if missing:
         raise DataError(
             f"samples {missing[:5]} have no {stream!r} stream",
-            mend="give label paths for every training path, or for none" if stream == "label" else None,
+            fix="give label paths for every training path, or for none" if stream == "label" else None,
         )
     lengths = {len(sample[stream]) for sample in samples}
     if len(lengths) != 1:

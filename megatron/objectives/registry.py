@@ -18,4 +18,4 @@ def objective_class(train_impl: str) -> type[LanguageModel]:
     if found is not None:
         return found
     state = "not built yet" if train_impl in PLANNED else "unknown"
-    raise ConfigError(f"train_impl {train_impl!r} is {state}", where="train_impl", mend=f"use one of: {', '.join(NAMES)}")
+    raise ConfigError(f"train_impl {train_impl!r} is {state}", where="train_impl", fix=f"use one of: {', '.join(NAMES)}")

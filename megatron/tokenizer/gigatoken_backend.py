@@ -36,7 +36,7 @@ NEWER_RANGES = """
 """
 
 
-class Difference(NamedTuple):
+class IdMismatch(NamedTuple):
     """A text of which the two libraries make different ids."""
 
     text: str
@@ -93,14 +93,14 @@ class GigatokenTokenizer:
         """Text of ids, by `tokenizers`."""
         return self._engine.decode(ids)
 
-    def difference(self, texts: Sequence[str]) -> Difference | None:
+    def difference(self, texts: Sequence[str]) -> IdMismatch | None:
         """The first of the texts of which the libraries make different ids."""
         expected, found = self._engine.encode_ragged(texts), self._with_newer(texts)
         if np.array_equal(expected.sizes, found.sizes) and np.array_equal(expected.ids, found.ids):
             return None
         for text, right, wrong in zip(texts, _parts(expected), _parts(found), strict=True):
             if not np.array_equal(right, wrong):
-                return Difference(text, right.tolist(), wrong.tolist())
+                return IdMismatch(text, right.tolist(), wrong.tolist())
         return None
 
     def _with_newer(self, texts: Sequence[str]) -> RaggedIds:
@@ -168,23 +168,23 @@ class GigatokenTokenizer:
         found = result.ids[begin : begin + result.sizes[i]].tolist()
         expected = self._engine.encode(texts[i])
         if found != expected:
-            raise DataError(f"the tokenizer backends differ: {Difference(texts[i], expected, found)}", mend=HF_INSTEAD)
+            raise DataError(f"the tokenizer backends differ: {IdMismatch(texts[i], expected, found)}", fix=HF_INSTEAD)
 
 
 def engine_of(tokenizer: Tokenizer) -> EngineTokenizer:
     """The tokenizer as one of those that gigatoken may be able to run; DataError for the other families."""
     if not isinstance(tokenizer, EngineTokenizer):
-        raise DataError(f"gigatoken cannot run a {tokenizer.name}", where="tokenizer_type", mend=HF_INSTEAD)
+        raise DataError(f"gigatoken cannot run a {tokenizer.name}", where="tokenizer_type", fix=HF_INSTEAD)
     return tokenizer
 
 
 def _load(engine: EngineTokenizer) -> Any:
     if find_spec("gigatoken") is None:
-        raise BackendError("the package gigatoken is not installed", where="--tokenizer-backend", mend="uv pip install gigatoken, or hf")
+        raise BackendError("the package gigatoken is not installed", where="--tokenizer-backend", fix="uv pip install gigatoken, or hf")
     # The library takes no notice of this flag, and a word that shows it may not be among the hard strings.
     if whole := engine.whole_words():
         raise DataError(
-            f"gigatoken cannot run this tokenizer: {whole[0]!r} is a token only as a whole word", where="vocab_file", mend=HF_INSTEAD
+            f"gigatoken cannot run this tokenizer: {whole[0]!r} is a token only as a whole word", where="vocab_file", fix=HF_INSTEAD
         )
     try:
         import gigatoken
@@ -193,7 +193,7 @@ def _load(engine: EngineTokenizer) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # what panics in Rust is no Exception
-        raise DataError(f"gigatoken cannot run this tokenizer: {_first_line(error)}", where="vocab_file", mend=HF_INSTEAD) from error
+        raise DataError(f"gigatoken cannot run this tokenizer: {_first_line(error)}", where="vocab_file", fix=HF_INSTEAD) from error
 
 
 def newer_characters() -> NDArray[np.bool_]:

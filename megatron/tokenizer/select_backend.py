@@ -100,7 +100,7 @@ def settle_open(source: TokenizerSource, texts: Sequence[str] = ()) -> tuple[Set
         checked = [*hard_strings(engine), *filter(encodable, texts)]
         difference = fast.difference(checked)
         if difference is not None:
-            raise DataError(f"gigatoken differs: {difference}", where="--tokenizer-backend", mend=HF_INSTEAD)
+            raise DataError(f"gigatoken differs: {difference}", where="--tokenizer-backend", fix=HF_INSTEAD)
     except (BackendError, DataError) as error:
         if source.backend is TokenizerBackend.GIGATOKEN:
             raise

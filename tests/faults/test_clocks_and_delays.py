@@ -73,7 +73,7 @@ def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     began = time.monotonic()
     with pytest.raises(CheckpointError, match="does not see the checkpoint after 0.2 s") as error:
         wait_until_seen(folder, within_s=0.2)
-    assert time.monotonic() - began < 10 and error.value.where == str(folder) and "all hosts share" in str(error.value.mend)
+    assert time.monotonic() - began < 10 and error.value.where == str(folder) and "all hosts share" in str(error.value.fix)
 
 
 def find_late(rank: int, world: int, directory: str, looks: int, within_s: float) -> str:

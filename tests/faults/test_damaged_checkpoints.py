@@ -50,7 +50,7 @@ def test_each_kind_of_file_is_named_and_the_step_before_taken(tmp_path: Path, ki
     with pytest.raises(CheckpointError) as refused:
         find(Search(directory=tmp_path))
     assert KINDS[kind] in refused.value.what and refused.value.where == str(tmp_path / "global_step10" / KINDS[kind])
-    assert "`iteration: 5`" in str(refused.value.mend) and saved_steps(tmp_path) == [5, 10]
+    assert "`iteration: 5`" in str(refused.value.fix) and saved_steps(tmp_path) == [5, 10]
     with pytest.raises(CheckpointError, match="is damaged"):
         find(Search(directory=tmp_path, iteration=10, own=True))
     assert find(Search(directory=tmp_path, own=True)) == "global_step5"

@@ -92,7 +92,7 @@ def refused(action: Callable[[], object], path: Path, marker: Path) -> str:
         action()
     assert not marker.exists()
     report = str(caught.value)
-    assert str(path) in report and caught.value.mend and "arbitrary code" not in report, report
+    assert str(path) in report and caught.value.fix and "arbitrary code" not in report, report
     return report
 
 

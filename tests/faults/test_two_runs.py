@@ -88,7 +88,7 @@ def test_a_lock_names_its_holder_and_is_released(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as refused:
             acquire(tmp_path / "new" / "run")
         assert f"process {os.getpid()} on {os.uname().nodename}, since 20" in refused.value.what
-        assert refused.value.where == str(tmp_path / "new/run" / LOCK) and "another `save`" in str(refused.value.mend)
+        assert refused.value.where == str(tmp_path / "new/run" / LOCK) and "another `save`" in str(refused.value.fix)
         raise RuntimeError("out of luck")
     assert not (tmp_path / "new" / "run").exists()
     with held(tmp_path / "run"):

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.saving.write import Writing
+from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.data.batch import Batch
-from megatron.engine.base import Pieces, StepResult
+from megatron.engine.base import LocalShards, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
@@ -35,7 +35,7 @@ class FakeEngine:
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         raise NotImplementedError
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         writing.add(client_state, directory / tag / "mp_rank_00_model_states.pt")
         self.saved.append(tag)
 
@@ -48,7 +48,7 @@ class FakeEngine:
     def module(self) -> torch.nn.Module:
         return torch.nn.Identity()
 
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         raise NotImplementedError
 
     def before_update(self, look: Callable[[], None]) -> None:

@@ -48,10 +48,10 @@ class Run:
     """
 
     def __init__(self, flat: Mapping[str, Any], source: Path | None = None, *, optimizer: bool = True) -> None:
-        from megatron.checkpoint.build import Source, Take, compared_args
+        from megatron.checkpoint.build import CheckpointSource, Take, compared_args
         from megatron.data.build import build_data
         from megatron.engine.build import build_engine, join_job
-        from megatron.engine.restore import Position, resume_everything, resume_position
+        from megatron.engine.restore import TrainPosition, resume_everything, resume_position
         from megatron.neox_arguments import NeoXArgs
         from megatron.objectives.build import build_objective
 
@@ -61,10 +61,10 @@ class Run:
         self.objective = build_objective(self.args, eod=0)
         data = build_data(self.args, streams=self.objective.streams, rank=self.groups.dp.rank, size=self.groups.dp.size)
         take = Take.EVERYTHING if optimizer else Take.WEIGHTS_AND_POSITION
-        origin = Source(Take.NOTHING) if source is None else Source(take, source.parent, source.name)
+        origin = CheckpointSource(Take.NOTHING) if source is None else CheckpointSource(take, source.parent, source.name)
         self.engine, self.spec = build_engine(self.args, origin, self.groups, device)
         self.compared = compared_args(self.args)
-        position = Position()
+        position = TrainPosition()
         if source is not None:
             common = {"compared": self.compared, "batch_size": 4, "rng": True}
             if optimizer:
@@ -93,26 +93,26 @@ class Run:
 
     def save(self, directory: Path, iteration: int) -> Path:
         """Write a checkpoint; returns the step's folder."""
-        from megatron.engine.checkpointer import Saver
+        from megatron.engine.checkpointer import Checkpointer
 
-        saver = Saver(engine=self.engine, directory=directory, compared=self.compared, configs={})
+        saver = Checkpointer(engine=self.engine, directory=directory, compared=self.compared, configs={})
         saver.save(iteration, self.samples, self.samples * 64, last=True)
         return directory / f"global_step{iteration}"
 
     def gathered(self) -> dict[str, Any]:
-        """Every weight and optimizer state of the whole model by "name" and "name exp_avg", from the pieces of all ranks."""
+        """Every weight and optimizer state of the whole model by "name" and "name exp_avg", from the shards of all ranks."""
         from megatron.checkpoint.formats.state import canonical_name
         from megatron.mpu.collectives import of_all_ranks
 
-        pieces, mine = self.engine.pieces(), {}
+        shards, mine = self.engine.local_shards(), {}
         for name, parameter in self.engine.module().named_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            own = {"": pieces.weight(parameter), **pieces.states(parameter)}
+            own = {"": shards.weight(parameter), **shards.states(parameter)}
             for key, piece in own.items():
                 mine[canonical_name(name), key] = (shape, piece.detach().float().flatten().numpy().copy())
         groups = self.groups
         place = (groups.pp.rank, groups.tp.rank, groups.replicas.rank)
-        return _whole(of_all_ranks((place, mine), groups.world), self.spec, groups.tp.size, pieces.spread)
+        return _whole(of_all_ranks((place, mine), groups.world), self.spec, groups.tp.size, shards.sharded)
 
 
 def _whole(everybody: Sequence[Any], spec: Any, tensor_ranks: int, spread: bool) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def serve() -> None:
     """Fork a saver per line of standard input."""
     import torch
 
-    from megatron.engine.checkpointer import Saver
+    from megatron.engine.checkpointer import Checkpointer
     from support.fake_engine import FakeEngine
 
     assert len(os.listdir("/proc/self/task")) == 1, "a thread before the fork"
@@ -94,7 +94,7 @@ def serve() -> None:
         from megatron import fault_injection
 
         fault_injection.point = lambda site: time.sleep(float(piece_s))
-        saves = Saver(engine=Engine(), directory=Path(folder), compared={}, configs={"a.yml": "x: 1"}, background=background == "1")
+        saves = Checkpointer(engine=Engine(), directory=Path(folder), compared={}, configs={"a.yml": "x: 1"}, background=background == "1")
         for number in range(SAVES):
             step = int(first) + number * int(between)
             say(f"saving {step}")

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--output", type=Path)
     given = flags.parse_args(argv)
     if given.output is not None and given.output.exists():
-        raise ConfigError("the file is there already", where=str(given.output), mend="give another name")
+        raise ConfigError("the file is there already", where=str(given.output), fix="give another name")
     found = fetch(PREFIX + given.model.removeprefix(PREFIX), contents=False)
     load = PREFIX + (
         str(found.directory) if found.revision is None else f"{given.model.removeprefix(PREFIX).partition('@')[0]}@{found.revision}"

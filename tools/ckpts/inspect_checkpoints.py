@@ -20,7 +20,7 @@ from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
-    from megatron.checkpoint.conversion.inspect import Statistics, Wanted
+    from megatron.checkpoint.conversion.inspect import TensorStatistics, Wanted
 
 ABOUT = "Shows names, shapes, dtypes and numbers of a checkpoint, or where two checkpoints differ (exit status 1 when they do)."
 USAGE = """python tools/ckpts/inspect_checkpoints.py PATH [--iteration N] [--stats] [--filter REGEX] [--json]
@@ -126,7 +126,7 @@ def show(files: Mapping[str, Path], wanted: Wanted, *, numbers: bool) -> None:
     print(f"{tensors} tensors, {parameters:,} elements, {size / 2**20:,.2f} MiB")
 
 
-def _numbers(found: Statistics) -> str:
+def _numbers(found: TensorStatistics) -> str:
     return "  ".join(f"{name} {value:.6g}" for name, value in asdict(found).items())
 
 

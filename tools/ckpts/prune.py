@@ -39,11 +39,9 @@ def main(argv: list[str]) -> int:
     given = flags.parse_args(argv)
     for flag, least in (("keep", given.keep), ("keep-every", given.keep_every)):
         if least is not None and least < 1:
-            raise ConfigError(f"--{flag} {least} is no number of checkpoints or steps", where="command line", mend="give 1 or more")
+            raise ConfigError(f"--{flag} {least} is no number of checkpoints or steps", where="command line", fix="give 1 or more")
     if not saved_steps(given.directory):
-        raise CheckpointError(
-            "no global_step<N> folder is there", where=str(given.directory), mend="name the folder of several checkpoints"
-        )
+        raise CheckpointError("no global_step<N> folder is there", where=str(given.directory), fix="name the folder of several checkpoints")
     choose = removable if given.dry_run else prune
     verify = Verify.SIZE if given.sizes else Verify.FULL
     gone = choose(given.directory, keep=given.keep, protected=given.protect, every=given.keep_every, verify=verify)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     given = flags.parse_args(argv)
     if given.tensor < 1 or given.pipe < 0:
         raise ConfigError(
-            f"--tensor {given.tensor} --pipe {given.pipe} is no layout", where="command line", mend="--tensor >= 1, --pipe >= 0"
+            f"--tensor {given.tensor} --pipe {given.pipe} is no layout", where="command line", fix="--tensor >= 1, --pipe >= 0"
         )
     from megatron.checkpoint.loading.reshard import Target, reshard
     from megatron.checkpoint.steps.step_dirs import find_tag, named_step
@@ -60,7 +60,7 @@ def spec_of(folder: Path, configs: list[Path]) -> Any:
     files = configs or sorted((folder / "configs").glob("*"))
     manifest = read_manifest(folder)
     if not files and not (manifest and manifest.config):
-        raise ConfigError("the checkpoint holds no configuration", where=str(folder / "configs"), mend="name it: --config FILE ...")
+        raise ConfigError("the checkpoint holds no configuration", where=str(folder / "configs"), fix="name it: --config FILE ...")
     args = NeoXArgs.from_ymls([str(file) for file in files]) if files else NeoXArgs.from_dict(dict(manifest.config))
     return spec_for(args.replace(padded_vocab_size=width_over(read_shards(folder), "word_embeddings.weight", 0)), folder)
 

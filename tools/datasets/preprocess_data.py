@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_input(flags, keys=["text"])
     shared.add_tokenizer(flags)
     flags.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    flags.add_argument("--ftfy", action="store_true", help="mend mis-decoded text with ftfy first")
+    flags.add_argument("--ftfy", action="store_true", help="fix mis-decoded text with ftfy first")
     shared.add_output(flags)
     return flags
 

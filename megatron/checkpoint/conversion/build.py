@@ -14,7 +14,7 @@ from megatron.checkpoint.conversion.config_file import NAME, TRAINING, render
 from megatron.checkpoint.conversion.external_weights import Foreign, open_foreign
 from megatron.checkpoint.conversion.logit_compare import verify
 from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice
-from megatron.checkpoint.conversion.requests import Layout, Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.requests import OutputLayout, Rewrite, ToHF, ToNeoX
 from megatron.checkpoint.conversion.reward import score_fields
 from megatron.checkpoint.conversion.tensor_manifest import read_record
 from megatron.checkpoint.conversion.to_hf import convert_to_hf
@@ -128,7 +128,7 @@ def rewrite(request: Rewrite) -> str:
     args, model = describe_step(step, request.configs, request.keys)
     layout = {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "load": str(out), "finetune": True}
     given = {key: value for key, value in args.given().items() if key not in (*ALONE, *layout, "config_files")}
-    text = render(f"{step}", {"Model and run": given, "Layout and weights": layout})
+    text = render(f"{step}", {"Model and run": given, "OutputLayout and weights": layout})
     args = args.replace(model_parallel_size=request.tensor, global_num_gpus=request.tensor)
     choice = _choice(request, args, step_of(step.name) or request.iteration)
     new = rewrite_neox(step, out, model, choice, finish=[_configs(text, choice.iteration)])
@@ -151,7 +151,7 @@ def describe_step(step: Path, configs: Sequence[Path] = (), keys: Mapping[str, A
     elif (manifest is not None and manifest.config) or keys:
         args = NeoXArgs.from_dict({**(keys or (manifest.config if manifest is not None else {})), **fixed})
     else:
-        raise ConfigError("the checkpoint holds no configuration", where=str(step / "configs"), mend="name it: --config_file FILE")
+        raise ConfigError("the checkpoint holds no configuration", where=str(step / "configs"), fix="name it: --config_file FILE")
     if any(getattr(args.model, key) for key in TE_KEYS) or args.model.norm.startswith("te_"):
         args = NeoXArgs.from_dict({**canonical_keys(args.given()), **fixed})
     return args, Described(args.to_flat(), spec_for(args, step))
@@ -167,7 +167,7 @@ def describe_foreign(source: Foreign, out: Path, request: ToNeoX) -> tuple[NeoXA
     sections = {
         "Model": keys,
         "Tokenizer": tokenizer_keys(source.path, out / "tokenizer"),
-        "Layout": {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "precision": precision},
+        "OutputLayout": {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "precision": precision},
         "The weights: a new run begins with them": {"load": str(out), "finetune": True},
         "Training: change what you like": TRAINING,
     }
@@ -204,7 +204,7 @@ def _origin(step: Path, args: NeoXArgs) -> dict[str, Any]:
     return {}
 
 
-def _choice(request: Layout, args: NeoXArgs, iteration: int | None = None) -> NeoXChoice:
+def _choice(request: OutputLayout, args: NeoXArgs, iteration: int | None = None) -> NeoXChoice:
     return NeoXChoice(
         tensor=request.tensor,
         pipe=request.pipe,
@@ -216,13 +216,13 @@ def _choice(request: Layout, args: NeoXArgs, iteration: int | None = None) -> Ne
     )
 
 
-def _check_layout(request: Layout) -> None:
+def _check_layout(request: OutputLayout) -> None:
     if request.tensor < 1 or request.pipe < 0 or request.iteration < 0:
         what = f"{request.tensor} tensor ranks, {request.pipe} stages and iteration {request.iteration} are no layout"
-        raise ConfigError(what, where="command line", mend="at least 1 tensor rank, 0 stages, iteration 0")
+        raise ConfigError(what, where="command line", fix="at least 1 tensor rank, 0 stages, iteration 0")
 
 
-def _layout(request: Layout) -> str:
+def _layout(request: OutputLayout) -> str:
     return f"{request.tensor} tensor ranks, " + (f"{request.pipe} stages" if request.pipe else "no pipeline")
 
 

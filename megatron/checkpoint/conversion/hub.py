@@ -29,7 +29,7 @@ def local_folder(model: str, revision: str | None = None, cache: str | None = No
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    mend = "correct the name or the revision, log in, or download the model and give its folder"
+    fix = "correct the name or the revision, log in, or download the model and give its folder"
     try:
         fetch = partial(snapshot_download, model, revision=revision, cache_dir=cache)
         folder = Path(fetch(allow_patterns=[*WORDS, *(WEIGHTS if weights else ())]))
@@ -38,7 +38,7 @@ def local_folder(model: str, revision: str | None = None, cache: str | None = No
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"no such folder, and the hub does not give it: {reason}", where=model, mend=mend) from error
+        raise CheckpointError(f"no such folder, and the hub does not give it: {reason}", where=model, fix=fix) from error
 
 
 def upload(folder: Path, repository: str) -> str:
@@ -55,5 +55,5 @@ def upload(folder: Path, repository: str) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"the hub does not take it: {reason}", where=repository, mend="log in with a token that may write") from error
+        raise CheckpointError(f"the hub does not take it: {reason}", where=repository, fix="log in with a token that may write") from error
     return str(address)

@@ -32,7 +32,7 @@ Content = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class TensorStatistics:
     """Of the finite elements; the two shares are of all elements."""
 
     min: float
@@ -45,7 +45,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class CheckpointDiff:
     """One name on which two checkpoints do not agree.
 
     kind:    "only in the first", "only in the second", "shape", "dtype" or "value"
@@ -67,7 +67,7 @@ def locate(path: Path, iteration: int | None = None) -> dict[str, Path]:
     if path.is_file():
         return {path.name: path}
     if not path.is_dir():
-        raise CheckpointError("there is no such file or folder", where=str(path), mend="give a checkpoint's folder or one of its files")
+        raise CheckpointError("there is no such file or folder", where=str(path), fix="give a checkpoint's folder or one of its files")
     folder = step_folder(path, iteration)
     files = {entry.relative_to(folder).as_posix(): entry for entry in folder.rglob("*") if entry.suffix in SUFFIXES and entry.is_file()}
     if files:
@@ -76,9 +76,9 @@ def locate(path: Path, iteration: int | None = None) -> dict[str, Path]:
         raise CheckpointError(
             "a folder of torch.distributed.checkpoint: its .metadata is a pickle, which could run anything, and is not read",
             where=str(folder / ".metadata"),
-            mend="turn it into a .pt file where you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE",
+            fix="turn it into a .pt file where you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE",
         )
-    raise CheckpointError(f"no checkpoint file ({', '.join(SUFFIXES)}) is in the folder", where=str(folder), mend="check the path")
+    raise CheckpointError(f"no checkpoint file ({', '.join(SUFFIXES)}) is in the folder", where=str(folder), fix="check the path")
 
 
 def step_folder(path: Path, iteration: int | None = None) -> Path:
@@ -119,7 +119,7 @@ def read(path: Path) -> Content:
         with safe_open(path, framework="pt") as reader:
             return LazyState({name: partial(read_tensor, path, name) for name in reader.keys()})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), mend="copy it again") from error
+        raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), fix="copy it again") from error
 
 
 def _torch_content(path: Path) -> Any:
@@ -172,7 +172,7 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def statistics(tensor: Tensor) -> Statistics:
+def statistics(tensor: Tensor) -> TensorStatistics:
     """Numbers about a tensor of any shape; it is looked at block by block (Chan et al., 1979, for the deviation)."""
     low, high, count, mean, spread, zeros = math.inf, -math.inf, 0, 0.0, 0.0, 0
     total = tensor.numel()
@@ -192,7 +192,7 @@ def statistics(tensor: Tensor) -> Statistics:
         count += n
     if count == 0:
         low = high = mean = spread = math.nan
-    return Statistics(
+    return TensorStatistics(
         min=low,
         max=high,
         mean=mean,
@@ -222,9 +222,9 @@ def max_abs_difference(first: Tensor, second: Tensor) -> float:
     return largest
 
 
-def compare(name: str, first: Any, second: Any) -> Difference | None:
+def compare(name: str, first: Any, second: Any) -> CheckpointDiff | None:
     """How two values of one name differ; None when they do not."""
-    of_name = partial(Difference, name=name, first=kind(first), second=kind(second))
+    of_name = partial(CheckpointDiff, name=name, first=kind(first), second=kind(second))
     if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
         equal = not isinstance(first, Tensor) and not isinstance(second, Tensor) and _plain_equal(first, second)
         return None if equal else of_name(kind="value")
@@ -272,7 +272,7 @@ def entries(files: Mapping[str, Path], wanted: Wanted) -> Iterator[tuple[str, st
                 yield file, name, value
 
 
-def differences(first: Mapping[str, Path], second: Mapping[str, Path], wanted: Wanted) -> Iterator[Difference]:
+def differences(first: Mapping[str, Path], second: Mapping[str, Path], wanted: Wanted) -> Iterator[CheckpointDiff]:
     """Where two checkpoints differ; files of one name are compared, and two single files whatever their names."""
     if len(first) == len(second) == 1:
         second = dict(zip(first, second.values(), strict=True))
@@ -290,9 +290,9 @@ def differences(first: Mapping[str, Path], second: Mapping[str, Path], wanted: W
                 if found is not None:
                     yield found
             elif name in contents[0]:
-                yield Difference(name=full, kind="only in the first", first=kind(held[0]), second="-")
+                yield CheckpointDiff(name=full, kind="only in the first", first=kind(held[0]), second="-")
             else:
-                yield Difference(name=full, kind="only in the second", first="-", second=kind(held[0]))
+                yield CheckpointDiff(name=full, kind="only in the second", first="-", second=kind(held[0]))
 
 
 def as_row(file: str, name: str, value: Any, *, numbers: bool) -> dict[str, Any]:

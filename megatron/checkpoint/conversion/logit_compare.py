@@ -32,7 +32,7 @@ else for weights that may differ by the last place of their dtype."""
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDiff:
     """greatest: absolute difference of logits; largest: absolute logit; bound: what the difference may be"""
 
     greatest: float
@@ -104,7 +104,7 @@ def hf_logits(directory: Path, tokens: Tensor, rounded: torch.dtype | None = Non
     return logits.float()
 
 
-def difference(ours: Tensor, theirs: Tensor, inexact: torch.dtype | None = None) -> Difference:
+def difference(ours: Tensor, theirs: Tensor, inexact: torch.dtype | None = None) -> LogitDiff:
     """Of two tensors of logits, over the vocabulary that both have.
 
     inexact: dtype of weights that may differ in the last place; None: both hold the same numbers
@@ -112,7 +112,7 @@ def difference(ours: Tensor, theirs: Tensor, inexact: torch.dtype | None = None)
     rows = min(ours.shape[-1], theirs.shape[-1])
     ours, theirs = ours[..., :rows], theirs[..., :rows]
     largest = float(ours.abs().max())
-    return Difference(float((ours - theirs).abs().max()), largest, BOUNDS[inexact or torch.float32] * max(1.0, largest))
+    return LogitDiff(float((ours - theirs).abs().max()), largest, BOUNDS[inexact or torch.float32] * max(1.0, largest))
 
 
 def sampled_logits(
@@ -145,7 +145,7 @@ def verify(step: Path, hf: Path, model: Described, rounded: torch.dtype | None, 
     found = difference(ours, theirs, (rounded or weights.dtype) if weights.shares_round else None)
     line = f"{what} differ by at most {found.greatest:.2e} (bound {found.bound:.1e}, largest {found.largest:.1f})"
     if not found.good:
-        mend = "nothing was kept; report it with the configuration of the model"
-        raise CheckpointError(f"source and result are not the same model: {line}", where=str(hf), mend=mend)
+        fix = "nothing was kept; report it with the configuration of the model"
+        raise CheckpointError(f"source and result are not the same model: {line}", where=str(hf), fix=fix)
     log.info("verified: %s", line)
     return [line]

@@ -39,7 +39,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class Progress:
+class ByteProgress:
     """How much of a known number of bytes is done: a bar on a terminal, a log line now and then elsewhere."""
 
     def __init__(self, title: str, total: int) -> None:
@@ -71,7 +71,7 @@ class Progress:
 class Table:
     """Name -> shape, dtype and XXH3-128 digest of each Hugging Face tensor that went through."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: ByteProgress) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.progress = progress
 

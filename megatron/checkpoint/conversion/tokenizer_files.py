@@ -85,7 +85,7 @@ def find_tokenizer(wanted: bool, folder: Path | None, kind: str | None, vocab_fi
         return None
     if folder is not None:
         if not (folder / "tokenizer.json").is_file():
-            raise ConfigError("no tokenizer.json is there", where=str(folder), mend="name the folder of a Hugging Face tokenizer")
+            raise ConfigError("no tokenizer.json is there", where=str(folder), fix="name the folder of a Hugging Face tokenizer")
         return folder / "tokenizer.json"
     if kind != "HFTokenizer" or not vocab_file:
         log.warning("tokenizer_type is %s: no tokenizer is written", kind)

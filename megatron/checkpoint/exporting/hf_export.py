@@ -13,7 +13,7 @@ import torch
 from megatron.checkpoint.conversion.folder import written_aside
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.safetensors_file import write_shards
-from megatron.checkpoint.conversion.tensor_manifest import Progress, Table, dtype_name
+from megatron.checkpoint.conversion.tensor_manifest import ByteProgress, Table, dtype_name
 from megatron.checkpoint.conversion.to_hf import planned, unpacked
 from megatron.checkpoint.conversion.tokenizer_files import save_tokenizer, write_generation_config
 from megatron.checkpoint.conversion.weights import Whole
@@ -60,7 +60,7 @@ class Export:
         bound = list(bound_rows(self.family, self.spec, config["vocab_size"]))
         plan = planned(bound, model, weights.dtypes(), self.dtype)
         with written_aside(out, overwrite=True) as aside:
-            table = Table(Progress(f"exporting {step.name}", sum(one.bytes for one in plan)))
+            table = Table(ByteProgress(f"exporting {step.name}", sum(one.bytes for one in plan)))
             write_shards(aside, plan, unpacked(bound, weights), table.add, limit=SHARD_BYTES)
             table.progress.close()
             if self.tokenizer is not None:
@@ -83,8 +83,8 @@ def family_for(keys: Mapping[str, Any], spec: ModelSpec, preferred: str | None =
     Raises ConfigError, naming the keys that the nearest one cannot express.
     """
     if keys.get("train_impl") == "rm":
-        mend = "leave out save_hf, and run tools/ckpts/convert_neox_to_hf.py with --pad-token-id"
-        raise ConfigError("save_hf does not write reward models", where="save_hf", mend=mend)
+        fix = "leave out save_hf, and run tools/ckpts/convert_neox_to_hf.py with --pad-token-id"
+        raise ConfigError("save_hf does not write reward models", where="save_hf", fix=fix)
     families = sorted(FAMILIES, key=lambda family: family.hf != preferred)
     refusals = [(family, refused(family, keys, spec)) for family in families]
     for family, errors in refusals:
@@ -95,7 +95,7 @@ def family_for(keys: Mapping[str, Any], spec: ModelSpec, preferred: str | None =
     raise ConfigError(
         f"save_hf: no Hugging Face architecture known here can be this model; {nearest.hf} comes nearest, but:\n" + "\n".join(lines),
         where=", ".join(dict.fromkeys(error.where for error in errors if error.where)) or "save_hf",
-        mend="change these keys, or leave out save_hf",
+        fix="change these keys, or leave out save_hf",
     )
 
 

@@ -30,7 +30,7 @@ SHARD_BYTES = 5 * 10**9
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json. Raises CheckpointError when it is missing or damaged."""
-    return read_json(directory / CONFIG, mend="give a folder that a Hugging Face model was saved to")
+    return read_json(directory / CONFIG, fix="give a folder that a Hugging Face model was saved to")
 
 
 def read_state(directory: Path, *, empty: bool = False) -> LazyState:
@@ -43,7 +43,7 @@ def read_state(directory: Path, *, empty: bool = False) -> LazyState:
         try:
             names = names_of(path)
         except SafetensorError as error:
-            raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), mend="copy it again") from error
+            raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), fix="copy it again") from error
         owners.update(dict.fromkeys(names, path))
     return LazyState({name: partial(empty_tensor if empty else read_tensor, path, name) for name, path in owners.items()})
 
@@ -59,11 +59,11 @@ def weight_files(directory: Path) -> list[Path]:
             raise CheckpointError(
                 f"{index} names {file}, which is not in the folder",
                 where=str(directory / index),
-                mend="copy the model again from its source",
+                fix="copy the model again from its source",
             )
         if not (directory / file).is_file():
-            mend = "copy all files of the model (save_pretrained writes safetensors)"
-            raise CheckpointError(f"{file} is missing", where=str(directory), mend=mend)
+            fix = "copy all files of the model (save_pretrained writes safetensors)"
+            raise CheckpointError(f"{file} is missing", where=str(directory), fix=fix)
     return [directory / file for file in files]
 
 
@@ -96,7 +96,7 @@ def _old_content(path: Path) -> dict[str, Tensor]:
     # Opened anew for each tensor: what is mapped into memory goes when the tensor is done.
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError("not a table of tensors", where=str(path), mend="give a model as save_pretrained wrote it")
+        raise CheckpointError("not a table of tensors", where=str(path), fix="give a model as save_pretrained wrote it")
     return content
 
 
@@ -137,14 +137,14 @@ def shards(state: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor
         yield held
 
 
-def read_json(path: Path, mend: str = "copy it again") -> dict[str, Any]:
+def read_json(path: Path, fix: str = "copy it again") -> dict[str, Any]:
     """A JSON object. Raises CheckpointError when it is missing or damaged."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.name} is missing", where=str(path.parent), mend=mend) from error
+        raise CheckpointError(f"{path.name} is missing", where=str(path.parent), fix=fix) from error
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path.name} is not JSON: {error}", where=str(path), mend=mend) from error
+        raise CheckpointError(f"{path.name} is not JSON: {error}", where=str(path), fix=fix) from error
     return content
 
 

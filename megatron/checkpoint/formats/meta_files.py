@@ -28,8 +28,8 @@ def shard_files(directory: Path) -> list[Path]:
     found = {int(m.group(1)): path for path in directory.iterdir() if (m := _SHARD.match(path.name))} if directory.is_dir() else {}
     absent = [f"consolidated.{number:02d}.pth" for number in range(max(found, default=0) + 1) if number not in found]
     if absent:
-        mend = "give the folder with params.json and all consolidated.NN.pth"
-        raise CheckpointError(f"{absent[0]} is missing", where=str(directory), mend=mend)
+        fix = "give the folder with params.json and all consolidated.NN.pth"
+        raise CheckpointError(f"{absent[0]} is missing", where=str(directory), fix=fix)
     return [found[number] for number in range(len(found))]
 
 
@@ -38,7 +38,7 @@ def read_meta(directory: Path) -> tuple[dict[str, Any], LazyState]:
 
     Raises CheckpointError when files are missing or damaged, or together do not have the sizes that params.json says.
     """
-    params = read_json(directory / PARAMS, mend="give the folder with params.json and all consolidated.NN.pth")
+    params = read_json(directory / PARAMS, fix="give the folder with params.json and all consolidated.NN.pth")
     files = shard_files(directory)
     shards = [{name: tensor.shape for name, tensor in _content(path).items()} for path in files]
     dims: dict[str, int | None] = {}
@@ -73,7 +73,7 @@ def _check_sizes(params: dict[str, Any], shards: list[dict[str, torch.Size]], di
         found = None if dim is None else sum(shard[name][dim] for shard in shards)
         if size is not None and found != size:
             what = f"{name} has {found} {('rows', 'columns')[dim or 0]} in {len(shards)} files, and {size} by {PARAMS}"
-            raise CheckpointError(what, where=str(directory), mend="copy all consolidated.NN.pth of one model")
+            raise CheckpointError(what, where=str(directory), fix="copy all consolidated.NN.pth of one model")
 
 
 def _joined(files: list[Path], name: str, dim: int | None) -> Tensor:
@@ -86,5 +86,5 @@ def _joined(files: list[Path], name: str, dim: int | None) -> Tensor:
 def _content(path: Path) -> dict[str, Tensor]:
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError("not a table of tensors", where=str(path), mend="give raw weights of LLaMA as Meta publishes them")
+        raise CheckpointError("not a table of tensors", where=str(path), fix="give raw weights of LLaMA as Meta publishes them")
     return content

@@ -84,7 +84,7 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     Raises CheckpointError when the folder holds none.
     """
     if not folder.is_dir():
-        raise CheckpointError("checkpoint folder is missing", where=str(folder), mend="correct `load` or `iteration`")
+        raise CheckpointError("checkpoint folder is missing", where=str(folder), fix="correct `load` or `iteration`")
     layers = {int(m.group(1)): entry for entry in folder.iterdir() if (m := _LAYER.match(entry.name)) and int(m.group(2)) == tensor_rank}
     weights: dict[str, Tensor] = {}
     for slot, path in sorted(layers.items()):
@@ -98,7 +98,7 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
     if not isinstance(module, Mapping) or not module:
-        raise CheckpointError("no weights in the checkpoint folder", where=str(folder), mend="check that all its files were copied")
+        raise CheckpointError("no weights in the checkpoint folder", where=str(folder), fix="check that all its files were copied")
     return {name.removeprefix("sequential."): tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
 
 
@@ -109,7 +109,7 @@ def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
         raise CheckpointError(
             "the weights were spread over data-parallel ranks (ZeRO-3), and their files are not there",
             where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"),
-            mend="copy all files of the folder, or choose another step",
+            fix="copy all files of the folder, or choose another step",
         )
     content = read_torch_file(bookkeeping_file(folder, tensor_rank), deepspeed_types=True)
     parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
@@ -218,5 +218,5 @@ def check_fit(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, 
     raise CheckpointError(
         "checkpoint and model differ. " + "; ".join(parts),
         where=str(folder),
-        mend="use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)",
+        fix="use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)",
     )

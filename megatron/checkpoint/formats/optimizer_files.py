@@ -37,7 +37,7 @@ def read_optimizer(folder: Path) -> list[OptimizerShard]:
     """
     ranks = tensor_ranks(folder)
     if ranks == 0:
-        raise CheckpointError("no optimizer in the checkpoint folder", where=str(folder), mend="check that all its files were copied")
+        raise CheckpointError("no optimizer in the checkpoint folder", where=str(folder), fix="check that all its files were copied")
     found: list[list[OptimizerShard]] = [[] for _ in range(ranks)]
     for model_rank in range(model_ranks(folder)):
         try:
@@ -45,7 +45,7 @@ def read_optimizer(folder: Path) -> list[OptimizerShard]:
             before = found[model_rank % ranks]
             before.append(_of_model_rank(folder, model_rank, model_rank % ranks, {name for one in before for name in one.masters}))
         except CheckpointError as error:
-            raise CheckpointError(error.what, where=error.where or str(bookkeeping_file(folder, model_rank)), mend=error.mend) from error
+            raise CheckpointError(error.what, where=error.where or str(bookkeeping_file(folder, model_rank)), fix=error.fix) from error
     return [_over_stages(stages) for stages in found]
 
 
@@ -63,17 +63,17 @@ def _of_model_rank(folder: Path, model_rank: int, tensor_rank: int, taken: set[s
     files = partition_files(folder, model_rank)
     if not files:
         if not content.get("optimizer"):
-            raise CheckpointError("the checkpoint has no optimizer", mend="set `no_load_optim: true`")
+            raise CheckpointError("the checkpoint has no optimizer", fix="set `no_load_optim: true`")
         groups, weights = (content.get(RECORD) or {}).get("groups"), read_weights(folder, tensor_rank)
         groups = groups or _told_by_order(content["optimizer"], {name: weights[name] for name in weights if name not in taken})
         if groups is None:
-            raise CheckpointError(NAMELESS, mend=LAYOUT_MEND)
+            raise CheckpointError(NAMELESS, fix=LAYOUT_MEND)
         return whole_optimizer(content["optimizer"], groups, weights)
     parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
     if "fp32_flat_groups" in parts[0]:
         return partitions(parts, named_shapes(content))
     if "param_slice_mappings" not in parts[0]:
-        raise CheckpointError(NAMELESS, mend=LAYOUT_MEND)
+        raise CheckpointError(NAMELESS, fix=LAYOUT_MEND)
     weights = read_weights(folder, tensor_rank)
     return fragments(parts, {name: tuple(tensor.shape) for name, tensor in weights.items()})
 

@@ -94,7 +94,7 @@ def names_in_order(content: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
 def _other_shape(key: str, name: str, value: Tensor) -> CheckpointError:
     return CheckpointError(
         f"the optimizer's state {key} of {name} has the shape {tuple(value.shape)}, not the parameter's: it belongs to one layout",
-        mend=LAYOUT_MEND,
+        fix=LAYOUT_MEND,
     )
 
 
@@ -163,7 +163,7 @@ def _all_there(contents: Sequence[Mapping[str, Any]]) -> None:
     wanted = count if isinstance(count, int) else max(count, default=len(contents))
     if wanted != len(contents):
         found = f"{len(contents)} file{'s are' if len(contents) > 1 else ' is'} there"
-        raise CheckpointError(f"the optimizer was spread over {wanted} ranks, and {found}", mend="check that all files were copied")
+        raise CheckpointError(f"the optimizer was spread over {wanted} ranks, and {found}", fix="check that all files were copied")
 
 
 def _states_by_group(base: Any) -> list[Mapping[str, Any]]:
@@ -183,7 +183,7 @@ def _gathered(
     for name, found in places.items():
         if name not in shapes or sum(place.count for place in found) != math.prod(shapes[name]):
             raise CheckpointError(
-                f"the parts of {name} in the optimizer's files are not the whole of it", mend="check that all files are there"
+                f"the parts of {name} in the optimizer's files are not the whole of it", fix="check that all files are there"
             )
     scalars: dict[str, dict[str, Any]] = {}
     makers: dict[str, dict[str, Callable[[], Tensor]]] = {}

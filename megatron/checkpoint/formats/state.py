@@ -59,7 +59,7 @@ def load_canonical(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     if missing or unknown:
         raise CheckpointError(
             f"weights and model do not fit: missing {summary(missing)}; unknown {summary(unknown)}",
-            mend="check that the configuration is the one of the checkpoint",
+            fix="check that the configuration is the one of the checkpoint",
         )
     with torch.no_grad():
         for name, target in own.items():
@@ -67,7 +67,7 @@ def load_canonical(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             if source.shape != target.shape:
                 raise CheckpointError(
                     f"{name} is {tuple(source.shape)} in the checkpoint and {tuple(target.shape)} in the model",
-                    mend="check the sizes in the configuration",
+                    fix="check the sizes in the configuration",
                 )
             target.copy_(source)
 

@@ -64,17 +64,17 @@ def read_torch_file(path: Path, *, deepspeed_types: bool = False) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except FileNotFoundError as error:
-        raise CheckpointError("checkpoint file is missing", where=str(path), mend="check the folder, or choose another step") from error
+        raise CheckpointError("checkpoint file is missing", where=str(path), fix="check the folder, or choose another step") from error
     except pickle.UnpicklingError as error:
         reason = _reason(error)
         raise CheckpointError(
             f"checkpoint file is damaged or holds objects that are not plain data: {reason}",
             where=str(path),
-            mend="use a file written by this project or by GPT-NeoX; nothing in the file was executed",
+            fix="use a file written by this project or by GPT-NeoX; nothing in the file was executed",
         ) from error
     except Exception as error:  # a damaged pickle fails in any way: assertions, indices, unknown encodings
         raise CheckpointError(
-            f"checkpoint file cannot be read: {_reason(error)}", where=str(path), mend="copy it again, or choose another step"
+            f"checkpoint file cannot be read: {_reason(error)}", where=str(path), fix="copy it again, or choose another step"
         ) from error
 
 

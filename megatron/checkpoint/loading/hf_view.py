@@ -43,7 +43,7 @@ class HFModel:
             return cls(directory=directory, config=config, family=family_of(config))
         except ConfigError as error:
             known = ", ".join(family.hf for family in FAMILIES)
-            raise ConfigError(error.what, where=str(directory / CONFIG), mend=f"these can be read: {known}") from error
+            raise ConfigError(error.what, where=str(directory / CONFIG), fix=f"these can be read: {known}") from error
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class HFModel:
             raise ConfigError(
                 f"the configuration does not describe the model in {self.directory}:\n" + "\n".join(f"    {line}" for line in lines),
                 where=str(self.directory / CONFIG),
-                mend=f"change these keys, or take all of the model's: python tools/ckpts/hf_config.py {self.directory}",
+                fix=f"change these keys, or take all of the model's: python tools/ckpts/hf_config.py {self.directory}",
             )
 
 
@@ -99,7 +99,7 @@ def differences(family: Family, config: Mapping[str, Any], keys: Mapping[str, An
             if isinstance(row, Fixed):
                 lines.append(_line(row.neox, keys.get(row.neox), row.value))
             else:
-                lines.append(f"{error.where}: {error.what}; {error.mend}")
+                lines.append(f"{error.where}: {error.what}; {error.fix}")
     rows = [row for row in rows if row not in refused]
     ours, theirs = _complete(_merged(rows, fields)), _complete(_merged(rows, config))
     ours[ROWS] = spec.vocab_size

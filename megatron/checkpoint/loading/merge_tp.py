@@ -48,7 +48,7 @@ def _same_names(shards: Sequence[Shard]) -> None:
     for rank, shard in enumerate(shards):
         if odd := set(shard) ^ set(shards[0]):
             raise CheckpointError(
-                f"tensor ranks 0 and {rank} hold different weights: {sorted(odd)[:6]}", mend="check that all files were copied"
+                f"tensor ranks 0 and {rank} hold different weights: {sorted(odd)[:6]}", fix="check that all files were copied"
             )
 
 

@@ -127,7 +127,7 @@ def reshard(source: Path, directory: Path, spec: ModelSpec, target: Target) -> P
     """
     final = directory / source.name
     if final.exists():
-        raise CheckpointError("there is a checkpoint of this step already", where=str(final), mend="choose another folder")
+        raise CheckpointError("there is a checkpoint of this step already", where=str(final), fix="choose another folder")
     args = bookkeeping(source, deepspeed_types=True).get("args") or {}
     spec = with_vocabulary(spec, target_rows(spec.vocab_size, args, target.tensor))
     aside = directory / f"{source.name}.partial"

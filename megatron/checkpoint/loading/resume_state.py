@@ -54,7 +54,7 @@ def restore_rng(client_state: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(
             f"no random state in the checkpoint ({', '.join(missing)})",
             where=str(where),
-            mend="set `no_load_rng: true`, or `finetune: true`",
+            fix="set `no_load_rng: true`, or `finetune: true`",
         )
     version, internal, gauss = client_state["random_rng_state"]
     random.setstate((version, tuple(internal), gauss))
@@ -79,8 +79,8 @@ def compare_args(now: Mapping[str, Any], stored: Mapping[str, Any] | None, where
             log.warning("%s was %r when the checkpoint was written and is %r now", key, before, after)
     if different:
         listed = ", ".join(f"{key}: checkpoint {before!r}, now {after!r}" for key, (before, after) in different.items())
-        mend = "use the configuration it was trained with"
-        raise CheckpointError(f"the checkpoint is of another model ({listed})", where=str(where), mend=mend)
+        fix = "use the configuration it was trained with"
+        raise CheckpointError(f"the checkpoint is of another model ({listed})", where=str(where), fix=fix)
 
 
 def only_filling_differs(now: Mapping[str, Any], stored: Mapping[str, Any] | None) -> bool:

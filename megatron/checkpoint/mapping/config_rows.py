@@ -24,7 +24,7 @@ class ConfigRow(Protocol):
 
 
 @dataclass(frozen=True)
-class Pair:
+class FieldPair:
     """The same value under two names; `default` is what an absent field means there, `ours` what an absent key means here.
 
     also: further fields of theirs that must have the same value
@@ -42,7 +42,7 @@ class Pair:
         for other in self.also:
             if hf.get(other, self.default) != value:
                 what = f"{self.hf} and {other} differ, and '{self.neox}' stands for both"
-                raise ConfigError(what, where=f"config.json: {other}", mend=f"set both to {value}")
+                raise ConfigError(what, where=f"config.json: {other}", fix=f"set both to {value}")
         return {} if value is None else {self.neox: value}
 
     def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Fixed:
         value = self.ours if value is None else value
         if value != self.value:
             what = f"this architecture cannot express '{self.neox}: {value}'"
-            raise ConfigError(what, where=self.neox, mend=f"it needs {self.value}; choose another architecture")
+            raise ConfigError(what, where=self.neox, fix=f"it needs {self.value}; choose another architecture")
         return {}
 
 
@@ -106,7 +106,7 @@ class Theirs:
         found = hf.get(self.hf, self.default)
         if found != self.value:
             where = f"config.json: {self.hf}"
-            raise ConfigError(f"'{self.hf}: {found}' is not supported", where=where, mend=f"only {self.value} can be converted")
+            raise ConfigError(f"'{self.hf}: {found}' is not supported", where=where, fix=f"only {self.value} can be converted")
         return {}
 
     def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Holds:
 
     neox: str
     test: Callable[[ModelSpec], bool]
-    mend: str
+    fix: str
 
     def to_neox(self, hf: Config) -> dict[str, Any]:
         """Nothing: their models are so."""
@@ -130,7 +130,7 @@ class Holds:
         """Nothing, or a refusal."""
         if not self.test(spec):
             what = f"this architecture cannot express '{self.neox}: {neox.get(self.neox)}'"
-            raise ConfigError(what, where=self.neox, mend=self.mend)
+            raise ConfigError(what, where=self.neox, fix=self.fix)
         return {}
 
 
@@ -184,7 +184,7 @@ class Heads:
             return {}
         if not self.free:
             what = f"head_dim {size} is not {self.hidden} / {self.heads}"
-            raise ConfigError(what, where="config.json: head_dim", mend="such a model cannot be converted")
+            raise ConfigError(what, where="config.json: head_dim", fix="such a model cannot be converted")
         return {"head_dim": size}
 
     def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class Heads:
             return {"head_dim": attention.head_dim}
         if attention.head_dim * attention.num_heads != spec.hidden_size:
             what = f"this architecture cannot express 'head_dim: {attention.head_dim}'"
-            raise ConfigError(what, where="head_dim", mend="it needs hidden_size / num_attention_heads; choose another architecture")
+            raise ConfigError(what, where="head_dim", fix="it needs hidden_size / num_attention_heads; choose another architecture")
         return {}
 
 
@@ -213,7 +213,7 @@ class Act:
                 tanh = ours == "gelu_tanh"
                 return {"activation": "gelu" if tanh else ours, "bias_gelu_fusion": tanh}
         known = ", ".join(theirs for _, theirs in self.table)
-        raise ConfigError(f"activation '{name}' is not supported", where=f"config.json: {self.hf}", mend=f"one of {known}")
+        raise ConfigError(f"activation '{name}' is not supported", where=f"config.json: {self.hf}", fix=f"one of {known}")
 
     def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
         """Their field."""
@@ -222,4 +222,4 @@ class Act:
             if name == ours:
                 return {self.hf: theirs}
         known = ", ".join(ours for ours, _ in self.table)
-        raise ConfigError(f"this architecture cannot express 'activation: {name}'", where="activation", mend=f"one of {known}")
+        raise ConfigError(f"this architecture cannot express 'activation: {name}'", where="activation", fix=f"one of {known}")

@@ -32,7 +32,7 @@ class Window:
         windows = {block.attention.window for block in spec.blocks}
         if len(windows) > 1:
             what = "this architecture has one window for all layers"
-            raise ConfigError(what, where="sliding_window_pattern", mend="choose another architecture")
+            raise ConfigError(what, where="sliding_window_pattern", fix="choose another architecture")
         (window,) = windows
         return {self.hf: None if window is None else window + 1}
 
@@ -53,14 +53,14 @@ class LayerWindows:
         """One of our two keys, or none."""
         types = list(hf.get("layer_types") or self.types(hf))
         if unknown := sorted(set(types) - {FULL, SLIDING}):
-            raise ConfigError(f"layer type '{unknown[0]}' is not supported", where="config.json: layer_types", mend=f"{FULL} or {SLIDING}")
+            raise ConfigError(f"layer type '{unknown[0]}' is not supported", where="config.json: layer_types", fix=f"{FULL} or {SLIDING}")
         if SLIDING not in types:
             return {}
         seen = hf.get("sliding_window", self.width) if self.switch is None or hf.get(self.switch, False) else None
         if seen is None:
             what = "there are sliding layers, but no sliding_window"
             raise ConfigError(
-                what, where="config.json: layer_types", mend=f"set sliding_window{f' and {self.switch}' if self.switch else ''}"
+                what, where="config.json: layer_types", fix=f"set sliding_window{f' and {self.switch}' if self.switch else ''}"
             )
         if FULL not in types:
             return {"sliding_window_width": seen - 1}
@@ -72,7 +72,7 @@ class LayerWindows:
         widths = {window for window in windows if window is not None}
         if len(widths) > 1:
             what = f"this architecture has one width of windows, not {', '.join(map(str, sorted(widths)))}"
-            raise ConfigError(what, where="sliding_window_pattern", mend="choose another architecture")
+            raise ConfigError(what, where="sliding_window_pattern", fix="choose another architecture")
         types = [FULL if window is None else SLIDING for window in windows]
         fields: dict[str, Any] = {"layer_types": types, "sliding_window": max(widths) + 1 if widths else self.width}
         if self.switch is not None:
@@ -147,7 +147,7 @@ class Rope:
             return None
         if kind not in self.kinds:
             what = f"rope_scaling of type '{kind}' is not supported"
-            raise ConfigError(what, where="config.json: rope_scaling", mend=f"one of {', '.join(self.kinds)}")
+            raise ConfigError(what, where="config.json: rope_scaling", fix=f"one of {', '.join(self.kinds)}")
         if kind == "yarn":
             scaling.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
             if not scaling.pop("truncate", True):
@@ -162,10 +162,10 @@ class Rope:
         rotary = spec.blocks[0].attention.rotary
         if rotary is None:
             what = f"this architecture cannot express 'pos_emb: {neox.get('pos_emb')}'"
-            raise ConfigError(what, where="pos_emb", mend="it needs rotary positions")
+            raise ConfigError(what, where="pos_emb", fix="it needs rotary positions")
         whole = rotary.dim == spec.blocks[0].attention.head_dim
         if self.fraction is None and not whole:
-            raise ConfigError("this architecture rotates whole heads", where="rotary_pct", mend="choose another architecture")
+            raise ConfigError("this architecture rotates whole heads", where="rotary_pct", fix="choose another architecture")
         fields: dict[str, Any] = {self.base: rotary.base, "rope_scaling": self._rope_scaling(neox, spec)}
         if self.fraction is not None:
             fields[self.fraction] = neox.get("rotary_pct", 1.0)
@@ -179,13 +179,13 @@ class Rope:
             return None
         if scaled != [self.layers == "all" or window is None for _, window in pairs]:
             what = f"this architecture scales the rotary positions of {self.layers} layers"
-            raise ConfigError(what, where="rope_scaling_layers", mend=f"it needs {self.layers}; choose another architecture")
+            raise ConfigError(what, where="rope_scaling_layers", fix=f"it needs {self.layers}; choose another architecture")
         given = dict(neox["rope_scaling"])
         kinds = [given.pop(name, None) for name in ("rope_type", "type")]
         kind = kinds[0] or kinds[1]
         if kind not in self.kinds:
             what = f"this architecture has no '{kind}' scaling"
-            raise ConfigError(what, where="rope_scaling", mend=f"one of {', '.join(self.kinds)}; choose another architecture")
+            raise ConfigError(what, where="rope_scaling", fix=f"one of {', '.join(self.kinds)}; choose another architecture")
         return {self.kind_field: kind, **given, "factor": float(given["factor"])}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.checkpoint.formats.state import LazyState, summary
 from megatron.checkpoint.mapping.config_rows import ConfigRow
-from megatron.checkpoint.mapping.ops import Op, Place, Same
+from megatron.checkpoint.mapping.ops import Op, OpContext, Same
 from megatron.errors import CheckpointError
 from megatron.model.block import UNUSED_NORM
 from megatron.model.spec import ModelSpec
@@ -46,7 +46,7 @@ class Bound:
     ours: str
     theirs: tuple[str, ...]
     op: Op
-    place: Place
+    place: OpContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def bound_rows(family: Family, spec: ModelSpec, vocab_size: int) -> Iterator[Bou
         theirs = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
         for layer in range(count) if row.per_layer else (0,):
             names = {**fixed, "layer": layer, "slot": layer + 2}
-            place = Place(spec=spec, layer=layer, vocab_size=vocab_size)
+            place = OpContext(spec=spec, layer=layer, vocab_size=vocab_size)
             yield Bound(row.ours.format(**names), tuple(name.format(**names) for name in theirs), row.op, place)
 
 
@@ -160,5 +160,5 @@ def check_names(where: str, *, missing: list[str], surplus: list[str]) -> None:
         raise CheckpointError(
             f"tensor names do not fit: missing {summary(missing)}; claimed by no row {summary(surplus)}",
             where=where,
-            mend="check that the configuration describes this checkpoint",
+            fix="check that the configuration describes this checkpoint",
         )

@@ -75,10 +75,10 @@ def parse(load: str) -> HFAddress:
     given = HFAddress(name=name, revision=revision or None)
     if name and given.local:
         raise CheckpointError(
-            f"a folder has no revisions, and '{revision}' is asked for", where=f"load: {load}", mend=f"load: {PREFIX}{name}"
+            f"a folder has no revisions, and '{revision}' is asked for", where=f"load: {load}", fix=f"load: {PREFIX}{name}"
         )
     if not _ID.match(name):
-        raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", mend=_MEND)
+        raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", fix=_MEND)
     return given
 
 
@@ -127,7 +127,7 @@ def _require_folder(directory: Path, load: str) -> None:
     if not directory.is_dir():
         host = os.uname().nodename
         raise CheckpointError(
-            f"{host} does not see the folder", where=f"load: {load}", mend="put the model on a file system that all hosts share"
+            f"{host} does not see the folder", where=f"load: {load}", fix="put the model on a file system that all hosts share"
         )
 
 
@@ -142,8 +142,8 @@ def _download(address: HFAddress, load: str, *, offline: bool = False) -> Path:
         RevisionNotFoundError,
     )
 
-    def refused(what: str, mend: str) -> CheckpointError:
-        return CheckpointError(what, where=f"load: {load}", mend=mend)
+    def refused(what: str, fix: str) -> CheckpointError:
+        return CheckpointError(what, where=f"load: {load}", fix=fix)
 
     if not offline:
         log.info("looking for %s on the Hugging Face hub%s", address.name, f" at {address.revision}" if address.revision else "")
@@ -154,18 +154,18 @@ def _download(address: HFAddress, load: str, *, offline: bool = False) -> Path:
             )
         )
     except GatedRepoError as error:
-        mend = "accept its terms on its page at huggingface.co, and log in (`hf auth login`, or HF_TOKEN)"
-        raise refused(f"the owner of {address.name} asks for consent first", mend) from error
+        fix = "accept its terms on its page at huggingface.co, and log in (`hf auth login`, or HF_TOKEN)"
+        raise refused(f"the owner of {address.name} asks for consent first", fix) from error
     except RevisionNotFoundError as error:
         raise refused(f"{address.name} has no revision {address.revision}", "give a branch, tag or commit of it") from error
     except RepositoryNotFoundError as error:
-        mend = f"{_MEND}; for a private one log in (`hf auth login`, or HF_TOKEN)"
-        raise refused(f"there is neither a folder {address.name} nor a model of this name on the hub", mend) from error
+        fix = f"{_MEND}; for a private one log in (`hf auth login`, or HF_TOKEN)"
+        raise refused(f"there is neither a folder {address.name} nor a model of this name on the hub", fix) from error
     except LocalEntryNotFoundError as error:
         # Also what a host without a network says, and one with HF_HUB_OFFLINE.
-        mend = f"download it where there is a network (`hf download {address.name}`) and share HF_HOME, or copy it and give its folder"
+        fix = f"download it where there is a network (`hf download {address.name}`) and share HF_HOME, or copy it and give its folder"
         raise refused(
-            f"there is no folder {address.name}, and no model of this name in the hub's cache, with no way to the hub", mend
+            f"there is no folder {address.name}, and no model of this name in the hub's cache, with no way to the hub", fix
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

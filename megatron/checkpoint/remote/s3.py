@@ -69,7 +69,7 @@ def require_boto3() -> None:
         raise BackendError(
             f"uploads to S3 need the package boto3: {error}",
             where=KEY,
-            mend="bash setup_uv_env.sh --extra s3 (or: pip install 'megatron-neox[s3]'), or remove s3_path",
+            fix="bash setup_uv_env.sh --extra s3 (or: pip install 'megatron-neox[s3]'), or remove s3_path",
         ) from error
 
 
@@ -83,15 +83,15 @@ def open_client() -> Any:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or run `aws configure`; AWS_ENDPOINT_URL_S3 names another store"
+    fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or run `aws configure`; AWS_ENDPOINT_URL_S3 names another store"
     try:
         session = boto3.session.Session()
         if session.get_credentials() is None:
-            raise ConfigError("no credentials for S3 were found", where=KEY, mend=mend)
+            raise ConfigError("no credentials for S3 were found", where=KEY, fix=fix)
         retries = {"total_max_attempts": ATTEMPTS, "mode": "standard"}
         return session.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
     except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"S3 cannot be used: {told(error)}", where=KEY, mend=mend) from error
+        raise ConfigError(f"S3 cannot be used: {told(error)}", where=KEY, fix=fix) from error
 
 
 def told(error: Exception) -> str:
@@ -99,7 +99,7 @@ def told(error: Exception) -> str:
     return re.sub(r"//[^/@\s]*@", "//***@", str(error))
 
 
-class Place:
+class S3Prefix:
     """The objects under one address.
 
     part_bytes: of one part of a large file; so much of each file under way is held in memory
@@ -137,7 +137,7 @@ class Place:
             raise ConfigError(
                 f"{self.address} cannot be used: {what}",
                 where=KEY,
-                mend="correct s3_path, create the bucket, or use credentials that may list, read and write it",
+                fix="correct s3_path, create the bucket, or use credentials that may list, read and write it",
             ) from error
         except BotoCoreError as error:
             log.error("S3 cannot be reached; uploads are tried all the same: %s", told(error))
@@ -175,7 +175,7 @@ class Place:
             checksum = self._put(path, name, entry) if entry.bytes <= size else self._put_parts(path, name, entry, size)
             if self.has(name, entry, checksum):
                 return True
-        raise CheckpointError("the store does not hold what it was sent", where=f"{self.address}/{name}", mend="see the store's own log")
+        raise CheckpointError("the store does not hold what it was sent", where=f"{self.address}/{name}", fix="see the store's own log")
 
     def write(self, name: str, content: bytes) -> None:
         """A small object of any content."""
@@ -303,4 +303,4 @@ def _status(error: Any) -> int:
 
 
 def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError("the file is not what its manifest says, so it is not uploaded", where=str(path), mend="check the disk")
+    return CheckpointError("the file is not what its manifest says, so it is not uploaded", where=str(path), fix="check the disk")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron.atomic_io import Entry, digest_of, sync_folder, write_durably
-from megatron.checkpoint.remote.s3 import Address, Place, Stopped, told
+from megatron.checkpoint.remote.s3 import Address, S3Prefix, Stopped, told
 from megatron.checkpoint.steps.manifest import MANIFEST, read_manifest
 from megatron.checkpoint.steps.retention import UPLOADING
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps, step_of, step_tag
@@ -52,7 +52,7 @@ class Uploader:
 
     def __init__(self, directory: Path, client: Any, address: Address, *, part_bytes: int) -> None:
         self.directory = directory
-        self.place = Place(client, address, part_bytes=part_bytes, stopped=lambda: self._stopped, moved=self._count)
+        self.place = S3Prefix(client, address, part_bytes=part_bytes, stopped=lambda: self._stopped, moved=self._count)
         self.failures = 0
         self._wanted = threading.Event()
         self._idle = threading.Event()
@@ -155,7 +155,7 @@ class Uploader:
         """Files first, then the manifest, then `latest`: who finds a manifest there finds all that it names."""
         manifest = read_manifest(folder)
         if manifest is None:
-            raise CheckpointError("the checkpoint has no manifest", where=str(folder), mend="publish it with a version that writes one")
+            raise CheckpointError("the checkpoint has no manifest", where=str(folder), fix="publish it with a version that writes one")
         tag, own, began = folder.name, _own_entry(folder), time.monotonic()
         self._now, self._moved, self._total = tag, 0, sum(entry.bytes for entry in manifest.files.values())
         listed = f"{tag}/{MANIFEST}"

@@ -20,7 +20,7 @@ from megatron.checkpoint.saving.host_copy import host_copy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class WrittenFiles:
     """What became of one rank's files.
 
     files:    name within the folder -> what it holds
@@ -37,7 +37,7 @@ class Abandoned(Exception):
     """Somebody else's part of the checkpoint failed, so this one is not finished."""
 
 
-class Writing:
+class RankFileWriter:
     """Files of one checkpoint on their way to the disk. Nothing here raises: what fails is told by `wait`.
 
     folder:  where they go
@@ -86,7 +86,7 @@ class Writing:
         """Have the threads end soon: nobody wants the files any more."""
         self._stop.set()
 
-    def wait(self) -> Written:
+    def wait(self) -> WrittenFiles:
         """Return when every file is on disk, or has failed."""
         problems, files = list(self._problems), dict[str, Entry]()
         for name, job in self._files.items():
@@ -98,7 +98,7 @@ class Writing:
         self._pool.shutdown()
         if not problems and len(files) < len(self._files):
             problems.append("another rank's files failed first")
-        return Written(files=files, problems=tuple(problems), seconds=self._ended - self._begun)
+        return WrittenFiles(files=files, problems=tuple(problems), seconds=self._ended - self._begun)
 
     def _write(self, state: Any, path: Path) -> Entry:
         try:

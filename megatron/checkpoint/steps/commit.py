@@ -26,7 +26,7 @@ def publish(aside: Path, final: Path) -> None:
     Raises TrainingError when there is nothing to publish.
     """
     if not aside.is_dir():
-        raise TrainingError("the checkpoint was not written", where=str(aside), mend="check the disk")
+        raise TrainingError("the checkpoint was not written", where=str(aside), fix="check the disk")
     old = final.with_name(f"{final.name}.{OLD}.{uuid4().hex[:8]}")
     replaces = final.exists()
     if replaces:

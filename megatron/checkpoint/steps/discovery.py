@@ -85,7 +85,7 @@ def wait_until_seen(folder: Path, within_s: float) -> None:
             raise CheckpointError(
                 f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename} does not see the checkpoint after {within_s:g} s",
                 where=str(folder),
-                mend="put `save` and `load` on a file system that all hosts share, and look whether it is slow",
+                fix="put `save` and `load` on a file system that all hosts share, and look whether it is slow",
             )
         time.sleep(_POLL_S)
 
@@ -130,7 +130,7 @@ def _newest(search: Search, world: Group) -> str:
     if bad:
         raise _none_left(search.directory, bad, [tag for tag in tags if tag not in bad])
     tag = on_first_rank(partial(find_tag, search.directory), world)  # says what is missing
-    raise CheckpointError(f"{tag} has just appeared", where=str(search.directory), mend="start again")
+    raise CheckpointError(f"{tag} has just appeared", where=str(search.directory), fix="start again")
 
 
 def _candidates(directory: Path) -> tuple[list[str], str | None]:
@@ -156,8 +156,8 @@ def _settle(search: Search, tag: str, finding: Finding, bad: Mapping[str, Findin
         write_latest(search.directory, tag)
     elif hint is not None and hint != tag:
         newer = step_of(hint) is not None and (search.directory / hint).is_dir()
-        mend = f"; to go back there: `iteration: {step_of(hint)}`" if newer else ", which is not there"
-        log.warning("the newest whole checkpoint, %s, is taken, while `latest` names %s%s", tag, hint, mend)
+        fix = f"; to go back there: `iteration: {step_of(hint)}`" if newer else ", which is not there"
+        log.warning("the newest whole checkpoint, %s, is taken, while `latest` names %s%s", tag, hint, fix)
 
 
 def _discard(folder: Path, finding: Finding) -> None:
@@ -167,24 +167,24 @@ def _discard(folder: Path, finding: Finding) -> None:
 
 def _refusal(search: Search, tag: str, finding: Finding, world: Group) -> CheckpointError:
     """The error for a bad step that may not be passed over in silence. Call on every rank."""
-    mend = "copy it again"
+    fix = "copy it again"
     for other in on_first_rank(partial(_candidates, search.directory), world)[0]:
         step = step_of(other)
         if other != tag and step is not None and inspect(search.directory / other, search.verify, world).whole:
-            mend += f", or take the newest one that is whole: `iteration: {step}`"
+            fix += f", or take the newest one that is whole: `iteration: {step}`"
             break
     first = finding.problems[0].partition(":")[0]
     return CheckpointError(
-        f"the checkpoint {tag} is damaged:\n{_listed(finding.problems)}", where=str(search.directory / tag / first), mend=mend
+        f"the checkpoint {tag} is damaged:\n{_listed(finding.problems)}", where=str(search.directory / tag / first), fix=fix
     )
 
 
 def _none_left(directory: Path, bad: Mapping[str, Finding], unknown: Sequence[str]) -> CheckpointError:
     lines = [f"{tag}: {problem}" for tag, finding in bad.items() for problem in finding.problems]
-    mend = "copy one of them again (they are set aside under names ending in .corrupt), or begin anew in an empty folder"
+    fix = "copy one of them again (they are set aside under names ending in .corrupt), or begin anew in an empty folder"
     if unknown:
-        mend += f"; there also is {unknown[0]}, which has no {MANIFEST} and is taken when named: `iteration: {step_of(unknown[0])}`"
-    return CheckpointError(f"every checkpoint is damaged:\n{_listed(lines)}", where=str(directory), mend=mend)
+        fix += f"; there also is {unknown[0]}, which has no {MANIFEST} and is taken when named: `iteration: {step_of(unknown[0])}`"
+    return CheckpointError(f"every checkpoint is damaged:\n{_listed(lines)}", where=str(directory), fix=fix)
 
 
 def _listed(lines: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"the manifest cannot be read: {error}", where=str(path), mend=_MEND) from error
+        raise CheckpointError(f"the manifest cannot be read: {error}", where=str(path), fix=_MEND) from error
     try:
         content = json.loads(text)
         body = {key: value for key, value in content.items() if key != _DIGEST}
@@ -81,16 +81,16 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (ValueError, AttributeError, RecursionError):
         damaged = True
     if damaged:
-        raise CheckpointError("the manifest is damaged", where=str(path), mend=_MEND)
+        raise CheckpointError("the manifest is damaged", where=str(path), fix=_MEND)
     if body.pop("format", None) != FORMAT:
-        raise CheckpointError("the manifest is of a newer format", where=str(path), mend="use the version that wrote it, or a newer one")
+        raise CheckpointError("the manifest is of a newer format", where=str(path), fix="use the version that wrote it, or a newer one")
     try:
         files = {_inside(name): Entry(**entry) for name, entry in body.pop("files").items()}
         origin = body.get("origin", {})  # manifests of older versions have none
         named = {one.name: body[one.name] for one in fields(Manifest) if one.name not in ("files", "origin")}
         return Manifest(files=files, origin=origin, **named)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the manifest lacks what it must hold: {error}", where=str(path), mend=_MEND) from error
+        raise CheckpointError(f"the manifest lacks what it must hold: {error}", where=str(path), fix=_MEND) from error
 
 
 def problems_of(folder: Path, manifest: Manifest, *, digests: bool, only: Collection[str] | None = None) -> list[str]:

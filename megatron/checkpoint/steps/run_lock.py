@@ -89,7 +89,7 @@ class RunLock:
             raise TrainingError(
                 f"another run took over the folder while this process did not respond: {self._lost}",
                 where=str(self.path),
-                mend="leave the folder to that run; nothing was written to it since",
+                fix="leave the folder to that run; nothing was written to it since",
             )
 
     def release(self) -> None:
@@ -145,13 +145,13 @@ def acquire(directory: Path) -> RunLock:
                 raise ConfigError(
                     f"another run writes to this folder: {holder}",
                     where=str(path),
-                    mend=f"wait until it has ended, or choose another `save`; if that run is gone for certain, remove {path}",
+                    fix=f"wait until it has ended, or choose another `save`; if that run is gone for certain, remove {path}",
                 )
             elif _take_away(path, holder):
                 log.warning("took over %s from a run that is gone: %s", path, holder)
     except OSError as error:
-        raise ConfigError(f"`save` cannot be written to: {error}", where=str(directory), mend="choose another `save`") from error
-    raise ConfigError("the lock file changes all the time", where=str(path), mend="look which runs use this folder, then start again")
+        raise ConfigError(f"`save` cannot be written to: {error}", where=str(directory), fix="choose another `save`") from error
+    raise ConfigError("the lock file changes all the time", where=str(path), fix="look which runs use this folder, then start again")
 
 
 def process_start(pid: int) -> int | None:

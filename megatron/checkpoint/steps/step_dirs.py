@@ -70,7 +70,7 @@ def find_tag(directory: Path, iteration: int | None = None) -> str:
     if iteration is not None:
         if iteration not in steps:
             raise CheckpointError(
-                f"no checkpoint of iteration {iteration}; {there}", where=str(directory), mend="set `iteration` to one of them"
+                f"no checkpoint of iteration {iteration}; {there}", where=str(directory), fix="set `iteration` to one of them"
             )
         return step_tag(iteration)
     tag = latest_tag(directory)
@@ -80,12 +80,12 @@ def find_tag(directory: Path, iteration: int | None = None) -> str:
         raise CheckpointError(
             f"`latest` names {tag}, which is not there; {there}",
             where=str(directory / "latest"),
-            mend="set `iteration` to one of them",
+            fix="set `iteration` to one of them",
         )
     raise CheckpointError(
         f"no checkpoint found: no file named latest; {there}",
         where=str(directory),
-        mend="correct `load`, or set `iteration` to a step that is there",
+        fix="correct `load`, or set `iteration` to a step that is there",
     )
 
 

@@ -68,4 +68,4 @@ def survey(place: Path, verify: Verify) -> dict[str, Finding]:
         return {step_tag(step): look_at(place / step_tag(step), verify) for step in steps}
     if place.is_dir() and (step_of(place.name) is not None or (place / MANIFEST).exists()):
         return {place.name: look_at(place, verify)}
-    raise CheckpointError("no global_step<N> folder is there", where=str(place), mend="name a step's folder, or the folder of several")
+    raise CheckpointError("no global_step<N> folder is there", where=str(place), fix="name a step's folder, or the folder of several")

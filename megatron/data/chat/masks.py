@@ -53,7 +53,7 @@ class Masking:
     keep_untrained: bool = False
 
 
-class Plan(NamedTuple):
+class EncodingPlan(NamedTuple):
     """What is to be encoded for one conversation, and how to read it.
 
     texts:   one, or (NEOX) the text after each turn
@@ -81,15 +81,15 @@ class Masked(NamedTuple):
     endless: bool = False
 
 
-def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first: int = 0) -> Plan:
+def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first: int = 0) -> EncodingPlan:
     """Render what the masking needs; turns before `first` are not trained. Raises UnmaskableError."""
     if masking.borders is Borders.NEOX and not masking.reward:
         wanted = wanted_turns(talk.turns, masking.role, only_last=masking.only_last, first=first)
-        return Plan(_neox_texts(template, talk, masking.role), trained=tuple(wanted))
+        return EncodingPlan(_neox_texts(template, talk, masking.role), trained=tuple(wanted))
     if masking.reward or not masking.labels:
-        return Plan((rendered(template, talk).text,))
+        return EncodingPlan((rendered(template, talk).text,))
     marked = mark(template, talk, masking.role, only_last=masking.only_last, first=first)
-    return Plan((marked.text,), marked.spans, blocks=marked.blocks)
+    return EncodingPlan((marked.text,), marked.spans, blocks=marked.blocks)
 
 
 def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[
     return (*texts, whole)
 
 
-def masked(tokenizer: SpanTokenizer, plans: Sequence[Plan]) -> list[Masked]:
+def masked(tokenizer: SpanTokenizer, plans: Sequence[EncodingPlan]) -> list[Masked]:
     """Ids and labels of every plan, without the end-of-document token. All plans are of one kind."""
     texts = [text for made in plans for text in made.texts]
     if any(made.trained is not None for made in plans):
@@ -119,7 +119,7 @@ def masked(tokenizer: SpanTokenizer, plans: Sequence[Plan]) -> list[Masked]:
     return [_exact(tokenizer, tokens, made) for tokens, made in zip(tokenizer.encode_batch(texts), plans, strict=True)]
 
 
-def _exact(tokenizer: SpanTokenizer, tokens: Spans, made: Plan) -> Masked:
+def _exact(tokenizer: SpanTokenizer, tokens: Spans, made: EncodingPlan) -> Masked:
     trained, crossing = trained_tokens(tokens, made.spans)
     endless = False
     if made.blocks:

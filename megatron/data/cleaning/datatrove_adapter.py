@@ -130,7 +130,7 @@ def _said_to(stream: TextIO) -> Iterator[None]:
             logger.remove()
 
 
-class Local(LocalPipelineExecutor):  # type: ignore[misc]
+class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
     """datatrove's tasks, completions and logs, on this machine's processes.
 
     Unlike its parent it starts no manager process, which a killed run would leave behind, and a task waits for the end of the same task of
@@ -160,7 +160,7 @@ class Local(LocalPipelineExecutor):  # type: ignore[misc]
 
 def local_executor(steps: Sequence[Step], *, tasks: int, logs: Path) -> Any:
     """Runs steps on this machine."""
-    return Local(list(steps), tasks=tasks, logging_dir=str(logs))
+    return LocalExecutor(list(steps), tasks=tasks, logging_dir=str(logs))
 
 
 @contextlib.contextmanager
@@ -213,10 +213,10 @@ def submit(executor: Any, log: Path) -> str:
             executor.launch_job()
         except FileNotFoundError as error:
             raise BackendError(
-                f"{error.filename} is not on this machine", mend="submit from a login node, or use --executor local"
+                f"{error.filename} is not on this machine", fix="submit from a login node, or use --executor local"
             ) from error
         except subprocess.CalledProcessError as error:
-            raise BackendError(f"sbatch ended with status {error.returncode}", where=str(log), mend="read its message above") from error
+            raise BackendError(f"sbatch ended with status {error.returncode}", where=str(log), fix="read its message above") from error
     return "" if executor.job_id == -1 else str(executor.job_id)
 
 
@@ -234,7 +234,7 @@ def language_filter(languages: list[str], threshold: float) -> Callable[[str], t
     except ImportError as error:
         raise BackendError(
             "fastText, which finds the language, is not installed",
-            mend="uv pip install fasttext-numpy2-wheel fasteners, or --lang-backend stopwords (a few languages, less exact)",
+            fix="uv pip install fasttext-numpy2-wheel fasteners, or --lang-backend stopwords (a few languages, less exact)",
         ) from error
 
     def judge(text: str) -> tuple[str, bool]:

@@ -27,7 +27,7 @@ def normalised(text: str) -> str:
 
 @dataclass(frozen=True)
 class Normalise:
-    """ftfy: mend text that was decoded wrongly, too"""
+    """ftfy: fix text that was decoded wrongly, too"""
 
     ftfy: bool = False
     name: str = "normalise"

@@ -15,13 +15,13 @@ import orjson
 
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.pii import mask_text
-from megatron.data.cleaning.stage import Stage
+from megatron.data.cleaning.stage import DocumentStage
 from megatron.data.cleaning.stage_stats import Book
 
 OUTPUT = "output"
 
 
-class Source(Protocol):
+class DocumentSource(Protocol):
     """Where a segment's documents come from."""
 
     def read(self, rank: int, book: Book) -> Iterator[Document]:
@@ -30,13 +30,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """Source and stages; a step of an executor's pipeline.
+    """DocumentSource and stages; a step of an executor's pipeline.
 
     book: folder the counts go to, one file per task; mask: personal data is hidden in examples
     """
 
-    source: Source
-    stages: tuple[Stage, ...]
+    source: DocumentSource
+    stages: tuple[DocumentStage, ...]
     book: str
     mask: bool = False
 
@@ -78,7 +78,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Stored:
-    """Source: what `Store` wrote, less the documents of a barrier's verdict.
+    """DocumentSource: what `Store` wrote, less the documents of a barrier's verdict.
 
     removed: folder of its .npy files of (task, index); stage, rule: what a drop is counted under
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.cleaning.backend import trove
-from megatron.data.cleaning.blocklist import Block, read_blocklist
+from megatron.data.cleaning.blocklist import BlockListed, read_blocklist
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.exact import RANGES, FindSame, Fingerprint
 from megatron.data.cleaning.language import FUNCTION_WORDS, ByFastText, ByFunctionWords
@@ -17,13 +17,13 @@ from megatron.data.cleaning.minhash_dedup import ChooseNear
 from megatron.data.cleaning.normalise import Normalise
 from megatron.data.cleaning.parquet import GatherSchema, WriteParquet
 from megatron.data.cleaning.pii import MaskPII
-from megatron.data.cleaning.pipeline import Segment, Source, Store, Stored, WriteLines
+from megatron.data.cleaning.pipeline import DocumentSource, Segment, Store, Stored, WriteLines
 from megatron.data.cleaning.publish import Publish
 from megatron.data.cleaning.quality import Quality
-from megatron.data.cleaning.settings import Form, Identify, Settings
+from megatron.data.cleaning.settings import CleaningSettings, Form, Identify
 from megatron.data.cleaning.similarity import StoreShingles
 from megatron.data.cleaning.sources import Reader
-from megatron.data.cleaning.stage import Stage
+from megatron.data.cleaning.stage import DocumentStage
 from megatron.errors import ConfigError
 
 Step = Callable[[Any, int, int], Any]
@@ -38,10 +38,10 @@ class Job:
     tasks: int
 
 
-def plan(settings: Settings, reader: Reader, work: Path, output: Path, said: dict[str, Any]) -> list[Job]:
+def plan(settings: CleaningSettings, reader: Reader, work: Path, output: Path, said: dict[str, Any]) -> list[Job]:
     """The jobs of a run; all they write lies in `work` until the last one renames it to `output`. said: goes into the report"""
     planner = _Planner(settings, work, reader)
-    first: list[Stage] = [Normalise(settings.ftfy)] if settings.normalise else []
+    first: list[DocumentStage] = [Normalise(settings.ftfy)] if settings.normalise else []
     first += _language(settings)
     planner.stages += first
     if settings.url_key is not None:
@@ -59,7 +59,7 @@ def plan(settings: Settings, reader: Reader, work: Path, output: Path, said: dic
     return planner.jobs
 
 
-def _language(settings: Settings) -> list[Stage]:
+def _language(settings: CleaningSettings) -> list[DocumentStage]:
     if not settings.languages:
         return []
     if settings.identify is Identify.FASTTEXT:
@@ -70,12 +70,12 @@ def _language(settings: Settings) -> list[Stage]:
         raise ConfigError(
             f"the word lists do not know the language {', '.join(sorted(unknown))}",
             where="--lang",
-            mend=f"known: {', '.join(FUNCTION_WORDS)}; --lang-backend fasttext knows 176",
+            fix=f"known: {', '.join(FUNCTION_WORDS)}; --lang-backend fasttext knows 176",
         )
     return [ByFunctionWords(settings.languages)]
 
 
-def _stop_words(settings: Settings) -> tuple[str, ...] | None:
+def _stop_words(settings: CleaningSettings) -> tuple[str, ...] | None:
     """None: Gopher's own, for English. Of a language whose words are not known none are asked for."""
     if not settings.languages or settings.languages == ("en",):
         return None
@@ -85,11 +85,11 @@ def _stop_words(settings: Settings) -> tuple[str, ...] | None:
 class _Planner:
     """Collects stages into a segment, and ends it at every barrier. books: folders with counts, in the order of the stages"""
 
-    def __init__(self, settings: Settings, work: Path, reader: Reader) -> None:
+    def __init__(self, settings: CleaningSettings, work: Path, reader: Reader) -> None:
         self.settings = settings
         self.work = work
-        self.source: Source = reader
-        self.stages: list[Stage] = []
+        self.source: DocumentSource = reader
+        self.stages: list[DocumentStage] = []
         self.jobs: list[Job] = []
         self.books: list[str] = []
 
@@ -143,7 +143,7 @@ class _Planner:
             said["evaluation"] = {"tasks": gathered.tasks, "texts": gathered.texts, "too short to be found": gathered.short}
         if settings.blocklist is not None:
             entries = read_blocklist(Path(settings.blocklist))
-            self.stages.append(Block(settings.blocklist, entries.sha256))
+            self.stages.append(BlockListed(settings.blocklist, entries.sha256))
             said["blocklist"] = {"file": settings.blocklist, "sha256": entries.sha256, "entries": entries.entries}
         return said
 

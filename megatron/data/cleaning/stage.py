@@ -13,7 +13,7 @@ Judge = Callable[[Document], str | tuple[str, str] | None]
 """None keeps the document, whose text may have been changed. Otherwise the rule that refused it, or (rule, what it met)."""
 
 
-class Stage(Protocol):
+class DocumentStage(Protocol):
     """A stage that looks at one document at a time."""
 
     @property

@@ -15,7 +15,7 @@ from megatron.data.hf.hub import find as find_on_hub
 from megatron.data.hf.request import Data
 from megatron.data.preprocess.inputs import KNOWN
 from megatron.data.preprocess.inputs import find as find_inputs
-from megatron.data.preprocess.sources import Files, MadeHere, Source
+from megatron.data.preprocess.sources import Files, MadeHere, RecordSource
 from megatron.errors import DataError
 
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"
@@ -40,7 +40,7 @@ class Corpus:
     hub: str | None = None
     vocab_size: int | None = None
 
-    def source(self, folder: Path, *, again: bool = False) -> Source:
+    def source(self, folder: Path, *, again: bool = False) -> RecordSource:
         """Its documents as records {"text": ...}, in a fixed order; files are kept in `folder`/raw, and files put there by hand are used.
 
         again: download anew. Raises DataError when there is nothing to read.
@@ -58,7 +58,7 @@ class Corpus:
         raise DataError(
             f"{self.name} ({self.about}) has no public download known to this project",
             where=str(raw),
-            mend=f"put its files there ({', '.join(KNOWN)}) and run this again, or use tools/datasets/preprocess_data.py",
+            fix=f"put its files there ({', '.join(KNOWN)}) and run this again, or use tools/datasets/preprocess_data.py",
         )
 
 
@@ -67,7 +67,7 @@ def find(name: str) -> Corpus:
     for corpus in CORPORA:
         if corpus.name == name:
             return corpus
-    raise DataError(f"there is no corpus {name!r}", where="dataset", mend=f"one of {', '.join(corpus.name for corpus in CORPORA)}")
+    raise DataError(f"there is no corpus {name!r}", where="dataset", fix=f"one of {', '.join(corpus.name for corpus in CORPORA)}")
 
 
 # Folders of the standard library that are tests, packages of others, tables or generated.
@@ -100,7 +100,7 @@ def pydoc() -> Iterator[str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
-            "this Python carries no pydoc_data", where=str(root), mend="use a complete Python (python.org, uv, pyenv)"
+            "this Python carries no pydoc_data", where=str(root), fix="use a complete Python (python.org, uv, pyenv)"
         ) from error
     named = {f"topics/{name}": text for name, text in topics.items()}
     files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py") if _wanted(path.relative_to(root))}

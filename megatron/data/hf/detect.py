@@ -101,13 +101,13 @@ def _wanted(found: Found | None, table: _Table, what: str) -> Found:
         raise DataError(
             f"{what}; the columns are {', '.join(table.columns) or 'none'}",
             where="columns",
-            mend="name one with --text-column, several with --join-columns, or say what they are with --as",
+            fix="name one with --text-column, several with --join-columns, or say what they are with --as",
         )
     return found
 
 
 def _missing(name: str, table: _Table, flag: str) -> DataError:
-    return DataError(f"no column {name}; the columns are {', '.join(table.columns) or 'none'}", where=flag, mend="name another")
+    return DataError(f"no column {name}; the columns are {', '.join(table.columns) or 'none'}", where=flag, fix="name another")
 
 
 def _joined(table: _Table, names: Sequence[str]) -> Found:
@@ -116,7 +116,7 @@ def _joined(table: _Table, names: Sequence[str]) -> Found:
         raise DataError(
             f"no column {', '.join(missing)}; the columns are {', '.join(table.columns) or 'none'}",
             where="--join-columns",
-            mend="name others",
+            fix="name others",
         )
     return Found(How.JOINED, tuple(("text", name) for name in names))
 
@@ -128,7 +128,7 @@ def _one_column(table: _Table, wish: Columns, name: str) -> Found:
         return Found(How.TEXT, (("text", name),))
     if not table.is_turns(name):
         held = type(next(iter(table.columns[name]), None)).__name__
-        raise DataError(f"the column {name} holds {held}, not what is wanted of it", where="--text-column", mend="name another")
+        raise DataError(f"the column {name} holds {held}, not what is wanted of it", where="--text-column", fix="name another")
     if wish.wanted is As.KTO:
         return Found(How.JUDGED, (("messages", name), *table.some("prompt", "tools", "label")))
     if plain := _plain_of(table, name, wish):

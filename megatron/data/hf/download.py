@@ -58,7 +58,7 @@ def fetch(remote: Remote, folder: Path, *, again: bool = False, wait: Wait = tim
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError("another process is downloading it", where=str(path), mend="wait for it") from error
+            raise DataError("another process is downloading it", where=str(path), fix="wait for it") from error
         try:
             _download(remote, out, path, wait)
         except BaseException:
@@ -71,7 +71,7 @@ def fetch(remote: Remote, folder: Path, *, again: bool = False, wait: Wait = tim
         raise DataError(
             f"the checksum is {digest}, not {remote.sha256}",
             where=remote.url,
-            mend=f"the file changed or was damaged; {_by_hand(path)}",
+            fix=f"the file changed or was damaged; {_by_hand(path)}",
         )
     _beside(path).unlink(missing_ok=True)
     aside.replace(path)
@@ -91,7 +91,7 @@ def _check(path: Path, remote: Remote) -> None:
         raise DataError(
             f"the checksum is {found}, and was {expected}" if expected == kept else f"the checksum is {found}, not {expected}",
             where=str(path),
-            mend=f"download it again (-f), or remove {_beside(path).name} if the change is yours",
+            fix=f"download it again (-f), or remove {_beside(path).name} if the change is yours",
         )
 
 
@@ -146,7 +146,7 @@ def _continue(remote: Remote, out: IO[bytes]) -> None:
     if expected is not None and out.tell() != expected:
         size = out.tell()
         _restart(out)
-        raise DataError(f"{size} bytes arrived instead of {expected}", where=remote.url, mend="try again; the file may have changed")
+        raise DataError(f"{size} bytes arrived instead of {expected}", where=remote.url, fix="try again; the file may have changed")
 
 
 def _goes_on(response: Any, start: int) -> bool:
@@ -180,7 +180,7 @@ def _failed(why: str, remote: Remote, path: Path) -> DataError:
     return DataError(
         f"the download failed: {why}",
         where=remote.url,
-        mend=f"check the network and run this again (what has arrived is kept); or {_by_hand(path)}",
+        fix=f"check the network and run this again (what has arrived is kept); or {_by_hand(path)}",
     )
 
 

@@ -14,13 +14,13 @@ from megatron.data.chat.pairs import PairSource
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format
 from megatron.data.hf.detect import Found, How
 from megatron.data.hf.encoders import LimitedSource, ShapedSource
-from megatron.data.hf.record_adapters import Shape
+from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.hf.request import Tokens
-from megatron.data.preprocess.blocks import Position
+from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.encoders import EncoderSource, TextSource
 from megatron.data.preprocess.flags import choose
 from megatron.data.preprocess.reading import FIRST_RECORDS
-from megatron.data.preprocess.sources import Source
+from megatron.data.preprocess.sources import RecordSource
 from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 
@@ -54,7 +54,7 @@ def open_tokens(wish: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str
         raise ConfigError(
             "no tokenizer is given",
             where="--tokenizer",
-            mend="add --tokenizer PATH_OR_HUB_NAME, or leave it to later with --skip-count --skip-tokenize (plain text only)",
+            fix="add --tokenizer PATH_OR_HUB_NAME, or leave it to later with --skip-count --skip-tokenize (plain text only)",
         )
     path = _here(name, fetch)
     if not templated:
@@ -65,7 +65,7 @@ def open_tokens(wish: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str
         raise ConfigError(
             f"{name} and {wish.template_of} are different tokenizers: the template of one would be written with ids of the other",
             where="--vocab-file and --hf-tokenizer",
-            mend="give one of them as --tokenizer, with --chat-template FILE where it has no template of its own",
+            fix="give one of them as --tokenizer, with --chat-template FILE where it has no template of its own",
         )
     return Opened(replace(other, backend=wish.backend), chat_format(speaker, wish.template))
 
@@ -75,22 +75,22 @@ def _here(name: str, fetch: Callable[[str], str]) -> str:
     if path.exists():
         return str(path)
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"there is no {name}", where="--tokenizer", mend="check the path; a name on the Hub is ORG/NAME")
+        raise ConfigError(f"there is no {name}", where="--tokenizer", fix="check the path; a name on the Hub is ORG/NAME")
     return fetch(name)
 
 
 def encoding_of(
-    source: Source, found: Found, opened: Opened, *, max_length: int | None, workers: int
+    source: RecordSource, found: Found, opened: Opened, *, max_length: int | None, workers: int
 ) -> tuple[EncoderSource, dict[str, Any]]:
     """The encoder, and what the metadata says of it. The tokenizer's back end is settled on the first records of the source."""
     assert opened.ids is not None  # asked for
-    shape = Shape(found, opened.template)
+    shape = RecordAdapter(found, opened.template)
     inner: EncoderSource
     about = opened.template.about() if opened.template else {}
     if opened.template is not None and found.how is How.RENDERED:
         # The encoder of conversations sees whether the template has ended the document already.
         renamed = tuple(("text" if role == "messages" else role, column) for role, column in found.columns)
-        shape = Shape(Found(How.TURNS, renamed))
+        shape = RecordAdapter(Found(How.TURNS, renamed))
         inner = ChatSource(opened.template, ("text",), Masking(labels=False), tools_key="tools")
     elif opened.template is not None:
         inner = _labelled(found, opened.template)
@@ -113,8 +113,8 @@ def _labelled(found: Found, form: ChatFormat) -> EncoderSource:
     return ChatSource(form, ("messages",), tools_key=tools, prompt_key=prompt)
 
 
-def _first_texts(source: Source, shape: Shape) -> list[str]:
+def _first_texts(source: RecordSource, shape: RecordAdapter) -> list[str]:
     """The texts of the first records."""
     make = shape.open()
-    shaped = (make(record) for block in source.blocks(Position()) for record in block.read().records)
+    shaped = (make(record) for block in source.blocks(BlockStart()) for record in block.read().records)
     return [str(record["text"]) for record in islice(shaped, FIRST_RECORDS) if isinstance(record, dict) and "text" in record]

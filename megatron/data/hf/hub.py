@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from megatron.data.hf.request import Data
 from megatron.data.hf.retry import hidden, patiently
 from megatron.data.hf.rows import tables
-from megatron.data.preprocess.blocks import ArrowBlock, Block, Position
+from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
 from megatron.data.preprocess.sources import BLOCK_BYTES
 from megatron.errors import DataError, NeoXError
 from megatron.log import get_logger
@@ -72,7 +72,7 @@ class HubRows:
             }
         ]
 
-    def blocks(self, start: Position) -> Iterator[Block]:
+    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """About BLOCK_BYTES each."""
         import pyarrow as pa
 
@@ -89,7 +89,7 @@ class HubRows:
                     where=f"{self.data.dataset}/{self.data.split}",
                     first=row + 1,
                     source_bytes=part.nbytes,
-                    after=Position(0, row + part.num_rows, row + part.num_rows),
+                    after=BlockStart(0, row + part.num_rows, row + part.num_rows),
                     payload=sink.getvalue(),
                 )
 
@@ -111,7 +111,7 @@ def tokenizer_folder(name: str, wait: Wait) -> str:
 
     folder = _asked(lambda: snapshot_download(name, allow_patterns=TOKENIZER_FILES), name, wait)
     if not (Path(folder) / "tokenizer.json").exists():
-        raise DataError(f"{name} has no tokenizer.json", where="--tokenizer", mend="choose another, or make the file with transformers")
+        raise DataError(f"{name} has no tokenizer.json", where="--tokenizer", fix="choose another, or make the file with transformers")
     return str(folder)
 
 
@@ -133,7 +133,7 @@ def _load(source: HubRows) -> Any:
 
     rows = _asked(load, data.dataset, source.wait)
     if len(rows) == 0:
-        raise DataError("the dataset has no rows", where=f"{data.dataset}, split {data.split}", mend="choose another split or subset")
+        raise DataError("the dataset has no rows", where=f"{data.dataset}, split {data.split}", fix="choose another split or subset")
     return rows
 
 
@@ -147,5 +147,5 @@ def _asked(action: Callable[[], T], name: str, wait: Wait) -> T:
         raise DataError(
             f"{type(error).__name__}: {' '.join(lines[:3])[:400]}",
             where=name,
-            mend="check name, subset, split and revision; private and gated ones need HF_TOKEN; a local path is read without the network",
+            fix="check name, subset, split and revision; private and gated ones need HF_TOKEN; a local path is read without the network",
         ) from error

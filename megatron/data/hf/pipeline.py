@@ -17,16 +17,16 @@ from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.detect import Found, How, detect
 from megatron.data.hf.encoding import TEMPLATED, Opened, encoding_of, open_tokens
 from megatron.data.hf.local import local_source
-from megatron.data.hf.record_adapters import Shape
-from megatron.data.hf.request import Wish, check
+from megatron.data.hf.record_adapters import RecordAdapter
+from megatron.data.hf.request import PrepareRequest, check
 from megatron.data.hf.retry import hidden
 from megatron.data.hf.scan import count, export
-from megatron.data.hf.stage_cache import Ledger, Result, Stage
+from megatron.data.hf.stage_cache import PrepareStage, Result, StageCache
 from megatron.data.indexed_dataset import data_file, index_file
-from megatron.data.preprocess.blocks import Position
+from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.reading import FIRST_RECORDS
 from megatron.data.preprocess.resumable_output import Counts
-from megatron.data.preprocess.sources import Files, Source
+from megatron.data.preprocess.sources import Files, RecordSource
 from megatron.data.preprocess.writer import Options, stream_prefix, write
 from megatron.errors import DataError, NeoXError
 from megatron.log import get_logger
@@ -48,30 +48,30 @@ PATHS = {
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     """results: what `pipeline_results.json` says, without the stages; fresh: stages that were done now"""
 
     results: dict[str, Any]
     fresh: tuple[str, ...]
 
 
-def prepare(wish: Wish, *, wait: hub.Wait = time.sleep) -> Prepared:
+def prepare(wish: PrepareRequest, *, wait: hub.Wait = time.sleep) -> PreparedDataset:
     """Write `<folder>/<folder's name>_<stream>_document.bin/.idx`, `dataset.jsonl` and `pipeline_results.json`, as wished.
 
     Raises DataError or ConfigError; then the results say status "failed" and why, unless nothing may be written.
     """
     check(wish)
-    ledger = Ledger(None if wish.count_only else wish.folder, _head(wish))
+    ledger = StageCache(None if wish.count_only else wish.folder, _head(wish))
     try:
         findings = _Run(wish, ledger, wait).stages()
     except BaseException as error:
         what = error.what if isinstance(error, NeoXError) else f"{type(error).__name__}: {error}"
         ledger.save("failed", error=hidden(what))
         raise
-    return Prepared(ledger.save("completed", **findings), tuple(ledger.fresh))
+    return PreparedDataset(ledger.save("completed", **findings), tuple(ledger.fresh))
 
 
-def _head(wish: Wish) -> dict[str, Any]:
+def _head(wish: PrepareRequest) -> dict[str, Any]:
     data = wish.data
     return {"dataset": data.dataset, "subset": data.subset, "split": data.split, "output_dir": str(wish.folder)}
 
@@ -79,7 +79,7 @@ def _head(wish: Wish) -> dict[str, Any]:
 class _Run:
     """One pass through the stages."""
 
-    def __init__(self, wish: Wish, ledger: Ledger, wait: hub.Wait) -> None:
+    def __init__(self, wish: PrepareRequest, ledger: StageCache, wait: hub.Wait) -> None:
         self.wish, self.ledger, self.wait = wish, ledger, wait
         self.options = Options(workers=wish.workers, skip_bad=wish.skip_bad)
 
@@ -93,8 +93,8 @@ class _Run:
             # Offline the Hub does not tell the commit; the one that was read before is in the cache.
             source = replace(source, commit=ledger.recall("commit", asdict(wish.data), source.commit))
         facts = source.facts()
-        loaded = ledger.run(Stage.LOAD, facts, lambda: (_load(source), ()))
-        kept = ledger.run(Stage.DETECT, [facts, asdict(wish.columns)], lambda: (_detect(source, wish), ()))
+        loaded = ledger.run(PrepareStage.LOAD, facts, lambda: (_load(source), ()))
+        kept = ledger.run(PrepareStage.DETECT, [facts, asdict(wish.columns)], lambda: (_detect(source, wish), ()))
         found = Found(How(kept["how"]), tuple((role, column) for role, column in kept["columns"]))
         log.info("%s: columns %s", found.how.value, ", ".join(found.names))
         if found.how is How.WRITTEN:
@@ -107,27 +107,27 @@ class _Run:
             # A template that tells the day would make every run another one.
             moment = ledger.keep("moment", [facts, opened.template.digest], opened.template.moment)
             opened = replace(opened, template=replace(opened.template, moment=moment))
-        shape = Shape(found, opened.template)
+        shape = RecordAdapter(found, opened.template)
         depends = [facts, repr(shape), wish.skip_bad]
         measured = [*depends, opened.digest, wish.tokens.max_length]
         result: dict[str, Any] = {}
         if counts:
-            result = ledger.run(Stage.COUNT, measured, lambda: self._count(chosen, found, opened))
+            result = ledger.run(PrepareStage.COUNT, measured, lambda: self._count(chosen, found, opened))
         if wish.export and not wish.count_only:
             path = wish.folder / "dataset.jsonl"
-            exported = ledger.run(Stage.EXPORT, depends, lambda: (export(chosen, shape, path, skip_bad=wish.skip_bad), (path,)))
+            exported = ledger.run(PrepareStage.EXPORT, depends, lambda: (export(chosen, shape, path, skip_bad=wish.skip_bad), (path,)))
             result = {"jsonl_path": str(path), "num_documents": exported["lines"], **result}
         if tokens:
-            result |= ledger.run(Stage.TOKENIZE, measured, lambda: self._tokenize(chosen, found, opened))
+            result |= ledger.run(PrepareStage.TOKENIZE, measured, lambda: self._tokenize(chosen, found, opened))
             result |= self._written(result["streams"])
         return {**_described(loaded, found, facts), **result}
 
-    def _count(self, source: Source, found: Found, opened: Opened) -> Result:
+    def _count(self, source: RecordSource, found: Found, opened: Opened) -> Result:
         encoder, _ = encoding_of(source, found, opened, max_length=self.wish.tokens.max_length, workers=self.wish.workers)
         counts, tokens = count(source, encoder, self.options)
         return _numbers(counts, tokens, found), ()
 
-    def _tokenize(self, source: Source, found: Found, opened: Opened) -> Result:
+    def _tokenize(self, source: RecordSource, found: Found, opened: Opened) -> Result:
         wish = self.wish
         encoder, made_with = encoding_of(source, found, opened, max_length=wish.tokens.max_length, workers=wish.workers)
         about = {
@@ -141,7 +141,9 @@ class _Run:
         files = [ending(prefix) for prefix in written.files.values() for ending in (data_file, index_file)]
         result = {**_numbers(written.counts, written.tokens, found), "streams": list(written.files), "tokenized": True}
         if found.how in TEMPLATED:
-            result["preview"] = preview(cast(Any, encoder.open()), next((block.read().records for block in source.blocks(Position())), []))
+            result["preview"] = preview(
+                cast(Any, encoder.open()), next((block.read().records for block in source.blocks(BlockStart())), [])
+            )
         return {**result, "tokenize_time": round(written.seconds, 3)}, files
 
     def _written(self, streams: Sequence[str]) -> dict[str, Any]:
@@ -151,7 +153,7 @@ class _Run:
         return {"bin_path": str(data_file(first)), "idx_path": str(index_file(first)), "paths": paths}
 
 
-def _select(source: Rows, columns: tuple[str, ...]) -> Source:
+def _select(source: Rows, columns: tuple[str, ...]) -> RecordSource:
     if isinstance(source, hub.HubRows):
         return source.select(columns)
     return replace(source, columns=columns) if isinstance(source, Files) else source
@@ -163,14 +165,14 @@ def _load(source: Rows) -> dict[str, Any]:
     return {"files": len(source.files), "bytes": source.total_bytes}
 
 
-def _detect(source: Source, wish: Wish) -> dict[str, Any]:
+def _detect(source: RecordSource, wish: PrepareRequest) -> dict[str, Any]:
     first: list[dict[str, Any]] = []
-    for block in source.blocks(Position()):
+    for block in source.blocks(BlockStart()):
         read = block.read()
         first += read.records[: FIRST_RECORDS - len(first)]
         if read.faults and not first:
             number, what = read.faults[0]
-            raise DataError(what, where=block.label(number), mend="mend the file, or name another")
+            raise DataError(what, where=block.label(number), fix="fix the file, or name another")
         if len(first) >= FIRST_RECORDS:
             break
     found = detect(first, wish.columns)

@@ -17,7 +17,7 @@ from megatron.data.hf.download import Remote, fetch
 from megatron.data.preprocess.encoders import TextSource
 from megatron.data.preprocess.flags import choose
 from megatron.data.preprocess.reading import first_texts, texts
-from megatron.data.preprocess.sources import Source
+from megatron.data.preprocess.sources import RecordSource
 from megatron.data.preprocess.writer import Options, stream_prefix, write
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -41,7 +41,7 @@ GPT2_FILES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class CorpusRequest:
     """What to prepare.
 
     tokenizer_type: None = a tokenizer trained on the corpus where the registry says how, else GPT2BPETokenizer
@@ -59,7 +59,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCorpus:
     """What is there now. prefix: of the .bin/.idx; fresh: False when it had been there before"""
 
     prefix: Path
@@ -70,7 +70,7 @@ class Prepared:
     seconds: float
 
 
-def prepare(wish: Wish) -> Prepared:
+def prepare(wish: CorpusRequest) -> PreparedCorpus:
     """Write `<data_dir>/<corpus>/<corpus>_text_document.bin/.idx`, and `tokenizer.json` where one is trained.
 
     Raises DataError for unknown corpora, failed downloads and missing tokenizer files.
@@ -91,7 +91,7 @@ def prepare(wish: Wish) -> Prepared:
         "python": platform.python_version() if corpus.local else None,
     }
     if not wish.again and (done := _read_record(record, asked)) is not None:
-        return Prepared(stream_prefix(prefix, "text"), source, done["documents"], done["tokens"], False, time.monotonic() - start)
+        return PreparedCorpus(stream_prefix(prefix, "text"), source, done["documents"], done["tokens"], False, time.monotonic() - start)
     record.unlink(missing_ok=True)
     log.info("%s: %s", corpus.name, corpus.about)
     documents = corpus.source(folder, again=wish.again)
@@ -105,16 +105,16 @@ def prepare(wish: Wish) -> Prepared:
     written = write(documents, texts_source, prefix, options, encoder=encoder)
     facts = {"documents": written.documents["text"], "tokens": written.tokens["text"], "tokenizer_digest": open_tokenizer(source).digest}
     _write_record(record, {"asked": asked, **facts, "files": _sizes(written.files["text"])})
-    return Prepared(written.files["text"], source, written.documents["text"], written.tokens["text"], True, time.monotonic() - start)
+    return PreparedCorpus(written.files["text"], source, written.documents["text"], written.tokens["text"], True, time.monotonic() - start)
 
 
-def _trains(corpus: Corpus, wish: Wish) -> bool:
+def _trains(corpus: Corpus, wish: CorpusRequest) -> bool:
     return (
         wish.vocab_file is None and wish.tokenizer_type in (None, TokenizerKind.HF) and (wish.vocab_size or corpus.vocab_size) is not None
     )
 
 
-def _source(corpus: Corpus, wish: Wish, folder: Path) -> TokenizerSource:
+def _source(corpus: Corpus, wish: CorpusRequest, folder: Path) -> TokenizerSource:
     if _trains(corpus, wish):
         return TokenizerSource(TokenizerKind.HF, str(folder / "tokenizer.json"))
     kind = wish.tokenizer_type or (TokenizerKind.HF if wish.vocab_file and wish.merge_file is None else TokenizerKind.GPT2_BPE)
@@ -123,12 +123,12 @@ def _source(corpus: Corpus, wish: Wish, folder: Path) -> TokenizerSource:
         return TokenizerSource(kind, str(vocab), str(merges))
     if kind is TokenizerKind.HF and wish.vocab_file is None:
         raise DataError(
-            "HFTokenizer needs a tokenizer", where="--vocab-file", mend="give a tokenizer.json, or --vocab-size to train one on the corpus"
+            "HFTokenizer needs a tokenizer", where="--vocab-file", fix="give a tokenizer.json, or --vocab-size to train one on the corpus"
         )
     return TokenizerSource(kind, wish.vocab_file, wish.merge_file)
 
 
-def _train(corpus: Corpus, documents: Source, wish: Wish, folder: Path) -> None:
+def _train(corpus: Corpus, documents: RecordSource, wish: CorpusRequest, folder: Path) -> None:
     size = wish.vocab_size or corpus.vocab_size
     assert size is not None  # _trains
     log.info("training a BPE tokenizer with %d ids on %s", size, corpus.name)

@@ -26,7 +26,7 @@ Shaped = dict[str, Any] | Dropped | Fault
 
 
 @dataclass(frozen=True)
-class Shape:
+class RecordAdapter:
     """What is found of a record, and the template where turns are rendered. Records come out as
     {"text"}, or {"messages", "prompt", "label", "tools"}, or {"prompt", "chosen", "rejected", "tools"}, as far as they are there."""
 

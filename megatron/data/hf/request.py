@@ -61,7 +61,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class PrepareRequest:
     """Everything. count, export, tokenize: the stages wanted; count_only: write nothing at all."""
 
     data: Data
@@ -94,20 +94,20 @@ def default_folder(base: Path, data: Data) -> Path:
     return base / "_".join(part for part in (name, data.subset, split) if part)
 
 
-def check(wish: Wish) -> None:
+def check(wish: PrepareRequest) -> None:
     """Raise ConfigError for wishes that contradict each other."""
     columns = wish.columns
     if columns.join_columns and (columns.text_column or columns.as_written or columns.wanted not in (None, As.PRETRAIN, As.MIDTRAIN)):
-        raise ConfigError("--join-columns makes plain text of other columns", where="command line", mend="give it alone")
+        raise ConfigError("--join-columns makes plain text of other columns", where="command line", fix="give it alone")
     if columns.as_written and columns.wanted not in (None, As.PRETRAIN):
         raise ConfigError(
             "--skip-chat-template makes plain text of Python's own notation, and does not go with another form",
             where="command line",
-            mend="leave one of them out",
+            fix="leave one of them out",
         )
     if wish.count_only and not wish.count:
-        raise ConfigError("--count-only and --skip-count leave nothing to do", where="command line", mend="leave one of them out")
+        raise ConfigError("--count-only and --skip-count leave nothing to do", where="command line", fix="leave one of them out")
     if wish.tokens.max_length is not None and wish.tokens.max_length < 1:
-        raise ConfigError("--max-length must be 1 or more", where="command line", mend="give the tokens of a sample")
+        raise ConfigError("--max-length must be 1 or more", where="command line", fix="give the tokens of a sample")
     if min(wish.workers, wish.download_workers, wish.batch_rows) < 1 or wish.skip_bad < 0:
-        raise ConfigError("numbers of workers and rows are 1 or more, --skip-bad 0 or more", where="command line", mend="see --help")
+        raise ConfigError("numbers of workers and rows are 1 or more, --skip-bad 0 or more", where="command line", fix="see --help")

@@ -38,7 +38,7 @@ def patiently(action: Callable[[], T], what: str, *, wait: Callable[[float], Non
                 raise DataError(
                     f"too many requests (HTTP 429), {TRIES} times",
                     where=what,
-                    mend="run this again later; with HF_TOKEN the limits are wider",
+                    fix="run this again later; with HF_TOKEN the limits are wider",
                 ) from error
             seconds = _hint(error)
             seconds = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) if seconds is None else seconds

@@ -21,7 +21,7 @@ Result = tuple[dict[str, Any], Iterable[Path]]
 """What a stage found out, and the files it made."""
 
 
-class Stage(str, Enum):
+class PrepareStage(str, Enum):
     """In their order."""
 
     LOAD = "LOAD"
@@ -31,7 +31,7 @@ class Stage(str, Enum):
     TOKENIZE = "TOKENIZE"
 
 
-class Ledger:
+class StageCache:
     """The stages of one output folder. head: what the file says besides; folder None: nothing is read or written."""
 
     def __init__(self, folder: Path | None, head: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Ledger:
         self.fresh: list[str] = []
         self.started = time.monotonic()
 
-    def run(self, stage: Stage, depends: Any, action: Callable[[], Result]) -> dict[str, Any]:
+    def run(self, stage: PrepareStage, depends: Any, action: Callable[[], Result]) -> dict[str, Any]:
         """The stage's findings: those of an earlier run if all it depends on is the same and its files are whole, else the action's."""
         key = _digest(depends)
         self.wanted.append(stage.value)
@@ -97,7 +97,7 @@ class Ledger:
                 )
                 aside.replace(self.folder / RESULTS)
             except OSError as error:
-                raise DataError(f"cannot write: {error.strerror}", where=str(self.folder), mend="choose a writable --output-dir") from error
+                raise DataError(f"cannot write: {error.strerror}", where=str(self.folder), fix="choose a writable --output-dir") from error
         return content
 
     def _whole(self, files: Mapping[str, int]) -> bool:
@@ -118,7 +118,7 @@ def _earlier(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
         stages, kept = content["stages"], content["kept"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}, {}
-    names = {stage.value for stage in Stage}
+    names = {stage.value for stage in PrepareStage}
     whole = isinstance(stages, dict) and all(
         name in names and isinstance(held, dict) and {"key", "result", "files", "seconds"} <= set(held) for name, held in stages.items()
     )

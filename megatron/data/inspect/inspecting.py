@@ -23,7 +23,7 @@ Pair = IndexedDataset | LegacyDataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class DatasetStatistics:
     """One pair in numbers.
 
     documents:    sequences of the file; training takes each for a document
@@ -49,7 +49,7 @@ class Statistics:
     untrained: int | None = None
 
 
-class Difference(NamedTuple):
+class LabelMismatch(NamedTuple):
     """A place where labels do not fit their tokens."""
 
     document: int
@@ -63,7 +63,7 @@ class Agreement:
     """How labels fit their tokens: `problems` about the files as a whole, and the first differing places."""
 
     problems: list[str] = field(default_factory=list)
-    first: list[Difference] = field(default_factory=list)
+    first: list[LabelMismatch] = field(default_factory=list)
     differing: int = 0
 
     @property
@@ -101,7 +101,7 @@ def quantiles(lengths: NDArray[np.integer]) -> dict[str, float]:
     }
 
 
-def statistics(tokens: Pair, labels: Pair | None = None, *, vocab_size: int | None = None, eod: int | None = None) -> Statistics:
+def statistics(tokens: Pair, labels: Pair | None = None, *, vocab_size: int | None = None, eod: int | None = None) -> DatasetStatistics:
     """Count through all values once. Labels of other lengths than the tokens count nothing: see `compare`.
 
     A pair that is itself one of labels (it holds negative values) needs none: its trained values are those >= 0.
@@ -126,7 +126,7 @@ def statistics(tokens: Pair, labels: Pair | None = None, *, vocab_size: int | No
         trained += int(per_document.sum())
         untrained += int((per_document == 0).sum())
     knows = tokens.dtype.kind != "f" and (fits or (smallest is not None and smallest < 0))
-    return Statistics(
+    return DatasetStatistics(
         documents=len(tokens),
         marked=len(tokens.doc_idx) - 1 if len(tokens.doc_idx) - 1 != len(tokens) else None,
         values=tokens.num_tokens,
@@ -166,7 +166,7 @@ def compare(tokens: Pair, labels: Pair, *, show: int = 10) -> Agreement:
         found.differing += len(wrong)
         for place in wrong[: show - len(found.first)]:
             document = int(np.searchsorted(ends, place, side="right")) - 1
-            found.first.append(Difference(done + document, int(place - ends[document]), int(theirs[place]), int(mine[place])))
+            found.first.append(LabelMismatch(done + document, int(place - ends[document]), int(theirs[place]), int(mine[place])))
         done += len(ends) - 1
     return found
 

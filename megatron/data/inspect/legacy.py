@@ -34,24 +34,24 @@ class LegacyDataset:
         self.prefix = str(prefix)
         path, data = index_file(prefix), data_file(prefix)
         raw = path.read_bytes()
-        mend = "the file is incomplete or damaged: copy or tokenize it again"
+        fix = "the file is incomplete or damaged: copy or tokenize it again"
         if len(raw) < HEADER.size:
-            raise DataError(f"the index has {len(raw)} bytes, less than its header", where=str(path), mend=mend)
+            raise DataError(f"the index has {len(raw)} bytes, less than its header", where=str(path), fix=fix)
         _, version, code, width, n, dimensions, marks = HEADER.unpack_from(raw)
         if version != 1 or (code, width) not in DTYPES:
-            raise DataError(f"version {version}, dtype code {code}, {width} bytes per value: not known", where=str(path), mend=mend)
+            raise DataError(f"version {version}, dtype code {code}, {width} bytes per value: not known", where=str(path), fix=fix)
         self.dtype = DTYPES[code, width]
         expected = HEADER.size + 8 * (2 * (n + 1) + dimensions + marks)
         if len(raw) != expected:
-            raise DataError(f"the index has {len(raw)} bytes, its header promises {expected} ({n} sequences)", where=str(path), mend=mend)
+            raise DataError(f"the index has {len(raw)} bytes, its header promises {expected} ({n} sequences)", where=str(path), fix=fix)
         numbers = np.frombuffer(raw, dtype="<i8", offset=HEADER.size)
         _, starts, sizes, self.doc_idx = np.split(numbers, np.cumsum([n + 1, n + 1, dimensions]))
         if dimensions != n or not np.array_equal(np.diff(starts), sizes) or (n and int(starts[0]) != 0):
-            raise DataError("the sequences are no rows of tokens lying one after the other", where=str(path), mend=mend)
+            raise DataError("the sequences are no rows of tokens lying one after the other", where=str(path), fix=fix)
         self.sizes: NDArray[np.int32] = sizes.astype("<i4")
         wanted, found = int(starts[-1]) * width, data.stat().st_size
         if wanted != found:
-            raise DataError(f"the data file has {found} bytes, its index promises {wanted}", where=str(data), mend=mend)
+            raise DataError(f"the data file has {found} bytes, its index promises {wanted}", where=str(data), fix=fix)
         self.values: NDArray[np.number] = np.asarray(np.memmap(data, dtype=self.dtype, mode="r")) if found else np.zeros(0, self.dtype)
 
     def __len__(self) -> int:

@@ -125,7 +125,7 @@ def of_pairs(prompt: ArrayLike, chosen: ArrayLike, rejected: ArrayLike) -> Lengt
         first = int(np.flatnonzero((prompts > rows).any(axis=1) | (prompts < 0).any(axis=1))[0])
         raise DataError(
             f"pair {first} has a prompt of {prompts[first, 0]} tokens in sequences of {rows[first, 0]} and {rows[first, 1]}",
-            mend="chosen and rejected are counted with their prompt",
+            fix="chosen and rejected are counted with their prompt",
         )
     return Lengths(rows, prompts)
 
@@ -138,11 +138,11 @@ def read_lengths(prefixes: Sequence[str], *, rejected: str | None = None) -> Len
     """
     if rejected is not None:
         if len(prefixes) != 1:
-            raise DataError("one prefix of chosen sequences goes with --rejected", mend="merge the pairs first, or give one of them")
+            raise DataError("one prefix of chosen sequences goes with --rejected", fix="merge the pairs first, or give one of them")
         return _pair(prefixes[0], rejected)
     parts = [_read(prefix) for prefix in prefixes]
     if len({part.rows.shape[1] for part in parts}) > 1:
-        raise DataError("some inputs are preference pairs, others single sequences", mend="look at them one after the other")
+        raise DataError("some inputs are preference pairs, others single sequences", fix="look at them one after the other")
     known = [part.prompt for part in parts if part.prompt is not None]
     return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate(known) if len(known) == len(parts) else None)
 
@@ -152,7 +152,7 @@ def summarise(
 ) -> Report:
     """All numbers. `max_length` None takes the recommended one, `setup.capacity` None the fitted one."""
     if not len(lengths.rows) or not int(lengths.rows.sum()):
-        raise DataError("there is no sample with any token", mend="give another input")
+        raise DataError("there is no sample with any token", fix="give another input")
     columns = {name: _column(values) for name, values in lengths.columns.items()}
     recommended = recommend(lengths.longest, coverage)
     limit = max_length or recommended
@@ -185,7 +185,7 @@ def recommend(longest: NDArray[np.int64], coverage: float) -> int:
     (512, 8192)
     """
     if not 0 < coverage <= 1:
-        raise DataError(f"--coverage {coverage} is no share", where="command line", mend="give a number above 0 and up to 1, such as 0.95")
+        raise DataError(f"--coverage {coverage} is no share", where="command line", fix="give a number above 0 and up to 1, such as 0.95")
     need = np.sort(longest)[math.ceil(round(coverage * len(longest), 9)) - 1]
     return int(2 ** math.ceil(math.log2(max(int(need), 1))))
 
@@ -224,7 +224,7 @@ def _single(prefix: str) -> Lengths:
     labels = open_any(beside)
     if not np.array_equal(tokens.sizes, labels.sizes):
         raise DataError(
-            "the labels have other lengths than the tokens", where=beside, mend="look at both with tools/datasets/inspect_dataset.py"
+            "the labels have other lengths than the tokens", where=beside, fix="look at both with tools/datasets/inspect_dataset.py"
         )
     return Lengths(rows, first_trained(labels.values, labels.sizes)[:, None])
 
@@ -233,7 +233,7 @@ def _pair(chosen: str, rejected: str) -> Lengths:
     sides = [_single(chosen), _single(rejected)]
     if len(sides[0].rows) != len(sides[1].rows):
         raise DataError(
-            f"{len(sides[0].rows)} chosen documents, {len(sides[1].rows)} rejected", where=rejected, mend="make both from the same file"
+            f"{len(sides[0].rows)} chosen documents, {len(sides[1].rows)} rejected", where=rejected, fix="make both from the same file"
         )
     prompts = [side.prompt for side in sides if side.prompt is not None]
     return Lengths(np.concatenate([side.rows for side in sides], axis=1), np.concatenate(prompts, axis=1) if len(prompts) == 2 else None)
@@ -244,9 +244,9 @@ def _stored(stem: str) -> Lengths:
     path = f"{stem}_lengths_document"
     stored = open_any(path)
     if bool((stored.sizes != 3).any()):
-        raise DataError("a document of lengths must hold three numbers", where=path, mend="make the set again")
+        raise DataError("a document of lengths must hold three numbers", where=path, fix="make the set again")
     prompt, chosen, rejected = np.asarray(stored.values, dtype=np.int64).reshape(-1, 3).T
     tokens = f"{stem}_chosen_document"
     if exists(tokens) and not np.array_equal(open_any(tokens).sizes, prompt + chosen):
-        raise DataError("the stored lengths are not those of the token files", where=path, mend="make the set again")
+        raise DataError("the stored lengths are not those of the token files", where=path, fix="make the set again")
     return of_pairs(prompt, prompt + chosen, prompt + rejected)

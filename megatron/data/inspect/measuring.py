@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from megatron.data.inspect.inspecting import first_trained
 from megatron.data.inspect.lengths import Lengths, of_pairs
-from megatron.data.preprocess.blocks import Position
-from megatron.data.preprocess.encoders import Batch, Encoder, EncoderSource
+from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.encoders import EncodedRecords, Encoder, EncoderSource
 from megatron.data.preprocess.encoding_pool import Done, EncodingPool, encode, usable_cores
-from megatron.data.preprocess.sources import Source
+from megatron.data.preprocess.sources import RecordSource
 from megatron.errors import DataError
 from megatron.tokenizer import set_library_threads
 
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     left_out: Counter[str]
 
 
-def measure(source: Source, encoder_source: EncoderSource, *, workers: int = 1, skip_bad: int = 0) -> Measured:
+def measure(source: RecordSource, encoder_source: EncoderSource, *, workers: int = 1, skip_bad: int = 0) -> Measured:
     """Encode every record. Raises DataError for more than `skip_bad` malformed ones."""
     parts: list[Lengths] = []
     left_out: Counter[str] = Counter()
@@ -39,18 +39,18 @@ def measure(source: Source, encoder_source: EncoderSource, *, workers: int = 1, 
             left_out["malformed"] += done.num_faults
             if left_out["malformed"] > skip_bad:
                 where, what = done.faults[0]
-                raise DataError(what, where=where, mend="mend or remove the record, or leave some out with --skip-bad N")
+                raise DataError(what, where=where, fix="fix or remove the record, or leave some out with --skip-bad N")
         left_out += done.batch.dropped
         if done.batch.documents:
             parts.append(_lengths(done.batch))
     if not parts:
-        raise DataError("no record gives a sample", mend="check the input and its keys")
+        raise DataError("no record gives a sample", fix="check the input and its keys")
     prompts = [part.prompt for part in parts if part.prompt is not None]
     return Measured(Lengths(np.concatenate([part.rows for part in parts]), np.concatenate(prompts) if prompts else None), left_out)
 
 
-def _encoded(source: Source, encoder_source: EncoderSource, workers: int) -> Iterator[Done]:
-    blocks = source.blocks(Position())
+def _encoded(source: RecordSource, encoder_source: EncoderSource, workers: int) -> Iterator[Done]:
+    blocks = source.blocks(BlockStart())
     if workers == 1:
         set_library_threads(usable_cores())
         encoder: Encoder = encoder_source.open()
@@ -61,7 +61,7 @@ def _encoded(source: Source, encoder_source: EncoderSource, workers: int) -> Ite
         yield from pool.encoded(blocks)
 
 
-def _lengths(batch: Batch) -> Lengths:
+def _lengths(batch: EncodedRecords) -> Lengths:
     """Pairs tell their lengths themselves; else the first stream is one of tokens."""
     if LENGTHS in batch.streams:
         prompt, chosen, rejected = batch.streams[LENGTHS].values.astype(np.int64).reshape(-1, 3).T

@@ -49,13 +49,13 @@ def find_pairs(folder: str | Path) -> list[str]:
     """Prefixes of all pairs in `folder`, sorted. Raises DataError for a file without its other half, or no pair at all."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder", where="--input", mend="give the folder that holds the .bin/.idx pairs")
+        raise DataError(f"{folder} is no folder", where="--input", fix="give the folder that holds the .bin/.idx pairs")
     halves = {suffix: {path.with_suffix("") for path in folder.glob(f"*{suffix}")} for suffix in (".bin", ".idx")}
     for lonely in sorted(halves[".bin"] ^ halves[".idx"]):
         missing = ".idx" if lonely in halves[".bin"] else ".bin"
-        raise DataError(f"{lonely.name}{missing} is missing", where=str(folder), mend="copy it there, or remove its other half")
+        raise DataError(f"{lonely.name}{missing} is missing", where=str(folder), fix="copy it there, or remove its other half")
     if not halves[".bin"]:
-        raise DataError("no .bin/.idx pair is there", where=str(folder), mend="give the folder that holds the pairs themselves")
+        raise DataError("no .bin/.idx pair is there", where=str(folder), fix="give the folder that holds the pairs themselves")
     return [str(path) for path in sorted(halves[".bin"])]
 
 
@@ -70,7 +70,7 @@ def merge_folder(folder: str | Path, output: str | Path, *, by_stream: bool = Fa
         raise DataError(
             "the output would lie among its inputs, and be one of them the next time",
             where=str(output),
-            mend="choose an output prefix in another folder",
+            fix="choose an output prefix in another folder",
         )
     streams: dict[str, list[str]] = {}
     for prefix in prefixes:
@@ -81,7 +81,7 @@ def merge_folder(folder: str | Path, output: str | Path, *, by_stream: bool = Fa
             raise DataError(
                 f"the folder holds several streams, which must not follow each other in one file ({held})",
                 where=str(folder),
-                mend="add --by-stream to merge each into a file of its own, or keep one stream per folder",
+                fix="add --by-stream to merge each into a file of its own, or keep one stream per folder",
             )
         return [merge(prefixes, output)]
     # By the name without its ending: else 'a' and 'a_l' would change places between tokens and labels.
@@ -99,7 +99,7 @@ def merge(prefixes: Sequence[str], output: str | Path) -> Merged:
     outputs = {data_file(output).resolve(), index_file(output).resolve()}
     for prefix in prefixes:
         if outputs & {data_file(prefix).resolve(), index_file(prefix).resolve()}:
-            raise DataError("the output is one of the inputs", where=str(output), mend="choose another output prefix")
+            raise DataError("the output is one of the inputs", where=str(output), fix="choose another output prefix")
     heads = [_head(prefix) for prefix in prefixes]
     rewards = all(prefix.endswith("_reward_document") for prefix in prefixes)
     dtype = _common_dtype([head.dtype for head in heads], str(output), rewards=rewards)
@@ -127,7 +127,7 @@ def merge(prefixes: Sequence[str], output: str | Path) -> Merged:
         os.replace(data_tmp, data_file(output))
         os.replace(index_tmp, index_file(output))
     except OSError as error:
-        raise DataError(f"cannot write: {error.strerror}", where=str(output), mend="free some space, or choose another folder") from error
+        raise DataError(f"cannot write: {error.strerror}", where=str(output), fix="free some space, or choose another folder") from error
     finally:
         for path in (data_tmp, index_tmp):
             with suppress(OSError):
@@ -158,7 +158,7 @@ def _check_offsets(prefix: str, sizes: NDArray[np.int32], width: int) -> None:
         found = np.fromfile(index_file(prefix), dtype="<i8", count=len(block), offset=HEADER.size + 4 * len(sizes) + 8 * first)
         ends = start + np.cumsum(block, dtype=np.int64) * width
         if not np.array_equal(found[1:], ends[:-1]) or int(found[0]) != start:
-            raise DataError("the sequences do not lie one after the other", where=str(index_file(prefix)), mend="tokenize again")
+            raise DataError("the sequences do not lie one after the other", where=str(index_file(prefix)), fix="tokenize again")
         start = int(ends[-1])
 
 
@@ -167,20 +167,20 @@ def _marks(doc_idx: NDArray[np.int64], sequences: int, prefix: str) -> NDArray[n
     if len(doc_idx) < 2:
         return np.arange(1, sequences + 1)
     if int(doc_idx[0]) != 0 or int(doc_idx[-1]) > sequences or bool((np.diff(doc_idx) < 0).any()):
-        raise DataError("the document marks do not fit the sequences", where=str(index_file(prefix)), mend="tokenize again")
+        raise DataError("the document marks do not fit the sequences", where=str(index_file(prefix)), fix="tokenize again")
     ends = np.asarray(doc_idx[1:])
     return ends if int(ends[-1]) == sequences else np.append(ends, sequences)
 
 
 def _common_dtype(dtypes: Sequence[np.dtype], where: str, *, rewards: bool) -> np.dtype:
     floats = [dtype for dtype in dtypes if dtype.kind == "f"]
-    mend = "merge them apart"
+    fix = "merge them apart"
     if 0 < len(floats) < len(dtypes) and not rewards:
-        raise DataError("some pairs hold ids, others fractions", where=where, mend=mend)
+        raise DataError("some pairs hold ids, others fractions", where=where, fix=fix)
     # Rewards of one part may be whole numbers, of another fractions; int32 beside float32 need not become float64.
     common = np.dtype(np.result_type(*(floats or dtypes))).newbyteorder("<")
     if common not in DTYPES.values():
-        raise DataError(f"no dtype of the format holds {sorted({str(d) for d in dtypes})}", where=where, mend=mend)
+        raise DataError(f"no dtype of the format holds {sorted({str(d) for d in dtypes})}", where=where, fix=fix)
     return common
 
 
@@ -193,7 +193,7 @@ def _copy_values(prefix: str, have: np.dtype, want: np.dtype, file: BinaryIO) ->
             values = np.frombuffer(block, dtype=have)
             promoted = values.astype(want)
             if not np.array_equal(promoted.astype(have), values, equal_nan=have.kind == "f"):
-                raise DataError(f"some values cannot be held as {want}", where=prefix, mend="merge it apart from pairs of that dtype")
+                raise DataError(f"some values cannot be held as {want}", where=prefix, fix="merge it apart from pairs of that dtype")
             file.write(promoted.tobytes())
 
 
@@ -245,27 +245,27 @@ def _check_space(done: Merged) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise DataError(f"cannot write: {error.strerror}", where=str(folder), mend="choose a writable output prefix") from error
+        raise DataError(f"cannot write: {error.strerror}", where=str(folder), fix="choose a writable output prefix") from error
     needed = done.values * done.dtype.itemsize + 12 * done.sequences + 8 * done.documents
     if free < needed:
         raise DataError(
-            f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", where=str(folder), mend="free some space, or write elsewhere"
+            f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", where=str(folder), fix="free some space, or write elsewhere"
         )
 
 
 def _check_aligned(streams: dict[str, list[str]], where: str) -> None:
     """Document i of every stream must stay the same document."""
-    mend = "put in the missing pair, or make both streams again from the same source"
+    fix = "put in the missing pair, or make both streams again from the same source"
     chief = next((streams[name] for name in ("_document", "_chosen_document") if name in streams), None)
     for name, parts in streams.items():
         if chief is None or parts is chief:
             continue
         if len(parts) != len(chief):
-            raise DataError(f"there are {len(parts)} pairs *{name} beside {len(chief)} of tokens", where=where, mend=mend)
+            raise DataError(f"there are {len(parts)} pairs *{name} beside {len(chief)} of tokens", where=where, fix=fix)
         for tokens, part in zip(chief, parts, strict=True):
             mine, theirs = open_any(part), open_any(tokens)
             if len(mine) != len(theirs):
-                raise DataError(f"{len(mine)} documents beside {len(theirs)} of {tokens}", where=part, mend=mend)
+                raise DataError(f"{len(mine)} documents beside {len(theirs)} of {tokens}", where=part, fix=fix)
             same_kind = name.replace("_label", "") == stream_of(tokens)
             if same_kind and not np.array_equal(mine.sizes, theirs.sizes):
-                raise DataError(f"its documents have other lengths than those of {tokens}", where=part, mend=mend)
+                raise DataError(f"its documents have other lengths than those of {tokens}", where=part, fix=fix)

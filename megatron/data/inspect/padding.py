@@ -62,7 +62,7 @@ class Mode(NamedTuple):
 def waste(rows: NDArray[np.int64], setup: Setup, max_length: int) -> tuple[list[Mode], int]:
     """The modes for samples of `rows` [n, k] tokens (none longer than max_length), and the capacity of the packed one."""
     if min(setup.ranks, setup.batch, setup.micro) < 1 or (setup.capacity is not None and setup.capacity < 1):
-        raise DataError("ranks, batch, micro batch and capacity must be at least 1", where="command line", mend="give whole numbers from 1")
+        raise DataError("ranks, batch, micro batch and capacity must be at least 1", where="command line", fix="give whole numbers from 1")
     rng = np.random.default_rng(setup.seed)
     group = setup.ranks * setup.micro
     micro_steps = max(1, round(setup.batch / group))
@@ -92,7 +92,7 @@ def packed(sample: NDArray[np.int64], setup: Setup) -> Mode:
         raise DataError(
             f"the longest sample has {int(totals.max())} tokens, which a micro-batch of {setup.capacity} cannot hold",
             where="--capacity",
-            mend="give a larger capacity or a smaller max_length",
+            fix="give a larger capacity or a smaller max_length",
         )
     computed, time, time_each, micro_steps, peak = 0, 0.0, 0.0, 0, 0
     firsts = range(0, len(sample), min(setup.batch, len(sample)))

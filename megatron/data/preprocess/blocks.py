@@ -14,7 +14,7 @@ import orjson
 SHOWN_KEYS = 12
 
 
-class Position(NamedTuple):
+class BlockStart(NamedTuple):
     """Where a block begins.
 
     file:   number of the input
@@ -42,7 +42,7 @@ class Records:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block(ABC):
+class SourceBlock(ABC):
     """Records that lie side by side in one input.
 
     where:        the input, as shown in errors
@@ -54,7 +54,7 @@ class Block(ABC):
     where: str
     first: int = 1
     source_bytes: int = 0
-    after: Position | None
+    after: BlockStart | None
 
     @abstractmethod
     def read(self) -> Records:
@@ -66,7 +66,7 @@ class Block(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LineBlock(Block):
+class LineBlock(SourceBlock):
     """JSON lines, cut at a line's end."""
 
     payload: bytes
@@ -91,7 +91,7 @@ class LineBlock(Block):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextBlock(Block):
+class TextBlock(SourceBlock):
     """Whole texts: (name, UTF-8 bytes) each; every one is a record {"text": ...}.
 
     lenient: bytes that are not UTF-8 become U+FFFD instead of a fault
@@ -119,7 +119,7 @@ class TextBlock(Block):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArrowBlock(Block):
+class ArrowBlock(SourceBlock):
     """Rows of a table as an Arrow IPC stream."""
 
     payload: bytes
@@ -133,7 +133,7 @@ class ArrowBlock(Block):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordBlock(Block):
+class RecordBlock(SourceBlock):
     """Records made in this process."""
 
     payload: list[dict[str, Any]]

@@ -20,7 +20,7 @@ UNTRAINED = -100
 """FORMAT: the label of a token that is not trained."""
 
 Encoded = Mapping[str, NDArray[Any]]
-"""Stream -> values [n] of one document."""
+"""StreamFormat -> values [n] of one document."""
 
 
 class Dropped(NamedTuple):
@@ -40,7 +40,7 @@ Outcome = Encoded | Dropped | Fault
 
 
 @dataclass(frozen=True)
-class Stream:
+class StreamFormat:
     """How the values of a stream are stored.
 
     dtype:    of the file
@@ -59,7 +59,7 @@ class Ragged(NamedTuple):
 
 
 @dataclass
-class Batch:
+class EncodedRecords:
     """Some records, encoded.
 
     streams:   the same number of documents in each
@@ -83,16 +83,16 @@ class Batch:
         return len(next(iter(self.streams.values())).sizes)
 
 
-def gather(outcomes: Sequence[Outcome], streams: Mapping[str, Stream], *, trained: int | None = None) -> Batch:
+def gather(outcomes: Sequence[Outcome], streams: Mapping[str, StreamFormat], *, trained: int | None = None) -> EncodedRecords:
     """One batch of the outcomes of its records, in order.
 
-    >>> streams = {"text": Stream(np.dtype("<u2"))}
+    >>> streams = {"text": StreamFormat(np.dtype("<u2"))}
     >>> batch = gather([{"text": np.array([5, 6])}, Dropped("empty"), {"text": np.array([7])}], streams)
     >>> batch.streams["text"].values.tolist(), batch.streams["text"].sizes.tolist(), dict(batch.dropped)
     ([5, 6, 7], [2, 1], {'empty': 1})
     """
     kept: list[Encoded] = []
-    batch = Batch({}, trained)
+    batch = EncodedRecords({}, trained)
     for number, outcome in enumerate(outcomes):
         if isinstance(outcome, Dropped):
             batch.dropped[outcome.reason] += 1
@@ -115,9 +115,9 @@ class Encoder(Protocol):
     """Records -> documents. `streams` names every stream and how it is stored."""
 
     @property
-    def streams(self) -> Mapping[str, Stream]: ...
+    def streams(self) -> Mapping[str, StreamFormat]: ...
 
-    def __call__(self, records: Sequence[Any]) -> Batch:
+    def __call__(self, records: Sequence[Any]) -> EncodedRecords:
         """Encode the records; what cannot be encoded is in the batch's faults, never an exception."""
         ...
 
@@ -135,7 +135,7 @@ class TextSource:
 
     append_eod: every document ends with the tokenizer's eod
     keys:       of the records; each key's stream is what a run with that key alone would write
-    ftfy:       mend mis-decoded text first
+    ftfy:       fix mis-decoded text first
     wide:       store int32 even where uint16 would do
     """
 
@@ -157,13 +157,13 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.keys = source.keys
         self.eod = tokenizer.eod if source.append_eod else None
-        self.mend = text_mender() if source.ftfy else None
+        self.fix = text_mender() if source.ftfy else None
         dtype = best_dtype(None if source.wide else tokenizer.vocab_size)
-        self.streams = {key: Stream(dtype) for key in self.keys}
+        self.streams = {key: StreamFormat(dtype) for key in self.keys}
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """Ids of each text, eod included."""
-        batch = Batch({})
+        batch = EncodedRecords({})
         good = []
         for number, record in enumerate(records):
             missing = next((key for key in self.keys if not isinstance(record.get(key), str)), None)
@@ -184,9 +184,9 @@ class TextEncoder:
 
     def _text(self, record: Mapping[str, Any], key: str) -> str:
         text: str = record[key]
-        return self.mend(text) if self.mend else text
+        return self.fix(text) if self.fix else text
 
-    def _encodable(self, records: Sequence[Mapping[str, Any]], numbers: Sequence[int], batch: Batch) -> list[int]:
+    def _encodable(self, records: Sequence[Mapping[str, Any]], numbers: Sequence[int], batch: EncodedRecords) -> list[int]:
         """The records whose texts are Unicode; the others are the batch's faults. JSON is never at fault: its reader refuses them."""
         bad = {number for number in numbers if not all(encodable(records[number][key]) for key in self.keys)}
         batch.faults += [(number, "the text holds half of a surrogate pair, which is no character") for number in sorted(bad)]
@@ -238,9 +238,9 @@ class MaskEncoder:
         self.tokenizer = texts.tokenizer
         self.pattern = np.array(pattern, dtype="<i4")
         # FORMAT: labels hold -100, and tokens are stored as they are.
-        self.streams = {"text": Stream(np.dtype("<i4")), "label": Stream(np.dtype("<i4"))}
+        self.streams = {"text": StreamFormat(np.dtype("<i4")), "label": StreamFormat(np.dtype("<i4"))}
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """Ids and labels [n] of each text."""
         batch = self.texts(records)
         values, sizes = batch.streams.popitem()[1]
@@ -274,5 +274,5 @@ def text_mender() -> Callable[[str], str]:
     """Mends mis-decoded text."""
     import ftfy
 
-    mend: Callable[[str], str] = ftfy.fix_text
-    return mend
+    fix: Callable[[str], str] = ftfy.fix_text
+    return fix

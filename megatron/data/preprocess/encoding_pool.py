@@ -15,8 +15,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from megatron.data.preprocess.blocks import Block, Position
-from megatron.data.preprocess.encoders import Batch, Encoder, EncoderSource
+from megatron.data.preprocess.blocks import BlockStart, SourceBlock
+from megatron.data.preprocess.encoders import EncodedRecords, Encoder, EncoderSource
 from megatron.errors import DataError, NeoXError
 from megatron.tokenizer import set_library_threads
 
@@ -31,16 +31,16 @@ class Done:
     faults, droppings: (file:line, why), the first SHOWN of the block; num_faults: all of them
     """
 
-    batch: Batch
+    batch: EncodedRecords
     records: int
     num_faults: int
     faults: list[tuple[str, str]] = field(default_factory=list)
     droppings: list[tuple[str, str]] = field(default_factory=list)
     source_bytes: int = 0
-    after: Position | None = None
+    after: BlockStart | None = None
 
 
-def encode(block: Block, encoder: Encoder) -> Done:
+def encode(block: SourceBlock, encoder: Encoder) -> Done:
     """Read and encode one block."""
     read = block.read()
     batch = encoder(read.records)
@@ -94,7 +94,7 @@ class EncodingPool:
         for process, _ in self._members:
             process.join()
 
-    def encoded(self, blocks: Iterator[Block]) -> Iterator[Done]:
+    def encoded(self, blocks: Iterator[SourceBlock]) -> Iterator[Done]:
         """The blocks' results, in order. Raises what a process raised, DataError when one died."""
         waiting: deque[int] = deque()
         for number, block in enumerate(blocks):
@@ -106,7 +106,7 @@ class EncodingPool:
         while waiting:
             yield self._receive(waiting.popleft())
 
-    def _send(self, member: int, block: Block) -> None:
+    def _send(self, member: int, block: SourceBlock) -> None:
         process, connection = self._members[member]
         try:
             connection.send(block)
@@ -130,7 +130,7 @@ class EncodingPool:
         return DataError(
             f"an encoding process died (exit code {process.exitcode}), most likely for want of memory",
             where="workers",
-            mend="use fewer workers, then run this again: it goes on where it stopped",
+            fix="use fewer workers, then run this again: it goes on where it stopped",
         )
 
 
@@ -141,7 +141,7 @@ def usable_cores() -> int:
 
 def _work(source: EncoderSource, connection: Connection, threads: int) -> None:
     set_library_threads(threads)
-    blocks: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
+    blocks: queue.SimpleQueue[SourceBlock | None] = queue.SimpleQueue()
     # Received aside, so that the parent never waits for this process while this one waits for the parent.
     threading.Thread(target=_listen, args=(connection, blocks), daemon=True).start()
     try:
@@ -157,7 +157,7 @@ def _work(source: EncoderSource, connection: Connection, threads: int) -> None:
         raise
 
 
-def _listen(connection: Connection, blocks: queue.SimpleQueue[Block | None]) -> None:
+def _listen(connection: Connection, blocks: queue.SimpleQueue[SourceBlock | None]) -> None:
     try:
         while True:
             blocks.put(connection.recv())

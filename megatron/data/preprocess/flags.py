@@ -14,8 +14,8 @@ from typing import Any
 from megatron.data.preprocess.encoding_pool import usable_cores
 from megatron.data.preprocess.inputs import KNOWN
 from megatron.data.preprocess.reading import first_texts
-from megatron.data.preprocess.sources import Source
-from megatron.data.preprocess.writer import Options, Written
+from megatron.data.preprocess.sources import RecordSource
+from megatron.data.preprocess.writer import Options, WrittenDataset
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource, set_library_threads, settle_open
@@ -81,7 +81,7 @@ class Chosen:
     about: dict[str, Any]
 
 
-def choose_tokenizer(given: argparse.Namespace, source: Source, keys: tuple[str, ...]) -> Chosen:
+def choose_tokenizer(given: argparse.Namespace, source: RecordSource, keys: tuple[str, ...]) -> Chosen:
     """The tokenizer asked for, its back end settled on the first records of the input."""
     asked = TokenizerSource(
         TokenizerKind(given.tokenizer_type), given.vocab_file, given.merge_file, backend=TokenizerBackend(given.tokenizer_backend)
@@ -101,7 +101,7 @@ def choose(asked: TokenizerSource, texts: Sequence[str], *, workers: int) -> Cho
 def options(given: argparse.Namespace, **about: Any) -> Options:
     """How to write, and what the metadata says besides the counts."""
     if given.skip_bad < 0 or given.log_interval < 1:
-        raise ConfigError("--skip-bad must be 0 or more, and --log-interval 1 or more", where="command line", mend="see --help")
+        raise ConfigError("--skip-bad must be 0 or more, and --log-interval 1 or more", where="command line", fix="see --help")
     return Options(
         workers=given.workers,
         skip_bad=given.skip_bad,
@@ -129,11 +129,11 @@ def prefix_of(given: argparse.Namespace) -> Path:
     """The output prefix; a folder is refused."""
     prefix = Path(given.output_prefix).expanduser()
     if given.output_prefix.endswith("/") or prefix.is_dir():
-        raise ConfigError(f"{prefix} is a folder", where="--output-prefix", mend=f"add a name: {prefix / 'data'}")
+        raise ConfigError(f"{prefix} is a folder", where="--output-prefix", fix=f"add a name: {prefix / 'data'}")
     return prefix
 
 
-def summary(written: Written) -> str:
+def summary(written: WrittenDataset) -> str:
     """What was written and what was left out, for a person."""
     counts = written.counts
     lines = []

@@ -21,7 +21,7 @@ KNOWN = (*JSON_LINES, *PLAIN, *TABLES, *ARCHIVES, *COMPRESSED)
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
-class Kind(Enum):
+class FileKind(Enum):
     """What a file holds."""
 
     LINES = "JSON lines"
@@ -37,28 +37,28 @@ class InputFile:
     """One file to read. compression: its last ending, or "" """
 
     path: Path
-    kind: Kind
+    kind: FileKind
     compression: str = ""
 
 
-def kind_of(name: str) -> tuple[Kind, str] | None:
+def kind_of(name: str) -> tuple[FileKind, str] | None:
     """What a file of this name holds and how it is compressed; None where the ending says nothing.
 
     >>> kind_of("a/b.jsonl.zst")
-    (<Kind.LINES: 'JSON lines'>, '.zst')
+    (<FileKind.LINES: 'JSON lines'>, '.zst')
     """
     path = Path(name.lower())
     compression = path.suffix if path.suffix in COMPRESSED else ""
     ending = Path(path.stem).suffix if compression else path.suffix
     if ending in (".tar", ".tgz"):
         # tarfile finds out the compression itself.
-        return Kind.TAR, ""
+        return FileKind.TAR, ""
     if ending in JSON_LINES:
-        return Kind.LINES, compression
+        return FileKind.LINES, compression
     if ending in PLAIN:
-        return Kind.TEXT, compression
+        return FileKind.TEXT, compression
     if not compression:
-        plain = {".parquet": Kind.PARQUET, ".arrow": Kind.ARROW, ".zip": Kind.ZIP}.get(ending)
+        plain = {".parquet": FileKind.PARQUET, ".arrow": FileKind.ARROW, ".zip": FileKind.ZIP}.get(ending)
         return (plain, "") if plain else None
     return None
 
@@ -79,17 +79,17 @@ def find(given: str | Path | Sequence[str | Path], *, split: str | None = None) 
         elif glob.has_magic(entry):
             matches = sorted(glob.glob(str(path), recursive=True))
             if not matches:
-                raise DataError(f"no file matches {entry}", where="input", mend="check the pattern; quote it from the shell")
+                raise DataError(f"no file matches {entry}", where="input", fix="check the pattern; quote it from the shell")
             found += [
                 file for match in matches for file in (_in_folder(Path(match), split) if Path(match).is_dir() else [_one(Path(match))])
             ]
         else:
-            raise DataError(f"there is no {entry}", where="input", mend="check the path")
+            raise DataError(f"there is no {entry}", where="input", fix="check the path")
     seen: set[Path] = set()
     for file in found:
         resolved = file.path.resolve()
         if resolved in seen:
-            raise DataError(f"{file.path} is named twice", where="input", mend="its documents would be there twice: name it once")
+            raise DataError(f"{file.path} is named twice", where="input", fix="its documents would be there twice: name it once")
         seen.add(resolved)
     return found
 
@@ -107,7 +107,7 @@ def _one(path: Path) -> InputFile:
     known = kind_of(path.name)
     if known is None:
         raise DataError(
-            f"{path.name} has no ending that says what it is", where=str(path), mend=f"rename it; known endings: {', '.join(KNOWN)}"
+            f"{path.name} has no ending that says what it is", where=str(path), fix=f"rename it; known endings: {', '.join(KNOWN)}"
         )
     return InputFile(path, *known)
 
@@ -121,20 +121,20 @@ def _in_folder(folder: Path, split: str | None) -> list[InputFile]:
                 f"{folder} holds the splits {', '.join(names)}"
                 + (f", and no {split!r}" if split is not None else "; which one is to be read is not said"),
                 where=str(folder),
-                mend=f"name one of them: {folder / names[0]}, or --split",
+                fix=f"name one of them: {folder / names[0]}, or --split",
             )
         return _in_folder(folder / str(chosen), None)
     if (folder / SAVED_DATASET).is_file():
         state = json.loads((folder / SAVED_DATASET).read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
             raise DataError(
-                f"{folder} was saved with an indices mapping", where=str(folder), mend="dataset.flatten_indices().save_to_disk(...) first"
+                f"{folder} was saved with an indices mapping", where=str(folder), fix="dataset.flatten_indices().save_to_disk(...) first"
             )
-        return [InputFile(folder / entry["filename"], Kind.ARROW) for entry in state["_data_files"]]
+        return [InputFile(folder / entry["filename"], FileKind.ARROW) for entry in state["_data_files"]]
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
     known = [InputFile(path, *kind) for path in files if (kind := kind_of(path.name)) is not None]
     if not known:
-        raise DataError(f"{folder} holds no file to read", where=str(folder), mend=f"known endings: {', '.join(KNOWN)}")
+        raise DataError(f"{folder} holds no file to read", where=str(folder), fix=f"known endings: {', '.join(KNOWN)}")
     return known
 
 

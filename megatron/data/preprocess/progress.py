@@ -18,7 +18,7 @@ log = get_logger(__name__)
 LINE_EVERY_S = 10.0
 
 
-class Progress:
+class EncodingProgress:
     """A context; `update` costs next to nothing.
 
     total_bytes: of the input, None where not known; start: what an earlier run had done
@@ -34,7 +34,7 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_bytes, initial=self._bytes, unit="B", unit_scale=True, mininterval=0.5)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> EncodingProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

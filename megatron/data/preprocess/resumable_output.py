@@ -22,7 +22,7 @@ from typing import IO, Any
 import xxhash
 
 from megatron.data.indexed_dataset import data_file, index_file
-from megatron.data.preprocess.blocks import Position
+from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.stream_files import StreamFiles
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -53,7 +53,7 @@ class Counts:
     first_bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Partial:
+class ResumableOutput:
     """A context: on a clean end and on a DataError the folder goes, else (killed, stopped, disk full) it stays to go on from."""
 
     def __init__(self, prefix: Path, files: dict[str, Path], *, asked: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Partial:
         self.metadata = prefix.with_name(f"{prefix.name}_metadata.json")
         self.asked = xxhash.xxh3_128_hexdigest(json.dumps(asked, sort_keys=True, default=str).encode())
         self.counts = Counts()
-        self.position = Position()
+        self.position = BlockStart()
         self.done = False
         self.publishing: list[tuple[str, str]] = []
         self.facts: dict[str, Any] = {}
@@ -71,18 +71,18 @@ class Partial:
         self._started = self._recorded = time.monotonic()
         self._lock: IO[bytes] | None = None
 
-    def __enter__(self) -> Partial:
+    def __enter__(self) -> ResumableOutput:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("ab")
         except OSError as error:
-            raise DataError(f"cannot write: {error.strerror}", where=str(self.folder), mend="choose a writable output prefix") from error
+            raise DataError(f"cannot write: {error.strerror}", where=str(self.folder), fix="choose a writable output prefix") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
             raise DataError(
-                "another run is writing the same files", where=str(self.folder), mend="wait for it, or choose another output prefix"
+                "another run is writing the same files", where=str(self.folder), fix="wait for it, or choose another output prefix"
             ) from error
         self._take_up()
         return self
@@ -109,7 +109,7 @@ class Partial:
             self._clear()
             return
         self.counts = Counts(**saved["counts"])
-        self.position = Position(*saved["position"])
+        self.position = BlockStart(*saved["position"])
         self.done = saved["done"]
         self.publishing = [(source, target) for source, target in saved["publishing"]]
         self.facts = saved["facts"]
@@ -132,7 +132,7 @@ class Partial:
         if time.monotonic() - self._recorded > RECORD_EVERY_S:
             self.record(streams, self.position)
 
-    def record(self, streams: dict[str, StreamFiles], position: Position, *, done: bool = False) -> None:
+    def record(self, streams: dict[str, StreamFiles], position: BlockStart, *, done: bool = False) -> None:
         """Put on disk how far this is."""
         self._saved = {name: stream.state() for name, stream in streams.items()}
         self.position, self.done = position, done

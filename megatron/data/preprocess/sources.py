@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megatron.data.fingerprint import digest_of, whole_limit
-from megatron.data.preprocess.blocks import ArrowBlock, Block, LineBlock, Position, RecordBlock, TextBlock
+from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, LineBlock, RecordBlock, SourceBlock, TextBlock
 from megatron.data.preprocess.compressed import DAMAGED, open_compressed, reader
-from megatron.data.preprocess.inputs import InputFile, Kind, kind_of
+from megatron.data.preprocess.inputs import FileKind, InputFile, kind_of
 from megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -28,7 +28,7 @@ BOM = b"\xef\xbb\xbf"
 BROKEN = (*DAMAGED, zipfile.BadZipFile, tarfile.TarError)
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """Records in a fixed order."""
 
     @property
@@ -40,7 +40,7 @@ class Source(Protocol):
         """What tells this input from any other: plain values, one dict per file."""
         ...
 
-    def blocks(self, start: Position) -> Iterator[Block]:
+    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """The blocks from `start` on."""
         ...
 
@@ -62,13 +62,13 @@ class MadeHere:
         """Name and version."""
         return [{"name": self.name, "version": self.version}]
 
-    def blocks(self, start: Position) -> Iterator[Block]:
+    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """BLOCK_RECORDS records each."""
         stream, number = iter(self.make()), start.offset
         next(islice(stream, number, number), None)
         while records := list(islice(stream, BLOCK_RECORDS)):
             yield RecordBlock(
-                where=self.name, first=number + 1, after=Position(0, number + len(records), number + len(records)), payload=records
+                where=self.name, first=number + 1, after=BlockStart(0, number + len(records), number + len(records)), payload=records
             )
             number += len(records)
 
@@ -100,14 +100,14 @@ class Files:
             {"path": str(file.path), "bytes": size, "digest": digest} for file, size, digest in zip(self.files, sizes, digests, strict=True)
         ]
 
-    def blocks(self, start: Position) -> Iterator[Block]:
+    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """About BLOCK_BYTES each, none across two files but for small plain texts. Raises DataError for damaged files."""
         number = start.file
         while number < len(self.files):
             file = self.files[number]
-            begin = start if number == start.file else Position(number)
+            begin = start if number == start.file else BlockStart(number)
             try:
-                if file.kind is Kind.TEXT:
+                if file.kind is FileKind.TEXT:
                     count = self._texts_from(number)
                     yield self._text_block(number, count)
                     number += count
@@ -115,16 +115,16 @@ class Files:
                 yield from self._read(file, begin)
             except BROKEN as error:
                 raise DataError(
-                    f"the file is damaged or cut short: {error}", where=str(file.path), mend="download or compress it again"
+                    f"the file is damaged or cut short: {error}", where=str(file.path), fix="download or compress it again"
                 ) from error
             except OSError as error:
-                raise DataError(f"cannot be read: {error.strerror or error}", where=str(file.path), mend="check file and rights") from error
+                raise DataError(f"cannot be read: {error.strerror or error}", where=str(file.path), fix="check file and rights") from error
             number += 1
 
-    def _read(self, file: InputFile, begin: Position) -> Iterator[Block]:
-        if file.kind is Kind.LINES:
+    def _read(self, file: InputFile, begin: BlockStart) -> Iterator[SourceBlock]:
+        if file.kind is FileKind.LINES:
             yield from line_blocks(open_compressed(file.path, file.compression), file.path, begin, raw=None)
-        elif file.kind in (Kind.PARQUET, Kind.ARROW):
+        elif file.kind in (FileKind.PARQUET, FileKind.ARROW):
             yield from table_blocks(file, begin, self.columns)
         else:
             yield from archive_blocks(file, begin, self.lenient)
@@ -133,13 +133,13 @@ class Files:
         """How many plain texts from this one on make one block."""
         size = count = 0
         for file in self.files[number : number + BLOCK_FILES]:
-            if file.kind is not Kind.TEXT or (size and size + file.path.stat().st_size > BLOCK_BYTES):
+            if file.kind is not FileKind.TEXT or (size and size + file.path.stat().st_size > BLOCK_BYTES):
                 break
             size += file.path.stat().st_size
             count += 1
         return count
 
-    def _text_block(self, number: int, count: int) -> Block:
+    def _text_block(self, number: int, count: int) -> SourceBlock:
         files = self.files[number : number + count]
         payload = []
         for file in files:
@@ -148,7 +148,7 @@ class Files:
         return TextBlock(
             where=str(files[0].path),
             source_bytes=sum(file.path.stat().st_size for file in files),
-            after=Position(number + count),
+            after=BlockStart(number + count),
             payload=payload,
             lenient=self.lenient,
         )
@@ -158,7 +158,7 @@ Opened = tuple[IO[bytes], IO[bytes]]
 """The content, and the file as it lies on disk."""
 
 
-def line_blocks(opened: Opened, path: Path | str, begin: Position, *, raw: int | None) -> Iterator[Block]:
+def line_blocks(opened: Opened, path: Path | str, begin: BlockStart, *, raw: int | None) -> Iterator[SourceBlock]:
     """Blocks of whole lines.
 
     raw: bytes of the input that the whole content took, where the file on disk does not say (a member of an archive)
@@ -184,7 +184,7 @@ def line_blocks(opened: Opened, path: Path | str, begin: Position, *, raw: int |
                     where=str(path),
                     first=line + 1,
                     source_bytes=max(now - told, 0),
-                    after=Position(file, offset, line + lines),
+                    after=BlockStart(file, offset, line + lines),
                     payload=data[:cut],
                 )
                 line, told = line + lines, now
@@ -203,7 +203,7 @@ def _skip(content: IO[bytes], disk: IO[bytes], offset: int) -> None:
         offset -= read
 
 
-def table_blocks(file: InputFile, begin: Position, columns: Sequence[str] | None) -> Iterator[Block]:
+def table_blocks(file: InputFile, begin: BlockStart, columns: Sequence[str] | None) -> Iterator[SourceBlock]:
     """Blocks of rows of a Parquet or Arrow file."""
     import pyarrow as pa
 
@@ -229,13 +229,13 @@ def table_blocks(file: InputFile, begin: Position, columns: Sequence[str] | None
                     where=str(file.path),
                     first=row - part.num_rows + 1,
                     source_bytes=took,
-                    after=Position(begin.file, row, row),
+                    after=BlockStart(begin.file, row, row),
                     payload=sink.getvalue(),
                 )
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise DataError(f"the {file.kind.value} file is damaged: {error}", where=str(file.path), mend="download it again") from error
+        raise DataError(f"the {file.kind.value} file is damaged: {error}", where=str(file.path), fix="download it again") from error
 
 
 def _batches(file: InputFile, columns: Sequence[str] | None) -> Iterator[tuple[Any, int]]:
@@ -243,7 +243,7 @@ def _batches(file: InputFile, columns: Sequence[str] | None) -> Iterator[tuple[A
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if file.kind is Kind.PARQUET:
+    if file.kind is FileKind.PARQUET:
         with pq.ParquetFile(file.path) as parquet:
             chosen = _chosen(parquet.schema_arrow.names, columns)
             for batch in parquet.iter_batches(batch_size=ROWS, columns=chosen):
@@ -266,17 +266,17 @@ def _chosen(names: Sequence[str], columns: Sequence[str] | None) -> list[str] | 
     return [name for name in columns if name in names] if columns and any(name in names for name in columns) else None
 
 
-def archive_blocks(file: InputFile, begin: Position, lenient: bool) -> Iterator[Block]:
+def archive_blocks(file: InputFile, begin: BlockStart, lenient: bool) -> Iterator[SourceBlock]:
     """The members of a zip (sorted by name) or tar (as they come): JSON lines, or one text each."""
     size = file.path.stat().st_size
-    members = _zip_members(file.path) if file.kind is Kind.ZIP else _tar_members(file.path)
+    members = _zip_members(file.path) if file.kind is FileKind.ZIP else _tar_members(file.path)
     for number, (name, share, content) in enumerate(members):
         if number < begin.offset:
             continue
         where, known = f"{file.path}!{name}", kind_of(name)
-        after = Position(begin.file, number + 1)
-        if known is not None and known[0] is Kind.LINES:
-            blocks = list(line_blocks((reader(io.BytesIO(content), known[1]), io.BytesIO()), where, Position(), raw=0))
+        after = BlockStart(begin.file, number + 1)
+        if known is not None and known[0] is FileKind.LINES:
+            blocks = list(line_blocks((reader(io.BytesIO(content), known[1]), io.BytesIO()), where, BlockStart(), raw=0))
             for block in blocks[:-1]:
                 yield LineBlock(**{**vars(block), "after": None})
             if blocks:

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION
 from megatron.data.preprocess import legacy_index
-from megatron.data.preprocess.encoders import Ragged, Stream
+from megatron.data.preprocess.encoders import Ragged, StreamFormat
 from megatron.errors import DataError
 
 STEP = 1 << 20  # documents, or values, handled at once when a stream is sealed
@@ -24,7 +24,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 class StreamFiles:
     """`<folder>/<name>.values` and `<name>.sizes`, appended to and cut back to what a record of progress says."""
 
-    def __init__(self, folder: Path, name: str, stream: Stream) -> None:
+    def __init__(self, folder: Path, name: str, stream: StreamFormat) -> None:
         self.name = name
         self.stream = stream
         self.num_values = 0
@@ -42,7 +42,7 @@ class StreamFiles:
             path.touch()
             if path.stat().st_size < size:
                 raise DataError(
-                    f"{path} is shorter than its record of progress says", where=str(path), mend=f"remove {path.parent} and start again"
+                    f"{path} is shorter than its record of progress says", where=str(path), fix=f"remove {path.parent} and start again"
                 )
             os.truncate(path, size)
             self._files.append(path.open("ab"))

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.data.preprocess.blocks import Position
+from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.encoders import Encoder, EncoderSource
 from megatron.data.preprocess.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
-from megatron.data.preprocess.progress import Progress
-from megatron.data.preprocess.resumable_output import Counts, Partial
-from megatron.data.preprocess.sources import Source
+from megatron.data.preprocess.progress import EncodingProgress
+from megatron.data.preprocess.resumable_output import Counts, ResumableOutput
+from megatron.data.preprocess.sources import RecordSource
 from megatron.data.preprocess.stream_files import StreamFiles
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -46,7 +46,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenDataset:
     """What was written. files: stream -> prefix of its .bin/.idx; counts: records by what became of them"""
 
     files: dict[str, Path]
@@ -62,8 +62,8 @@ def stream_prefix(prefix: Path, stream: str) -> Path:
 
 
 def write(
-    source: Source, encoder_source: EncoderSource, prefix: Path, options: Options | None = None, *, encoder: Encoder | None = None
-) -> Written:
+    source: RecordSource, encoder_source: EncoderSource, prefix: Path, options: Options | None = None, *, encoder: Encoder | None = None
+) -> WrittenDataset:
     """Encode every record and write its streams to `<prefix>_<stream>_document.bin/.idx`, and `<prefix>_metadata.json`.
 
     The bytes do not depend on `workers`. Everything is written in the folder `<prefix>.partial` and renamed at the end; a run that was
@@ -74,7 +74,7 @@ def write(
     """
     options = options or Options()
     if options.workers < 1:
-        raise DataError(f"{options.workers} workers cannot work", where="workers", mend="give 1 or more")
+        raise DataError(f"{options.workers} workers cannot work", where="workers", fix="give 1 or more")
     if encoder is None:
         encoder = open_encoder(encoder_source, options)
     inputs = source.facts()
@@ -82,7 +82,7 @@ def write(
     if options.workers > 1:
         encoder = None  # the other processes have their own; this one does not hold its memory
     files = {stream: stream_prefix(prefix, stream) for stream in stored}
-    with Partial(prefix, files, asked=asked) as partial:
+    with ResumableOutput(prefix, files, asked=asked) as partial:
         streams = {name: StreamFiles(partial.folder, name, stream) for name, stream in stored.items()}
         try:
             if not partial.publishing:
@@ -96,7 +96,7 @@ def write(
             for stream in streams.values():
                 stream.close()
         facts = partial.facts
-    return Written(files, facts["tokens"], facts["documents"], partial.counts, partial.counts.seconds)
+    return WrittenDataset(files, facts["tokens"], facts["documents"], partial.counts, partial.counts.seconds)
 
 
 def open_encoder(source: EncoderSource, options: Options) -> Encoder:
@@ -120,11 +120,11 @@ def _asked(inputs: list[dict[str, Any]], encoder_source: EncoderSource, encoder:
 
 @dataclass
 class _Sinks:
-    partial: Partial
+    partial: ResumableOutput
     streams: dict[str, StreamFiles]
 
 
-def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, sinks: _Sinks, options: Options) -> None:
+def _fill(source: RecordSource, encoder: Encoder | None, encoder_source: EncoderSource, sinks: _Sinks, options: Options) -> None:
     """Everything from where the partial run stopped to the end of the source."""
     partial, streams = sinks.partial, sinks.streams
     partial.restore(streams)
@@ -132,7 +132,7 @@ def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource
         return
     counts = partial.counts
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(source.total_bytes, counts, options.log_interval, options.num_docs))
+        progress = stack.enter_context(EncodingProgress(source.total_bytes, counts, options.log_interval, options.num_docs))
         for done in encoded(source, encoder, encoder_source, partial.position, options):
             tally(counts, done, options.skip_bad)
             for name, part in done.batch.streams.items():
@@ -145,11 +145,13 @@ def _fill(source: Source, encoder: Encoder | None, encoder_source: EncoderSource
         raise DataError(
             "no record gave a document" + _shown(counts.first_dropped),
             where=str(partial.prefix),
-            mend="check the input: are its texts empty?",
+            fix="check the input: are its texts empty?",
         )
 
 
-def encoded(source: Source, encoder: Encoder | None, encoder_source: EncoderSource, start: Position, options: Options) -> Iterator[Done]:
+def encoded(
+    source: RecordSource, encoder: Encoder | None, encoder_source: EncoderSource, start: BlockStart, options: Options
+) -> Iterator[Done]:
     """The blocks from `start` on, encoded, in order. encoder: None = each of the other processes opens its own"""
     blocks = source.blocks(start)
     if encoder is not None:
@@ -178,7 +180,7 @@ def tally(counts: Counts, done: Done, allowed: int) -> None:
         raise DataError(
             f"{counts.bad} of the first {counts.records} records cannot be used{_shown(counts.first_bad)}",
             where=counts.first_bad[0][0],
-            mend="mend them, name the right columns, or leave bad records out with --skip-bad N (they are counted)",
+            fix="fix them, name the right columns, or leave bad records out with --skip-bad N (they are counted)",
         )
 
 
@@ -186,11 +188,11 @@ def _shown(places: list[tuple[str, str]]) -> str:
     return "".join(f"\n    {where}: {why}" for where, why in places)
 
 
-def _disk_error(error: OSError, partial: Partial) -> DataError:
+def _disk_error(error: OSError, partial: ResumableOutput) -> DataError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return DataError(
         "the disk is full" if full else f"cannot write: {error.strerror or error}",
         where=str(error.filename or partial.folder),
-        mend=f"{'free some space' if full else 'check disk and rights'} and run this again: it goes on where it stopped;"
+        fix=f"{'free some space' if full else 'check disk and rights'} and run this again: it goes on where it stopped;"
         f" or give up and remove {partial.folder}",
     )

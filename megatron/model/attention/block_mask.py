@@ -13,11 +13,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megatron.model.attention.masks import Documents, ordinals
+from megatron.model.attention.masks import PackedSequences, ordinals
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class BlockMask:
     """Causal, within a window, within documents; positions count from the beginning of a whole row.
 
     starts:   where the documents of each row begin; None = each row is one
@@ -30,16 +30,16 @@ class Sight:
     numbers: Tensor | None = None
 
     @classmethod
-    def of(cls, documents: Documents | None, window: int | None, device: torch.device) -> Sight:
+    def of(cls, documents: PackedSequences | None, window: int | None, device: torch.device) -> BlockMask:
         """That of whole rows."""
         if documents is None:
             return cls(device=device, window=window)
-        length = documents.segments.shape[1]
-        rows: list[list[int]] = [[] for _ in range(documents.segments.shape[0])]
+        length = documents.segment_ids.shape[1]
+        rows: list[list[int]] = [[] for _ in range(documents.segment_ids.shape[0])]
         for start in accumulate(documents.lengths[:-1], initial=0):
             rows[start // length].append(start % length)
         starts = tuple(tuple(row) for row in rows)
-        return cls(device=device, window=window, starts=starts, numbers=ordinals(documents.segments))
+        return cls(device=device, window=window, starts=starts, numbers=ordinals(documents.segment_ids))
 
     def seen(self, queries: range, keys: range) -> range:
         """The keys outside which no query of any row sees anything; empty when the two are strangers."""

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron.model.attention.masks import Documents
+from megatron.model.attention.masks import PackedSequences
 
 BiasOf = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class AttentionInputs:
     """What queries see and how scores are made.
 
     documents: packed documents; None = each row is one
@@ -28,7 +28,7 @@ class View:
     fp32:      softmax in float32 whatever the dtype (EAGER; fused kernels always do)
     """
 
-    documents: Documents | None = None
+    documents: PackedSequences | None = None
     window: int | None = None
     scale: float
     divisor: float = 1.0

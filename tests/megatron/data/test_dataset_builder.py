@@ -96,7 +96,7 @@ def test_a_damaged_map_is_built_again_and_a_folder_that_cannot_be_written_is_nam
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written") as error:
         open_dataset("train", {"text": path}, Recipe(seq_length=8, seed=1, map_dir=str(tmp_path / "file")), Amount(samples=3))
-    assert "index_map_dir" in str(error.value.mend)
+    assert "index_map_dir" in str(error.value.fix)
 
 
 def test_two_processes_build_the_same_map(tmp_path: Path) -> None:
@@ -146,6 +146,6 @@ def test_packed_segments_count_the_documents_of_a_row(tmp_path: Path) -> None:
     path = write(tmp_path / "x", [3, 4, 5, 30])
     dataset = open_dataset("train", {"text": path}, RECIPE, Amount(samples=4))
     for i in range(len(dataset)):
-        text, segments = dataset[i]["text"], dataset[i]["segments"]
+        text, segment_ids = dataset[i]["text"], dataset[i]["segment_ids"]
         changes = np.flatnonzero(np.diff(text)) + 1
-        np.testing.assert_array_equal(segments, np.searchsorted(changes, np.arange(9), side="right"))
+        np.testing.assert_array_equal(segment_ids, np.searchsorted(changes, np.arange(9), side="right"))

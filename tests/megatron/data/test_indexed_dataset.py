@@ -104,13 +104,13 @@ def test_damaged_files_name_the_file_and_the_mend(tmp_path: Path) -> None:
         data_file(prefix).write_bytes(bad_data)
         with pytest.raises(DataError, match=message) as error:
             IndexedDataset(prefix)
-        assert str(tmp_path / "x.") in str(error.value.where) and error.value.mend
+        assert str(tmp_path / "x.") in str(error.value.where) and error.value.fix
     data_file(prefix).unlink()
     with pytest.raises(DataError, match="does not exist"):
         IndexedDataset(prefix)
     with pytest.raises(DataError, match="does not exist") as error:
         IndexedDataset(f"{prefix}.bin")
-    assert "without .bin" in str(error.value.mend)
+    assert "without .bin" in str(error.value.fix)
 
 
 def test_an_old_merge_without_document_marks_is_mended(tmp_path: Path) -> None:

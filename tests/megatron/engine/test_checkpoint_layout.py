@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.engine.checkpoint_layout import Layout, stored_layout
+from megatron.engine.checkpoint_layout import CheckpointLayout, stored_layout
 
 PLAIN = ["mp_rank_00_model_states.pt"]
 ZERO = [*PLAIN, "zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"]
@@ -20,15 +20,15 @@ PIPE = [*PLAIN, "layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_ran
 @pytest.mark.parametrize(
     ("names", "layout"),
     [
-        (PLAIN, Layout()),
-        (ZERO, Layout(partitions=2)),
-        (ZERO_3, Layout(partitions=2, spread=True)),
-        (PIPE, Layout(pipelined=True, partitions=1)),
-        (TWO_STAGES, Layout(pipelined=True, model_ranks=2)),
-        (ZERO_3_TENSOR, Layout(partitions=2, model_ranks=2, tensor_ranks=2, spread=True)),
+        (PLAIN, CheckpointLayout()),
+        (ZERO, CheckpointLayout(partitions=2)),
+        (ZERO_3, CheckpointLayout(partitions=2, sharded=True)),
+        (PIPE, CheckpointLayout(pipelined=True, partitions=1)),
+        (TWO_STAGES, CheckpointLayout(pipelined=True, model_ranks=2)),
+        (ZERO_3_TENSOR, CheckpointLayout(partitions=2, model_ranks=2, tensor_ranks=2, sharded=True)),
     ],
 )
-def test_layouts_are_told_from_file_names(tmp_path: Path, names: list[str], layout: Layout) -> None:
+def test_layouts_are_told_from_file_names(tmp_path: Path, names: list[str], layout: CheckpointLayout) -> None:
     for name in names:
         (tmp_path / name).touch()
     assert stored_layout(tmp_path) == layout

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from megatron import fault_injection
-from megatron.checkpoint.saving.write import Writing
+from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.checkpoint.steps.manifest import Entry, read_manifest
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps
 from megatron.checkpoint.steps.verify import Verify, look_at
-from megatron.engine.checkpointer import Saver
+from megatron.engine.checkpointer import Checkpointer
 from megatron.errors import CheckpointError
 from support.dist import run_distributed
 from support.fake_engine import FakeEngine
@@ -28,14 +28,16 @@ class OneWeight(FakeEngine):
 
     weight = torch.zeros(1000)
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         super().save(directory, tag, {**client_state, "weight": self.weight}, writing)
         if writing._copies:
             self.weight += 1
 
 
-def saver(folder: Path, **changes: Any) -> Saver:
-    return Saver(**{"engine": OneWeight(), "directory": folder, "compared": {"num_layers": 2}, "configs": {"a.yml": "a: 1"}, **changes})
+def saver(folder: Path, **changes: Any) -> Checkpointer:
+    return Checkpointer(
+        **{"engine": OneWeight(), "directory": folder, "compared": {"num_layers": 2}, "configs": {"a.yml": "a: 1"}, **changes}
+    )
 
 
 def whole(folder: Path) -> list[int]:
@@ -48,7 +50,7 @@ def whole(folder: Path) -> list[int]:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing waits until this is set."""
+    """RankFileWriter waits until this is set."""
     go_on = threading.Event()
     monkeypatch.setattr(fault_injection, "point", lambda site: go_on.wait(30) if site == "write" else None)
     return go_on
@@ -215,7 +217,7 @@ def digests(folder: Path, background: bool, zero: int, rank: int, world: int) ->
     found = {}
     for name, later in (("at once", False), ("later", True)):
         torch.set_rng_state(random)
-        saves = Saver(
+        saves = Checkpointer(
             engine=TrainEngine(runner, None, torch.device("cpu")),  # type: ignore[arg-type]
             directory=folder / name,
             compared={},

@@ -22,7 +22,7 @@ WEIGHTS = torch.tensor([[[1.0, 1, 1, 1]], [[0, 0, 0, 0]], [[0, 1, 0, 0]]])
 def batches() -> list[Batch]:
     """Three micro batches with four, none and one trained token."""
     tokens = torch.zeros(1, 4, dtype=torch.int64)
-    return [Batch(tokens=tokens, labels=tokens, loss_weight=weight, segments=tokens.int()) for weight in WEIGHTS]
+    return [Batch(tokens=tokens, labels=tokens, loss_weight=weight, segment_ids=tokens.int()) for weight in WEIGHTS]
 
 
 def terms(objective: LanguageModel, batch: Batch, denominator: torch.Tensor) -> LossTerms:
@@ -55,7 +55,7 @@ def on_two_ranks(rank: int, world: int) -> list[str]:
     groups = open_groups(Topology(tensor=world), rank)
     require_same_batch(batches(), groups)
     other = batches()
-    other[2].segments[0, rank] += 1
+    other[2].segment_ids[0, rank] += 1
     with pytest.raises(TrainingError) as caught:
         require_same_batch(other, groups)
     digests = {digest_of(batches()), digest_of(batches()[:2]), digest_of(other)}

@@ -99,12 +99,12 @@ def _optimizer(folder: Path) -> Any:
 
 def weights_alone(rank: int, world: int, folder: str) -> dict[str, Any]:
     """A ZeRO-3 run saved without its optimizer: its weights, and those with which two tensor ranks go on."""
-    from megatron.engine.checkpointer import Saver
+    from megatron.engine.checkpointer import Checkpointer
 
     os.chdir(folder)
     run = Run(flat_of(folder, {"zero_optimization": {"stage": 3}, "no_save_optim": True}, "neox"))
     run.steps(2)
-    Saver(engine=run.engine, directory=Path(folder, "ckpt"), compared=run.compared, configs={}, optimizer=False).save(2, 8, 512)
+    Checkpointer(engine=run.engine, directory=Path(folder, "ckpt"), compared=run.compared, configs={}, optimizer=False).save(2, 8, 512)
     held = run.gathered()
     place = Path(folder, "ckpt", "global_step2")
     again = Run(flat_of(folder, {"model_parallel_size": 2}, "neox"), place, optimizer=False)

@@ -22,7 +22,7 @@ def test_only_trained_text_counts() -> None:
 
     labels = torch.tensor([[1, 2, 9, 3], [2, 2, 1, 1]])
     weight = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
-    batch = Batch(tokens=labels, labels=labels, loss_weight=weight, segments=torch.zeros_like(labels))
+    batch = Batch(tokens=labels, labels=labels, loss_weight=weight, segment_ids=torch.zeros_like(labels))
     counted = Characters(lambda ids: "".join(WORDS[i] for i in ids), eod=9)
     assert list(counted.counted([batch])) == [batch]
     ratio = counted.per_character(Group.single(), torch.device("cpu"))

@@ -50,7 +50,7 @@ def test_stop_names_step_and_samples() -> None:
     run.step(result(), result())
     with pytest.raises(DivergenceError, match="not finite: loss on rank 1") as caught:
         run.step(result(float("nan"), **BAD))
-    assert caught.value.where == "iteration 3, samples [8, 12)" and caught.value.exit_code == 78 and "lr" in str(caught.value.mend)
+    assert caught.value.where == "iteration 3, samples [8, 12)" and caught.value.exit_code == 78 and "lr" in str(caught.value.fix)
     assert doctest.testmod(nonfinite_and_spikes).failed == 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron.launch.control_channel import ADDRESSES, Wires, connect, tell
-from megatron.launch.plan import Host, Plan
+from megatron.launch.plan import Host, LaunchPlan
 from megatron.launch.rank_events import Event
 from megatron.launch.running import run
 
@@ -84,7 +84,7 @@ def test_a_launcher_that_says_nothing_about_its_ranks(tmp_path: Path, mode: str,
     hosts = (Host(name="localhost", slots=(0, 1), first=0),)
     words = (sys.executable, "-u", "-c", worker)
     argv = (sys.executable, str(tmp_path / "mpirun.py"), *words)
-    plan = Plan(launcher="openmpi", hosts=hosts, worker=words, argv=argv, master_addr="127.0.0.1", master_port=1)
+    plan = LaunchPlan(launcher="openmpi", hosts=hosts, worker=words, argv=argv, master_addr="127.0.0.1", master_port=1)
     os.chdir(tmp_path)
     reports: list[str] = []
     begin = time.monotonic()

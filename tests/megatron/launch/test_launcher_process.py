@@ -9,20 +9,20 @@ import sys
 import pytest
 
 from megatron.errors import BackendError
-from megatron.launch.plan import Host, Plan
+from megatron.launch.plan import Host, LaunchPlan
 from megatron.launch.rank_events import Event, lines_of
 from megatron.launch.running import run
 
 
-def plan(*argv: str) -> Plan:
+def plan(*argv: str) -> LaunchPlan:
     hosts = (Host(name="hosta", slots=(0,), first=0), Host(name="hostb", slots=(0,), first=1))
-    return Plan(launcher="pdsh", hosts=hosts, worker=("python", "train.py"), argv=argv, master_addr="hosta", master_port=1)
+    return LaunchPlan(launcher="pdsh", hosts=hosts, worker=("python", "train.py"), argv=argv, master_addr="hosta", master_port=1)
 
 
 def test_a_missing_launcher_is_told() -> None:
     with pytest.raises(BackendError, match="no-such-pdsh is not installed") as caught:
         run(plan("no-such-pdsh"), os.environ, told=print)
-    assert "pdsh" in (caught.value.mend or "")
+    assert "pdsh" in (caught.value.fix or "")
 
 
 def test_output_comes_through_and_events_do_not(capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.rank_events import Event, Ledger, Lines, claim, claimed, found, leave, lines_of, shell_status
+from megatron.launch.rank_events import Event, Lines, RankEvents, claim, claimed, found, leave, lines_of, shell_status
 
 
 def failed(rank: int, at: float, text: str = "", *, host: str = "a", code: int = 1, consequence: bool = False) -> Event:
@@ -45,7 +45,7 @@ def test_a_failing_rank_is_heard_in_its_own_words(tmp_path: Path, monkeypatch: p
 
 
 def test_the_first_cause_is_on_top() -> None:
-    ledger = Ledger({0: "a", 1: "a", 2: "b", 3: "b"})
+    ledger = RankEvents({0: "a", 1: "a", 2: "b", 3: "b"})
     for event in (
         failed(0, 1.0, "lost another rank: gloo\n  where: x", consequence=True),
         failed(3, 3.0, "Traceback (most recent call last):\n  File\nValueError: second", host="b"),
@@ -61,29 +61,29 @@ def test_the_first_cause_is_on_top() -> None:
 
 
 def test_the_same_words_are_told_once_and_a_lone_rank_needs_no_heading() -> None:
-    ledger = Ledger({0: "a", 1: "a", 2: "a"})
+    ledger = RankEvents({0: "a", 1: "a", 2: "a"})
     for rank in (2, 0, 1):
         ledger.note(failed(rank, float(rank), "no such file"))
     assert ledger.report().splitlines() == ["rank 0 on a (and ranks 1, 2 in the same way) failed first:", "no such file"]
-    alone = Ledger({0: "a"})
+    alone = RankEvents({0: "a"})
     assert (alone.report(), alone.status()) == ("", 0)
     alone.note(failed(0, 0.0, "no such file", code=2))
     assert (alone.report(), alone.status()) == ("no such file", 2)
 
 
 def test_lost_hosts_and_silent_ranks_are_named() -> None:
-    ledger = Ledger({0: "a", 1: "b", 2: "b"})
+    ledger = RankEvents({0: "a", 1: "b", 2: "b"})
     ledger.note(Event(what="ended", host="b", rank=2))
     ledger.note(failed(0, 1.0, "lost another rank", consequence=True))
     ledger.note(Event(what="lost", host="b", rank=None, at=9.0, code=1, text="lost: ssh"))
     assert ledger.report().splitlines()[:2] == ["rank 1 on b failed first:", "lost: ssh"]
-    silent = Ledger({0: "a", 1: "b"})
+    silent = RankEvents({0: "a", 1: "b"})
     for rank, host in ((0, "a"), (1, "b")):
         silent.note(Event(what="started", host=host, rank=rank))
     silent.note(failed(0, 1.0, "lost another rank", consequence=True))
     silent.close(failed=True)
     assert silent.report().startswith("rank 1 on b failed first:\nlost:") and silent.status() == 1
-    fine = Ledger({0: "a"})
+    fine = RankEvents({0: "a"})
     fine.note(Event(what="started", host="a", rank=0))
     fine.close(failed=False)
     assert fine.report() == ""
@@ -94,7 +94,7 @@ def test_the_report_begins_with_the_rank_that_a_text_is_about(tmp_path: Path) ->
     event = found(tmp_path / "note", host="a", rank=0, code=1)
     (line,) = lines_of(event, "s")
     assert Lines().take(line) == event
-    ledger = Ledger({0: "a", 1: "b", 2: "b"})
+    ledger = RankEvents({0: "a", 1: "b", 2: "b"})
     ledger.note(failed(2, 0.0, "rank 2 on b waits", consequence=True))
     ledger.note(event)
     assert ledger.report() == ("rank 1 on b failed first:\nstuck: rank 1 on b has not been heard of\nthen rank 2 on a: rank 2 on b waits")

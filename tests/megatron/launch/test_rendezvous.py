@@ -9,7 +9,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.launch import rendezvous
-from megatron.launch.rendezvous import Place, expand, place_from
+from megatron.launch.rendezvous import Rendezvous, expand, place_from
 
 SRUN = {
     "SLURM_JOB_ID": "1234567",
@@ -31,9 +31,9 @@ MPICH = {"PMI_RANK": "3", "MPI_LOCALRANKID": "3", "PMI_SIZE": "4", "MPI_LOCALNRA
 
 
 def test_each_start_is_understood() -> None:
-    assert place_from({}) == Place()
+    assert place_from({}) == Rendezvous()
     torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "9"}
-    assert place_from(torchrun) == Place(rank=3, local_rank=1, world_size=4, master_addr="a", master_port=9)
+    assert place_from(torchrun) == Rendezvous(rank=3, local_rank=1, world_size=4, master_addr="a", master_port=9)
     found = place_from(SRUN)
     assert (found.rank, found.local_rank, found.world_size, found.master_addr) == (5, 1, 8, "nid002")
     found = place_from({**OPENMPI, "MASTER_ADDR": "b"})
@@ -44,14 +44,14 @@ def test_each_start_is_understood() -> None:
     assert place_from({**SRUN, **OPENMPI, **torchrun}) == place_from(torchrun)
     assert place_from({**SRUN, **OPENMPI, "MASTER_ADDR": "b"}).world_size == 2
     # A batch script is no rank of anything, though SLURM_PROCID is set in it.
-    assert place_from({name: value for name, value in SRUN.items() if "STEP" not in name}) == Place()
+    assert place_from({name: value for name, value in SRUN.items() if "STEP" not in name}) == Rendezvous()
 
 
 def test_all_ranks_derive_the_same_port() -> None:
     ports = {place_from({**SRUN, "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0"}).master_port for rank in range(8)}
     assert len(ports) == 1 and 20000 <= (ports.pop() or 0) < 40000
     assert place_from({**SRUN, "SLURM_JOB_ID": "1234568"}).master_port != place_from(SRUN).master_port
-    assert place_from({**SRUN, "MASTER_PORT": "1", "MASTER_ADDR": "x"}) == Place(
+    assert place_from({**SRUN, "MASTER_PORT": "1", "MASTER_ADDR": "x"}) == Rendezvous(
         rank=5, local_rank=1, world_size=8, master_addr="x", master_port=1
     )
     assert place_from(MPICH).master_port == place_from({**MPICH, "PMI_RANK": "0"}).master_port is not None

@@ -37,8 +37,8 @@ class DenseLogits:
 
 
 def by_hand(text: list[int], label: list[int] | None, isolated: bool, eod_mask: bool) -> tuple[list[int], list[int], list[float]]:
-    """Labels, segments and weights, one position at a time."""
-    labels, segments, weights, document = [], [], [], 0
+    """Labels, segment_ids and weights, one position at a time."""
+    labels, segment_ids, weights, document = [], [], [], 0
     for i in range(len(text) - 1):
         here, following = text[i], text[i + 1]
         trained = here >= 0 and following >= 0
@@ -49,11 +49,11 @@ def by_hand(text: list[int], label: list[int] | None, isolated: bool, eod_mask: 
         if here == EOD and (isolated or eod_mask):
             trained = False
         labels.append(max(target, 0))
-        segments.append(document if isolated else 0)
+        segment_ids.append(document if isolated else 0)
         weights.append(float(trained))
         if here == EOD:
             document += 1
-    return labels, segments, weights
+    return labels, segment_ids, weights
 
 
 @st.composite
@@ -75,21 +75,21 @@ def test_collate_equals_a_loop(data: tuple[list[list[int]], list[list[int]] | No
     samples = [{"text": np.array(t)} | ({"label": np.array(label[i])} if label else {}) for i, t in enumerate(text)]
     batch = objective.collate(samples)
     for i, row in enumerate(text):
-        labels, segments, weights = by_hand(row, label[i] if label else None, isolated, eod_mask)
+        labels, segment_ids, weights = by_hand(row, label[i] if label else None, isolated, eod_mask)
         assert batch.tokens[i].tolist() == [max(t, 0) for t in row[:-1]]
-        assert (batch.labels[i].tolist(), batch.segments[i].tolist(), batch.loss_weight[i].tolist()) == (labels, segments, weights)
+        assert (batch.labels[i].tolist(), batch.segment_ids[i].tolist(), batch.loss_weight[i].tolist()) == (labels, segment_ids, weights)
     assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
-    assert (batch.loss_weight.dtype, batch.segments.dtype) == (torch.float32, torch.int32)
+    assert (batch.loss_weight.dtype, batch.segment_ids.dtype) == (torch.float32, torch.int32)
     assert objective.denominator(batch) == batch.loss_weight.sum().item()
 
 
 def test_document_numbers_of_the_data_win_over_end_tokens() -> None:
     # An end token inside a document does not split it, and a document without one ends all the same.
-    row = {"text": np.array([5, EOD, 6, 7, 8, 0]), "segments": np.array([0, 0, 0, 1, 1, 2]), "label": np.array([5, EOD, 6, 7, 8, -100])}
+    row = {"text": np.array([5, EOD, 6, 7, 8, 0]), "segment_ids": np.array([0, 0, 0, 1, 1, 2]), "label": np.array([5, EOD, 6, 7, 8, -100])}
     batch = LanguageModel(eod=EOD, isolated=True).collate([row])
-    assert batch.segments.tolist() == [[0, 0, 0, 1, 1]]
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 1]]
     assert batch.loss_weight.tolist() == [[1.0, 1.0, 0.0, 1.0, 0.0]]
-    assert LanguageModel(eod=EOD).collate([row]).segments.tolist() == [[0] * 5]
+    assert LanguageModel(eod=EOD).collate([row]).segment_ids.tolist() == [[0] * 5]
 
 
 def test_doctests() -> None:
@@ -112,7 +112,7 @@ def test_loss_does_not_depend_on_the_split_into_micro_batches() -> None:
         denominator = torch.tensor(sum(objective.denominator(b) for b in batches))
         weight.grad, total = None, 0.0
         for b in batches:
-            targets = {"labels": b.labels, "loss_weight": b.loss_weight, "segments": b.segments}
+            targets = {"labels": b.labels, "loss_weight": b.loss_weight, "segment_ids": b.segment_ids}
             terms = objective.loss(DenseLogits(weight[b.tokens]), targets, denominator)  # type: ignore[arg-type]
             terms.loss.backward()
             total += terms.metrics["lm_loss"].item()

@@ -116,7 +116,7 @@ def test_a_difference_is_named() -> None:
 
 
 def test_a_difference_while_running_ends_the_run() -> None:
-    with pytest.raises(DataError, match="backends differ: of 'bad text'.*\n.*mend.*hf"):
+    with pytest.raises(DataError, match="backends differ: of 'bad text'.*\n.*fix.*hf"):
         broken("bad").encode_ragged(["bad text"])
     fast = broken("bad")
     # After the first texts only a share is looked at, and any text's turn comes.

@@ -102,7 +102,7 @@ def test_a_difference_decides(monkeypatch: pytest.MonkeyPatch, where: str) -> No
     texts = [*corpus()[:5], "a zebra crossing"]
     settled = select_backend(source_of(GOLDEN, AUTO), texts)
     assert settled.source.backend is HF and "gigatoken differs: of " in settled.reason
-    with pytest.raises(DataError, match="gigatoken differs: of .*`tokenizers` makes .* ids.*\n.*\n.*mend.*hf"):
+    with pytest.raises(DataError, match="gigatoken differs: of .*`tokenizers` makes .* ids.*\n.*\n.*fix.*hf"):
         select_backend(source_of(GOLDEN, GIGATOKEN), texts)
 
 

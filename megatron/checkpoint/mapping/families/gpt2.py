@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron.checkpoint.mapping.config_rows import Act, Fixed, Heads, Length, Not, Pair, Theirs, Width
+from megatron.checkpoint.mapping.config_rows import Act, FieldPair, Fixed, Heads, Length, Not, Theirs, Width
 from megatron.checkpoint.mapping.families.common import ACTIVATIONS, COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, untied
 from megatron.checkpoint.mapping.ops import Chain, Chunk, FuseQKV, PadVocab, Transpose
 from megatron.checkpoint.mapping.rows import Family, Row
@@ -44,24 +44,24 @@ GPT2 = Family(
         *COMMON,
         *PLAIN_NORMS,
         ONE_ATTENTION_BIAS,
-        Pair("hidden_size", "n_embd"),
-        Pair("num_layers", "n_layer"),
-        Pair("num_attention_heads", "n_head"),
-        Pair("padded_vocab_size", "vocab_size"),
+        FieldPair("hidden_size", "n_embd"),
+        FieldPair("num_layers", "n_layer"),
+        FieldPair("num_attention_heads", "n_head"),
+        FieldPair("padded_vocab_size", "vocab_size"),
         Length("n_positions"),
         Heads("n_embd", "n_head", free=False),
         Width("n_inner"),
         Act(ACTIVATIONS, "activation_function"),
         Fixed("pos_emb", "learned", "learned"),
         Fixed("norm", "layernorm", "layernorm"),
-        Pair("layernorm_epsilon", "layer_norm_epsilon", 1e-5, 1e-5),
+        FieldPair("layernorm_epsilon", "layer_norm_epsilon", 1e-5, 1e-5),
         Fixed("use_bias_in_norms", True, True),
         Fixed("use_bias_in_attn_linear", True, True),
         Fixed("use_bias_in_mlp", True, True),
         Fixed("gpt_j_residual", False, False),
         Not("no_weight_tying", "tie_word_embeddings", True, False),
-        Pair("hidden_dropout", "resid_pdrop", 0.1, 0.0, also=("embd_pdrop",)),
-        Pair("attention_dropout", "attn_pdrop", 0.1, 0.0),
+        FieldPair("hidden_dropout", "resid_pdrop", 0.1, 0.0, also=("embd_pdrop",)),
+        FieldPair("attention_dropout", "attn_pdrop", 0.1, 0.0),
         *NO_WINDOWS,
         Theirs("scale_attn_weights", True, True),
         Theirs("scale_attn_by_inverse_layer_idx", False, False),

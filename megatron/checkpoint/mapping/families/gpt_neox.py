@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron.checkpoint.mapping.config_rows import Act, Fixed, Heads, Length, Not, Pair, Theirs, Width
+from megatron.checkpoint.mapping.config_rows import Act, FieldPair, Fixed, Heads, Length, Not, Theirs, Width
 from megatron.checkpoint.mapping.families.common import (
     ACTIVATIONS,
     COMMON,
@@ -50,25 +50,25 @@ GPT_NEOX = Family(
         *COMMON,
         *PLAIN_NORMS,
         ONE_ATTENTION_BIAS,
-        Pair("hidden_size", "hidden_size"),
-        Pair("num_layers", "num_hidden_layers"),
-        Pair("num_attention_heads", "num_attention_heads"),
-        Pair("padded_vocab_size", "vocab_size"),
+        FieldPair("hidden_size", "hidden_size"),
+        FieldPair("num_layers", "num_hidden_layers"),
+        FieldPair("num_attention_heads", "num_attention_heads"),
+        FieldPair("padded_vocab_size", "vocab_size"),
         Length(),
         Heads(free=False),
         Width(),
         Act(ACTIVATIONS),
         Rope("rotary_emb_base", "rotary_pct"),
         Fixed("norm", "layernorm", "layernorm"),
-        Pair("layernorm_epsilon", "layer_norm_eps", 1e-5, 1e-5),
+        FieldPair("layernorm_epsilon", "layer_norm_eps", 1e-5, 1e-5),
         Fixed("use_bias_in_norms", True, True),
-        Pair("use_bias_in_attn_linear", "attention_bias", True, True),
+        FieldPair("use_bias_in_attn_linear", "attention_bias", True, True),
         Fixed("use_bias_in_mlp", True, True),
-        Pair("gpt_j_residual", "use_parallel_residual", True, False),
+        FieldPair("gpt_j_residual", "use_parallel_residual", True, False),
         Fixed("gpt_j_tied", False, False),
         Not("no_weight_tying", "tie_word_embeddings", False, False),
-        Pair("hidden_dropout", "hidden_dropout", 0.0, 0.0),
-        Pair("attention_dropout", "attention_dropout", 0.0, 0.0),
+        FieldPair("hidden_dropout", "hidden_dropout", 0.0, 0.0),
+        FieldPair("attention_dropout", "attention_dropout", 0.0, 0.0),
         *NO_WINDOWS,
         Theirs("architectures", ["GPTNeoXForCausalLM"], ["GPTNeoXForCausalLM"], written=True),
     ),

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron.checkpoint.mapping.config_rows import Act, ConfigRow, Fixed, Heads, Length, Not, Pair, Theirs, Width
+from megatron.checkpoint.mapping.config_rows import Act, ConfigRow, FieldPair, Fixed, Heads, Length, Not, Theirs, Width
 from megatron.checkpoint.mapping.families.common import (
     COMMON,
     GATED_ACTIVATIONS,
@@ -73,28 +73,28 @@ def decoder_config(
     """What LLaMA and its relatives say alike, but for rotary positions. The last three: what an absent field means there."""
     return (
         *COMMON,
-        Pair("hidden_size", "hidden_size"),
-        Pair("num_layers", "num_hidden_layers"),
-        Pair("num_attention_heads", "num_attention_heads"),
-        Pair("num_kv_heads", "num_key_value_heads", kv_heads),
-        Pair("padded_vocab_size", "vocab_size"),
+        FieldPair("hidden_size", "hidden_size"),
+        FieldPair("num_layers", "num_hidden_layers"),
+        FieldPair("num_attention_heads", "num_attention_heads"),
+        FieldPair("num_kv_heads", "num_key_value_heads", kv_heads),
+        FieldPair("padded_vocab_size", "vocab_size"),
         Length(),
         Heads(default=head_dim),
         Width(),
         Act(GATED_ACTIVATIONS),
         Fixed("norm", "rmsnorm", "layernorm"),
-        Pair("rms_norm_epsilon", "rms_norm_eps", epsilon, 1e-8),
+        FieldPair("rms_norm_epsilon", "rms_norm_eps", epsilon, 1e-8),
         Fixed("use_bias_in_norms", False, True),
         Fixed("gpt_j_residual", False, False),
         Not("no_weight_tying", "tie_word_embeddings", False, False),
         Fixed("hidden_dropout", 0.0, 0.0),
-        Pair("attention_dropout", "attention_dropout", 0.0, 0.0),
+        FieldPair("attention_dropout", "attention_dropout", 0.0, 0.0),
         Theirs("architectures", [architecture], [architecture], written=True),
     )
 
 
 # Whether all four projections of attention have biases.
-ATTENTION_BIAS_CONFIG: tuple[ConfigRow, ...] = (Pair("use_bias_in_attn_linear", "attention_bias", False, True), ONE_ATTENTION_BIAS)
+ATTENTION_BIAS_CONFIG: tuple[ConfigRow, ...] = (FieldPair("use_bias_in_attn_linear", "attention_bias", False, True), ONE_ATTENTION_BIAS)
 NO_MLP_BIAS = Fixed("use_bias_in_mlp", False, True)
 
 LLAMA = Family(
@@ -111,6 +111,6 @@ LLAMA = Family(
         *NO_WINDOWS,
         Rope(),
         *ATTENTION_BIAS_CONFIG,
-        Pair("use_bias_in_mlp", "mlp_bias", False, True),
+        FieldPair("use_bias_in_mlp", "mlp_bias", False, True),
     ),
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.checkpoint.mapping.config_rows import Config, Fixed, Heads, Pair, Theirs
+from megatron.checkpoint.mapping.config_rows import Config, FieldPair, Fixed, Heads, Theirs
 from megatron.checkpoint.mapping.families.common import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS
 from megatron.checkpoint.mapping.ops import Chain, Concat, FuseQKV, PadVocab, RotaryPairs
 from megatron.checkpoint.mapping.rows import Family, Row
@@ -71,7 +71,7 @@ class MetaRope:
         attention = spec.blocks[0].attention
         if attention.rotary is None or attention.rotary.dim != attention.head_dim:
             where = "pos_emb" if attention.rotary is None else "rotary_pct"
-            raise ConfigError("this architecture rotates whole heads", where=where, mend="choose another architecture")
+            raise ConfigError("this architecture rotates whole heads", where=where, fix="choose another architecture")
         fields = {"rope_theta": attention.rotary.base, "max_seq_len": neox["max_position_embeddings"]}
         scaling = attention.rotary.scaling
         if scaling is None:
@@ -83,8 +83,8 @@ class MetaRope:
             original_max_position_embeddings=SCALED_LENGTH,
         )
         if scaling != known:
-            mend = f"only llama3 with low_freq_factor 1 and original_max_position_embeddings {SCALED_LENGTH} can be said"
-            raise ConfigError("this architecture cannot express this 'rope_scaling'", where="rope_scaling", mend=mend)
+            fix = f"only llama3 with low_freq_factor 1 and original_max_position_embeddings {SCALED_LENGTH} can be said"
+            raise ConfigError("this architecture cannot express this 'rope_scaling'", where="rope_scaling", fix=fix)
         factors = {"rope_scaling_factor": scaling.factor, "rope_high_freq_factor": scaling.high_freq_factor}
         return {**fields, "use_scaled_rope": True, **factors}
 
@@ -114,17 +114,17 @@ META_LLAMA = Family(
         *COMMON,
         *PLAIN_NORMS,
         *NO_WINDOWS,
-        Pair("hidden_size", "dim"),
-        Pair("num_layers", "n_layers"),
-        Pair("num_attention_heads", "n_heads"),
-        Pair("num_kv_heads", "n_kv_heads"),
-        Pair("padded_vocab_size", "vocab_size"),
+        FieldPair("hidden_size", "dim"),
+        FieldPair("num_layers", "n_layers"),
+        FieldPair("num_attention_heads", "n_heads"),
+        FieldPair("num_kv_heads", "n_kv_heads"),
+        FieldPair("padded_vocab_size", "vocab_size"),
         Heads("dim", "n_heads", free=False),
         Multiples(),
         MetaRope(),
         Fixed("activation", "swiglu", "gelu"),
         Fixed("norm", "rmsnorm", "layernorm"),
-        Pair("rms_norm_epsilon", "norm_eps", 1e-5, 1e-8),
+        FieldPair("rms_norm_epsilon", "norm_eps", 1e-5, 1e-8),
         Fixed("use_bias_in_norms", False, True),
         Fixed("use_bias_in_attn_linear", False, True),
         ONE_ATTENTION_BIAS,

@@ -26,7 +26,7 @@ def family_named(name: str) -> Family:
     for family in (*FAMILIES, META_LLAMA, *DIALECTS):
         if name in (family.name, family.hf, family.model_type):
             return family
-    raise ConfigError(f"unknown architecture '{name}'", where="architecture", mend=f"one of {', '.join(f.name for f in FAMILIES)}")
+    raise ConfigError(f"unknown architecture '{name}'", where="architecture", fix=f"one of {', '.join(f.name for f in FAMILIES)}")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -68,7 +68,7 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as caught:
             read_torch_file(bad)
         assert caught.value.where == str(bad)
-        assert caught.value.mend
+        assert caught.value.fix
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

@@ -9,7 +9,7 @@ from megatron.checkpoint.loading.merge_tp import shapes_of
 from megatron.checkpoint.mapping.families.dialects import LEGACY, LEGACY_LLAMA, NEOX_TE, TE, dialect
 from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.families.registry import FAMILIES
-from megatron.checkpoint.mapping.ops import Concat, FuseQKV, Place
+from megatron.checkpoint.mapping.ops import Concat, FuseQKV, OpContext
 from megatron.checkpoint.mapping.rows import bound_rows
 from megatron.model.spec import ModelSpec
 from support.families import family_spec, resized
@@ -19,10 +19,10 @@ HEAD_DIM = 3
 SPOKEN = (dialect(mlp=LEGACY, norms=TE), dialect(mlp=LEGACY_LLAMA), NEOX_TE)  # with all rows that dialects have
 
 
-def place(heads: int, kv_heads: int, vocab_size: int) -> Place:
+def place(heads: int, kv_heads: int, vocab_size: int) -> OpContext:
     sizes = {"hidden_size": heads * HEAD_DIM, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": HEAD_DIM, "rotary": None}
     spec: ModelSpec = model_spec(attention=sizes)
-    return Place(spec=spec, layer=1, vocab_size=vocab_size)
+    return OpContext(spec=spec, layer=1, vocab_size=vocab_size)
 
 
 @settings(deadline=None, max_examples=10)

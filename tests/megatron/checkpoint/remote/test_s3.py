@@ -258,14 +258,14 @@ def test_drain_gives_up_when_nothing_moves(
 
 
 def test_what_is_missing_is_said_at_the_start(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package, the credentials, the bucket: each is one error that says how to mend it."""
+    """The package, the credentials, the bucket: each is one error that says how to fix it."""
     import sys
 
-    from megatron.checkpoint.remote.s3 import Address, Place, open_client
+    from megatron.checkpoint.remote.s3 import Address, S3Prefix, open_client
 
     with pytest.raises(ConfigError, match="there is no such bucket") as caught:
-        Place(open_client(), Address("absent"), part_bytes=PART).check()
-    assert caught.value.where == "s3_path" and caught.value.mend
+        S3Prefix(open_client(), Address("absent"), part_bytes=PART).check()
+    assert caught.value.where == "s3_path" and caught.value.fix
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -277,12 +277,12 @@ def test_what_is_missing_is_said_at_the_start(store: Store, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(BackendError, match="boto3") as missing:
         open_client()
-    assert "--extra s3" in str(missing.value.mend)
+    assert "--extra s3" in str(missing.value.fix)
 
 
 def test_a_store_that_drops_what_it_gets_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every object is asked for again after it was sent."""
-    from megatron.checkpoint.remote.s3 import Address, Place, open_client
+    from megatron.checkpoint.remote.s3 import Address, S3Prefix, open_client
     from megatron.checkpoint.steps.manifest import Entry
 
     client = open_client()
@@ -290,4 +290,4 @@ def test_a_store_that_drops_what_it_gets_is_noticed(store: Store, tmp_path: Path
     (tmp_path / "a").write_bytes(b"content")
     entry = Entry(7, xxh3_128_hexdigest(b"content"))
     with pytest.raises(CheckpointError, match="does not hold what it was sent"):
-        Place(client, Address(BUCKET), part_bytes=PART).send(tmp_path / "a", "a", entry)
+        S3Prefix(client, Address(BUCKET), part_bytes=PART).send(tmp_path / "a", "a", entry)

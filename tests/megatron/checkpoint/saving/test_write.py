@@ -14,7 +14,7 @@ import torch
 from megatron import fault_injection
 from megatron.atomic_io import CHUNK_BYTES, Entry, digest_of
 from megatron.checkpoint.saving.host_copy import host_copy
-from megatron.checkpoint.saving.write import Writing, write_torch_file
+from megatron.checkpoint.saving.write import RankFileWriter, write_torch_file
 
 BIG = CHUNK_BYTES // 2  # float32 entries: two pieces
 
@@ -73,7 +73,7 @@ def test_without_need_nothing_is_copied() -> None:
 
 @pytest.mark.parametrize("copies", [False, True])
 def test_files_of_one_checkpoint(tmp_path: Path, copies: bool) -> None:
-    writing, states = Writing(tmp_path, copies=copies), {f"{number}.pt": {"x": torch.full((1000,), number)} for number in range(7)}
+    writing, states = RankFileWriter(tmp_path, copies=copies), {f"{number}.pt": {"x": torch.full((1000,), number)} for number in range(7)}
     for name, state in states.items():
         writing.add(state, tmp_path / name)
     written = writing.wait()
@@ -82,7 +82,7 @@ def test_files_of_one_checkpoint(tmp_path: Path, copies: bool) -> None:
 
 
 def test_errors_are_kept_with_file_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writing = Writing(tmp_path)
+    writing = RankFileWriter(tmp_path)
     writing.add({"x": 1}, tmp_path / "good.pt")
     writing.add({"x": 1}, tmp_path / "absent" / "bad.pt")
     writing.add({"x": threading.Lock()}, tmp_path / "unwritable.pt")
@@ -94,7 +94,7 @@ def test_errors_are_kept_with_file_and_reason(tmp_path: Path, monkeypatch: pytes
     assert written.problems[2].startswith("unwritable.pt: cannot pickle") and len(written.problems) == 3
 
     monkeypatch.setattr(fault_injection, "point", lambda site: 1 / 0)
-    writing = Writing(tmp_path)
+    writing = RankFileWriter(tmp_path)
     writing.add({"x": 1}, tmp_path / "raising.pt")
     assert writing.wait().problems == ("raising.pt: division by zero",)
 
@@ -102,7 +102,7 @@ def test_errors_are_kept_with_file_and_reason(tmp_path: Path, monkeypatch: pytes
 def test_a_full_disk_is_an_error_of_the_file(tmp_path: Path) -> None:
     """A limit on file sizes stands in for it; torch goes on writing behind the first error unless it is kept from it."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * CHUNK_BYTES, 2 * CHUNK_BYTES))
-    writing = Writing(tmp_path)
+    writing = RankFileWriter(tmp_path)
     writing.add({"x": torch.ones(2 * BIG), "y": torch.ones(BIG)}, tmp_path / "large.pt")
     writing.add({"x": torch.ones(10)}, tmp_path / "small.pt")
     written = writing.wait()
@@ -117,7 +117,7 @@ def test_what_is_abandoned_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyP
         go_on.wait(20)
 
     monkeypatch.setattr(fault_injection, "point", slow)
-    writing = Writing(tmp_path, copies=True)
+    writing = RankFileWriter(tmp_path, copies=True)
     for name in ("a.pt", "b.pt", "c.pt"):
         writing.add({"x": torch.ones(BIG)}, tmp_path / name)
     assert begun.wait(20) and not writing.done and not writing.failed
@@ -130,17 +130,17 @@ def test_what_is_abandoned_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_states_that_are_not_copied_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So a rank that writes a hundred files does not hold a hundred states."""
     together, most = [0], [0]
-    original = Writing._write
+    original = RankFileWriter._write
 
-    def counted(self: Writing, state: Any, path: Path) -> Entry:
+    def counted(self: RankFileWriter, state: Any, path: Path) -> Entry:
         together[0] += 1
         most[0] = max(most[0], together[0])
         entry = original(self, state, path)
         together[0] -= 1
         return entry
 
-    monkeypatch.setattr(Writing, "_write", counted)
-    writing, held = Writing(tmp_path, threads=2), []
+    monkeypatch.setattr(RankFileWriter, "_write", counted)
+    writing, held = RankFileWriter(tmp_path, threads=2), []
     for number in range(12):
         writing.add({"x": torch.ones(BIG)}, tmp_path / f"{number}.pt")
         held.append(sum(not job.done() for job in writing._files.values()))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from megatron.data.chat.masks import Borders, Masking
 from megatron.data.chat.sources import CROSSING, CUT, ENDLESS, NOTHING, ChatEncoder, ChatSource, chat_format
-from megatron.data.preprocess.encoders import UNTRAINED, Batch
+from megatron.data.preprocess.encoders import UNTRAINED, EncodedRecords
 from tests.support.chat import GOLDEN, STYLES, chat_folder, turns
 
 STABLE = [name for name in STYLES if name != "qwen3"]
@@ -31,7 +31,7 @@ def encoder(name: str, **how: Any) -> ChatEncoder:
         return ChatSource(chat_format(str(chat_folder(Path(folder), name))), keys=("talk",), masking=Masking(**how)).open()
 
 
-def encoded(batch: Batch) -> Iterator[dict[str, np.ndarray]]:
+def encoded(batch: EncodedRecords) -> Iterator[dict[str, np.ndarray]]:
     """Stream -> values of each document."""
     for number in range(batch.documents):
         one = {}

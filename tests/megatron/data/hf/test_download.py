@@ -34,7 +34,7 @@ def test_a_file_arrives_once_and_whole(tmp_path: Path) -> None:
     origin.unlink()
     with pytest.raises(DataError, match="the download failed") as caught:
         fetch(remote, tmp_path / "other")
-    assert str(tmp_path / "other" / "copy") in (caught.value.mend or "")
+    assert str(tmp_path / "other" / "copy") in (caught.value.fix or "")
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == ["copy", "copy.sha256"] and not list(
         (tmp_path / "other").iterdir()
     )
@@ -106,7 +106,7 @@ def test_a_later_call_goes_on_only_with_the_same_file(tmp_path: Path, site: Site
         site.version, site.behaviour = '"one"' if version else "", [3000, *[(500, {})] * 10]
         with pytest.raises(DataError, match="HTTP 500, 6 times") as caught:
             fetch(remote, tmp_path, again=True, wait=lambda seconds: None)
-        assert "kept" in str(caught.value.mend) and (tmp_path / "copy.part").stat().st_size == 3000
+        assert "kept" in str(caught.value.fix) and (tmp_path / "copy.part").stat().st_size == 3000
         site.behaviour, site.ranges, site.version = [], [], version
         site.content = site.content[::-1] if version != '"one"' else site.content
         assert fetch(remote, tmp_path, again=True).read_bytes() == site.content

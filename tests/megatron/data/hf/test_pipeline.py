@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron.data.hf.pipeline import prepare
-from megatron.data.hf.request import As, Columns, Data, Tokens, Wish
+from megatron.data.hf.request import As, Columns, Data, PrepareRequest, Tokens
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.preprocess.encoders import UNTRAINED
 from megatron.errors import ConfigError, DataError
@@ -41,9 +41,11 @@ def lines(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def wish(root: Path, records: list[dict[str, Any]], columns: Columns = Columns(), **more: Any) -> Wish:  # noqa: B008
+def wish(root: Path, records: list[dict[str, Any]], columns: Columns = Columns(), **more: Any) -> PrepareRequest:  # noqa: B008
     tokens = Tokens(tokenizer=str(root / "tokenizer"), backend=TokenizerBackend.HF)
-    return Wish(data=Data(dataset=lines(root / "in.jsonl", records)), columns=columns, **{"tokens": tokens, "folder": root / "out", **more})
+    return PrepareRequest(
+        data=Data(dataset=lines(root / "in.jsonl", records)), columns=columns, **{"tokens": tokens, "folder": root / "out", **more}
+    )
 
 
 class Streams:

@@ -17,7 +17,7 @@ from megatron.data.hf import corpora
 from megatron.data.hf import prepare_corpus as room
 from megatron.data.hf.corpora import CORPORA, Corpus, find
 from megatron.data.hf.download import Remote
-from megatron.data.hf.prepare_corpus import Wish, prepare
+from megatron.data.hf.prepare_corpus import CorpusRequest, prepare
 from megatron.data.hf.request import Data
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.preprocess.inputs import kind_of
@@ -32,7 +32,7 @@ TEXTS = [f"text number {number} of a corpus of {number * number}" for number in 
 
 def test_second_call_does_nothing_until_the_wish_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "find", lambda name: Corpus(name, "small", local=lambda: iter(TEXTS), vocab_size=300))
-    wish = Wish(corpus="small", data_dir=tmp_path)
+    wish = CorpusRequest(corpus="small", data_dir=tmp_path)
     first = prepare(wish)
     assert first.fresh and first.documents == 200 and first.prefix == tmp_path / "small" / "small_text_document"
     tokenizer = open_tokenizer(first.tokenizer)
@@ -41,18 +41,18 @@ def test_second_call_does_nothing_until_the_wish_changes(tmp_path: Path, monkeyp
     assert [tokenizer.decode(dataset.get(index).tolist()) for index in range(200)] == [text + "<|endoftext|>" for text in TEXTS]
     again = prepare(wish)
     assert not again.fresh and (again.tokens, again.documents) == (first.tokens, first.documents)
-    assert prepare(Wish(corpus="small", data_dir=tmp_path, vocab_size=280)).fresh
+    assert prepare(CorpusRequest(corpus="small", data_dir=tmp_path, vocab_size=280)).fresh
     assert open_tokenizer(first.tokenizer).vocab_size == 280
     binary = first.prefix.with_name(first.prefix.name + ".bin")
     binary.write_bytes(binary.read_bytes()[:-2])
-    assert prepare(Wish(corpus="small", data_dir=tmp_path, vocab_size=280)).fresh, "a damaged file is made anew"
-    assert prepare(Wish(corpus="small", data_dir=tmp_path, vocab_size=280, again=True)).fresh
-    chars = prepare(Wish(corpus="small", data_dir=tmp_path / "chars", tokenizer_type=TokenizerKind.CHAR_LEVEL))
+    assert prepare(CorpusRequest(corpus="small", data_dir=tmp_path, vocab_size=280)).fresh, "a damaged file is made anew"
+    assert prepare(CorpusRequest(corpus="small", data_dir=tmp_path, vocab_size=280, again=True)).fresh
+    chars = prepare(CorpusRequest(corpus="small", data_dir=tmp_path / "chars", tokenizer_type=TokenizerKind.CHAR_LEVEL))
     assert chars.tokens == sum(len(text) + 1 for text in TEXTS) and not (tmp_path / "chars" / "small" / "tokenizer.json").exists()
 
 
 def test_files_put_there_by_hand_are_used(tmp_path: Path) -> None:
-    wish = Wish(corpus="books1", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
+    wish = CorpusRequest(corpus="books1", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
     with pytest.raises(DataError, match="no public download") as caught:
         prepare(wish)
     assert str(tmp_path / "books1" / "raw") == caught.value.where
@@ -66,7 +66,7 @@ def test_a_corpus_from_a_server_is_downloaded_once(tmp_path: Path, monkeypatch: 
     with serve(Hub({("datasets", "org/name"): {"0.jsonl": content, "1.jsonl.gz": gzip.compress(content)}})) as hub:
         remotes = tuple(Remote(f"{hub.url}/datasets/org/name/resolve/main/{name}", name) for name in ("0.jsonl", "1.jsonl.gz"))
         monkeypatch.setattr(room, "find", lambda name: Corpus(name, "served", urls=remotes))
-        wish = Wish(corpus="served", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
+        wish = CorpusRequest(corpus="served", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
         first = prepare(wish)
         assert first.documents == 400 and len(hub.log) == 2
         assert not prepare(wish).fresh and len(hub.log) == 2
@@ -92,7 +92,7 @@ def test_a_corpus_of_the_hub_is_read_there_unless_files_are_here(tmp_path: Path,
         return Rows("hub", lambda: [{"text": "from the Hub"}])
 
     monkeypatch.setattr(corpora, "find_on_hub", find_on_hub)
-    wish = Wish(corpus="ubuntu_irc", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
+    wish = CorpusRequest(corpus="ubuntu_irc", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
     assert prepare(wish).tokens == len("from the Hub") + 1
     assert asked == [Data(dataset="common-pile/ubuntu_irc")]
     (tmp_path / "ubuntu_irc" / "raw").mkdir()

@@ -8,14 +8,14 @@ from typing import Any
 
 from megatron.data.chat.sources import chat_format
 from megatron.data.hf.detect import Found, How
-from megatron.data.hf.record_adapters import Shape
+from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.preprocess.encoders import Dropped, Fault
 from tests.support.chat import chat_folder, turns
 
 
 def shaped(how: How, columns: dict[str, str] | list[tuple[str, str]], record: dict[str, Any]) -> Any:
     pairs = columns.items() if isinstance(columns, dict) else columns
-    return Shape(Found(how, tuple(pairs))).open()(record)
+    return RecordAdapter(Found(how, tuple(pairs))).open()(record)
 
 
 def test_texts() -> None:
@@ -52,7 +52,7 @@ def test_turns_get_the_roles_that_templates_know() -> None:
 
 def test_a_template_that_fails_is_a_fault_and_never_text(tmp_path: Path) -> None:
     form = chat_format(str(chat_folder(tmp_path, "gemma")))
-    render = Shape(Found(How.RENDERED, (("messages", "m"),)), form).open()
+    render = RecordAdapter(Found(How.RENDERED, (("messages", "m"),)), form).open()
     assert render({"m": turns("q", "a")}) == {"text": "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"}
     for wrong in (turns("q", system="this template takes no system turn"), [{"role": "user"}], "text", None):
         assert isinstance(render({"m": wrong}), Fault), wrong

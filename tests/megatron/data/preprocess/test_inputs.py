@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.preprocess.inputs import Kind, find
+from megatron.data.preprocess.inputs import FileKind, find
 from megatron.errors import DataError
 
 
@@ -33,7 +33,11 @@ def test_files_folders_and_globs_in_order(tmp_path: Path) -> None:
     )
     names = [file.path.relative_to(tmp_path).as_posix() for file in find([f"{tmp_path}/a.parquet,{tmp_path}/b", f"{tmp_path}/c*.json"])]
     assert names == ["a.parquet", "b/1.jsonl.zst", "b/2.jsonl", "b/deep/x.txt.gz", "c0.json", "c1.json"]
-    assert [(file.kind, file.compression) for file in find(tmp_path / "b")] == [(Kind.LINES, ".zst"), (Kind.LINES, ""), (Kind.TEXT, ".gz")]
+    assert [(file.kind, file.compression) for file in find(tmp_path / "b")] == [
+        (FileKind.LINES, ".zst"),
+        (FileKind.LINES, ""),
+        (FileKind.TEXT, ".gz"),
+    ]
     assert [file.path.name for file in find(str(tmp_path / "d,e.txt"))] == ["d,e.txt"], "a comma may be part of a name"
 
 
@@ -58,7 +62,7 @@ def test_folders_of_datasets(tmp_path: Path) -> None:
     for split in ("train", "test"):
         tree(tmp_path, f"{split}/data-00000-of-00001.arrow")
         (tmp_path / split / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    assert [file.kind for file in find(tmp_path / "train")] == [Kind.ARROW]
+    assert [file.kind for file in find(tmp_path / "train")] == [FileKind.ARROW]
     (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
     assert [file.path.parent.name for file in find(tmp_path, split="test")] == ["test"]
     for split in (None, "valid"):

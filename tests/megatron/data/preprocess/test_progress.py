@@ -8,16 +8,16 @@ import logging
 import pytest
 
 from megatron.data.preprocess import progress as room
-from megatron.data.preprocess.progress import Progress
+from megatron.data.preprocess.progress import EncodingProgress
 from megatron.data.preprocess.resumable_output import Counts
 
 
 def test_speed_counts_from_where_the_run_was_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.time, "monotonic", lambda: 100.0)
-    progress = Progress(10_000_000, Counts(documents=500, source_bytes=4_000_000), 100, None)
+    progress = EncodingProgress(10_000_000, Counts(documents=500, source_bytes=4_000_000), 100, None)
     line = progress.line(Counts(documents=800, source_bytes=7_000_000), 103.0)
     assert line == "800 documents, 100.0 docs/s, 1.00 MB/s, 70.0 %, 3 s left"
-    counted = Progress(None, Counts(), 100, 1000)
+    counted = EncodingProgress(None, Counts(), 100, 1000)
     assert counted.line(Counts(documents=250), 105.0) == "250 documents, 50.0 docs/s, 25.0 %, 15 s left"
 
 
@@ -25,7 +25,7 @@ def test_lines_come_at_intervals(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     now = [0.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
     logging.getLogger("megatron").propagate = True
-    with caplog.at_level(logging.INFO, logger="megatron"), Progress(None, Counts(), 100, None) as progress:
+    with caplog.at_level(logging.INFO, logger="megatron"), EncodingProgress(None, Counts(), 100, None) as progress:
         for step in range(60):
             now[0] = step * 1.0
             progress.update(Counts(documents=step * 6))

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from megatron.data.preprocess import sources
-from megatron.data.preprocess.blocks import Position
+from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.inputs import find
 from megatron.data.preprocess.reading import texts
 from megatron.data.preprocess.sources import Files, MadeHere
@@ -72,7 +72,7 @@ def test_every_kind_from_every_position(tmp_path: Path, monkeypatch: pytest.Monk
     WRITERS[name](tmp_path / name)
     (tmp_path / "z.jsonl").write_text('{"text": "last", "number": -1}\n')
     source = Files(find(tmp_path))
-    blocks = list(source.blocks(Position()))
+    blocks = list(source.blocks(BlockStart()))
     wanted = [*RECORDS, {"text": "last", "number": -1}]
     assert [record for block in blocks for record in block.read().records] == wanted
     assert len(blocks) > 5 and sum(block.source_bytes for block in blocks) <= (source.total_bytes or 0)
@@ -90,13 +90,13 @@ def test_every_kind_from_every_position(tmp_path: Path, monkeypatch: pytest.Monk
 def test_columns_are_projected_and_texts_are_whole(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
     source = Files(find(tmp_path), columns=("text", "absent"))
-    assert next(iter(source.blocks(Position()))).read().records[0] == {"text": ""}
+    assert next(iter(source.blocks(BlockStart()))).read().records[0] == {"text": ""}
     for number in range(100):
         (tmp_path / f"{number:03d}.txt").write_text(f"text {number}\n\nend")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"packed"))
     plain = Files(find([tmp_path / "b.txt.gz", f"{tmp_path}/0*.txt"]))
     assert list(texts(plain)) == ["packed", *(f"text {number}\n\nend" for number in range(100))]
-    first = next(iter(plain.blocks(Position())))
+    first = next(iter(plain.blocks(BlockStart())))
     assert first.after is not None and next(iter(plain.blocks(first.after))).label(1) == str(tmp_path / "063.txt")
 
 
@@ -138,7 +138,7 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
 
 def test_records_made_here_go_on() -> None:
     source = MadeHere("made", lambda: ({"text": str(number)} for number in range(1000)))
-    blocks = list(source.blocks(Position()))
+    blocks = list(source.blocks(BlockStart()))
     assert blocks[1].after is not None
     rest = [record["text"] for block in source.blocks(blocks[1].after) for record in block.read().records]
     assert rest == [str(number) for number in range(512, 1000)]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.preprocess import resumable_output as journal
 from megatron.data.preprocess import sources
-from megatron.data.preprocess.encoders import Batch, Dropped, Fault, MaskSource, Stream, TextSource, gather
+from megatron.data.preprocess.encoders import Dropped, EncodedRecords, Fault, MaskSource, StreamFormat, TextSource, gather
 from megatron.data.preprocess.inputs import find
 from megatron.data.preprocess.sources import Files, MadeHere
 from megatron.data.preprocess.writer import Options, write
@@ -94,10 +94,10 @@ class Rewards:
         return self
 
     @property
-    def streams(self) -> dict[str, Stream]:
-        return {"reward": Stream(np.dtype("<f4"), integral=np.dtype("<i4"))}
+    def streams(self) -> dict[str, StreamFormat]:
+        return {"reward": StreamFormat(np.dtype("<f4"), integral=np.dtype("<i4"))}
 
-    def __call__(self, records: Sequence[Any]) -> Batch:
+    def __call__(self, records: Sequence[Any]) -> EncodedRecords:
         outcomes: list[Any] = []
         for record in records:
             reward = record["reward"]

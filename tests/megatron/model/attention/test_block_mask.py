@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.model.attention.block_mask import Sight
-from megatron.model.attention.masks import Documents, allowed
+from megatron.model.attention.block_mask import BlockMask
+from megatron.model.attention.masks import PackedSequences, allowed
 
 S = 8
 rows = st.lists(st.lists(st.integers(0, 1), min_size=S, max_size=S), min_size=1, max_size=3)
@@ -17,9 +17,9 @@ rows = st.lists(st.lists(st.integers(0, 1), min_size=S, max_size=S), min_size=1,
 @settings(max_examples=80, deadline=None)
 @given(rows=rows, window=st.none() | st.integers(0, S), cut=st.sampled_from([1, 2, 3, 8]))
 def test_pieces_make_the_whole(rows: list[list[int]], window: int | None, cut: int) -> None:
-    segments = torch.tensor(rows, dtype=torch.int32)
-    documents = Documents.of(segments)
-    sight = Sight.of(documents, window, segments.device)
+    segment_ids = torch.tensor(rows, dtype=torch.int32)
+    documents = PackedSequences.of(segment_ids)
+    sight = BlockMask.of(documents, window, segment_ids.device)
     whole = torch.zeros(len(rows), S, S, dtype=torch.bool)
     for q in range(0, S, cut):
         queries = range(q, min(q + cut, S))
@@ -31,13 +31,13 @@ def test_pieces_make_the_whole(rows: list[list[int]], window: int | None, cut: i
             piece = torch.ones(1, len(queries), len(keys), dtype=torch.bool) if mask is None else mask
             whole[:, queries.start : queries.stop, keys.start : keys.stop] = piece
             assert piece.any(dim=1).any(dim=0)[0], "the first key is seen by somebody"
-    expected = allowed(S, S, window, segments.device, documents).view(-1, S, S).expand_as(whole)
+    expected = allowed(S, S, window, segment_ids.device, documents).view(-1, S, S).expand_as(whole)
     assert whole.equal(expected)
 
 
 def test_plain_pieces_have_no_mask() -> None:
-    sight = Sight.of(None, None, torch.device("cpu"))
+    sight = BlockMask.of(None, None, torch.device("cpu"))
     assert sight.mask(range(4, 8), range(0, 4)) is None and sight.mask(range(4, 8), range(0, 5)) is None
     assert sight.mask(range(4, 8), range(0, 6)) is not None
     assert not sight.seen(range(0, 4), range(4, 8)) and sight.seen(range(2, 6), range(4, 8)) == range(4, 6)
-    assert Sight.of(None, 1, torch.device("cpu")).seen(range(4, 8), range(0, 4)) == range(3, 4)
+    assert BlockMask.of(None, 1, torch.device("cpu")).seen(range(4, 8), range(0, 4)) == range(3, 4)
