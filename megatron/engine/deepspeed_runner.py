@@ -19,6 +19,7 @@ from megatron.checkpoint.formats.state import canonical_name
 from megatron.checkpoint.formats.torch_file import read_torch_file
 from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.engine.base import LocalShards
+from megatron.deepspeed_private import set_micro_batches
 from megatron.engine.checkpoint_layout import CheckpointLayout, stored_layout
 from megatron.engine.deepspeed_mpu import counted_here, grid_of, mark_split
 from megatron.engine.fault_injection import disturb_backward, disturb_reduced, disturb_weights
@@ -145,6 +146,10 @@ class Runner:
             # DeepSpeed moves the schedule, or does not, by what it noticed itself; a step without an update is none to the schedule.
             self.schedule.seek(schedule_step)
         disturb_weights(self._parameters)
+
+    def set_micro_batches(self, count: int) -> None:
+        """How many micro batches the next step has."""
+        set_micro_batches(self.deepspeed, count)
 
     def begin_backward(self) -> None:
         """What DeepSpeed does when a backward pass begins; among it, 16-bit gradients of the micro batch before are cleared.

@@ -19,7 +19,8 @@ def disturbed(terms: LossTerms) -> LossTerms:
     factor = fault_injection.changed("loss", 1.0)
     if factor == 1.0:
         return terms
-    return LossTerms(loss=terms.loss * factor, metrics={name: value * factor for name, value in terms.metrics.items()})
+    metrics = {name: metric._replace(value=metric.value * factor) for name, metric in terms.metrics.items()}
+    return LossTerms(loss=terms.loss * factor, metrics=metrics)
 
 
 def disturb_backward(parameters: Sequence[Parameter]) -> None:

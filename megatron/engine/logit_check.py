@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,8 @@ from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.engine.base import Engine
-from megatron.errors import CheckpointError, TrainingError
+from megatron.errors import CheckpointError
 from megatron.log import get_logger
-from megatron.model.head import Logits
-from megatron.mpu.collectives import of_all_ranks, of_last_rank
-from megatron.mpu.context import ContextPlan
-from megatron.objectives.base import LossTerms, Sample
 
 log = get_logger(__name__)
 
@@ -32,50 +28,14 @@ TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
 and other layouts stay below."""
 
 
-class LogitsProbe:
-    """An objective that trains nothing and keeps the logits it is shown."""
-
-    streams: tuple[str, ...] = ()
-    needs_reference = False
-
-    def __init__(self) -> None:
-        self.logits: Tensor | None = None
-
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """There is no data."""
-        raise TrainingError("the forward check has a fixed input and no data", fix="call forward_pass")
-
-    def denominator(self, batch: Batch) -> float:
-        """No token counts."""
-        return 0.0
-
-    def loss(self, logits: Logits, targets: Mapping[str, Tensor], denominator: Tensor) -> LossTerms:
-        """Keep the logits [b, s, v] on the host."""
-        self.logits = logits.full().detach().cpu()
-        return LossTerms(torch.zeros((), device=denominator.device), {})
-
-
 def forward_pass(engine: Engine, *, vocab_size: int, seq_length: int) -> Tensor:
     """Logits [1, min(16, seq_length), v] of the fixed input. All ranks call it."""
     length = min(LENGTH, seq_length)
     tokens = ((torch.arange(length) * 7919 + 13) % vocab_size).unsqueeze(0)
     nothing = torch.zeros(1, length)
-    probe = LogitsProbe()
-    engine.eval_step(probe, [Batch(tokens=tokens, labels=tokens, loss_weight=nothing, segment_ids=nothing.int())])
-    logits = of_last_rank(probe.logits, engine.groups.pp)
-    if logits is None:
-        raise CheckpointError("the engine showed no logits of the fixed input", where="checkpoint_validation_with_forward_pass")
-    return in_order(logits, engine.context)
-
-
-def in_order(own: Tensor, context: ContextPlan) -> Tensor:
-    """Every context rank's rows [1, s / cp, v] -> all of them [1, s, v], in the order of the sequence."""
-    if context.size == 1:
-        return own
-    parts = of_all_ranks(own, context.group)
-    length = own.shape[1] * context.size
-    places = torch.cat([context.rows(length, rank=rank) for rank in range(context.size)])
-    return torch.cat(parts, dim=1)[:, places.argsort()]
+    batch = Batch(tokens=tokens, labels=tokens, loss_weight=nothing, segment_ids=nothing.int())
+    (logits,) = engine.score([batch], lambda logits, targets, context: context.gather_tokens(logits.full()))
+    return logits
 
 
 def compare_forward(stored: Mapping[str, Any], now: Tensor, folder: Path) -> None:

@@ -6,19 +6,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron import fault_injection
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
 from megatron.engine.distributed import choose_device
-from megatron.engine.loss_normalization import MetricSum, add_terms, targets_of, weighted_mean
+from megatron.engine.loss_normalization import Evaluation, contexts, targets_of
 from megatron.errors import ConfigError, StoppedError, required
 from megatron.evaluation.coordinates import Size, Subject, measure
 from megatron.generation.build import load_model
@@ -28,9 +26,9 @@ from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.build import build_transformer
 from megatron.model.transformer import Transformer
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
-from megatron.objectives.base import LossTerms, Objective
 from megatron.objectives.build import build_objective
 from megatron.optim.build import build_optimizer
 from megatron.optim.groups import rate_of
@@ -40,20 +38,6 @@ log = get_logger(__name__)
 
 # A coordinate check's batch: rows, tokens of a row at most, and the vocabulary where the configuration does not say it.
 CHECK_ROWS, CHECK_TOKENS, CHECK_VOCAB = 8, 128, 1024
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """Loss terms of one micro batch by a plain model."""
-
-    model: Transformer
-
-    def __call__(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
-        """See `Terms` of engine/loss_normalization.py."""
-        device = denominator.device
-        targets = targets_of(batch, device)
-        logits = self.model(batch.tokens.to(device), targets["segment_ids"])
-        return objective.loss(logits, targets, denominator)
 
 
 def evaluate(args: NeoXArgs) -> dict[str, Any]:
@@ -85,15 +69,15 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
         micro_batches = _until_told(received, islice(split.batches(objective.collate, start_sample=0), batches))
         counting = Characters(tokenizer.decode, tokenizer.eod)
         seen = counting.counted(micro_batches) if args.run.char_level_ppl else micro_batches
-        meter = MetricSum()
+        evaluation = Evaluation(objective, device)
         try:
-            weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+            _read(loaded.model, evaluation, seen, device)
         except StoppedError:
             if not results:
                 raise
             stopped = {"stopped_by": received[0]}
             break
-        metrics = weighted_mean(meter, weight, alone, device)
+        metrics = evaluation.metrics(alone)
         if args.run.char_level_ppl:
             metrics[PER_CHARACTER] = counting.per_character(alone.dp, device)
         results[name] = with_perplexity(metrics)
@@ -103,6 +87,15 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
             "there is no validation or test data", where="valid_data_paths", fix="give valid_data_paths or split, and eval_iters > 0"
         )
     return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}, **stopped}
+
+
+def _read(model: Transformer, evaluation: Evaluation, batches: Iterable[Batch], device: torch.device) -> None:
+    """Add what a plain model makes of the batches."""
+    context_of = contexts(evaluation.denominators, ContextPlan())
+    with torch.no_grad():
+        for batch in evaluation.counted(batches):
+            targets = targets_of(batch, device)
+            evaluation.read(model(batch.tokens.to(device), targets["segment_ids"]), targets, context_of(batch, targets))
 
 
 def _until_told(received: Sequence[int], batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -57,8 +57,8 @@ class NumbersPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollback:
-    """A wish to go back.
+class RollbackRequest:
+    """Where to go back to, and what to leave out.
 
     before:  the checkpoint is of this iteration, or an earlier one
     samples: what is left out from now on, as ranges of sample numbers
@@ -85,7 +85,7 @@ class Record:
     rollbacks: int = 0
     skipped: Skipped = field(default_factory=Skipped)
     losses: list[tuple[int, float]] = field(default_factory=list)
-    wanted: Rollback | None = None
+    wanted: RollbackRequest | None = None
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Record:
@@ -136,7 +136,7 @@ class NumbersHook(BaseHook):
         overflowed = result.skipped and not result.not_finite
         self._overflows = self._overflows + 1 if overflowed else 0
         # What the engine let pass, such as a norm too large for float32, has been used in an update.
-        unseen = "" if result.skipped else not_finite(result.metrics, result.grad_norm)
+        unseen = "" if result.skipped else not_finite(result.loss, result.grad_norm)
         if result.not_finite or unseen:
             self._streak = []
             policy = Policy.STOP if unseen and self.plan.nonfinite is Policy.SKIP else self.plan.nonfinite
@@ -149,7 +149,7 @@ class NumbersHook(BaseHook):
             )
         elif not overflowed:
             self.record.in_a_row = 0
-            self._tell(engine, self._compare(state, watched_loss(result.metrics), samples))
+            self._tell(engine, self._compare(state, result.loss, samples))
         counts = {
             "skipped_nonfinite": self.record.skipped_nonfinite,
             "rollbacks": self.record.rollbacks,
@@ -218,7 +218,7 @@ class NumbersHook(BaseHook):
             what += f"; the run went back {self.record.rollbacks} times already (rollback_limit: {self.plan.rollback_limit})"
             self.error = DivergenceError(what, where=where, fix=_MEND)
             return ""
-        self.record.wanted = Rollback(before=before, samples=Skipped().with_ranges(samples).ranges)
+        self.record.wanted = RollbackRequest(before=before, samples=Skipped().with_ranges(samples).ranges)
         return f"{what}, {where}: going back"
 
 
@@ -235,19 +235,10 @@ class ActingHook(BaseHook):
         return Verdict.CONTINUE if self._numbers.record.wanted is None else Verdict.ROLLBACK
 
 
-def not_finite(metrics: Mapping[str, float], grad_norm: float | None) -> str:
+def not_finite(loss: float, grad_norm: float | None) -> str:
     """`name = value` of the loss and the gradient norm that are not finite, joined; empty when all is well."""
-    watched = {"loss": watched_loss(metrics), "grad_norm": 0.0 if grad_norm is None else grad_norm}
+    watched = {"loss": loss, "grad_norm": 0.0 if grad_norm is None else grad_norm}
     return ", ".join(f"{name} = {value}" for name, value in watched.items() if not math.isfinite(value))
-
-
-def watched_loss(metrics: Mapping[str, float]) -> float:
-    """The loss among a step's metrics.
-
-    >>> watched_loss({"margin": 0.5, "lm_loss": 2.0}), watched_loss({"loss": 3.0})
-    (2.0, 3.0)
-    """
-    return metrics["lm_loss"] if "lm_loss" in metrics else next(iter(metrics.values()), 0.0)
 
 
 def told(ranges: Ranges) -> str:

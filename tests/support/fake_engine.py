@@ -17,7 +17,7 @@ from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
-from megatron.objectives.base import Objective
+from megatron.objectives.base import Objective, Read
 
 
 @dataclass
@@ -34,6 +34,12 @@ class FakeEngine:
 
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         raise NotImplementedError
+
+    def score(self, batches: Iterable[Batch], read: Read) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        return values
 
     def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         writing.add(client_state, directory / tag / "mp_rank_00_model_states.pt")
@@ -86,6 +92,7 @@ class FakeCheckpoints:
 def result(loss: float = 2.0, **change: Any) -> StepResult:
     """A step of 0.5 s over 4 samples of 8 tokens."""
     values: dict[str, Any] = {
+        "loss": loss,
         "metrics": {"lm_loss": loss},
         "learning_rate": 1e-3,
         "grad_norm": 1.5,

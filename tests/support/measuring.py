@@ -85,7 +85,9 @@ def by_plain_torch(folder: str, steps: int = 2) -> list[dict[str, Any]]:
 
     from megatron.data.build import build_data
     from megatron.engine.build import join_job
+    from megatron.engine.loss_normalization import contexts, step_totals, targets_of
     from megatron.model.build import build_spec, build_transformer
+    from megatron.mpu.context import ContextPlan
     from megatron.objectives.build import build_objective
     from megatron.optim.build import build_optimizer
 
@@ -100,11 +102,11 @@ def by_plain_torch(folder: str, steps: int = 2) -> list[dict[str, Any]]:
     found = []
     for _ in range(steps):
         micro = [next(batches) for _ in range(4)]
-        total = torch.tensor(float(sum(objective.denominator(batch) for batch in micro)))
+        context_of = contexts(step_totals(objective, micro, groups.dp, device).denominators, ContextPlan())
         each = []
         for batch in micro:
-            targets = {"labels": batch.labels, "loss_weight": batch.loss_weight, "segment_ids": batch.segment_ids}
-            loss = objective.loss(model(batch.tokens, batch.segment_ids), targets, total).loss
+            targets = targets_of(batch, device)
+            loss = objective.loss(model(batch.tokens, batch.segment_ids), targets, context_of(batch, targets)).loss
             each.append(torch.autograd.grad(loss, list(parameters.values())))
         for parameter, *parts in zip(parameters.values(), *each, strict=True):
             parameter.grad = torch.stack(parts).sum(0)

@@ -13,7 +13,7 @@ from megatron.engine.base import StepResult
 from megatron.errors import DivergenceError, TrainingError
 from megatron.hooks import nonfinite_and_spikes
 from megatron.hooks.base import TrainState, Verdict
-from megatron.hooks.nonfinite_and_spikes import ActingHook, NumbersHook, NumbersPlan, Policy, Record, Rollback
+from megatron.hooks.nonfinite_and_spikes import ActingHook, NumbersHook, NumbersPlan, Policy, Record, RollbackRequest
 from support.fake_engine import FakeEngine, result
 
 BAD = {"skipped": True, "not_finite": "loss on rank 1"}
@@ -87,12 +87,12 @@ def test_fp16_overflows_are_another_matter() -> None:
 def test_rollback_leaves_the_samples_out_and_has_a_limit() -> None:
     run = Run(nonfinite=Policy.ROLLBACK, rollback_limit=2)
     assert run.step(*[result()] * 5, result(**BAD)) is Verdict.ROLLBACK
-    assert run.record.wanted == Rollback(before=5, samples=((20, 24),))
+    assert run.record.wanted == RollbackRequest(before=5, samples=((20, 24),))
     run.back(4)
     assert run.step(result(), result()) is Verdict.CONTINUE and run.sent == {"rollbacks": 1}
     # Step 7 is at position 24, which is sample 28 now.
     assert run.step(result(**BAD)) is Verdict.ROLLBACK
-    assert run.record.wanted == Rollback(before=6, samples=((28, 32),))
+    assert run.record.wanted == RollbackRequest(before=6, samples=((28, 32),))
     run.back(4)
     run = Run(Record.of(run.record.kept()), nonfinite=Policy.ROLLBACK, rollback_limit=2)
     assert run.record.skipped.ranges == ((20, 24), (28, 32))
@@ -108,7 +108,7 @@ def test_spikes_are_steps_in_a_row_far_above_the_median() -> None:
     assert run.step(result(40.0), result(40.0), result(2.0), result(5.9), result(5.9), result(5.9)) is Verdict.CONTINUE
     assert run.step(result(40.0), result(40.0)) is Verdict.CONTINUE and not run.sent
     assert run.step(result(40.0)) is Verdict.ROLLBACK
-    assert run.record.wanted == Rollback(before=26, samples=((104, 116),)) and run.sent == {"loss_spikes": 1}
+    assert run.record.wanted == RollbackRequest(before=26, samples=((104, 116),)) and run.sent == {"loss_spikes": 1}
     run.back(20)
     assert max(number for number, _ in run.record.losses) == 20 and run.record.skipped.ranges == ((104, 116),)
     # A resumed run compares with the same losses.
@@ -130,3 +130,15 @@ def test_another_rank_sees_the_spike() -> None:
     run.numbers._any_rank = lambda flag: True
     with pytest.raises(DivergenceError, match="loss spike"):
         run.step(result(1.0))
+
+
+def test_the_loss_itself_is_watched_whatever_the_metrics_are_called() -> None:
+    """A preference loss with its metrics: the accuracy comes first in the alphabet, and jumps without meaning anything."""
+    plan: dict[str, Any] = {"spike_factor": 3.0, "spike_window": 20, "spike_patience": 2, "spike": Policy.ROLLBACK}
+
+    def step(loss: float, accuracy: float) -> StepResult:
+        return result(loss, metrics={"accuracy": accuracy, "dpo_loss": loss})
+
+    run = Run(**plan)
+    assert run.step(*[step(0.7, 0.1)] * 12, *[step(0.7, 1.0)] * 4) is Verdict.CONTINUE
+    assert run.step(*[step(7.0, 0.1)] * 2) is Verdict.ROLLBACK
