@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where DeepSpeed's inner parts are touched; tests/megatron/test_deepspeed_private.py says what is expected of each.
 
-An upgrade of DeepSpeed is this file's work. Its public functions (initialize, train_batch, zero.Init, ...) are called where they are needed.
+Public functions (initialize, train_batch, zero.Init, ...) are called where they are needed.
 """
 
 from __future__ import annotations
@@ -93,6 +93,22 @@ def loss_scaler_of(outer: Any) -> Any:
     return getattr(outer, "loss_scaler", None) or getattr(outer, "loss_scale_config", None)
 
 
+def cpu_adam_parts() -> tuple[bool, Any, Any]:
+    """Whether the operator of its Adam for CPUs was compiled at installation, the optimizer's class, and what compiles the operator."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    return bool(installed_ops.get("cpu_adam", False)), DeepSpeedCPUAdam, CPUAdamBuilder()
+
+
+def muon_class() -> Any:
+    """DeepSpeed's Muon, which ZeRO knows how to run."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    return MuonWithAuxAdam
+
+
 # ---- pipeline stages ---------------------------------------------------------------------------------------------
 
 
@@ -155,13 +171,13 @@ class Fragment(NamedTuple):
     group: number of the parameter group, whose flat float32 buffer it lies in
     start: its place in the buffer
     first: its place in the parameter, flattened
-    count: entries
+    size: entries
     """
 
     group: int
     start: int
     first: int
-    count: int
+    size: int
 
 
 def fragment_of(parameter: nn.Parameter) -> Fragment | None:
@@ -189,11 +205,11 @@ def fragment_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 class Partition(NamedTuple):
-    """This rank's part of a parameter under ZeRO 3, padded: `count` entries of a flat float32 buffer from `start` on."""
+    """This rank's part of a parameter under ZeRO 3, padded: `size` entries of a flat float32 buffer from `start` on."""
 
     buffer: nn.Parameter
     start: int
-    count: int
+    size: int
 
 
 def partition_of(outer: Any, parameter: nn.Parameter) -> Partition:
@@ -208,6 +224,13 @@ def is_on_nvme(outer: Any) -> bool:
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def checkpoint_engine_base() -> Any:
+    """The class that writes and reads a checkpoint's files: makedirs, save and load are called on it."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    return TorchCheckpointEngine
 
 
 def set_checkpoint_engine(engine: Any, make: Callable[[Any], Any]) -> Any:

@@ -20,7 +20,7 @@ from megatron.data.batch import Batch
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
-from megatron.engine.rollback import Rollback
+from megatron.engine.restore import Rollback
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import Ends, build_hooks, build_stop

@@ -9,14 +9,14 @@ import torch
 
 from megatron.checkpoint.build import CheckpointSource, opened
 from megatron.checkpoint.formats.neox_files import copy_weights
-from megatron.engine.deepspeed_mpu import counted_here, entries_of, mark_split
+from megatron.deepspeed_private import entries_of
+from megatron.engine.deepspeed_mpu import Partitioning, counted_here, mark_split
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.distributed import ParallelSizes, choose_device, rendezvous_from, seed_everything, start
 from megatron.engine.engine import TrainEngine
 from megatron.engine.pipeline import LossOfStep, PipelinePath
 from megatron.engine.sequential import SequentialPath
 from megatron.engine.timers import Timers
-from megatron.engine.zero3_init import Partitioning
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses

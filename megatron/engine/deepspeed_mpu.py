@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups and shardings in the form in which DeepSpeed asks for them. Knows no model and no configuration."""
+"""Groups and shardings in the form in which DeepSpeed asks for them, and models that ZeRO-3 partitions as they are built."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import deepspeed
 from torch import nn
 
+from megatron import deepspeed_private as private
+from megatron.model.init import Gather
 from megatron.mpu.groups import Group, Groups
 from megatron.mpu.sharding import Split, sharding_of
-
-SPLIT = "tensor_model_parallel"
-"""Attribute by which DeepSpeed knows a parameter of which every tensor rank has a part of its own."""
-
-TIED_AGAIN = "ds_pipe_replicated"
-"""Attribute that DeepSpeed sets on a parameter that an earlier pipeline stage has, too."""
 
 
 class Grid:
@@ -82,7 +80,7 @@ def mark_split(module: nn.Module) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for name, how in sharding_of(module).items():
         if name in parameters:
-            setattr(parameters[name], SPLIT, isinstance(how, Split))
+            setattr(parameters[name], private.SPLIT, isinstance(how, Split))
 
 
 def counted_here(tp: Group) -> Callable[[nn.Parameter], bool]:
@@ -90,9 +88,38 @@ def counted_here(tp: Group) -> Callable[[nn.Parameter], bool]:
 
     A bias whose shares are summed (`Summed`) has the same gradient on every rank: that of the whole bias.
     """
-    return lambda parameter: not getattr(parameter, TIED_AGAIN, False) and (tp.rank == 0 or getattr(parameter, SPLIT, False))
+    return lambda parameter: not private.is_tied_again(parameter) and (tp.rank == 0 or getattr(parameter, private.SPLIT, False))
 
 
-def entries_of(parameter: nn.Parameter) -> int:
-    """Number of entries, also of a parameter that ZeRO-3 has partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+class Partitioning:
+    """How a model is built under a DeepSpeed configuration: partitioned as it grows with ZeRO-3, else whole.
+
+    config: DeepSpeed's, as a dict; it also says of what precision the parameters are
+    """
+
+    def __init__(self, config: Mapping[str, Any], groups: Groups) -> None:
+        self.active = int(config["zero_optimization"].get("stage", 0)) == 3
+        self._config = dict(config)
+        self._groups = groups
+
+    @property
+    def gather(self) -> Gather | None:
+        """Makes parameters whole while they are written to; every replica writes the same. None = they are whole."""
+        return whole_while_written if self.active else None
+
+    def building(self) -> AbstractContextManager[Any]:
+        """The context to build the model in."""
+        if not self.active:
+            return nullcontext()
+        context: AbstractContextManager[Any] = deepspeed.zero.Init(
+            config_dict_or_path=self._config,
+            data_parallel_group=self._groups.replicas.handle,
+            mpu=grid_of(self._groups),
+        )
+        return context
+
+
+def whole_while_written(parameters: Any) -> AbstractContextManager[Any]:
+    """Partitioned parameters whole within; what was written is kept."""
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return context

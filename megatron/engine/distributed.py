@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron import deepspeed_private as private
 from megatron.errors import BackendError, ConfigError, LostRankError
 from megatron.launch.rendezvous import Rendezvous, place_from
 from megatron.log import get_logger
@@ -164,16 +165,10 @@ def _prepare_deepspeed(device: torch.device) -> None:
     # Collectives that DeepSpeed calls by their old names; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
     except ImportError as error:
         raise BackendError("deepspeed is not installed", where=str(error), fix="run setup_uv_env.sh") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
-    # Its bfloat16 optimizer prints the memory in use five times, asked or not.
-    if not log.isEnabledFor(logging.DEBUG):
-        deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # The shared-memory collective is compiled when the process group starts, a minute of work that gloo does without.
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    private.configure_start(device)
 
 
 def seed_everything(seed: int) -> None:

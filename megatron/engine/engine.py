@@ -77,7 +77,9 @@ class TrainEngine:
         totals = step_totals(objective, micro_batches, groups.dp, self.device)
         meter = MetricSum(totals.denominators)
         self.module().train()
-        self._path.step(objective, [part_of(batch, self.context) for batch in micro_batches], contexts(totals.denominators, self.context), meter)
+        self._path.step(
+            objective, [part_of(batch, self.context) for batch in micro_batches], contexts(totals.denominators, self.context), meter
+        )
         metrics, others = meter.reduce(groups, self.device, consumed=totals.consumed, grad_norm=self.runner.grad_norm)
         samples, tokens, padding = (int(value) for value in others["consumed"])
         return StepResult(

@@ -41,7 +41,7 @@ def count(objective: Objective, micro_batches: Iterable[Batch]) -> dict[str, flo
     """The denominators of this rank's micro batches."""
     total: Counter[str] = Counter()
     for batch in micro_batches:
-        total.update(objective.denominators(batch))  # type: ignore[arg-type]  # counts may be floats
+        total.update(objective.denominators(batch))
     return dict(total)
 
 
@@ -184,7 +184,7 @@ class Evaluation:
         """The batches, unchanged; they are of whole rows."""
         for batch in batches:
             counts = count(self._objective, [batch])
-            self._counts.update(counts)  # type: ignore[arg-type]  # counts may be floats
+            self._counts.update(counts)
             self.denominators |= {name: torch.ones((), device=self._device) for name in counts}
             yield batch
 
@@ -205,8 +205,7 @@ def _spread(sums: Tensor, group: Group) -> Tensor:
     """Largest difference between the ranks of the group, of each sum."""
     if group.size == 1:
         return torch.zeros_like(sums)
-    greatest, least = all_reduce(torch.stack([sums, -sums]), group, maximum=True)
-    return greatest + least
+    return all_reduce(torch.stack([sums, -sums]), group, maximum=True).sum(dim=0)
 
 
 def _require_equal(unequal: Sequence[str]) -> None:

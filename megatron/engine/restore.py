@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes up a run's whole state from a checkpoint folder (saving.py wrote it). Knows no configuration object."""
+"""Takes up a run's whole state from a checkpoint folder (checkpointer.py wrote it), also of a run that goes back to one of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 
 from megatron.checkpoint.formats.neox_files import bookkeeping
 from megatron.checkpoint.loading.resume_state import compare_args, restore_rng
+from megatron.checkpoint.steps.discovery import Search, find, set_aside_after
+from megatron.checkpoint.steps.step_dirs import saved_steps
+from megatron.checkpoint.steps.verify import Verify
 from megatron.engine.base import Engine
 from megatron.engine.distributed import seed_everything
 from megatron.engine.reshard import stored_stages, stored_state
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, DivergenceError
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import on_first_rank
 from megatron.mpu.groups import Groups
 
 log = get_logger(__name__)
@@ -94,3 +99,45 @@ def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) ->
             *(iteration, samples, samples / iteration, batch_size),
         )
     return TrainPosition(iteration=iteration, samples=samples, tokens=int(ours.get("tokens", 0)), kept=dict(ours.get("kept", {})))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Goes back. Call on every rank.
+
+    directory:  `save`
+    compared:   what a load compares
+    batch_size: samples per step
+    rng:        also take the random states
+    verify:     how closely a checkpoint is looked at
+    """
+
+    engine: Engine
+    spec: ModelSpec
+    directory: Path
+    compared: Mapping[str, Any]
+    batch_size: int
+    rng: bool = True
+    verify: Verify = Verify.FULL
+
+    def to(self, before: int) -> TrainPosition:
+        """Take up the newest whole checkpoint of step `before` or an earlier one; later ones are set aside.
+
+        Raises DivergenceError where there is none, CheckpointError where all are damaged.
+        """
+        world = self.engine.groups.world
+        if not on_first_rank(partial(self._clear_way, before), world):
+            raise DivergenceError(
+                f"there is no checkpoint of step {before} or before to go back to",
+                where=str(self.directory),
+                fix="save more often (checkpoint_factor), and before the first step: extra_save_iters: [0]",
+            )
+        tag = find(Search(directory=self.directory, own=True, verify=self.verify), world)
+        folder = self.directory / tag
+        return resume_everything(self.engine, folder, self.spec, compared=self.compared, batch_size=self.batch_size, rng=self.rng)
+
+    def _clear_way(self, before: int) -> bool:
+        steps = [step for step in saved_steps(self.directory) if step <= before]
+        if steps:
+            set_aside_after(self.directory, max(steps))
+        return bool(steps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of each parameter, its gradient and its optimizer state lies on this rank. Knows how DeepSpeed files them, and no metric."""
+"""What of each parameter, its gradient and its optimizer state lies on this rank, as DeepSpeed keeps it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from megatron import deepspeed_private as private
 from megatron.engine.base import LocalShards
 
 
@@ -56,33 +56,31 @@ class FragmentShards:
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of the float32 copy."""
-        mapping: Any = getattr(parameter, "_hp_mapping", None)
-        return _nothing(parameter) if mapping is None else mapping.hp_fragment.detach()
+        part = private.fragment_of(parameter)
+        return _nothing(parameter) if part is None else self._buffer(part).detach().narrow(0, part.start, part.size)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's part; there only until the update."""
-        mapping: Any = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
+        if private.fragment_of(parameter) is None:
             return _nothing(parameter)
-        grad = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]
-        if grad.numel() == parameter.numel():
-            # The bfloat16 optimizer sums whole gradients on every rank: only the part that it updates counts here.
-            grad = grad.narrow(0, mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-        return _unscaled(grad, self._scale())
+        return _unscaled(private.fragment_gradient(parameter), self._scale())
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """This rank's parts; there from the first update on."""
-        mapping: Any = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:
+        part = private.fragment_of(parameter)
+        if part is None:
             return {}
         # Read from the flat buffer: DeepSpeed's own view of a state misses all groups but the first (zero/stage_1_and_2.py).
-        flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
-        place = mapping.hp_fragment_address
+        flat = self._buffer(part)
         return {
-            name: value.narrow(0, place.start, place.numel)
+            name: value.narrow(0, part.start, part.size)
             for name, value in self._optimizer.state.get(flat, {}).items()
             if isinstance(value, Tensor) and value.shape == flat.shape
         }
+
+    def _buffer(self, part: private.Fragment) -> nn.Parameter:
+        buffer: nn.Parameter = self._optimizer.param_groups[part.group]["params"][0]
+        return buffer
 
 
 class PartitionShards:
@@ -114,27 +112,19 @@ class PartitionShards:
         return {name: self._unpadded(parameter, read(parameter, name)) for name in names}
 
     def _unpadded(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        whole = int(parameter.ds_numel)  # type: ignore[attr-defined]
+        whole = private.entries_of(parameter)
         return part.flatten()[: max(0, min(part.numel(), whole - self._rank * part.numel()))]
 
 
 def local_shards_of(engine: Any, scale: Callable[[], float], rank: int) -> LocalShards:
     """The shards of a DeepSpeed engine's parameters. rank: within the data parallel group"""
     outer = engine.optimizer
-    inner = getattr(outer, "optimizer", outer)
+    inner = private.inner_optimizer(outer)
     if engine.zero_optimization_stage() == 3:
         return PartitionShards(inner.state, scale, rank)
-    if any(hasattr(parameter, "_hp_mapping") for parameter in engine.module.parameters()):
+    if private.has_fragments(engine.module):
         return FragmentShards(inner, scale)
-    return WholeShards(inner.state, scale, copies_of(outer))
-
-
-def copies_of(outer: Any) -> dict[nn.Parameter, nn.Parameter]:
-    """16-bit parameter -> float32 copy, of DeepSpeed's optimizer for 16 bits without ZeRO; empty for all others."""
-    if not isinstance(outer, FP16_UnfusedOptimizer):
-        return {}
-    pairs = zip(outer.fp16_groups, outer.fp32_groups, strict=True)
-    return {half: copy for halves, wholes in pairs for half, copy in zip(halves, wholes, strict=True)}
+    return WholeShards(inner.state, scale, private.copies_of(outer))
 
 
 def _nothing(parameter: nn.Parameter) -> Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from megatron.deepspeed_private import entries_of, is_tied_again
 from megatron.engine.base import Engine, LocalShards, StepResult
-from megatron.engine.deepspeed_mpu import TIED_AGAIN, counted_here, entries_of
+from megatron.engine.deepspeed_mpu import counted_here
 from megatron.errors import TrainingError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.mpu.collectives import of_all_ranks
@@ -179,7 +180,7 @@ def census_of(parameters: Mapping[str, nn.Parameter], engine: Engine) -> Census:
     groups, table = engine.groups, sharding_of(engine.module())
     counted = counted_here(groups.tp)
     whole = {name: entries_of(p) * (groups.tp.size if isinstance(table.get(name), Split) else 1) for name, p in parameters.items()}
-    again = frozenset(name for name, p in parameters.items() if getattr(p, TIED_AGAIN, False))
+    again = frozenset(name for name, p in parameters.items() if is_tied_again(p))
     stages = of_all_ranks({name: size for name, size in whole.items() if name not in again}, groups.pp)
     return Census(
         entries={name: size for stage in stages for name, size in stage.items()},

@@ -15,6 +15,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
+from megatron.deepspeed_private import count_micro_batch, stage_layers
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
@@ -85,9 +86,9 @@ class Stages(PipelineModule):  # type: ignore[misc]  # deepspeed is untyped
 
     def forward(self, forward_input: Any) -> Any:
         """What the stage before sends (the first stage: the inputs of a micro batch) through all layers of this stage."""
-        self.micro_offset += 1
+        count_micro_batch(self)
         flow = forward_input
-        for are_blocks, layers in groupby(self.forward_funcs, key=is_block):
+        for are_blocks, layers in groupby(stage_layers(self), key=is_block):
             if are_blocks:
                 flow = run_blocks(list(layers), LayerState(*flow), self.recompute, tp=self.tp)
                 continue
@@ -171,7 +172,7 @@ def pipeline_module(
             dynamic_shape=choices.dynamic_shape,
         )
     log.debug(chatter.getvalue())
-    blocks = [layer for layer in module.forward_funcs if isinstance(layer, TransformerBlock)]
+    blocks = [layer for layer in stage_layers(module) if isinstance(layer, TransformerBlock)]
     share_position_bias(list(blocks))
     if choices.compile_blocks:
         for block in blocks:

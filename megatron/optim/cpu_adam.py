@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from megatron.deepspeed_private import cpu_adam_parts
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 
@@ -33,14 +34,12 @@ def cpu_adam(groups: list[dict[str, Any]], numbers: dict[str, Any]) -> Optimizer
     if "adam_w_mode" in numbers:
         numbers["adamw_mode"] = numbers.pop("adam_w_mode")
     try:
-        from deepspeed.git_version_info import installed_ops
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-        from deepspeed.ops.op_builder import CPUAdamBuilder
+        installed, optimizer, builder = cpu_adam_parts()
     except ImportError as error:
         raise BackendError(f"cpu_adam needs deepspeed: {error}", where="optimizer.type", fix="use type: Adam") from error
-    if not installed_ops.get("cpu_adam", False):
-        compile_operator(CPUAdamBuilder())
-    made: Optimizer = DeepSpeedCPUAdam(groups, **numbers)
+    if not installed:
+        compile_operator(builder)
+    made: Optimizer = optimizer(groups, **numbers)
     return made
 
 

@@ -140,7 +140,9 @@ class RowMean(_WithoutData):
 
 def trained_documents(batch: Batch) -> Tensor:
     """Which documents of a batch have trained tokens [n]."""
-    return LossContext(segment_ids=batch.segment_ids, num_documents=batch.num_documents, denominators={}).sum_documents(batch.loss_weight) > 0
+    return (
+        LossContext(segment_ids=batch.segment_ids, num_documents=batch.num_documents, denominators={}).sum_documents(batch.loss_weight) > 0
+    )
 
 
 def _key(batch: Batch) -> bytes:
@@ -187,7 +189,9 @@ def batch_of(rows: Sequence[Sequence[tuple[int, int]]]) -> Batch:
         # A number of the token, so that packing moves it along.
         "advantages": Extra(1.0 + (tokens % 7).float() / 7, ExtraLayout.TOKEN),
     }
-    return Batch(tokens=tokens, labels=labels, loss_weight=weight, segment_ids=segment_ids, extras=extras, samples=len(numbers), padding=padding)
+    return Batch(
+        tokens=tokens, labels=labels, loss_weight=weight, segment_ids=segment_ids, extras=extras, samples=len(numbers), padding=padding
+    )
 
 
 def packed(rows_per_batch: int) -> list[Batch]:

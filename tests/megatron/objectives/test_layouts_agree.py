@@ -26,7 +26,7 @@ PLAN = (
     ("DPO, padded", "DPO", "padded", 1),
     ("document mean, padded", "DocumentMean", "padded", 4),
 )
-"""Steps: what, the objective, its batches, and rows (packed) or pairs (padded) in each: so each step has another number of micro batches."""
+"""Steps: what, the objective, its batches, and rows (packed) or pairs (padded) in each: each step has another number of micro batches."""
 
 REPACKED = (
     ("token mean, packed", "LanguageModel", "padded", 2),
@@ -96,7 +96,9 @@ class Trial:
             batches = self.own(getattr(toy_objectives, kind)(rows))
             before = dict(self.engine.eval_step(objectives[objective], batches))
             result = self.engine.train_step(objectives[objective], batches)
-            assert result.samples == PAIRS and result.tokens - result.padding == sum(len(ids) for pair in toy_objectives.pairs() for ids in pair)
+            assert result.samples == PAIRS and result.tokens - result.padding == sum(
+                len(ids) for pair in toy_objectives.pairs() for ids in pair
+            )
             assert before == pytest.approx(dict(result.metrics), rel=1e-5)
             found[name] = {"loss": result.loss, "metrics": dict(result.metrics), "gradients": self.gradients}
         return found
@@ -147,8 +149,13 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], name: str) -> N
     """Losses within 1e-6, gradients within 1e-5 of the largest."""
     for step, what in expected.items():
         if step in ("scores", "tokens"):
-            np.testing.assert_allclose(np.array(sum(found[step], [])) if step == "scores" else found[step],
-                                       np.array(sum(what, [])) if step == "scores" else what, rtol=1e-5, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                np.array(sum(found[step], [])) if step == "scores" else found[step],
+                np.array(sum(what, [])) if step == "scores" else what,
+                rtol=1e-5,
+                atol=1e-5,
+                err_msg=name,
+            )
             continue
         assert found[step]["loss"] == pytest.approx(what["loss"], rel=1e-6, abs=1e-6), (name, step)
         assert found[step]["metrics"] == pytest.approx(what["metrics"], rel=1e-5, abs=1e-5), (name, step)
