@@ -24,12 +24,11 @@ from megatron.engine.restore import Rollback
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import Ends, build_hooks, build_stop
-from megatron.hooks.chars_per_token import PER_CHARACTER, Characters
+from megatron.hooks.checkpointing import LockHook
 from megatron.hooks.heartbeat import watched
 from megatron.hooks.nonfinite_and_spikes import Record
-from megatron.hooks.run_lock import LockHook
 from megatron.hooks.stopping import StopRequest
-from megatron.hooks.validation import Evaluate
+from megatron.hooks.validation import PER_CHARACTER, Characters, Evaluate
 from megatron.launch.heartbeat import FOLDER
 from megatron.launch.progress_reporter import LOAD, Pulse
 from megatron.launch.rank_events import claimed

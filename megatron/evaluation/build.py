@@ -20,8 +20,7 @@ from megatron.engine.loss_normalization import Evaluation, contexts, targets_of
 from megatron.errors import ConfigError, StoppedError, required
 from megatron.evaluation.coordinates import Size, Subject, measure
 from megatron.generation.build import load_model
-from megatron.hooks.chars_per_token import PER_CHARACTER, Characters
-from megatron.hooks.validation import with_perplexity
+from megatron.hooks.validation import PER_CHARACTER, Characters, with_perplexity
 from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.build import build_transformer

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, Hook, TrainState, Verdict
-from megatron.hooks.checkpointing import CheckpointHook
-from megatron.hooks.uploads import UploadHook
+from megatron.hooks.checkpointing import CheckpointHook, WorkerHook
 from megatron.hooks.validation import ValidationHook
 from megatron.launch.progress_reporter import EVALUATE, SAVE, STEP, Pulse
 
@@ -83,7 +82,7 @@ class LastHook(BaseHook):
 
 def phase_of(hook: Hook) -> str:
     """What a rank is doing while it is in the hook."""
-    if isinstance(hook, (CheckpointHook, UploadHook)):
+    if isinstance(hook, (CheckpointHook, WorkerHook)):
         return SAVE
     return EVALUATE if isinstance(hook, ValidationHook) else STEP
 

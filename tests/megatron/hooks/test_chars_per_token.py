@@ -7,8 +7,7 @@ import math
 
 import pytest
 
-from megatron.hooks.chars_per_token import Characters
-from megatron.hooks.validation import with_perplexity
+from megatron.hooks.validation import Characters, with_perplexity
 from megatron.mpu.groups import Group
 
 WORDS = {1: "a", 2: "bcd", 3: "\u00e9", 9: "<end>"}

@@ -12,10 +12,19 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import BackendError
-from megatron.hooks.metrics import ClosingHook, MetricsHook, step_values
-from megatron.hooks.metrics_file import MetricsFile, read_metrics
-from megatron.hooks.sinks import CometSink, CometSpec, Guarded, TensorBoardSink, WandbSink, WandbSpec, redact, require, wandb_key_found
+from megatron.hooks.metrics import ClosingHook, MetricsFile, MetricsHook, read_metrics, step_values
 from megatron.hooks.throughput import StepFlops
+from megatron.hooks.trackers.sinks import (
+    CometSink,
+    CometSpec,
+    Guarded,
+    TensorBoardSink,
+    WandbSink,
+    WandbSpec,
+    redact,
+    require,
+    wandb_key_found,
+)
 from megatron.hooks.validation import ValidationHook
 from megatron.log import setup_logging
 from support.fake_engine import drive, result

@@ -9,7 +9,7 @@ import pytest
 
 from megatron.errors import TrainingError
 from megatron.hooks.base import TrainState, Verdict
-from megatron.hooks.run_lock import LockHook
+from megatron.hooks.checkpointing import LockHook
 
 
 def test_it_ends_the_run() -> None:
