@@ -16,7 +16,7 @@ from megatron import fault_injection
 from megatron.checkpoint.build import choose_source, compared_args, own_folder
 from megatron.checkpoint.exporting.build import require_exportable
 from megatron.checkpoint.steps.verify import Verify
-from megatron.data.batch import Batch
+from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
@@ -124,7 +124,11 @@ def run(
 
     def steps_from(state: TrainState) -> Iterator[list[Batch]]:
         done = state.iteration >= state.target
-        batches = iter(()) if done else data.train.batches(objective.collate, start_sample=state.samples, skipped=record.skipped)
+        batches = (
+            iter(())
+            if done
+            else data.train.batches(counting_samples(objective.collate), start_sample=state.samples, skipped=record.skipped)
+        )
         steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
         return engine.timers.over("batch generator", steps)
 

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron.errors import TrainingError
+
+S = TypeVar("S")
 
 
 class ExtraLayout(str, Enum):
@@ -104,3 +106,8 @@ def document_index(segment_ids: Tensor) -> Tensor:
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return starts.flatten().cumsum(0).view(segment_ids.shape) - 1
+
+
+def counting_samples(collate: Callable[[Sequence[S]], Batch]) -> Callable[[Sequence[S]], Batch]:
+    """The same collate; its batches say how many samples they were made of."""
+    return lambda samples: replace(collate(samples), samples=len(samples))

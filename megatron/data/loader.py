@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron.data.blend import Dataset
@@ -56,8 +56,7 @@ class DataSplit:
         plan = micro_batches(start_sample, stop, micro_batch_size=self.micro_batch_size, rank=self.rank, size=self.size)
 
         def make(positions: range) -> Batch:
-            batch = collate(self.items([skipped.number(position) for position in positions]))
-            return replace(batch, samples=len(positions))
+            return collate(self.items([skipped.number(position) for position in positions]))
 
         yield from read_ahead(plan, make, self.num_workers)
         raise DataError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a checkpoint's weights and optimizer are sharded over files, told from their names. Knows no DeepSpeed object."""
+"""How a checkpoint's weights and optimizer are sharded over files, told from their names."""
 
 from __future__ import annotations
 

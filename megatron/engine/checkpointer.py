@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves a run's whole state as a checkpoint folder that is complete or absent, at once or while training goes on.
-
-Knows no configuration object. Every decision that follows from an error is taken by all ranks alike: one that raised alone would leave
+"""Saves a run's whole state as a checkpoint folder that is complete or absent, at once or while training goes on. Every decision that follows from an error is taken by all ranks alike: one that raised alone would leave
 the others waiting.
 """
 

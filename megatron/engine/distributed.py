@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts this process as one rank of the job: who am I, where do we meet, on which device. Knows no model."""
+"""Starts this process as one rank of the job: who am I, where do we meet, on which device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logits of a fixed input: kept in a checkpoint when it is written, compared when it is read. Knows no file format."""
+"""The logits of a fixed input: kept in a checkpoint when it is written, compared when it is read."""
 
 from __future__ import annotations
 

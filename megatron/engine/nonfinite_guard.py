@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses an optimizer step whose loss or gradient is not finite, before anything is updated. Knows no precision and no layout."""
+"""Refuses an optimizer step whose loss or gradient is not finite, before anything is updated."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds weights that differ between ranks that should hold the same, by a checksum over their bits. Knows no optimizer and no hook.
+"""Finds weights that differ between ranks that should hold the same, by a checksum over their bits.
 
 What it sees is what ranks compute with, at the moment it looks. Where ranks keep copies of their own (float32 without ZeRO), a copy that
 went astray stays so and is found at the next look, however it came about. With ZeRO 1 and 2, and with bfloat16, each update hands out

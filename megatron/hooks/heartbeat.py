@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells a rank's watch which hook it is in and which step comes next. Knows no heartbeat file."""
+"""Tells a rank's watch which hook it is in and which step comes next."""
 
 from __future__ import annotations
 

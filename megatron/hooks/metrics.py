@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step's numbers to `metrics.jsonl` and to the trackers. Knows names of metrics, not how a tracker works."""
+"""Every step's numbers to `metrics.jsonl` and to the trackers."""
 
 from __future__ import annotations
 
@@ -101,6 +101,8 @@ class MetricsHook(BaseHook):
             "seconds": result.seconds,
             "time": time.time(),
         }
+        if result.padding:
+            row["padding"] = result.padding
         if result.loss_scale is not None:
             row |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
         row |= {f"seconds_{name.replace(' ', '_')}": seconds for name, seconds in result.timings.items()}

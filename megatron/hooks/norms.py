@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of every parameter, its gradient and its optimizer state, and the share of zero gradients. Knows no optimizer by name."""
+"""Norms of every parameter, its gradient and its optimizer state, and the share of zero gradients."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard, Weights & Biases and Comet behind one protocol. Knows neither which metrics there are nor the loop."""
+"""TensorBoard, Weights & Biases and Comet behind one protocol."""
 
 from __future__ import annotations
 
