@@ -123,12 +123,9 @@ def run(
     hooks.insert(0, LockHook(check_owner))
 
     def steps_from(state: TrainState) -> Iterator[list[Batch]]:
+        collate = counting_samples(objective.collate)
         done = state.iteration >= state.target
-        batches = (
-            iter(())
-            if done
-            else data.train.batches(counting_samples(objective.collate), start_sample=state.samples, skipped=record.skipped)
-        )
+        batches = iter(()) if done else data.train.batches(collate, start_sample=state.samples, skipped=record.skipped)
         steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
         return engine.timers.over("batch generator", steps)
 

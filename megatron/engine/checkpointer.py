@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves a run's whole state as a checkpoint folder that is complete or absent, at once or while training goes on. Every decision that follows from an error is taken by all ranks alike: one that raised alone would leave
-the others waiting.
+"""Saves a run's whole state as a checkpoint folder that is complete or absent, at once or while training goes on.
+
+Every decision that follows from an error is taken by all ranks alike: one that raised alone would leave the others waiting.
 """
 
 from __future__ import annotations
