@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from megatron.atomic_io import atomic_path
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import ConfigError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
@@ -58,10 +58,9 @@ class MemoryHook(BaseHook):
             return
         self._recording = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f"{self.path.name}.tmp.{os.getpid()}")
-        torch.cuda.memory._dump_snapshot(str(aside))
-        torch.cuda.memory._record_memory_history(enabled=None)
-        aside.replace(self.path)
+        with atomic_path(self.path, durable=False) as aside:
+            torch.cuda.memory._dump_snapshot(str(aside))
+            torch.cuda.memory._record_memory_history(enabled=None)
         log.info(f"memory snapshot written to {self.path}")
 
 

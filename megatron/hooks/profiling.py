@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron.atomic_io import atomic_path
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.log import get_logger
@@ -57,8 +57,7 @@ class ProfilingHook(BaseHook):
         self._profiler.stop()
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"trace_rank{self.rank}_iterations{self.start}-{self.stop}.json"
-        aside = path.with_name(f"{path.name}.tmp.{os.getpid()}.json")
-        self._profiler.export_chrome_trace(str(aside))
-        aside.replace(path)
+        with atomic_path(path, durable=False, suffix=".json") as aside:
+            self._profiler.export_chrome_trace(str(aside))
         self._profiler = None
         log.info(f"profile written to {path}")

@@ -14,6 +14,7 @@ from megatron.secrets import redact
 
 T = TypeVar("T")
 LOGIN = "log in (`hf auth login`, or HF_TOKEN)"
+DATASET_FIX = "check name, subset, split and revision; a local path is read without the network"
 
 
 def ask_hub(
@@ -46,8 +47,7 @@ def dataset_commit(name: str, revision: str | None, *, sleep: Sleep = time.sleep
 
     if constants.HF_HUB_OFFLINE:
         return None
-    fix = f"check name, subset, split and revision; for a private one {LOGIN}; a local path is read without the network"
-    return ask_hub(lambda: HfApi().dataset_info(name, revision=revision).sha, name, fix=fix, sleep=sleep)
+    return ask_hub(lambda: HfApi().dataset_info(name, revision=revision).sha, name, fix=DATASET_FIX, sleep=sleep)
 
 
 def snapshot(name: str, patterns: Sequence[str], *, revision: str | None = None, offline: bool = False, **asked: Any) -> Path:
@@ -92,6 +92,7 @@ def upload_folder(folder: Path, repository: str) -> str:
 
 def _explained(error: Exception, name: str, fix: str) -> tuple[str, str]:
     """What is wrong and how to fix it."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -101,17 +102,16 @@ def _explained(error: Exception, name: str, fix: str) -> tuple[str, str]:
         RevisionNotFoundError,
     )
 
-    by_hand = (
-        f"download it where there is a network (`hf download {name.partition('@')[0]}`) and share HF_HOME, or copy it and give its folder"
-    )
+    by_hand = f"when offline, download it where there is a network (`hf download {name.partition('@')[0]}`) and share HF_HOME, or copy it and give its folder"
     if isinstance(error, GatedRepoError):
         return f"the owner of {name} asks for consent first", f"accept its terms on its page at huggingface.co, and {LOGIN}"
     if isinstance(error, RevisionNotFoundError):
         return f"there is no such revision: {name}", "give a branch, tag or commit of it"
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         return f"there is neither a folder {name} nor anything of this name on the Hub", f"{fix}; for a private one {LOGIN}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"the Hub is switched off (HF_HUB_OFFLINE), and {name} is not in its cache", f"unset HF_HUB_OFFLINE, or {by_hand}"
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) and constants.HF_HUB_OFFLINE:
+        off = f"there is no folder {name}, and nothing of this name in the Hub's cache, with the Hub switched off (HF_HUB_OFFLINE)"
+        return off, f"unset HF_HUB_OFFLINE, or {by_hand}"
     if isinstance(error, LocalEntryNotFoundError):
         return f"there is no folder {name}, nothing of this name in the Hub's cache, and no way to the Hub", by_hand
     lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]

@@ -158,7 +158,7 @@ def test_a_file_that_changed_on_disk_is_not_uploaded(store: Store, tmp_path: Pat
     made = uploader(store, tmp_path)
     made.start()
     made.published(bad)
-    assert not made._idle.wait(0) and made._idle.wait(30)
+    assert not made._queue.wait_idle(0) and made._queue.wait_idle(30)
     assert made.failures >= 1 and "not what its manifest says" in caplog.text
     assert not {"runs/run/latest", "runs/run/global_step10/MANIFEST.json"} & set(store.objects())
     (bad / "mp_rank_00_model_states.pt").write_bytes(whole)
