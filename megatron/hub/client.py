@@ -102,7 +102,8 @@ def _explained(error: Exception, name: str, fix: str) -> tuple[str, str]:
         RevisionNotFoundError,
     )
 
-    by_hand = f"when offline, download it where there is a network (`hf download {name.partition('@')[0]}`) and share HF_HOME, or copy it and give its folder"
+    download = f"when offline, download it where there is a network (`hf download {name.partition('@')[0]}`)"
+    by_hand = f"{download} and share HF_HOME, or copy it and give its folder"
     if isinstance(error, GatedRepoError):
         return f"the owner of {name} asks for consent first", f"accept its terms on its page at huggingface.co, and {LOGIN}"
     if isinstance(error, RevisionNotFoundError):

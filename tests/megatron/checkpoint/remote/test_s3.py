@@ -109,7 +109,7 @@ def test_what_was_sent_before_an_interruption_is_not_sent_again(store: Store, tm
     assert not first.drain(patience_s=30) and markers(tmp_path) == ["global_step10"]
     sent = sum(request == "UploadPart" for request, _ in store.asked)
     assert 0 < sent < 4 and "runs/run/global_step10/MANIFEST.json" not in store.objects()
-    first._thread.join(30)
+    first._queue.join(30)
     monkeypatch.undo()
     store.asked.clear()
     assert uploaded(store, tmp_path).done
