@@ -95,7 +95,8 @@ class StreamDataset:
     """Items of s + 1 values per stream, aligned with each other, plus the document number of each token.
 
     Item: each stream -> [s+1] (tokens and labels int64, rewards and refs float32); `segment_ids` (`pos_segment_ids`,
-    `neg_segment_ids`) int32 [s+1], counting documents in the row from 0, padding being one more document. Padding: 0 for tokens, rewards and refs, -100 for labels.
+    `neg_segment_ids`) int32 [s+1], counting documents in the row from 0, padding being one more document.
+    Padding: 0 for tokens, rewards and refs, -100 for labels.
     Rows longer than s + 1 are cut.
 
     all_trained: label streams wanted for which there is no file: their labels are the tokens.

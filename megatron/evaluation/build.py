@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron import fault_injection
+from megatron.atomic_io import atomic_write
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
 from megatron.engine.distributed import choose_device
@@ -141,7 +141,6 @@ def at_width(args: NeoXArgs, width: int) -> NeoXArgs:
 
 def write_results(results: dict[str, Any], path: Path) -> Path:
     """Write `results` as JSON, aside and renamed; returns the path."""
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    aside.write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(results, indent=4) + "\n")
     return path

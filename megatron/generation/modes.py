@@ -7,7 +7,6 @@ FORMAT: output is JSON lines with context, text, length, finished, message, dura
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from megatron import fault_injection
+from megatron.atomic_io import atomic_write
 from megatron.errors import DataError, StoppedError
 from megatron.generation.decode import Completion, DecodeSettings, Scorer, decode
 from megatron.tokenizer import Tokenizer
@@ -190,8 +190,6 @@ def _ask(prompt_end: str, source: TextIO, screen: TextIO) -> str | None:
 def write_records(records: Sequence[Record], path: Path) -> None:
     """JSON lines, written aside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as out:
+    with atomic_write(path) as out:
         for record in records:
             out.write(json.dumps(record) + "\n")
-    aside.replace(path)

@@ -16,7 +16,6 @@ from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_arg
 from megatron.checkpoint.exporting.build import build_exporter
 from megatron.checkpoint.exporting.exporter import Exporter
 from megatron.checkpoint.remote.upload import Uploader
-from megatron.checkpoint.steps.provenance import code_version, without_secrets
 from megatron.engine.base import Engine
 from megatron.engine.checkpointer import Checkpointer
 from megatron.engine.logit_check import forward_pass
@@ -40,6 +39,8 @@ from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank, on_first_rank
 from megatron.mpu.groups import Groups
+from megatron.provenance import code_version
+from megatron.secrets import redact_mapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,7 +185,7 @@ def _checkpoints(
         layout=_layout(args, engine.groups),
         code_version=code_version(),
         fingerprint=kept().get("data", {}),
-        config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
+        config=redact_mapping({key: value for key, value in args.to_flat().items() if key != "config_files"}),
         origin=kept().get(STARTED_FROM, {}),
         background=section.checkpoint_async,
         failures_allowed=section.checkpoint_failures_allowed,

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron.atomic_io import atomic_path
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import ConfigError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
@@ -58,9 +58,8 @@ class ProfilingHook(BaseHook):
         self._profiler.stop()
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"trace_rank{self.rank}_iterations{self.start}-{self.stop}.json"
-        aside = path.with_name(f"{path.name}.tmp.{os.getpid()}.json")
-        self._profiler.export_chrome_trace(str(aside))
-        aside.replace(path)
+        with atomic_path(path, durable=False, suffix=".json") as aside:
+            self._profiler.export_chrome_trace(str(aside))
         self._profiler = None
         log.info(f"profile written to {path}")
 
@@ -108,10 +107,9 @@ class MemoryHook(BaseHook):
             return
         self._recording = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(f"{self.path.name}.tmp.{os.getpid()}")
-        torch.cuda.memory._dump_snapshot(str(aside))
-        torch.cuda.memory._record_memory_history(enabled=None)
-        aside.replace(self.path)
+        with atomic_path(self.path, durable=False) as aside:
+            torch.cuda.memory._dump_snapshot(str(aside))
+            torch.cuda.memory._record_memory_history(enabled=None)
         log.info(f"memory snapshot written to {self.path}")
 
 

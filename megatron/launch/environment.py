@@ -11,10 +11,6 @@ from pathlib import Path
 
 from megatron.errors import ConfigError
 
-SECRET_NAME = re.compile(r"(?i)(^|_|-)(api_?key|access_?key|secret(_?key)?|password|passwd|(access|auth|hf|api)_?token|token)$")
-MASK = "***"
-# Shorter values are too likely to be part of other text.
-SHORTEST_SECRET = 6
 # What ranks on other machines need to find the same programs and libraries and to behave the same way; folders and names
 # that belong to one machine (HOME, TMPDIR, HOSTNAME, DISPLAY) stay there, and so do the ranks of an outer job.
 NAMES = frozenset("PATH LD_LIBRARY_PATH LD_PRELOAD LOGLEVEL TOKENIZERS_PARALLELISM XDG_CACHE_HOME CC CXX MAX_JOBS".split())
@@ -33,19 +29,6 @@ PRIVATE = (
     "NEOX_LAUNCH_END",
 )
 DEEPSPEED_ENV = ".deepspeed_env"
-
-
-def mask(name: str, value: str) -> str:
-    """`value` as it may be shown to others."""
-    return MASK if SECRET_NAME.search(name) else value
-
-
-def scrub(text: str, environ: Mapping[str, str]) -> str:
-    """`text` without the values of secret variables, should a message have quoted one."""
-    for name, value in environ.items():
-        if len(value) >= SHORTEST_SECRET and SECRET_NAME.search(name):
-            text = text.replace(value, MASK)
-    return text
 
 
 def handed_on(environ: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron.launch.environment import PRIVATE, mask
+from megatron.launch.environment import PRIVATE
+from megatron.secrets import mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from megatron.atomic_io import atomic_write
 from megatron.errors import ExitStatus
-from megatron.launch.environment import scrub
+from megatron.secrets import redact
 
 FAILURE_FILE = "NEOX_FAILURE_FILE"
 OWNED_FILE = "NEOX_FAILURE_FILE_OF"
@@ -74,10 +75,9 @@ def claimed(environ: Mapping[str, str]) -> str | None:
 
 def leave(path: str, text: str, *, consequence: bool, about: int | None = None) -> None:
     """Write a failing rank's own words, or those about another one, where its starter looks for them."""
-    record = {"at": time.time(), "text": scrub(text, os.environ)[-LONGEST_TEXT:], "consequence": consequence, "about": about}
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(record), encoding="utf-8")
-    aside.replace(path)
+    record = {"at": time.time(), "text": redact(text)[-LONGEST_TEXT:], "consequence": consequence, "about": about}
+    with atomic_write(Path(path), durable=False) as file:
+        file.write(json.dumps(record))
 
 
 def found(path: Path, *, host: str, rank: int, code: int) -> Event:

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.launch import heartbeat
-from megatron.launch.environment import scrub
 from megatron.launch.hang_diagnosis import Seen, Standing, causes, standing_of
 from megatron.launch.heartbeat import Heartbeat
 from megatron.launch.progress_reporter import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Pulse
 from megatron.launch.rank_events import leave
+from megatron.secrets import redact
 
 # Before the first step kernels are compiled and index maps built; saving and loading one large file shows no progress in between.
 PATIENT = 3.0
@@ -134,7 +134,7 @@ class Watch:
             time=time.time(),
             standing=standing,
             place=place,
-            stack=[] if stack is None else scrub("".join(stack.format()), os.environ).splitlines(),
+            stack=[] if stack is None else redact("".join(stack.format())).splitlines(),
         )
         if self.plan.folder is not None:
             self._file_time = heartbeat.write(self.plan.folder, record)
@@ -208,7 +208,7 @@ class Watch:
         if self.plan.note is not None:
             leave(self.plan.note, text, consequence=consequence, about=about)
         else:
-            sys.stderr.write(f"[rank {self.plan.rank}] {scrub(text, os.environ)}\n")
+            sys.stderr.write(f"[rank {self.plan.rank}] {redact(text)}\n")
             sys.stderr.flush()
 
 

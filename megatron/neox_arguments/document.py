@@ -10,12 +10,11 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megatron.errors import ConfigError
-from megatron.launch.environment import MASK
+from megatron.secrets import MASK, secret_names
 
 from .neox_args import NeoXArgs
 from .problems import closest
 from .sections import SECTION_OF, SECTIONS, allowed
-from .worker_payload import secret_names
 
 SET_BY = {"derived": "derived, not meant to be set", "run time": "filled in while running, not meant to be set"}
 NO_EFFECT_NOTE = "has no effect; kept so that old configs load"

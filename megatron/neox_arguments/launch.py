@@ -14,9 +14,10 @@ from pathlib import Path
 from megatron.errors import ConfigError
 from megatron.launch import commands
 from megatron.launch.control_channel import ADDRESSES, SECRET
-from megatron.launch.environment import SECRET_NAME, environment_file, handed_on, python_path, visible_devices
+from megatron.launch.environment import environment_file, handed_on, python_path, visible_devices
 from megatron.launch.plan import Host, LaunchPlan
 from megatron.launch.rendezvous import LOOPBACK, expand, slurm_port
+from megatron.secrets import is_secret
 
 from .hostfile import HostError, Hosts, find_hostfile, parse_filter, read_hosts
 from .neox_args import NeoXArgs
@@ -257,7 +258,7 @@ def _additions(environ: Mapping[str, str]) -> dict[str, str]:
 def _handed_on(environ: Mapping[str, str], additions: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Variables for ranks on other machines, and the names of the secret ones among them."""
     found = {**handed_on(environ), **additions}
-    secrets = tuple(name for name in found if SECRET_NAME.search(name))
+    secrets = tuple(name for name in found if is_secret(name))
     return {name: value for name, value in found.items() if name not in secrets}, secrets
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron.provenance import git_commit
+
 from . import yaml_loader as flat_files
 from .hostfile import visible_devices
 from .nested import check_block
@@ -137,7 +139,7 @@ class NeoXArgs:
         for resolve in RESOLVERS:
             resolve(draft)
         if draft["git_hash"] is None:
-            draft.derive("git_hash", git_commit(Path(__file__).resolve().parents[2]), "the repository")
+            draft.derive("git_hash", (git_commit(Path(__file__).resolve().parents[2]) or "")[:9] or None, "the repository")
         sections = _sections(draft)
         for problem in broken_rules(draft):
             draft.refuse(problem, spoils=False)
@@ -199,22 +201,3 @@ def _sections(draft: ResolutionState) -> dict[str, Any]:
             for problem in value_problems(section, error, values):
                 draft.refuse(problem)
     return made
-
-
-def git_commit(root: Path) -> str | None:
-    """First 9 digits of the commit checked out in `root`, read without running git; None where there is none."""
-    try:
-        git = root / ".git"
-        if git.is_file():
-            git = (root / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        if not head.startswith("ref:"):
-            return head[:9]
-        ref = head.removeprefix("ref:").strip()
-        common = git / (git / "commondir").read_text(encoding="utf-8").strip() if (git / "commondir").is_file() else git
-        if (common / ref).is_file():
-            return (common / ref).read_text(encoding="utf-8").strip()[:9]
-        packed = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
-        return next((line.split()[0][:9] for line in packed if line.endswith(f" {ref}")), None)
-    except OSError:
-        return None

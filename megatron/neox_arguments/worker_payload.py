@@ -7,11 +7,10 @@ import base64
 import binascii
 import json
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 from megatron.errors import ConfigError
-from megatron.launch.environment import SECRET_NAME
+from megatron.secrets import secret_names
 
 # Linux takes at most 128 KiB in one argument; larger texts are compressed.
 PLAIN_LIMIT = 96 * 1024
@@ -53,17 +52,3 @@ def decode(text: str, flag: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{flag} holds {type(values).__name__}, not a mapping", where=flag, fix="leave this flag to deepy.py")
     return values
-
-
-def secret_names(values: object, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all values, nested ones included, whose name says that they are secret and that are not empty."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            name = f"{prefix}.{key}" if prefix else str(key)
-            if isinstance(value, str) and value and SECRET_NAME.search(str(key)):
-                yield name
-            else:
-                yield from secret_names(value, name)
-    elif isinstance(values, list):
-        for index, value in enumerate(values):
-            yield from secret_names(value, f"{prefix}[{index}]")

@@ -15,6 +15,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from megatron.errors import DataError
+from megatron.hub.client import snapshot
+from megatron.hub.retry import STARTING
 from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, require_encodable, spans
 
 # Looked up among the tokenizer's own special tokens, in this order, when no file names the token.
@@ -263,20 +265,5 @@ def _other_family(folder: Path) -> str:
 
 def from_hub(name: str, kind: str = "HFGPT2Tokenizer", where: str = "vocab_file") -> Path:
     """The folder of a tokenizer of the Hub, its chat template included. Raises DataError where there is none."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise DataError(
-            f"{kind}: there is no folder {name}, and huggingface_hub is not installed",
-            where=where,
-            fix="give a local folder",
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f"{kind}: {name!r} is neither a folder nor a tokenizer the Hub would give: {type(error).__name__}",
-            where=where,
-            fix="give the folder of a saved tokenizer; offline, download it first",
-        ) from error
+    fix = f"{kind}: give the folder of a saved tokenizer; offline, download it first"
+    return snapshot(name, HUB_FILES, folders=True, where=where, fix=fix, patience=STARTING)

@@ -23,8 +23,8 @@ from megatron.checkpoint.mapping.families.registry import family_named
 from megatron.checkpoint.mapping.rows import Bound, bound_rows
 from megatron.checkpoint.saving.streaming import Later, streaming
 from megatron.checkpoint.steps.manifest import Manifest, write_manifest
-from megatron.checkpoint.steps.provenance import code_version
 from megatron.mpu.sharding import Replicated, split
+from megatron.provenance import code_version
 
 _EMPTY = (
     "optimizer",

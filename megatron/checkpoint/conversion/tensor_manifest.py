@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron.atomic_io import new_digest
 from megatron.checkpoint.formats.hf_files import read_json, write_json
-from megatron.checkpoint.steps.provenance import code_version
 from megatron.log import get_logger
+from megatron.provenance import code_version
 
 log = get_logger(__name__)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from megatron.checkpoint.exporting.hf_export import Export
 from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.retention import EXPORTING
 from megatron.checkpoint.steps.step_dirs import step_of
+from megatron.hub.background_queue import BackgroundQueue
 from megatron.log import get_logger
 
 log = get_logger(__name__)
@@ -37,18 +37,13 @@ class Exporter:
         self.export = export
         self.every = every
         self.failures = 0
-        self._wanted = threading.Event()
-        self._idle = threading.Event()
-        self._lock = threading.Lock()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, name="export", daemon=True)
+        self._queue = BackgroundQueue("export", self._left, self._attempt)
 
     def start(self) -> None:
         """Begin; what an earlier start left is taken up."""
         for line in recover(self.directory / FOLDER):
             log.warning("%s: %s", self.directory / FOLDER, line)
-        self._wanted.set()
-        self._thread.start()
+        self._queue.start()
 
     def published(self, folder: Path) -> None:
         """A checkpoint has got its name; returns at once."""
@@ -62,56 +57,31 @@ class Exporter:
         except OSError as error:  # a full disk, say: the checkpoint is there, and training goes on
             self._failed(folder.name, error)
             return
-        with self._lock:
-            self._idle.clear()
-            self._wanted.set()
+        self._queue.wake()
 
     def drain(self, *, hurried: Callable[[], bool] = lambda: False, early_s: float = 0.0) -> bool:
         """Wait until everything is exported; returns whether it is. The thread has ended, or ends with the process.
 
         hurried: whether the process was told to end; then it waits no longer than early_s from there
         """
-        told_at, deadline = time.monotonic(), float("inf")
-        if not self._idle.is_set() and self._thread.is_alive():
+        if self._queue.busy:
             log.info("waiting for the export of %s", ", ".join(self._left()) or "nothing")
-        while self._thread.is_alive() and not self._idle.wait(0.1):
-            now = time.monotonic()
-            if deadline == float("inf") and hurried():
-                deadline = now + early_s
-            if now - told_at >= PROGRESS_S:
-                told_at = now
-                log.info("  still exporting %s", ", ".join(self._left()))
-            if now >= deadline:
-                break
-        self.stop()
-        left = self._left()
-        if left:
-            log.error("not exported yet: %s; the next start of this run does it", ", ".join(left))
-        return not left
+        done = self._queue.drain(hurried=hurried, early_s=early_s, report=self._report, report_s=PROGRESS_S)
+        if not done:
+            log.error("not exported yet: %s; the next start of this run does it", ", ".join(self._left()))
+        return done
 
     def stop(self) -> None:
         """Begin no further one."""
-        self._stopped = True
-        self._wanted.set()
+        self._queue.stop()
+
+    def _report(self) -> None:
+        log.info("  still exporting %s", ", ".join(self._left()))
 
     def _left(self) -> list[str]:
         place = self.directory / EXPORTING
         names = [entry.name for entry in place.iterdir()] if place.is_dir() else []
         return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
-
-    def _work(self) -> None:
-        while True:
-            self._wanted.wait()
-            if self._stopped:
-                return
-            self._wanted.clear()
-            for tag in self._left():
-                if self._stopped:
-                    return
-                self._attempt(tag)
-            with self._lock:
-                if not self._wanted.is_set():
-                    self._idle.set()
 
     def _attempt(self, tag: str) -> None:
         step, marker = self.directory / tag, self.directory / EXPORTING / tag

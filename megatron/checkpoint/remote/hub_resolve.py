@@ -12,6 +12,8 @@ from pathlib import Path
 
 from megatron.atomic_io import digest_of, new_digest
 from megatron.errors import CheckpointError
+from megatron.hub.client import snapshot
+from megatron.hub.retry import STARTING
 from megatron.log import get_logger
 from megatron.mpu.collectives import of_all_ranks, on_every_rank, on_first_rank
 from megatron.mpu.groups import Group
@@ -133,42 +135,15 @@ def _require_folder(directory: Path, load: str) -> None:
 
 def _download(address: HFAddress, load: str, *, offline: bool = False) -> Path:
     """The hub's snapshot of a model on this host; files that are there already are not sent again."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    def refused(what: str, fix: str) -> CheckpointError:
-        return CheckpointError(what, where=f"load: {load}", fix=fix)
-
     if not offline:
         log.info("looking for %s on the Hugging Face hub%s", address.name, f" at {address.revision}" if address.revision else "")
-    try:
-        return Path(
-            snapshot_download(
-                address.name, revision=address.revision, allow_patterns=list(FILES), ignore_patterns=["*/*"], local_files_only=offline
-            )
-        )
-    except GatedRepoError as error:
-        fix = "accept its terms on its page at huggingface.co, and log in (`hf auth login`, or HF_TOKEN)"
-        raise refused(f"the owner of {address.name} asks for consent first", fix) from error
-    except RevisionNotFoundError as error:
-        raise refused(f"{address.name} has no revision {address.revision}", "give a branch, tag or commit of it") from error
-    except RepositoryNotFoundError as error:
-        fix = f"{_MEND}; for a private one log in (`hf auth login`, or HF_TOKEN)"
-        raise refused(f"there is neither a folder {address.name} nor a model of this name on the hub", fix) from error
-    except LocalEntryNotFoundError as error:
-        # Also what a host without a network says, and one with HF_HUB_OFFLINE.
-        fix = f"download it where there is a network (`hf download {address.name}`) and share HF_HOME, or copy it and give its folder"
-        raise refused(
-            f"there is no folder {address.name}, and no model of this name in the hub's cache, with no way to the hub", fix
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise refused(
-            f"{address.name} cannot be downloaded: {reason}", "try again, or download it elsewhere and give its folder"
-        ) from error
+    return snapshot(
+        address.name,
+        FILES,
+        revision=address.revision,
+        offline=offline,
+        where=f"load: {load}",
+        fix=_MEND,
+        error_type=CheckpointError,
+        patience=STARTING,
+    )

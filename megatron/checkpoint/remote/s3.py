@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron import fault_injection
 from megatron.atomic_io import Entry, new_digest
 from megatron.errors import BackendError, CheckpointError, ConfigError
 from megatron.log import get_logger
+from megatron.secrets import redact
 
 log = get_logger(__name__)
 
@@ -91,12 +91,7 @@ def open_client() -> Any:
         retries = {"total_max_attempts": ATTEMPTS, "mode": "standard"}
         return session.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
     except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"S3 cannot be used: {told(error)}", where=KEY, fix=fix) from error
-
-
-def told(error: Exception) -> str:
-    """An error's text without what an address may carry before its host."""
-    return re.sub(r"//[^/@\s]*@", "//***@", str(error))
+        raise ConfigError(f"S3 cannot be used: {redact(str(error))}", where=KEY, fix=fix) from error
 
 
 class S3Prefix:
@@ -131,16 +126,16 @@ class S3Prefix:
         except ClientError as error:
             status = _status(error)
             if status >= 500:
-                log.error("S3 does not answer properly; uploads are tried all the same: %s", told(error))
+                log.error("S3 does not answer properly; uploads are tried all the same: %s", redact(str(error)))
                 return
-            what = {404: "there is no such bucket", 403: "access to the bucket is denied"}.get(status, told(error))
+            what = {404: "there is no such bucket", 403: "access to the bucket is denied"}.get(status, redact(str(error)))
             raise ConfigError(
                 f"{self.address} cannot be used: {what}",
                 where=KEY,
                 fix="correct s3_path, create the bucket, or use credentials that may list, read and write it",
             ) from error
         except BotoCoreError as error:
-            log.error("S3 cannot be reached; uploads are tried all the same: %s", told(error))
+            log.error("S3 cannot be reached; uploads are tried all the same: %s", redact(str(error)))
 
     def has(self, name: str, entry: Entry, checksum: str | None = None) -> bool:
         """Whether the object of a file is there with the right size and digest.

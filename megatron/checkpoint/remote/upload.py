@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron.atomic_io import Entry, digest_of, sync_folder, write_durably
-from megatron.checkpoint.remote.s3 import Address, S3Prefix, Stopped, told
+from megatron.checkpoint.remote.s3 import Address, S3Prefix, Stopped
 from megatron.checkpoint.steps.manifest import MANIFEST, read_manifest
 from megatron.checkpoint.steps.retention import UPLOADING
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps, step_of, step_tag
 from megatron.errors import CheckpointError
+from megatron.hub.background_queue import BackgroundQueue
 from megatron.log import get_logger
+from megatron.secrets import redact
 
 log = get_logger(__name__)
 
@@ -52,16 +54,13 @@ class Uploader:
 
     def __init__(self, directory: Path, client: Any, address: Address, *, part_bytes: int) -> None:
         self.directory = directory
-        self.place = S3Prefix(client, address, part_bytes=part_bytes, stopped=lambda: self._stopped, moved=self._count)
+        self.place = S3Prefix(client, address, part_bytes=part_bytes, stopped=lambda: self._queue.stopped, moved=self._count)
         self.failures = 0
-        self._wanted = threading.Event()
-        self._idle = threading.Event()
         self._lock = threading.Lock()
-        self._stopped = False
         self._moved = 0
         self._total = 0
         self._now: str | None = None
-        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._queue = BackgroundQueue("upload", lambda: marked(directory), self._attempt)
 
     def start(self) -> None:
         """Begin; what an earlier start left is taken up."""
@@ -70,16 +69,12 @@ class Uploader:
             # Also where the process ended between publishing and marking. What is there already is not sent again.
             self._mark(step_tag(newest))
         log.info("checkpoints are copied to %s; looked through first: %s", self.place.address, ", ".join(marked(self.directory)) or "none")
-        self._wanted.set()
-        self._thread.start()
+        self._queue.start()
 
     def published(self, folder: Path) -> None:
         """A checkpoint has got its name; returns at once."""
-        if not self._mark(folder.name):
-            return
-        with self._lock:
-            self._idle.clear()
-            self._wanted.set()
+        if self._mark(folder.name):
+            self._queue.wake()
 
     def drain(self, *, patience_s: float, hurried: Callable[[], bool] = lambda: False, early_s: float = 0.0) -> bool:
         """Wait until everything is uploaded; returns whether it is. The thread has ended, or ends with the process.
@@ -87,32 +82,21 @@ class Uploader:
         patience_s: give up when nothing moves for so long
         hurried:    whether the process was told to end; then it waits no longer than early_s from there
         """
-        told_at = moved_at = time.monotonic()
-        deadline: float | None = None
-        moved = self._moved
-        if not self._idle.is_set() and self._thread.is_alive():
+        if self._queue.busy:
             log.info("waiting for uploads to %s: %s", self.place.address, ", ".join(marked(self.directory)))
-        while self._thread.is_alive() and not self._idle.wait(0.1):
-            now = time.monotonic()
-            if self._moved != moved:
-                moved, moved_at = self._moved, now
-            if now - told_at >= PROGRESS_S:
-                told_at = now
-                log.info("  uploading %s: %.1f of %.1f MiB", self._now, self._moved / 2**20, self._total / 2**20)
-            if deadline is None and hurried():
-                deadline = now + early_s
-            if now - moved_at > patience_s or (deadline is not None and now >= deadline):
-                break
-        self.stop()
-        left = marked(self.directory)
-        if left:
-            log.error("not uploaded yet: %s; the next start of this run goes on with it", ", ".join(left))
-        return not left
+        done = self._queue.drain(
+            hurried=hurried, early_s=early_s, patience_s=patience_s, progress=lambda: self._moved, report=self._report, report_s=PROGRESS_S
+        )
+        if not done:
+            log.error("not uploaded yet: %s; the next start of this run goes on with it", ", ".join(marked(self.directory)))
+        return done
 
     def stop(self) -> None:
         """Give up at the next part; what was sent stays."""
-        self._stopped = True
-        self._wanted.set()
+        self._queue.stop()
+
+    def _report(self) -> None:
+        log.info("  uploading %s: %.1f of %.1f MiB", self._now, self._moved / 2**20, self._total / 2**20)
 
     def _mark(self, tag: str) -> bool:
         try:
@@ -121,18 +105,6 @@ class Uploader:
             self._failed(tag, error)
             return False
         return True
-
-    def _work(self) -> None:
-        while True:
-            self._wanted.wait()
-            if self._stopped:
-                return
-            self._wanted.clear()
-            for tag in marked(self.directory):
-                self._attempt(tag)
-            with self._lock:
-                if not self._wanted.is_set():
-                    self._idle.set()
 
     def _attempt(self, tag: str) -> None:
         folder, marker = self.directory / tag, self.directory / UPLOADING / tag
@@ -188,7 +160,7 @@ class Uploader:
 
     def _failed(self, tag: str, error: Exception) -> None:
         self.failures += 1
-        log.error("upload of %s to %s failed (it is tried again later): %s", tag, self.place.address, told(error))
+        log.error("upload of %s to %s failed (it is tried again later): %s", tag, self.place.address, redact(str(error)))
 
     def _count(self, number: int) -> None:
         with self._lock:

@@ -15,14 +15,13 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron.data.fingerprint import digest_of
-from megatron.data.hf.retry import asked_wait
 from megatron.errors import DataError
+from megatron.hub.retry import Sleep, asked_wait
 from megatron.log import get_logger
 
 log = get_logger(__name__)
@@ -33,7 +32,6 @@ TRIES = 6
 LONGEST_WAIT_S = 600.0
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 206, 416
-Wait = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Remote:
     sha256: str | None = None
 
 
-def fetch(remote: Remote, folder: Path, *, again: bool = False, wait: Wait = time.sleep) -> Path:
+def fetch(remote: Remote, folder: Path, *, again: bool = False, wait: Sleep = time.sleep) -> Path:
     """The file in `folder`, downloaded unless it is there. Raises DataError when it cannot be had whole, or is not what it was."""
     path = folder / remote.file_name
     if path.exists() and not again:
@@ -95,7 +93,7 @@ def _check(path: Path, remote: Remote) -> None:
         )
 
 
-def _download(remote: Remote, out: IO[bytes], path: Path, wait: Wait) -> None:
+def _download(remote: Remote, out: IO[bytes], path: Path, wait: Sleep) -> None:
     """Everything that is still missing into `out`."""
     tries = 0
     while True:

@@ -19,7 +19,6 @@ from megatron.data.hf.encoding import TEMPLATED, Opened, encoding_of, open_token
 from megatron.data.hf.local import local_source
 from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.hf.request import PrepareRequest, check
-from megatron.data.hf.retry import hidden
 from megatron.data.hf.scan import count, export
 from megatron.data.hf.stage_cache import PrepareStage, Result, StageCache
 from megatron.data.indexed_dataset import data_file, index_file
@@ -29,7 +28,9 @@ from megatron.data.preprocess.resumable_output import Counts
 from megatron.data.preprocess.sources import Files, RecordSource
 from megatron.data.preprocess.writer import Options, stream_prefix, write
 from megatron.errors import DataError, NeoXError
+from megatron.hub.retry import Sleep
 from megatron.log import get_logger
+from megatron.secrets import redact
 
 log = get_logger(__name__)
 Rows = Files | Arrays | hub.HubRows
@@ -55,7 +56,7 @@ class PreparedDataset:
     fresh: tuple[str, ...]
 
 
-def prepare(wish: PrepareRequest, *, wait: hub.Wait = time.sleep) -> PreparedDataset:
+def prepare(wish: PrepareRequest, *, wait: Sleep = time.sleep) -> PreparedDataset:
     """Write `<folder>/<folder's name>_<stream>_document.bin/.idx`, `dataset.jsonl` and `pipeline_results.json`, as wished.
 
     Raises DataError or ConfigError; then the results say status "failed" and why, unless nothing may be written.
@@ -66,7 +67,7 @@ def prepare(wish: PrepareRequest, *, wait: hub.Wait = time.sleep) -> PreparedDat
         findings = _Run(wish, ledger, wait).stages()
     except BaseException as error:
         what = error.what if isinstance(error, NeoXError) else f"{type(error).__name__}: {error}"
-        ledger.save("failed", error=hidden(what))
+        ledger.save("failed", error=redact(what))
         raise
     return PreparedDataset(ledger.save("completed", **findings), tuple(ledger.fresh))
 
@@ -79,7 +80,7 @@ def _head(wish: PrepareRequest) -> dict[str, Any]:
 class _Run:
     """One pass through the stages."""
 
-    def __init__(self, wish: PrepareRequest, ledger: StageCache, wait: hub.Wait) -> None:
+    def __init__(self, wish: PrepareRequest, ledger: StageCache, wait: Sleep) -> None:
         self.wish, self.ledger, self.wait = wish, ledger, wait
         self.options = Options(workers=wish.workers, skip_bad=wish.skip_bad)
 

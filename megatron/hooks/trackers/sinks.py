@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from megatron.errors import BackendError
 from megatron.log import get_logger
+from megatron.secrets import redact
 
 log = get_logger(__name__)
 
-_SECRETS = ("WANDB_API_KEY", "COMET_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _EXTRAS = MappingProxyType({"wandb": "wandb", "comet_ml": "comet", "tensorboard": "dev"})
 
 
@@ -64,15 +64,6 @@ class Guarded:
     def _drop(self, error: Exception) -> None:
         log.warning(f"{self.name} failed and gets no more metrics from this run (metrics.jsonl goes on): {redact(repr(error))}")
         self._sink = None
-
-
-def redact(text: str) -> str:
-    """`text` without the value of any key this process was given."""
-    for name in _SECRETS:
-        value = os.environ.get(name)
-        if value:
-            text = text.replace(value, "***")
-    return text
 
 
 def require(package: str, *, where: str) -> None:

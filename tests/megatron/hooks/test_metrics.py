@@ -21,7 +21,6 @@ from megatron.hooks.trackers.sinks import (
     TensorBoardSink,
     WandbSink,
     WandbSpec,
-    redact,
     require,
     wandb_key_found,
 )
@@ -128,7 +127,7 @@ def test_a_failing_tracker_is_dropped_and_tells_no_secret(monkeypatch: pytest.Mo
     sink.close()
     (line,) = out.getvalue().splitlines()
     assert "W&B failed" in line and "canary" not in line and "***" in line
-    assert redact("x") == "x" and wandb_key_found("https://api.wandb.ai")
+    assert wandb_key_found("https://api.wandb.ai")
     with pytest.raises(BackendError, match="not installed"):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         require("comet_ml", where="use_comet")

@@ -164,7 +164,7 @@ def test_every_failure_says_what_to_do(tmp_path: Path) -> None:
         (lambda: open_gpt2_bpe(str(tmp_path / "empty.json"), str(tmp_path / "empty.json")), "are not a BPE vocabulary", "download"),
         (lambda: open_gpt2_bpe(str(tmp_path / "empty.json"), None), "needs `merge_file`", "merges.txt"),
         (lambda: open_hf_gpt2(str(merges)), "holds neither", "folder"),
-        (lambda: open_hf_gpt2("no-such-user/no-such-tokenizer"), "neither a folder nor", "offline"),
+        (lambda: open_hf_gpt2("no-such-user/no-such-tokenizer"), "no folder no-such-user/no-such-tokenizer", "offline"),
     ]
     for call, what, fix in cases:
         with pytest.raises(DataError) as caught:

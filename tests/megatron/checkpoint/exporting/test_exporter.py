@@ -69,7 +69,7 @@ def test_training_does_not_wait_and_deletion_does(tmp_path: Path) -> None:
     assert removable(tmp_path, keep=1) == []
     assert not work.drain(hurried=lambda: True) and marked(tmp_path) == [f"global_step{step}" for step in (1, 2, 3, 4)]
     fake.go.set()
-    work._thread.join(20)
+    work._queue.join(20)
     assert fake.done == ["global_step1"], "stopped, it begins no further one"
     again = Fake()
     again.go.set()

@@ -109,7 +109,7 @@ def test_what_was_sent_before_an_interruption_is_not_sent_again(store: Store, tm
     assert not first.drain(patience_s=30) and markers(tmp_path) == ["global_step10"]
     sent = sum(request == "UploadPart" for request, _ in store.asked)
     assert 0 < sent < 4 and "runs/run/global_step10/MANIFEST.json" not in store.objects()
-    first._thread.join(30)
+    first._queue.join(30)
     monkeypatch.undo()
     store.asked.clear()
     assert uploaded(store, tmp_path).done
@@ -158,7 +158,7 @@ def test_a_file_that_changed_on_disk_is_not_uploaded(store: Store, tmp_path: Pat
     made = uploader(store, tmp_path)
     made.start()
     made.published(bad)
-    assert not made._idle.wait(0) and made._idle.wait(30)
+    assert not made._queue.wait_idle(0) and made._queue.wait_idle(30)
     assert made.failures >= 1 and "not what its manifest says" in caplog.text
     assert not {"runs/run/latest", "runs/run/global_step10/MANIFEST.json"} & set(store.objects())
     (bad / "mp_rank_00_model_states.pt").write_bytes(whole)

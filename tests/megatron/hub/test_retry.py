@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
 import pytest
 
-from megatron.data.hf.retry import hidden, is_limit, patiently
 from megatron.errors import DataError
+from megatron.hub.retry import is_limit, retry_busy
 
 
 @dataclass
@@ -38,7 +39,7 @@ def failing(errors: list[Exception]) -> object:
 
 def waits_for(errors: list[Exception]) -> list[float]:
     waits: list[float] = []
-    assert patiently(failing(errors), "it", wait=waits.append) == 7  # type: ignore[arg-type]
+    assert retry_busy(failing(errors), "it", sleep=waits.append) == 7  # type: ignore[arg-type]
     return waits
 
 
@@ -63,13 +64,21 @@ def test_what_led_to_an_error_is_looked_at() -> None:
 def test_it_gives_up_after_ten_tries_and_at_once_for_other_errors() -> None:
     waits: list[float] = []
     with pytest.raises(DataError, match="10 times") as caught:
-        patiently(failing([HubError("HTTP 429")] * 20), "org/name", wait=waits.append)  # type: ignore[arg-type]
+        retry_busy(failing([HubError("HTTP 429")] * 20), "org/name", sleep=waits.append)  # type: ignore[arg-type]
     assert len(waits) == 9 and caught.value.where == "org/name"
     with pytest.raises(HubError, match="404"):
-        patiently(failing([HubError("404", Response(404))]), "it", wait=waits.append)  # type: ignore[arg-type]
+        retry_busy(failing([HubError("404", Response(404))]), "it", sleep=waits.append)  # type: ignore[arg-type]
     assert len(waits) == 9
 
 
-def test_tokens_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_abc")
-    assert hidden("Bearer hf_abc is wrong") == "Bearer $HF_TOKEN is wrong"
+def test_a_busy_server_and_a_broken_connection_are_tried_again_soon() -> None:
+    assert waits_for([HubError("x", Response(503, {"Retry-After": "7"})), HubError("x", Response(503))]) == [7, 2]
+    assert waits_for([ConnectionResetError("gone")] * 2) == [1, 2]
+    waits: list[float] = []
+    with pytest.raises(ConnectionResetError):
+        retry_busy(failing([ConnectionResetError("gone")] * 9), "it", sleep=waits.append)  # type: ignore[arg-type]
+    unknown = ConnectionError("no host")
+    unknown.__cause__ = socket.gaierror(-2, "Name or service not known")
+    with pytest.raises(ConnectionError):
+        retry_busy(failing([unknown]), "it", sleep=waits.append)  # type: ignore[arg-type]
+    assert waits == [1, 2]

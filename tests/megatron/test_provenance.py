@@ -7,8 +7,9 @@ import doctest
 import subprocess
 from pathlib import Path
 
-from megatron.checkpoint.steps import provenance
-from megatron.checkpoint.steps.provenance import HIDDEN, code_version, git_commit, without_secrets
+from megatron import secrets
+from megatron.provenance import code_version, git_commit
+from megatron.secrets import HIDDEN, redact_mapping
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -35,7 +36,7 @@ def test_the_commit_is_the_one_git_tells(tmp_path: Path) -> None:
 
 
 def test_no_secret_is_kept() -> None:
-    assert doctest.testmod(provenance).failed == 0
+    assert doctest.testmod(secrets).failed == 0
     environ = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/srv/somebody", "HF_TOKEN": "abc"}
     config = {
         "wandb_api_key": "k" * 40,
@@ -46,7 +47,7 @@ def test_no_secret_is_kept() -> None:
         "command": ["run", "--key=0123456789abcdef"],
         "deepspeed_config": {"secret": "s", "depth": {"password": "p"}},
     }
-    clean = without_secrets(config, environ)
+    clean = redact_mapping(config, environ)
     assert clean == {
         **config,
         "wandb_api_key": HIDDEN,
