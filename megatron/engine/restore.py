@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes up a run's whole state from a checkpoint folder (saving.py wrote it). Knows no configuration object."""
+"""Takes up a run's whole state from a checkpoint folder (checkpointer.py wrote it). Knows no configuration object."""
 
 from __future__ import annotations
 

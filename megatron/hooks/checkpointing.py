@@ -17,7 +17,7 @@ FAILURES = "checkpoint_failures"
 
 
 class Checkpoints(Protocol):
-    """Writes checkpoints (engine/checkpointer.py: Saver). All ranks call each method together, except `abandon`."""
+    """Writes checkpoints (engine/checkpointer.py: Checkpointer). All ranks call each method together, except `abandon`."""
 
     saved: int | None
     failures: int

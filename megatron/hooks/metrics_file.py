@@ -28,7 +28,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _mend_tail(path)
+        _repair_tail(path)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
 
@@ -76,7 +76,7 @@ def _parse(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "iteration" in row else None
 
 
-def _mend_tail(path: Path) -> None:
+def _repair_tail(path: Path) -> None:
     """End the file with a whole line: complete a row that lacks only its newline, cut off a torn one."""
     if not path.exists() or path.stat().st_size == 0:
         return

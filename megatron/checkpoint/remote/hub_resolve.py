@@ -21,7 +21,7 @@ log = get_logger(__name__)
 PREFIX = "hf:"
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_MEND = "write hf:<folder that a Hugging Face model was saved to>, or hf:<owner>/<name>[@revision] for a model of the hub"
+_FIX = "write hf:<folder that a Hugging Face model was saved to>, or hf:<owner>/<name>[@revision] for a model of the hub"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def parse(load: str) -> HFAddress:
             f"a folder has no revisions, and '{revision}' is asked for", where=f"load: {load}", fix=f"load: {PREFIX}{name}"
         )
     if not _ID.match(name):
-        raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", fix=_MEND)
+        raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", fix=_FIX)
     return given
 
 
@@ -159,7 +159,7 @@ def _download(address: HFAddress, load: str, *, offline: bool = False) -> Path:
     except RevisionNotFoundError as error:
         raise refused(f"{address.name} has no revision {address.revision}", "give a branch, tag or commit of it") from error
     except RepositoryNotFoundError as error:
-        fix = f"{_MEND}; for a private one log in (`hf auth login`, or HF_TOKEN)"
+        fix = f"{_FIX}; for a private one log in (`hf auth login`, or HF_TOKEN)"
         raise refused(f"there is neither a folder {address.name} nor a model of this name on the hub", fix) from error
     except LocalEntryNotFoundError as error:
         # Also what a host without a network says, and one with HF_HUB_OFFLINE.
