@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron.checkpoint.exporting.exporter import Exporter
+from megatron.checkpoint.conversion.exporting.exporter import Exporter
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.hooks.norms import Send
