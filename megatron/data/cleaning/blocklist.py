@@ -85,7 +85,7 @@ class BlockListed:
     sha256: str
     name: str = "blocklist"
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Reads the list again, in the process that does the work."""
         entries = read_blocklist(Path(self.path))
         if entries.sha256 != self.sha256:

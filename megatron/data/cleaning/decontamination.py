@@ -134,7 +134,7 @@ class Decontaminate:
     tasks: tuple[str, ...]
     name: str = "decontaminate"
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Loads the index."""
         with np.load(self.index, allow_pickle=False) as found:
             index = {key: found[key] for key in found.files}

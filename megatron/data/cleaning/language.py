@@ -73,12 +73,12 @@ class ByFunctionWords:
     languages: tuple[str, ...]
     name: str = "language"
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Drops other and unknown languages."""
 
         def judge(document: Document) -> str | None:
             code, _ = guess(document.text)
-            stats.change(self.name, f"found {code}")
+            stage_stats.change(self.name, f"found {code}")
             return None if code in self.languages else code
 
         return judge
@@ -92,13 +92,13 @@ class ByFastText:
     threshold: float
     name: str = "language"
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """datatrove's filter; its model is downloaded once."""
         kept = datatrove().language_filter(list(self.languages), self.threshold)
 
         def judge(document: Document) -> str | None:
             code, right = kept(document.text)
-            stats.change(self.name, f"found {code}")
+            stage_stats.change(self.name, f"found {code}")
             return None if right else code
 
         return judge

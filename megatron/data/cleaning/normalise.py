@@ -32,7 +32,7 @@ class Normalise:
     ftfy: bool = False
     name: str = "normalise"
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Drops what is empty afterwards."""
         fix = None
         if self.ftfy:
@@ -43,7 +43,7 @@ class Normalise:
         def judge(document: Document) -> str | None:
             text = normalised(fix(document.text) if fix is not None else document.text)
             if text != document.text:
-                stats.change(self.name, "documents")
+                stage_stats.change(self.name, "documents")
                 document.text = text
             return None if text.strip() else "empty"
 

@@ -132,19 +132,19 @@ class MaskPII:
     code: Code | None = None
     name: str = "pii"
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Keeps every document."""
 
         def judge(document: Document) -> None:
             if self.code is not None and self.code.holds(document.record):
-                stats.change(self.name, "left alone: code")
+                stage_stats.change(self.name, "left alone: code")
                 return
             counts: Counter[str] = Counter()
             document.text = mask_text(document.text, counts)
             for name, count in counts.items():
-                stats.change(self.name, name, count)
+                stage_stats.change(self.name, name, count)
             if counts:
-                stats.change(self.name, "documents")
-                stats.show_change(self.name, document)
+                stage_stats.change(self.name, "documents")
+                stage_stats.show_change(self.name, document)
 
         return judge

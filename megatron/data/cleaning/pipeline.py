@@ -24,7 +24,7 @@ OUTPUT = "output"
 class DocumentSource(Protocol):
     """Where a segment's documents come from."""
 
-    def read(self, rank: int, stats: StageStats) -> Iterator[Document]:
+    def read(self, rank: int, stage_stats: StageStats) -> Iterator[Document]:
         """This task's documents, in order."""
 
 
@@ -32,29 +32,29 @@ class DocumentSource(Protocol):
 class Segment:
     """A source and stages; a step of an executor's pipeline.
 
-    stats: folder the counts go to, one file per task; mask: personal data is hidden in examples
+    stage_stats: folder the counts go to, one file per task; mask: personal data is hidden in examples
     """
 
     source: DocumentSource
     stages: tuple[DocumentStage, ...]
-    stats: str
+    stage_stats: str
     mask: bool = False
 
     def __call__(self, data: object, rank: int, world_size: int) -> Iterator[Document]:
         """The documents that every stage kept."""
-        stats = StageStats(mask_text if self.mask else None)
-        judges = [(stage.name, stage.open(stats)) for stage in self.stages]
-        for document in self.source.read(rank, stats):
+        stage_stats = StageStats(mask_text if self.mask else None)
+        judges = [(stage.name, stage.open(stage_stats)) for stage in self.stages]
+        for document in self.source.read(rank, stage_stats):
             for name, judge in judges:
-                stats.entered(name, len(document.text))
+                stage_stats.entered(name, len(document.text))
                 verdict = judge(document)
                 if verdict is not None:
                     rule, note = (verdict, "") if isinstance(verdict, str) else verdict
-                    stats.drop(name, rule, document, note)
+                    stage_stats.drop(name, rule, document, note)
                     break
             else:
                 yield document
-        stats.save(Path(self.stats) / f"{rank:05d}.json")
+        stage_stats.save(Path(self.stage_stats) / f"{rank:05d}.json")
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class Stored:
     stage: str
     rule: str
 
-    def read(self, rank: int, stats: StageStats) -> Iterator[Document]:
+    def read(self, rank: int, stage_stats: StageStats) -> Iterator[Document]:
         """This task's documents, in order."""
         gone = removed_of(Path(self.removed), rank)
         with (Path(self.folder) / f"{rank:05d}.jsonl").open("rb") as file:
             for index, line in enumerate(file):
                 document = Document.unpack(line)
-                stats.entered(self.stage, len(document.text))
+                stage_stats.entered(self.stage, len(document.text))
                 if index in gone:
-                    stats.drop(self.stage, self.rule, document)
+                    stage_stats.drop(self.stage, self.rule, document)
                 else:
                     yield document
 
@@ -116,21 +116,21 @@ class WriteLines:
 
     folder: str
     text_key: str
-    stats: str
+    stage_stats: str
     compress: bool = False
 
     def __call__(self, data: Iterable[Document], rank: int, world_size: int) -> Iterator[Document]:
         """Passes nothing on."""
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stats = StageStats()
+        stage_stats = StageStats()
         name = f"part-{rank:05d}.jsonl" + (".gz" if self.compress else "")
         with (folder / name).open("wb") as raw, _packed(raw, self.compress) as file:
             for document in data:
                 document.record[self.text_key] = document.text
                 file.write(orjson.dumps(document.record, option=orjson.OPT_APPEND_NEWLINE))
-                stats.entered(OUTPUT, len(document.text))
-        stats.save(Path(self.stats) / f"{rank:05d}.json")
+                stage_stats.entered(OUTPUT, len(document.text))
+        stage_stats.save(Path(self.stage_stats) / f"{rank:05d}.json")
         return iter(())
 
 

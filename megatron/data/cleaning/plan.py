@@ -94,13 +94,13 @@ class _Planner:
         self.stats_folders: list[str] = []
 
     def _stats_folder(self) -> str:
-        stats = str(self.work / "books" / str(len(self.stats_folders)))
-        self.stats_folders.append(stats)
-        return stats
+        stage_stats = str(self.work / "books" / str(len(self.stats_folders)))
+        self.stats_folders.append(stage_stats)
+        return stage_stats
 
     def _segment(self) -> Segment:
-        stats = self._stats_folder()
-        segment = Segment(self.source, tuple(self.stages), stats, self.settings.pii)
+        stage_stats = self._stats_folder()
+        segment = Segment(self.source, tuple(self.stages), stage_stats, self.settings.pii)
         self.stages = []
         return segment
 
@@ -152,13 +152,13 @@ class _Planner:
         form = self.settings.form
         output, lines = str(self.work / "output"), str(self.work / "lines")
         key = self.settings.text_key
-        segment, stats = self._segment(), self._stats_folder()
+        segment, stage_stats = self._segment(), self._stats_folder()
         if form is not Form.PARQUET:
-            self._add("write", segment, WriteLines(output, key, stats, form is Form.JSONL_GZ))
+            self._add("write", segment, WriteLines(output, key, stage_stats, form is Form.JSONL_GZ))
             return
         # One schema for all shards: it is known once every record was seen.
         schemas = str(self.work / "schemas")
-        self._add("write", segment, WriteLines(lines, key, stats))
+        self._add("write", segment, WriteLines(lines, key, stage_stats))
         self._add("schema", GatherSchema(lines, schemas))
         self._add("parquet", WriteParquet(lines, schemas, output))
 

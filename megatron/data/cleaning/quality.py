@@ -34,7 +34,7 @@ class Quality:
     stop_words: tuple[str, ...] | None = None
     name: str = "quality"
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """The rules' names come from datatrove."""
         rules = datatrove().quality_filters([one.value for one in Filter if one in self.filters], self.stop_words)
 
@@ -48,7 +48,7 @@ class Quality:
                     document.text = before
                     return f"{name}: {reason}" if reason else name
             if document.text != before:
-                stats.change(self.name, "documents with lines cut by c4")
+                stage_stats.change(self.name, "documents with lines cut by c4")
             return None
 
         return judge

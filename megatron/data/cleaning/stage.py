@@ -20,5 +20,5 @@ class DocumentStage(Protocol):
     def name(self) -> str:
         """As the report calls it."""
 
-    def open(self, stats: StageStats) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Load what is needed, in the process that does the work."""
