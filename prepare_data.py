@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare the corpus; 0, or the error's exit code."""
     given = parser().parse_args(argv)
     setup_logging()
-    wish = CorpusRequest(
+    request = CorpusRequest(
         corpus=given.dataset,
         data_dir=Path(given.data_dir),
         tokenizer_type=TokenizerKind(given.tokenizer) if given.tokenizer else None,
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         again=given.force_redownload,
     )
     try:
-        done = prepare(wish)
+        done = prepare(request)
     except NeoXError as error:
         print(error.report(), file=sys.stderr)
         return error.exit_code

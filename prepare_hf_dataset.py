@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def wish_of(given: argparse.Namespace) -> PrepareRequest:
+def request_of(given: argparse.Namespace) -> PrepareRequest:
     """What the flags ask for."""
     wanted = As(given.wanted) if given.wanted else None
     if given.midtrain_chat_messages:
@@ -131,8 +131,8 @@ def report(done: PreparedDataset, *, writes: bool) -> str:
 
 def main(argv: list[str]) -> int:
     """Run the stages; print what came of them."""
-    wish = wish_of(parser().parse_args(argv))
-    print(report(prepare(wish), writes=not wish.count_only))
+    request = request_of(parser().parse_args(argv))
+    print(report(prepare(request), writes=not request.count_only))
     print("status: completed")
     return 0
 

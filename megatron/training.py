@@ -14,7 +14,7 @@ import torch
 
 from megatron import fault_injection
 from megatron.checkpoint.build import choose_source, compared_args, own_folder
-from megatron.checkpoint.exporting.build import require_exportable
+from megatron.checkpoint.conversion.exporting.build import require_exportable
 from megatron.checkpoint.steps.verify import Verify
 from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import DataSplits, build_data

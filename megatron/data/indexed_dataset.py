@@ -74,7 +74,7 @@ def infer_impl(prefix: str | Path) -> str:
     path = index_file(prefix)
     for part in (path, data_file(prefix)):
         if not part.is_file():
-            raise DataError(f"dataset file {part} does not exist", where=str(prefix), fix=_missing_mend(str(prefix)))
+            raise DataError(f"dataset file {part} does not exist", where=str(prefix), fix=_missing_fix(str(prefix)))
     with path.open("rb") as file:
         magic = file.read(len(MAGIC))
     if magic == MAGIC:
@@ -90,7 +90,7 @@ def infer_impl(prefix: str | Path) -> str:
     )
 
 
-def _missing_mend(prefix: str) -> str:
+def _missing_fix(prefix: str) -> str:
     if prefix.endswith((".bin", ".idx")):
         return "give the path without .bin or .idx"
     folder = Path(prefix).parent

@@ -34,7 +34,7 @@ from megatron.mpu.collectives import any_ranks, of_all_ranks, on_first_rank, to_
 
 log = get_logger(__name__)
 
-_MEND = "see that there is room and that the folder can be written; the checkpoints before are untouched, and the run resumes from them"
+_FIX = "see that there is room and that the folder can be written; the checkpoints before are untouched, and the run resumes from them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class Checkpointer:
         if last or self._in_a_row > self.failures_allowed:
             how_often = "" if last else f" ({self._in_a_row} in a row; checkpoint_failures_allowed: {self.failures_allowed})"
             what = f"the checkpoint of step {begun.iteration} was not saved{how_often}:\n" + "\n".join(f"    {line}" for line in problems)
-            raise SaveError(what, where=str(self.directory), fix=_MEND)
+            raise SaveError(what, where=str(self.directory), fix=_FIX)
 
     def abandon(self, error: BaseException) -> None:
         """The run ends by an exception: a single process finishes what is under way, several discard it. Does not raise.

@@ -30,7 +30,7 @@ from megatron.mpu.topology import Topology
 log = get_logger(__name__)
 
 
-# Rendezvous of this process in the job and where all of them meet.
+# Place of this process in the job and where all of them meet.
 Rendezvous = Rendezvous
 
 

@@ -45,9 +45,7 @@ def compare_forward(stored: Mapping[str, Any], now: Tensor, folder: Path) -> Non
         log.warning("%s holds no logits of a fixed input, so there is nothing to compare the model with", folder)
         return
     if before.shape != now.shape:
-        raise CheckpointError(
-            f"logits of the fixed input: {list(before.shape)} stored, {list(now.shape)} now", where=str(folder), fix=_MEND
-        )
+        raise CheckpointError(f"logits of the fixed input: {list(before.shape)} stored, {list(now.shape)} now", where=str(folder), fix=_FIX)
     exact = before.dtype == now.dtype == torch.float32
     difference = float((before.float() - now.float()).abs().max())
     largest = float(before.float().abs().max())
@@ -57,9 +55,9 @@ def compare_forward(stored: Mapping[str, Any], now: Tensor, folder: Path) -> Non
             f"the model read from the checkpoint is not the one that was saved: its logits differ by up to {difference:.3g} "
             f"(largest logit {largest:.3g})",
             where=str(folder),
-            fix=_MEND,
+            fix=_FIX,
         )
     log.info("the forward pass of a fixed input gives the logits of the checkpoint (largest difference %.3g)", difference)
 
 
-_MEND = "use the configuration the checkpoint was trained with; `checkpoint_validation_with_forward_pass: false` skips this check"
+_FIX = "use the configuration the checkpoint was trained with; `checkpoint_validation_with_forward_pass: false` skips this check"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron import deepspeed_private as private
 from megatron.checkpoint.formats.neox_files import Gather, bookkeeping, copy_weights, model_ranks, tensor_ranks
 from megatron.checkpoint.formats.optimizer_files import read_optimizer, recorded
-from megatron.checkpoint.formats.partitions import LAYOUT_MEND, OptimizerShard
+from megatron.checkpoint.formats.partitions import LAYOUT_FIX, OptimizerShard
 from megatron.checkpoint.formats.state import LazyState, canonical_name
 from megatron.checkpoint.loading.merge_tp import Shard, Spreading, read_shards, width_over
 from megatron.engine.deepspeed_mpu import whole_while_written
@@ -180,7 +180,7 @@ def places_of(engine: Any, rank: int) -> Places:
     outer = engine.optimizer
     inner = private.inner_optimizer(outer)
     if private.is_on_nvme(outer):
-        raise CheckpointError("a checkpoint of another layout is not read into an optimizer kept on NVMe", fix=LAYOUT_MEND)
+        raise CheckpointError("a checkpoint of another layout is not read into an optimizer kept on NVMe", fix=LAYOUT_FIX)
     if engine.zero_optimization_stage() == 3:
         return PartitionPlaces(outer, inner.state, rank)
     if private.has_fragments(engine.module):
@@ -223,16 +223,16 @@ def refuse_other_optimizer(kind: str, stored: str | None) -> None:
     """
     if kind in BOUND or stored in BOUND:
         bound = kind if kind in BOUND else stored
-        raise CheckpointError(f"the optimizer {bound} goes on at the layout it was written at alone", fix=LAYOUT_MEND)
+        raise CheckpointError(f"the optimizer {bound} goes on at the layout it was written at alone", fix=LAYOUT_FIX)
     if stored not in (None, kind) and not any({stored, kind} <= alike for alike in ALIKE):
-        raise CheckpointError(f"the checkpoint is of another optimizer: {stored}, and this run's is {kind}", fix=OTHER_MEND)
+        raise CheckpointError(f"the checkpoint is of another optimizer: {stored}, and this run's is {kind}", fix=OTHER_FIX)
 
 
 def refuse_other_numbers(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> None:
     """Raise CheckpointError where this run's optimizer has a number of NUMBERS that the checkpoint's has not."""
     lacking = [key for key in NUMBERS if any(key in group for group in ours) and not any(key in group for group in theirs)]
     if theirs and lacking:
-        raise CheckpointError(f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}", fix=OTHER_MEND)
+        raise CheckpointError(f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}", fix=OTHER_FIX)
 
 
 def say_changed_numbers(stored: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -250,4 +250,4 @@ def _plain(value: Any) -> Any:
 NUMBERS = ("weight_decay", "betas", "eps", "momentum")
 """Optimizer numbers that a configuration gives."""
 
-OTHER_MEND = "set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`"
+OTHER_FIX = "set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`"

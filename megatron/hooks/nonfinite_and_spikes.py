@@ -25,7 +25,7 @@ NUMBERS = "numbers"
 ENOUGH_LOSSES = 10
 """A median of fewer losses (or of fewer than the window, if that is smaller) decides nothing."""
 
-_MEND = "resume from a checkpoint with a lower lr, a longer warmup or a smaller gradient_clipping, and look at the data of these samples"
+_FIX = "resume from a checkpoint with a lower lr, a longer warmup or a smaller gradient_clipping, and look at the data of these samples"
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -185,7 +185,7 @@ class NumbersHook(BaseHook):
             if record.in_a_row <= self.plan.nonfinite_limit:
                 return f"not finite: {what}, {where}: no update ({record.skipped_nonfinite} such steps so far)"
             what += f"; {record.in_a_row} steps in a row made no update (nonfinite_limit: {self.plan.nonfinite_limit})"
-        self.error = DivergenceError(f"not finite: {what}", where=where, fix=_MEND)
+        self.error = DivergenceError(f"not finite: {what}", where=where, fix=_FIX)
         return ""
 
     def _compare(self, state: TrainState, loss: float, samples: Ranges) -> str:
@@ -210,13 +210,13 @@ class NumbersHook(BaseHook):
         if self.plan.spike is Policy.ROLLBACK:
             return self._go_back(what, where, first - 1, all_samples)
         if self.plan.spike is Policy.STOP:
-            self.error = DivergenceError(what, where=where, fix=_MEND)
+            self.error = DivergenceError(what, where=where, fix=_FIX)
         return f"{what}, {where}"
 
     def _go_back(self, what: str, where: str, before: int, samples: Ranges) -> str:
         if self.record.rollbacks >= self.plan.rollback_limit:
             what += f"; the run went back {self.record.rollbacks} times already (rollback_limit: {self.plan.rollback_limit})"
-            self.error = DivergenceError(what, where=where, fix=_MEND)
+            self.error = DivergenceError(what, where=where, fix=_FIX)
             return ""
         self.record.wanted = RollbackRequest(before=before, samples=Skipped().with_ranges(samples).ranges)
         return f"{what}, {where}: going back"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The watcher of ranks on another machine, started by ssh, mpirun or srun. Tells the launcher what happens.
 
-python -m megatron.launch.agent                      the ranks of a host, described on stdin (see reach.py)
+python -m megatron.launch.agent                      the ranks of a host, described on stdin (see ssh_agent.py)
 python -m megatron.launch.agent --task ARGV...       one rank, whose place mpirun or srun has put into the environment
 """
 

@@ -42,17 +42,17 @@ INSTALL = {
 class Launched:
     """One launcher program and the agents behind it.
 
-    ledger:   takes the events
+    rank_events:   takes the events
     received: signals to this process, appended to by their handler
     """
 
-    def __init__(self, plan: LaunchPlan, environ: Mapping[str, str], ledger: RankEvents, received: list[int]) -> None:
+    def __init__(self, plan: LaunchPlan, environ: Mapping[str, str], rank_events: RankEvents, received: list[int]) -> None:
         self.plan = plan
-        self.ledger = ledger
+        self.rank_events = rank_events
         self.received = received
         self.environ = {**environ, **plan.env}
         self.folder = Path(tempfile.mkdtemp(prefix="neox-launch-")) if plan.launcher == "pdsh" else None
-        self.wires = Wires(ledger.note) if plan.launcher in ("openmpi", "mpich", "slurm") else None
+        self.wires = Wires(rank_events.note) if plan.launcher in ("openmpi", "mpich", "slurm") else None
         self._lines = Lines()
         self._partial: dict[int, bytes] = {}
         self._handled = 0
@@ -130,7 +130,7 @@ class Launched:
             self._order(process, f"signal {int(signum)}")
             if self._handled > PATIENCE:
                 self._end_at = now
-        if self._stop_at is None and (failures := self.ledger.failures()):
+        if self._stop_at is None and (failures := self.rank_events.failures()):
             # Of a lost host nothing more will be heard.
             self._stop_at = now + (AGENT_GRACE_S if failures[0].what == "failed" else 0.0)
         if self._stop_at is not None and self._end_at is None and now >= self._stop_at:
@@ -151,7 +151,7 @@ class Launched:
             process.send_signal(signal.SIGTERM)
 
     def _pass_on(self, fd: int, data: bytes, out: BinaryIO) -> None:
-        """Whole lines to `out`, events to the ledger. data: empty at the end of the stream"""
+        """Whole lines to `out`, events to `rank_events`. data: empty at the end of the stream"""
         *whole, rest = (self._partial.get(fd, b"") + data).split(b"\n")
         pieces = [line + b"\n" for line in whole]
         # A progress bar ends its lines with \r; at the end of the stream, what is left is a line too.
@@ -168,7 +168,7 @@ class Launched:
             piece = line[before:]
             taken = self._lines.take(piece.decode(errors="replace"))
             if isinstance(taken, Event):
-                self.ledger.note(taken)
+                self.rank_events.note(taken)
             elif taken is not None:
                 out.write(piece)
         out.flush()

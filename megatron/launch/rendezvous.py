@@ -20,7 +20,7 @@ PART = r"(?:[^,\[\]\s]|\[[^\[\]]*\])+"
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """Rendezvous of this process in the job and where all of them meet."""
+    """This process's rank in the job, and the address where all ranks meet."""
 
     rank: int = 0
     local_rank: int = 0

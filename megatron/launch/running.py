@@ -23,22 +23,22 @@ def run(plan: LaunchPlan, environ: Mapping[str, str], *, told: Callable[[str], o
     A rank's own exit status comes through, such as 75 from ranks that were told to stop and have saved; a rank killed by signal n gives
     128 + n, and so does a signal n to us about which the ranks say nothing.
     """
-    ledger = RankEvents(plan.places())
+    rank_events = RankEvents(plan.places())
     base = {name: value for name, value in environ.items() if name not in PRIVATE or name == "CUDA_VISIBLE_DEVICES"}
     with noting_signals(HANDED_ON) as received:
-        code = _run_here(plan, base, ledger, received) if not plan.argv else Launched(plan, base, ledger, received).run()
-    left = ledger.left()
-    ledger.close(failed=code != 0 and not received and left is None)
-    if report := ledger.report():
+        code = _run_here(plan, base, rank_events, received) if not plan.argv else Launched(plan, base, rank_events, received).run()
+    left = rank_events.left()
+    rank_events.close(failed=code != 0 and not received and left is None)
+    if report := rank_events.report():
         told(report)
-    if any(not failure.consequence for failure in ledger.failures()):
-        return ledger.status()
+    if any(not failure.consequence for failure in rank_events.failures()):
+        return rank_events.status()
     if left is not None:
         return left
-    return SIGNALLED + received[0] if received else ledger.status() or shell_status(code)
+    return SIGNALLED + received[0] if received else rank_events.status() or shell_status(code)
 
 
-def _run_here(plan: LaunchPlan, environ: Mapping[str, str], ledger: RankEvents, received: list[int]) -> int:
+def _run_here(plan: LaunchPlan, environ: Mapping[str, str], rank_events: RankEvents, received: list[int]) -> int:
     """The ranks as our own children."""
     (host,) = plan.hosts
     base = {**environ, **plan.env}
@@ -52,7 +52,7 @@ def _run_here(plan: LaunchPlan, environ: Mapping[str, str], ledger: RankEvents, 
             rank=rank, local_rank=rank, world_size=size, local_size=size, master_addr=plan.master_addr, master_port=plan.master_port
         )
         ranks.append(Rank(number=rank, argv=plan.worker, environment={**base, **seat.environment()}))
-    supervisor = Supervisor(host.name, ledger.note)
+    supervisor = Supervisor(host.name, rank_events.note)
     handled = 0
     try:
         supervisor.start(ranks)

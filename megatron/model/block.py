@@ -45,7 +45,7 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(spec.mlp, tp=tp, defer_reduce=defer)
 
     def forward(self, stream: LayerState, cache: LayerCache | None = None) -> LayerState:
-        """hidden [b, s, h], segment_ids [b, s] -> the same shapes. In place of segment_ids, the `Documents` made of them may come.
+        """hidden [b, s, h], segment_ids [b, s] -> the same shapes. In place of segment_ids, the `PackedSequences` made of them may come.
 
         Of hidden this rank has its part: s is divided by the context ranks, and by the tensor ranks where they spread the sequence.
         """

@@ -163,7 +163,7 @@ def _check(
         elif value is not None and not (relaxed and value == "auto"):
             value, wanted = _fit(value, kind)
             if wanted:
-                problems.append(Problem(f"{where} is {shown(value)}", allowed=wanted, fix=_mend(value, kind), keys=(top, where)))
+                problems.append(Problem(f"{where} is {shown(value)}", allowed=wanted, fix=_fix_for(value, kind), keys=(top, where)))
         checked[name] = value
     return checked
 
@@ -197,7 +197,7 @@ def _is_beta(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
-def _mend(value: Any, kind: Kind) -> str:
+def _fix_for(value: Any, kind: Kind) -> str:
     if kind in (NUM, INT) and isinstance(value, str):
         return "write the number without quotes"
     if isinstance(kind, tuple):

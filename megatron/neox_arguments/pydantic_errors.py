@@ -56,10 +56,10 @@ def _value_problem(key: str, value: Any, field: FieldInfo, places: list[tuple[An
     what = f"{key} is {shown(value)}"
     if element is not None and isinstance(value, list) and element < len(value):
         what += f", of which entry {element + 1}, {shown(value[element])}, does not fit"
-    return Problem(what, allowed=allowed(field), closest=near, fix=_mend(key, value, field, near), keys=(key,))
+    return Problem(what, allowed=allowed(field), closest=near, fix=_fix_for(key, value, field, near), keys=(key,))
 
 
-def _mend(key: str, value: Any, field: FieldInfo, near: str | None) -> str:
+def _fix_for(key: str, value: Any, field: FieldInfo, near: str | None) -> str:
     kinds = allowed(field)
     if near:
         return f"write {near}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of derived values as pure functions. Knows no draft, no file and no pydantic."""
+"""Arithmetic of derived values as pure functions. Knows no resolution state, no file and no pydantic."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivations on a draft, one function per group of keys. Knows no file; the arithmetic is in resolve.py."""
+"""Derivations on a state, one function per group of keys. Knows no file; the arithmetic is in resolve.py."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ log = get_logger(__name__)
 STALE_AFTER_S = 900.0
 """A compile takes a minute, on a busy machine six; a lock this old has been left behind by a process that was killed."""
 
-MEND = "use type: Adam (fused on CPU too) or cpu_torch_adam, or reinstall DeepSpeed with DS_BUILD_CPU_ADAM=1"
+FIX = "use type: Adam (fused on CPU too) or cpu_torch_adam, or reinstall DeepSpeed with DS_BUILD_CPU_ADAM=1"
 
 
 def cpu_adam(groups: list[dict[str, Any]], numbers: dict[str, Any]) -> Optimizer:
@@ -48,7 +48,7 @@ def compile_operator(builder: Any) -> None:
     from torch.utils import cpp_extension
 
     if not builder.is_compatible(verbose=False):
-        raise BackendError(f"cpu_adam cannot be compiled here: {builder.error_log or 'no reason given'}", where="optimizer.type", fix=MEND)
+        raise BackendError(f"cpu_adam cannot be compiled here: {builder.error_log or 'no reason given'}", where="optimizer.type", fix=FIX)
     folder = Path(cpp_extension._get_build_directory(builder.name, False))
     built = (folder / f"{builder.name}.so").exists()
     log.info("cpu_adam: %s DeepSpeed's operator in %s", "loading" if built else "compiling (a minute or more)", folder)
@@ -57,7 +57,7 @@ def compile_operator(builder: Any) -> None:
         try:
             builder.load(verbose=False)
         except Exception as error:  # whatever a compiler says
-            raise BackendError(f"cpu_adam's operator could not be compiled: {error}", where="optimizer.type", fix=MEND) from error
+            raise BackendError(f"cpu_adam's operator could not be compiled: {error}", where="optimizer.type", fix=FIX) from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.cleaning.backend import trove  # noqa: E402
+from megatron.data.cleaning.backend import datatrove  # noqa: E402
 from megatron.data.cleaning.minhash_dedup import Keep  # noqa: E402
 from megatron.data.cleaning.pii import Code  # noqa: E402
 from megatron.data.cleaning.quality import Filter  # noqa: E402
@@ -142,7 +142,7 @@ def _settings(given: argparse.Namespace) -> CleaningSettings:
 
 def _runner(given: argparse.Namespace) -> Runner:
     if given.executor == "local":
-        workers = trove().cpus() if given.workers is None else given.workers
+        workers = datatrove().cpus() if given.workers is None else given.workers
         if workers < 1:
             raise ConfigError(f"--workers {workers} cannot be", where="command line", fix="1 or more")
         return LocalTasks(workers)
@@ -150,7 +150,7 @@ def _runner(given: argparse.Namespace) -> Runner:
     binaries = Path(sys.executable).parent
     environment = f"export PATH={shlex.quote(str(binaries))}:$PATH PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}"
     return OnSlurm(
-        trove().Slurm(
+        datatrove().Slurm(
             partition=given.partition,
             time=given.time,
             workers=-1 if given.workers is None else given.workers,

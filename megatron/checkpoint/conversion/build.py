@@ -128,7 +128,7 @@ def rewrite(request: Rewrite) -> str:
     args, model = describe_step(step, request.configs, request.keys)
     layout = {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "load": str(out), "finetune": True}
     given = {key: value for key, value in args.given().items() if key not in (*ALONE, *layout, "config_files")}
-    text = render(f"{step}", {"Model and run": given, "OutputLayout and weights": layout})
+    text = render(f"{step}", {"Model and run": given, "Layout and weights": layout})
     args = args.replace(model_parallel_size=request.tensor, global_num_gpus=request.tensor)
     choice = _choice(request, args, step_of(step.name) or request.iteration)
     new = rewrite_neox(step, out, model, choice, finish=[_configs(text, choice.iteration)])
@@ -167,7 +167,7 @@ def describe_foreign(source: Foreign, out: Path, request: ToNeoX) -> tuple[NeoXA
     sections = {
         "Model": keys,
         "Tokenizer": tokenizer_keys(source.path, out / "tokenizer"),
-        "OutputLayout": {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "precision": precision},
+        "Layout": {"model_parallel_size": request.tensor, "pipe_parallel_size": request.pipe, "precision": precision},
         "The weights: a new run begins with them": {"load": str(out), "finetune": True},
         "Training: change what you like": TRAINING,
     }

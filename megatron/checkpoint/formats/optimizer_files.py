@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.checkpoint.formats.neox_files import bookkeeping_file, model_ranks, partition_files, read_weights, slot_of, tensor_ranks
 from megatron.checkpoint.formats.partitions import (
-    LAYOUT_MEND,
+    LAYOUT_FIX,
     OptimizerShard,
     fragments,
     named_shapes,
@@ -67,13 +67,13 @@ def _of_model_rank(folder: Path, model_rank: int, tensor_rank: int, taken: set[s
         groups, weights = (content.get(RECORD) or {}).get("groups"), read_weights(folder, tensor_rank)
         groups = groups or _told_by_order(content["optimizer"], {name: weights[name] for name in weights if name not in taken})
         if groups is None:
-            raise CheckpointError(NAMELESS, fix=LAYOUT_MEND)
+            raise CheckpointError(NAMELESS, fix=LAYOUT_FIX)
         return whole_optimizer(content["optimizer"], groups, weights)
     parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
     if "fp32_flat_groups" in parts[0]:
         return partitions(parts, named_shapes(content))
     if "param_slice_mappings" not in parts[0]:
-        raise CheckpointError(NAMELESS, fix=LAYOUT_MEND)
+        raise CheckpointError(NAMELESS, fix=LAYOUT_FIX)
     weights = read_weights(folder, tensor_rank)
     return fragments(parts, {name: tuple(tensor.shape) for name, tensor in weights.items()})
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron.checkpoint.formats.state import LazyState, canonical_name
 from megatron.errors import CheckpointError
 
-LAYOUT_MEND = "resume with the layout it was written with, or take the weights alone: `no_load_optim: true` keeps the position, "
-LAYOUT_MEND += "`finetune: true` starts anew"
+LAYOUT_FIX = "resume with the layout it was written with, or take the weights alone: `no_load_optim: true` keeps the position, "
+LAYOUT_FIX += "`finetune: true` starts anew"
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -94,7 +94,7 @@ def names_in_order(content: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
 def _other_shape(key: str, name: str, value: Tensor) -> CheckpointError:
     return CheckpointError(
         f"the optimizer's state {key} of {name} has the shape {tuple(value.shape)}, not the parameter's: it belongs to one layout",
-        fix=LAYOUT_MEND,
+        fix=LAYOUT_FIX,
     )
 
 

@@ -23,7 +23,7 @@ log = get_logger(__name__)
 PREFIX = "hf:"
 FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_MEND = "write hf:<folder that a Hugging Face model was saved to>, or hf:<owner>/<name>[@revision] for a model of the hub"
+_FIX = "write hf:<folder that a Hugging Face model was saved to>, or hf:<owner>/<name>[@revision] for a model of the hub"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def parse(load: str) -> HFAddress:
             f"a folder has no revisions, and '{revision}' is asked for", where=f"load: {load}", fix=f"load: {PREFIX}{name}"
         )
     if not _ID.match(name):
-        raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", fix=_MEND)
+        raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", fix=_FIX)
     return given
 
 
@@ -143,7 +143,7 @@ def _download(address: HFAddress, load: str, *, offline: bool = False) -> Path:
         revision=address.revision,
         offline=offline,
         where=f"load: {load}",
-        fix=_MEND,
+        fix=_FIX,
         error_type=CheckpointError,
         patience=STARTING,
     )

@@ -23,7 +23,7 @@ log = get_logger(__name__)
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 _THREADS = 4
-_MEND = "copy the checkpoint again, or choose another step with `iteration`"
+_FIX = "copy the checkpoint again, or choose another step with `iteration`"
 # Also of a folder that waits under a name like global_step10.partial.
 _STEP = re.compile(r"^global_step(\d+)(?:\.|$)")
 
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(f"the manifest cannot be read: {error}", where=str(path), fix=_MEND) from error
+        raise CheckpointError(f"the manifest cannot be read: {error}", where=str(path), fix=_FIX) from error
     try:
         content = json.loads(text)
         body = {key: value for key, value in content.items() if key != _DIGEST}
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     except (ValueError, AttributeError, RecursionError):
         damaged = True
     if damaged:
-        raise CheckpointError("the manifest is damaged", where=str(path), fix=_MEND)
+        raise CheckpointError("the manifest is damaged", where=str(path), fix=_FIX)
     if body.pop("format", None) != FORMAT:
         raise CheckpointError("the manifest is of a newer format", where=str(path), fix="use the version that wrote it, or a newer one")
     try:
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         named = {one.name: body[one.name] for one in fields(Manifest) if one.name not in ("files", "origin")}
         return Manifest(files=files, origin=origin, **named)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the manifest lacks what it must hold: {error}", where=str(path), fix=_MEND) from error
+        raise CheckpointError(f"the manifest lacks what it must hold: {error}", where=str(path), fix=_FIX) from error
 
 
 def problems_of(folder: Path, manifest: Manifest, *, digests: bool, only: Collection[str] | None = None) -> list[str]:

@@ -19,7 +19,7 @@ from megatron.data.chat.turns import Conversation, UnmaskableError, check_prefix
 from megatron.data.preprocess.encoders import UNTRAINED
 from megatron.tokenizer.spans import Spans, SpanTokenizer
 
-NEOX_MEND = "--turn-borders exact masks it"
+NEOX_FIX = "--turn-borders exact masks it"
 
 
 class Borders(str, Enum):
@@ -100,11 +100,11 @@ def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[
         try:
             part = template.render(talk.turns[:count], talk.tools, add_generation_prompt=prompting).text
         except RenderError as error:
-            raise UnmaskableError(f"the template refuses the first {count} turns alone: {error}; {NEOX_MEND}") from error
+            raise UnmaskableError(f"the template refuses the first {count} turns alone: {error}; {NEOX_FIX}") from error
         try:
             check_prefix(part, whole, talk, count)
         except UnmaskableError as error:
-            raise UnmaskableError(f"{error}; if only the generation prompt differs, {NEOX_MEND}") from error
+            raise UnmaskableError(f"{error}; if only the generation prompt differs, {NEOX_FIX}") from error
         texts.append(part)
     # The text of the whole conversation last: turns are cut from it, too.
     return (*texts, whole)

@@ -16,7 +16,7 @@ from megatron.data.chat.masks import Masked, close, count_trained, trained_token
 from megatron.data.chat.records import answered, common_turns, fixed
 from megatron.data.chat.sources import IDS, NOTHING, ChatFormat
 from megatron.data.chat.turns import Conversation, Marked, UnmaskableError, mark
-from megatron.data.preprocess.encoders import UNTRAINED, Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_mender
+from megatron.data.preprocess.encoders import UNTRAINED, Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
 from megatron.tokenizer.spans import Spans
 
 LENGTHS = "lengths"
@@ -57,7 +57,7 @@ class PairEncoder:
         self.source = source
         self.tokenizer = source.form.open_tokenizer()
         self.template = source.form.open_template()
-        self.fix = text_mender() if source.ftfy else None
+        self.fix = text_fixer() if source.ftfy else None
         self.keys = (source.chosen_key, source.rejected_key)
         self.streams: dict[str, StreamFormat] = {name: IDS for key in self.keys for name in (key, f"{key}_label")}
         self.streams[LENGTHS] = IDS

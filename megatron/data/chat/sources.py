@@ -18,7 +18,7 @@ from megatron.data.chat.masks import Borders, EncodingPlan, Masked, Masking, clo
 from megatron.data.chat.records import answered, fixed, reward_of, talk_of
 from megatron.data.chat.template import ChatTemplate
 from megatron.data.chat.turns import UnmaskableError
-from megatron.data.preprocess.encoders import Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_mender
+from megatron.data.preprocess.encoders import Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
 from megatron.tokenizer.hugging_face import from_hub
 from megatron.tokenizer.spans import SpanTokenizer
 
@@ -114,7 +114,7 @@ class ChatEncoder:
         self.source = source
         self.tokenizer = source.form.open_tokenizer()
         self.template = source.form.open_template()
-        self.fix = text_mender() if source.ftfy else None
+        self.fix = text_fixer() if source.ftfy else None
         self.streams: dict[str, StreamFormat] = {}
         for key in source.keys:
             self.streams[key] = IDS

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.errors import BackendError
 
 
-def trove() -> Any:
+def datatrove() -> Any:
     """The module that wraps datatrove. Raises BackendError naming the extra."""
     if importlib.util.find_spec("datatrove") is None:
         raise BackendError("cleaning runs on the package datatrove, which is not installed", fix="uv pip install 'megatron-neox[clean]'")

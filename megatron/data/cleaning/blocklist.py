@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
-from megatron.data.cleaning.stage_stats import Book
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.errors import DataError
 
 TOKEN = re.compile(r"\w+")
@@ -85,7 +85,7 @@ class BlockListed:
     sha256: str
     name: str = "blocklist"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Reads the list again, in the process that does the work."""
         entries = read_blocklist(Path(self.path))
         if entries.sha256 != self.sha256:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.sources import ByteRange, find_inputs, records
 from megatron.data.cleaning.stage import Judge
-from megatron.data.cleaning.stage_stats import Book
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.data.cleaning.words import hash_runs, hash_words, plain_words
 from megatron.errors import DataError
 
@@ -134,7 +134,7 @@ class Decontaminate:
     tasks: tuple[str, ...]
     name: str = "decontaminate"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Loads the index."""
         with np.load(self.index, allow_pickle=False) as found:
             index = {key: found[key] for key in found.files}

@@ -16,7 +16,7 @@ import orjson
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.pii import mask_text
 from megatron.data.cleaning.stage import DocumentStage
-from megatron.data.cleaning.stage_stats import Book
+from megatron.data.cleaning.stage_stats import StageStats
 
 OUTPUT = "output"
 
@@ -24,37 +24,37 @@ OUTPUT = "output"
 class DocumentSource(Protocol):
     """Where a segment's documents come from."""
 
-    def read(self, rank: int, book: Book) -> Iterator[Document]:
+    def read(self, rank: int, stage_stats: StageStats) -> Iterator[Document]:
         """This task's documents, in order."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """DocumentSource and stages; a step of an executor's pipeline.
+    """A source and stages; a step of an executor's pipeline.
 
-    book: folder the counts go to, one file per task; mask: personal data is hidden in examples
+    stage_stats: folder the counts go to, one file per task; mask: personal data is hidden in examples
     """
 
     source: DocumentSource
     stages: tuple[DocumentStage, ...]
-    book: str
+    stage_stats: str
     mask: bool = False
 
     def __call__(self, data: object, rank: int, world_size: int) -> Iterator[Document]:
         """The documents that every stage kept."""
-        book = Book(mask_text if self.mask else None)
-        judges = [(stage.name, stage.open(book)) for stage in self.stages]
-        for document in self.source.read(rank, book):
+        stage_stats = StageStats(mask_text if self.mask else None)
+        judges = [(stage.name, stage.open(stage_stats)) for stage in self.stages]
+        for document in self.source.read(rank, stage_stats):
             for name, judge in judges:
-                book.entered(name, len(document.text))
+                stage_stats.entered(name, len(document.text))
                 verdict = judge(document)
                 if verdict is not None:
                     rule, note = (verdict, "") if isinstance(verdict, str) else verdict
-                    book.drop(name, rule, document, note)
+                    stage_stats.drop(name, rule, document, note)
                     break
             else:
                 yield document
-        book.save(Path(self.book) / f"{rank:05d}.json")
+        stage_stats.save(Path(self.stage_stats) / f"{rank:05d}.json")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Stored:
-    """DocumentSource: what `Store` wrote, less the documents of a barrier's verdict.
+    """A source: what `Store` wrote, less the documents of a barrier's verdict.
 
     removed: folder of its .npy files of (task, index); stage, rule: what a drop is counted under
     """
@@ -88,15 +88,15 @@ class Stored:
     stage: str
     rule: str
 
-    def read(self, rank: int, book: Book) -> Iterator[Document]:
+    def read(self, rank: int, stage_stats: StageStats) -> Iterator[Document]:
         """This task's documents, in order."""
         gone = removed_of(Path(self.removed), rank)
         with (Path(self.folder) / f"{rank:05d}.jsonl").open("rb") as file:
             for index, line in enumerate(file):
                 document = Document.unpack(line)
-                book.entered(self.stage, len(document.text))
+                stage_stats.entered(self.stage, len(document.text))
                 if index in gone:
-                    book.drop(self.stage, self.rule, document)
+                    stage_stats.drop(self.stage, self.rule, document)
                 else:
                     yield document
 
@@ -116,21 +116,21 @@ class WriteLines:
 
     folder: str
     text_key: str
-    book: str
+    stage_stats: str
     compress: bool = False
 
     def __call__(self, data: Iterable[Document], rank: int, world_size: int) -> Iterator[Document]:
         """Passes nothing on."""
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        book = Book()
+        stage_stats = StageStats()
         name = f"part-{rank:05d}.jsonl" + (".gz" if self.compress else "")
         with (folder / name).open("wb") as raw, _packed(raw, self.compress) as file:
             for document in data:
                 document.record[self.text_key] = document.text
                 file.write(orjson.dumps(document.record, option=orjson.OPT_APPEND_NEWLINE))
-                book.entered(OUTPUT, len(document.text))
-        book.save(Path(self.book) / f"{rank:05d}.json")
+                stage_stats.entered(OUTPUT, len(document.text))
+        stage_stats.save(Path(self.stage_stats) / f"{rank:05d}.json")
         return iter(())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.data.cleaning.backend import trove
+from megatron.data.cleaning.backend import datatrove
 from megatron.data.cleaning.blocklist import BlockListed, read_blocklist
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.exact import RANGES, FindSame, Fingerprint
@@ -55,7 +55,7 @@ def plan(settings: CleaningSettings, reader: Reader, work: Path, output: Path, s
     extra = planner.last_stages()
     planner.write()
     said = settings.contents() | extra | said
-    planner.jobs.append(Job("publish", (Publish(str(work), str(output), said, tuple(planner.books)),), 1))
+    planner.jobs.append(Job("publish", (Publish(str(work), str(output), said, tuple(planner.stats_folders)),), 1))
     return planner.jobs
 
 
@@ -63,7 +63,7 @@ def _language(settings: CleaningSettings) -> list[DocumentStage]:
     if not settings.languages:
         return []
     if settings.identify is Identify.FASTTEXT:
-        trove().language_filter(list(settings.languages), settings.language_threshold)  # says now what is missing
+        datatrove().language_filter(list(settings.languages), settings.language_threshold)  # says now what is missing
         return [ByFastText(settings.languages, settings.language_threshold)]
     unknown = set(settings.languages) - set(FUNCTION_WORDS)
     if unknown:
@@ -83,7 +83,7 @@ def _stop_words(settings: CleaningSettings) -> tuple[str, ...] | None:
 
 
 class _Planner:
-    """Collects stages into a segment, and ends it at every barrier. books: folders with counts, in the order of the stages"""
+    """Collects stages into a segment, and ends it at every barrier. stats_folders: folders with counts, in the order of the stages"""
 
     def __init__(self, settings: CleaningSettings, work: Path, reader: Reader) -> None:
         self.settings = settings
@@ -91,16 +91,16 @@ class _Planner:
         self.source: DocumentSource = reader
         self.stages: list[DocumentStage] = []
         self.jobs: list[Job] = []
-        self.books: list[str] = []
+        self.stats_folders: list[str] = []
 
-    def _book(self) -> str:
-        book = str(self.work / "books" / str(len(self.books)))
-        self.books.append(book)
-        return book
+    def _stats_folder(self) -> str:
+        stage_stats = str(self.work / "books" / str(len(self.stats_folders)))
+        self.stats_folders.append(stage_stats)
+        return stage_stats
 
     def _segment(self) -> Segment:
-        book = self._book()
-        segment = Segment(self.source, tuple(self.stages), book, self.settings.pii)
+        stage_stats = self._stats_folder()
+        segment = Segment(self.source, tuple(self.stages), stage_stats, self.settings.pii)
         self.stages = []
         return segment
 
@@ -118,7 +118,7 @@ class _Planner:
         assert near is not None
         folder = self.work / "near"
         stored, signatures, pairs, removed = (str(folder / part) for part in ("documents", "signatures", "pairs", "removed"))
-        backend = trove()
+        backend = datatrove()
         minhash = backend.MinHash(near.ngram, near.bands, near.rows, self.settings.seed)
         self._add("near-sign", self._segment(), Store(stored), backend.Signatures(signatures, minhash))
         self.jobs.append(Job("near-pair", (backend.Buckets(signatures, pairs, minhash),), near.bands))
@@ -152,13 +152,13 @@ class _Planner:
         form = self.settings.form
         output, lines = str(self.work / "output"), str(self.work / "lines")
         key = self.settings.text_key
-        segment, book = self._segment(), self._book()
+        segment, stage_stats = self._segment(), self._stats_folder()
         if form is not Form.PARQUET:
-            self._add("write", segment, WriteLines(output, key, book, form is Form.JSONL_GZ))
+            self._add("write", segment, WriteLines(output, key, stage_stats, form is Form.JSONL_GZ))
             return
         # One schema for all shards: it is known once every record was seen.
         schemas = str(self.work / "schemas")
-        self._add("write", segment, WriteLines(lines, key, book))
+        self._add("write", segment, WriteLines(lines, key, stage_stats))
         self._add("schema", GatherSchema(lines, schemas))
         self._add("parquet", WriteParquet(lines, schemas, output))
 

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from megatron.data.cleaning.backend import trove
+from megatron.data.cleaning.backend import datatrove
 from megatron.data.cleaning.blocklist import read_blocklist
 from megatron.data.cleaning.plan import Job, plan
 from megatron.data.cleaning.publish import REPORT
@@ -43,12 +43,12 @@ class LocalTasks:
 
     def __call__(self, jobs: list[Job], work: Path) -> bool:
         """True: all is done."""
-        with trove().processes(self.workers) as pool:
+        with datatrove().processes(self.workers) as pool:
             for number, job in enumerate(jobs):
                 began = time.monotonic()
                 logs = work / "logs" / f"{number}-{job.name}"
                 said = began
-                for left in trove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool):
+                for left in datatrove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool):
                     if left and time.monotonic() - said >= SAY_EVERY_S:
                         said = time.monotonic()
                         log.info(f"{job.name}: {left} of {job.tasks} tasks left")
@@ -58,7 +58,7 @@ class LocalTasks:
 
 @dataclass(frozen=True)
 class OnSlurm:
-    """As array jobs, each after the one before. slurm: a trove.Slurm"""
+    """As array jobs, each after the one before. slurm: a datatrove.Slurm"""
 
     slurm: Any
 
@@ -68,8 +68,8 @@ class OnSlurm:
         for number, job in enumerate(jobs):
             logs = work / "logs" / f"{number}-{job.name}"
             logs.mkdir(parents=True, exist_ok=True)
-            last = trove().slurm_executor(job.steps, name=f"clean.{job.name}", tasks=job.tasks, logs=logs, slurm=self.slurm, after=last)
-        number_of_last = trove().submit(last, work / "submit.log")
+            last = datatrove().slurm_executor(job.steps, name=f"clean.{job.name}", tasks=job.tasks, logs=logs, slurm=self.slurm, after=last)
+        number_of_last = datatrove().submit(last, work / "submit.log")
         log.info(f"{len(jobs)} jobs submitted, the last one is {number_of_last or 'done already'}; logs: {work / 'logs'}")
         return False
 
@@ -79,7 +79,7 @@ def clean(inputs: Sequence[str], output: Path, settings: CleaningSettings, run: 
 
     An output of the same settings and inputs is not made again. Raises DataError when it is of others, or another run is making it.
     """
-    trove()
+    datatrove()
     output = output.absolute()
     files = find_inputs(inputs)
     reader = Reader(tuple(tuple(part) for part in divide(files, settings.tasks)), settings.text_key, settings.skip_bad)

@@ -18,7 +18,7 @@ from typing import IO, Any
 import orjson
 
 from megatron.data.cleaning.document import Document
-from megatron.data.cleaning.stage_stats import Book
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.errors import DataError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -102,17 +102,17 @@ class Reader:
     text_key: str
     skip_bad: int
 
-    def read(self, rank: int, book: Book) -> Iterator[Document]:
+    def read(self, rank: int, stage_stats: StageStats) -> Iterator[Document]:
         """Documents in order. Records that cannot be used are dropped and counted."""
         bad = 0
         for piece in self.pieces[rank]:
             for at, size, record in records(piece):
-                book.entered(STAGE, size)
+                stage_stats.entered(STAGE, size)
                 reason, document = self._document(record, at)
                 if document is not None:
                     yield document
                     continue
-                book.drop(STAGE, "bad record", Document("", at), reason)
+                stage_stats.drop(STAGE, "bad record", Document("", at), reason)
                 bad += 1
                 if bad > self.skip_bad:
                     raise DataError(

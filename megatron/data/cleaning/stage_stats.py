@@ -17,7 +17,7 @@ READ_FOR_EXAMPLE = 2000
 """An example is masked before it is cut; more than this of a text is never looked at."""
 
 
-class Book:
+class StageStats:
     """Counts of one task, or of a whole run.
 
     mask: hides personal data in the texts of examples; None where that is off
@@ -74,9 +74,9 @@ class Book:
         path.write_bytes(orjson.dumps(self.contents(), option=orjson.OPT_SORT_KEYS))
 
 
-def merged(paths: Iterable[Path]) -> Book:
-    """The sum of saved books; examples are the first ones, in the order of `paths`."""
-    total = Book()
+def merged(paths: Iterable[Path]) -> StageStats:
+    """The sum of saved statistics; examples are the first ones, in the order of `paths`."""
+    total = StageStats()
     for path in paths:
         part = orjson.loads(path.read_bytes())
         for stage, counts in part["stages"].items():

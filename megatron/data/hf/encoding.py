@@ -41,7 +41,7 @@ class Opened:
         return open_tokenizer(replace(self.ids, backend=TokenizerBackend.HF)).digest if self.ids else None
 
 
-def open_tokens(wish: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str]) -> Opened:
+def open_tokens(request: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str]) -> Opened:
     """Tokenizer and template as far as they are needed: `ids`, or templates. fetch: name on the Hub -> folder
 
     Raises ConfigError when one is needed and not given, or when the ids of one are wanted with the template of another.
@@ -49,7 +49,7 @@ def open_tokens(wish: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str
     templated = how in TEMPLATED
     if not ids and not templated:
         return Opened(None, None)
-    name = wish.tokenizer or wish.template_of
+    name = request.tokenizer or request.template_of
     if name is None:
         raise ConfigError(
             "no tokenizer is given",
@@ -58,16 +58,16 @@ def open_tokens(wish: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str
         )
     path = _here(name, fetch)
     if not templated:
-        return Opened(TokenizerSource(TokenizerKind.HF, path, backend=wish.backend), None)
-    speaker = _here(wish.template_of, fetch) if wish.template_of and wish.template_of != name else path
+        return Opened(TokenizerSource(TokenizerKind.HF, path, backend=request.backend), None)
+    speaker = _here(request.template_of, fetch) if request.template_of and request.template_of != name else path
     source, other = (TokenizerSource(TokenizerKind.HF, one) for one in (path, speaker))
     if speaker != path and open_tokenizer(source).digest != open_tokenizer(other).digest:
         raise ConfigError(
-            f"{name} and {wish.template_of} are different tokenizers: the template of one would be written with ids of the other",
+            f"{name} and {request.template_of} are different tokenizers: the template of one would be written with ids of the other",
             where="--vocab-file and --hf-tokenizer",
             fix="give one of them as --tokenizer, with --chat-template FILE where it has no template of its own",
         )
-    return Opened(replace(other, backend=wish.backend), chat_format(speaker, wish.template))
+    return Opened(replace(other, backend=request.backend), chat_format(speaker, request.template))
 
 
 def _here(name: str, fetch: Callable[[str], str]) -> str:

@@ -70,36 +70,36 @@ class PreparedCorpus:
     seconds: float
 
 
-def prepare(wish: CorpusRequest) -> PreparedCorpus:
+def prepare(request: CorpusRequest) -> PreparedCorpus:
     """Write `<data_dir>/<corpus>/<corpus>_text_document.bin/.idx`, and `tokenizer.json` where one is trained.
 
     Raises DataError for unknown corpora, failed downloads and missing tokenizer files.
     """
     start = time.monotonic()
-    corpus = find(wish.corpus)
-    folder = wish.data_dir / corpus.name
+    corpus = find(request.corpus)
+    folder = request.data_dir / corpus.name
     prefix = folder / corpus.name
     record = folder / f"{corpus.name}_prepared.json"
-    trained = _trains(corpus, wish)
-    source = _source(corpus, wish, folder)
+    trained = _trains(corpus, request)
+    source = _source(corpus, request, folder)
     asked = {
         "corpus": corpus.name,
         "tokenizer_type": source.kind.value,
         "vocab_file": source.vocab_file,
         "merge_file": source.merge_file,
-        "trained_vocab_size": (wish.vocab_size or corpus.vocab_size) if trained else None,
+        "trained_vocab_size": (request.vocab_size or corpus.vocab_size) if trained else None,
         "python": platform.python_version() if corpus.local else None,
     }
-    if not wish.again and (done := _read_record(record, asked)) is not None:
+    if not request.again and (done := _read_record(record, asked)) is not None:
         return PreparedCorpus(stream_prefix(prefix, "text"), source, done["documents"], done["tokens"], False, time.monotonic() - start)
     record.unlink(missing_ok=True)
     log.info("%s: %s", corpus.name, corpus.about)
-    documents = corpus.source(folder, again=wish.again)
+    documents = corpus.source(folder, again=request.again)
     if trained:
-        _train(corpus, documents, wish, folder)
+        _train(corpus, documents, request, folder)
     log.info("tokenising %s with %s", corpus.name, source.kind.value)
-    chosen = choose(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",)), workers=wish.workers)
-    options = Options(workers=wish.workers, about={"corpus": corpus.name, "about": corpus.about, "tokenizer": chosen.about})
+    chosen = choose(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",)), workers=request.workers)
+    options = Options(workers=request.workers, about={"corpus": corpus.name, "about": corpus.about, "tokenizer": chosen.about})
     texts_source = TextSource(chosen.source)
     encoder = texts_source.open(chosen.tokenizer) if chosen.tokenizer else None
     written = write(documents, texts_source, prefix, options, encoder=encoder)
@@ -108,28 +108,30 @@ def prepare(wish: CorpusRequest) -> PreparedCorpus:
     return PreparedCorpus(written.files["text"], source, written.documents["text"], written.tokens["text"], True, time.monotonic() - start)
 
 
-def _trains(corpus: Corpus, wish: CorpusRequest) -> bool:
+def _trains(corpus: Corpus, request: CorpusRequest) -> bool:
     return (
-        wish.vocab_file is None and wish.tokenizer_type in (None, TokenizerKind.HF) and (wish.vocab_size or corpus.vocab_size) is not None
+        request.vocab_file is None
+        and request.tokenizer_type in (None, TokenizerKind.HF)
+        and (request.vocab_size or corpus.vocab_size) is not None
     )
 
 
-def _source(corpus: Corpus, wish: CorpusRequest, folder: Path) -> TokenizerSource:
-    if _trains(corpus, wish):
+def _source(corpus: Corpus, request: CorpusRequest, folder: Path) -> TokenizerSource:
+    if _trains(corpus, request):
         return TokenizerSource(TokenizerKind.HF, str(folder / "tokenizer.json"))
-    kind = wish.tokenizer_type or (TokenizerKind.HF if wish.vocab_file and wish.merge_file is None else TokenizerKind.GPT2_BPE)
-    if kind is TokenizerKind.GPT2_BPE and wish.vocab_file is None and wish.merge_file is None:
-        vocab, merges = (fetch(remote, wish.data_dir) for remote in GPT2_FILES)
+    kind = request.tokenizer_type or (TokenizerKind.HF if request.vocab_file and request.merge_file is None else TokenizerKind.GPT2_BPE)
+    if kind is TokenizerKind.GPT2_BPE and request.vocab_file is None and request.merge_file is None:
+        vocab, merges = (fetch(remote, request.data_dir) for remote in GPT2_FILES)
         return TokenizerSource(kind, str(vocab), str(merges))
-    if kind is TokenizerKind.HF and wish.vocab_file is None:
+    if kind is TokenizerKind.HF and request.vocab_file is None:
         raise DataError(
             "HFTokenizer needs a tokenizer", where="--vocab-file", fix="give a tokenizer.json, or --vocab-size to train one on the corpus"
         )
-    return TokenizerSource(kind, wish.vocab_file, wish.merge_file)
+    return TokenizerSource(kind, request.vocab_file, request.merge_file)
 
 
-def _train(corpus: Corpus, documents: RecordSource, wish: CorpusRequest, folder: Path) -> None:
-    size = wish.vocab_size or corpus.vocab_size
+def _train(corpus: Corpus, documents: RecordSource, request: CorpusRequest, folder: Path) -> None:
+    size = request.vocab_size or corpus.vocab_size
     assert size is not None  # _trains
     log.info("training a BPE tokenizer with %d ids on %s", size, corpus.name)
     engine = train_bpe(texts(documents), vocab_size=size)

@@ -94,9 +94,9 @@ def default_folder(base: Path, data: Data) -> Path:
     return base / "_".join(part for part in (name, data.subset, split) if part)
 
 
-def check(wish: PrepareRequest) -> None:
+def check(request: PrepareRequest) -> None:
     """Raise ConfigError for wishes that contradict each other."""
-    columns = wish.columns
+    columns = request.columns
     if columns.join_columns and (columns.text_column or columns.as_written or columns.wanted not in (None, As.PRETRAIN, As.MIDTRAIN)):
         raise ConfigError("--join-columns makes plain text of other columns", where="command line", fix="give it alone")
     if columns.as_written and columns.wanted not in (None, As.PRETRAIN):
@@ -105,9 +105,9 @@ def check(wish: PrepareRequest) -> None:
             where="command line",
             fix="leave one of them out",
         )
-    if wish.count_only and not wish.count:
+    if request.count_only and not request.count:
         raise ConfigError("--count-only and --skip-count leave nothing to do", where="command line", fix="leave one of them out")
-    if wish.tokens.max_length is not None and wish.tokens.max_length < 1:
+    if request.tokens.max_length is not None and request.tokens.max_length < 1:
         raise ConfigError("--max-length must be 1 or more", where="command line", fix="give the tokens of a sample")
-    if min(wish.workers, wish.download_workers, wish.batch_rows) < 1 or wish.skip_bad < 0:
+    if min(request.workers, request.download_workers, request.batch_rows) < 1 or request.skip_bad < 0:
         raise ConfigError("numbers of workers and rows are 1 or more, --skip-bad 0 or more", where="command line", fix="see --help")

@@ -157,7 +157,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.keys = source.keys
         self.eod = tokenizer.eod if source.append_eod else None
-        self.fix = text_mender() if source.ftfy else None
+        self.fix = text_fixer() if source.ftfy else None
         dtype = best_dtype(None if source.wide else tokenizer.vocab_size)
         self.streams = {key: StreamFormat(dtype) for key in self.keys}
 
@@ -270,8 +270,8 @@ def _end_of(pattern: NDArray[Any], values: NDArray[Any]) -> int | None:
     return None
 
 
-def text_mender() -> Callable[[str], str]:
-    """Mends mis-decoded text."""
+def text_fixer() -> Callable[[str], str]:
+    """Fixes mis-decoded text."""
     import ftfy
 
     fix: Callable[[str], str] = ftfy.fix_text

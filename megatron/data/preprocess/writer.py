@@ -82,21 +82,21 @@ def write(
     if options.workers > 1:
         encoder = None  # the other processes have their own; this one does not hold its memory
     files = {stream: stream_prefix(prefix, stream) for stream in stored}
-    with ResumableOutput(prefix, files, asked=asked) as partial:
-        streams = {name: StreamFiles(partial.folder, name, stream) for name, stream in stored.items()}
+    with ResumableOutput(prefix, files, asked=asked) as output:
+        streams = {name: StreamFiles(output.folder, name, stream) for name, stream in stored.items()}
         try:
-            if not partial.publishing:
-                _fill(source, encoder, encoder_source, _Sinks(partial, streams), options)
-                partial.record(streams, partial.position, done=True)
-                partial.seal(streams, inputs, options.about, legacy=options.legacy)
-            partial.publish()
+            if not output.publishing:
+                _fill(source, encoder, encoder_source, _Sinks(output, streams), options)
+                output.record(streams, output.position, done=True)
+                output.seal(streams, inputs, options.about, legacy=options.legacy)
+            output.publish()
         except OSError as error:
-            raise _disk_error(error, partial) from error
+            raise _disk_error(error, output) from error
         finally:
             for stream in streams.values():
                 stream.close()
-        facts = partial.facts
-    return WrittenDataset(files, facts["tokens"], facts["documents"], partial.counts, partial.counts.seconds)
+        facts = output.facts
+    return WrittenDataset(files, facts["tokens"], facts["documents"], output.counts, output.counts.seconds)
 
 
 def open_encoder(source: EncoderSource, options: Options) -> Encoder:
@@ -120,31 +120,31 @@ def _asked(inputs: list[dict[str, Any]], encoder_source: EncoderSource, encoder:
 
 @dataclass
 class _Sinks:
-    partial: ResumableOutput
+    output: ResumableOutput
     streams: dict[str, StreamFiles]
 
 
 def _fill(source: RecordSource, encoder: Encoder | None, encoder_source: EncoderSource, sinks: _Sinks, options: Options) -> None:
-    """Everything from where the partial run stopped to the end of the source."""
-    partial, streams = sinks.partial, sinks.streams
-    partial.restore(streams)
-    if partial.done:
+    """Everything from where the unfinished run stopped to the end of the source."""
+    output, streams = sinks.output, sinks.streams
+    output.restore(streams)
+    if output.done:
         return
-    counts = partial.counts
+    counts = output.counts
     with ExitStack() as stack:
         progress = stack.enter_context(EncodingProgress(source.total_bytes, counts, options.log_interval, options.num_docs))
-        for done in encoded(source, encoder, encoder_source, partial.position, options):
+        for done in encoded(source, encoder, encoder_source, output.position, options):
             tally(counts, done, options.skip_bad)
             for name, part in done.batch.streams.items():
                 streams[name].append(part)
             progress.update(counts)
             if done.after is not None:
-                partial.position = done.after
-                partial.record_sometimes(streams)
+                output.position = done.after
+                output.record_sometimes(streams)
     if not any(stream.documents for stream in streams.values()):
         raise DataError(
             "no record gave a document" + _shown(counts.first_dropped),
-            where=str(partial.prefix),
+            where=str(output.prefix),
             fix="check the input: are its texts empty?",
         )
 
@@ -188,11 +188,11 @@ def _shown(places: list[tuple[str, str]]) -> str:
     return "".join(f"\n    {where}: {why}" for where, why in places)
 
 
-def _disk_error(error: OSError, partial: ResumableOutput) -> DataError:
+def _disk_error(error: OSError, output: ResumableOutput) -> DataError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return DataError(
         "the disk is full" if full else f"cannot write: {error.strerror or error}",
-        where=str(error.filename or partial.folder),
+        where=str(error.filename or output.folder),
         fix=f"{'free some space' if full else 'check disk and rights'} and run this again: it goes on where it stopped;"
-        f" or give up and remove {partial.folder}",
+        f" or give up and remove {output.folder}",
     )

@@ -61,7 +61,7 @@ class Walk:
     """The whole way round. length: of whole rows; scale: factor on q k."""
 
     plan: ContextPlan
-    sight: BlockMask
+    block_mask: BlockMask
     length: int
     scale: float
 
@@ -80,10 +80,10 @@ class Walk:
     def _against(self, own: slice, queries: range, visitors: tuple[range, ...]) -> Iterator[RingTile]:
         at = 0
         for run in visitors:
-            keys = self.sight.seen(queries, run)
+            keys = self.block_mask.seen(queries, run)
             if keys:
                 begin = at + keys.start - run.start
-                yield RingTile(own, slice(begin, begin + len(keys)), self.sight.mask(queries, keys))
+                yield RingTile(own, slice(begin, begin + len(keys)), self.block_mask.mask(queries, keys))
             at += len(run)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All rules in one list, and what of them a draft breaks. Knows no rule by content."""
+"""All rules in one list, and what of them a state breaks. Knows no rule by content."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RULES: Final[tuple[Rule, ...]] = (*MODEL_RULES, *PARALLEL_RULES, *RUN_RULES, *OP
 
 
 class Findings(Protocol):
-    """What rules need of a draft: values, and which keys are known to be wrong."""
+    """What rules need of a state: values, and which keys are known to be wrong."""
 
     values: dict[str, Any]
     bad: set[str]
 
 
-def broken_rules(draft: Findings) -> Iterator[Problem]:
+def broken_rules(state: Findings) -> Iterator[Problem]:
     """What every rule finds; a rule waits until the keys it needs are right by themselves."""
     for rule in RULES:
-        if draft.bad.isdisjoint(rule.needs) and all(draft.values[key] is not None for key in rule.needs):
-            yield from rule.check(draft.values)
+        if state.bad.isdisjoint(rule.needs) and all(state.values[key] is not None for key in rule.needs):
+            yield from rule.check(state.values)

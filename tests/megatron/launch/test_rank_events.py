@@ -45,26 +45,26 @@ def test_a_failing_rank_is_heard_in_its_own_words(tmp_path: Path, monkeypatch: p
 
 
 def test_the_first_cause_is_on_top() -> None:
-    ledger = RankEvents({0: "a", 1: "a", 2: "b", 3: "b"})
+    rank_events = RankEvents({0: "a", 1: "a", 2: "b", 3: "b"})
     for event in (
         failed(0, 1.0, "lost another rank: gloo\n  where: x", consequence=True),
         failed(3, 3.0, "Traceback (most recent call last):\n  File\nValueError: second", host="b"),
         failed(2, 2.0, "Traceback (most recent call last):\n  File\nValueError: first", host="b", code=5),
         Event(what="stopped", host="a", rank=1, code=-15),
     ):
-        ledger.note(event)
-    ledger.close(failed=True)
-    lines = ledger.report().splitlines()
+        rank_events.note(event)
+    rank_events.close(failed=True)
+    lines = rank_events.report().splitlines()
     assert lines[0] == "rank 2 on b failed first:" and lines[3] == "ValueError: first"
     assert lines[4:] == ["then rank 3 on b: ValueError: second", "then rank 0 on a: lost another rank: gloo"]
-    assert ledger.status() == 5
+    assert rank_events.status() == 5
 
 
 def test_the_same_words_are_told_once_and_a_lone_rank_needs_no_heading() -> None:
-    ledger = RankEvents({0: "a", 1: "a", 2: "a"})
+    rank_events = RankEvents({0: "a", 1: "a", 2: "a"})
     for rank in (2, 0, 1):
-        ledger.note(failed(rank, float(rank), "no such file"))
-    assert ledger.report().splitlines() == ["rank 0 on a (and ranks 1, 2 in the same way) failed first:", "no such file"]
+        rank_events.note(failed(rank, float(rank), "no such file"))
+    assert rank_events.report().splitlines() == ["rank 0 on a (and ranks 1, 2 in the same way) failed first:", "no such file"]
     alone = RankEvents({0: "a"})
     assert (alone.report(), alone.status()) == ("", 0)
     alone.note(failed(0, 0.0, "no such file", code=2))
@@ -72,11 +72,11 @@ def test_the_same_words_are_told_once_and_a_lone_rank_needs_no_heading() -> None
 
 
 def test_lost_hosts_and_silent_ranks_are_named() -> None:
-    ledger = RankEvents({0: "a", 1: "b", 2: "b"})
-    ledger.note(Event(what="ended", host="b", rank=2))
-    ledger.note(failed(0, 1.0, "lost another rank", consequence=True))
-    ledger.note(Event(what="lost", host="b", rank=None, at=9.0, code=1, text="lost: ssh"))
-    assert ledger.report().splitlines()[:2] == ["rank 1 on b failed first:", "lost: ssh"]
+    rank_events = RankEvents({0: "a", 1: "b", 2: "b"})
+    rank_events.note(Event(what="ended", host="b", rank=2))
+    rank_events.note(failed(0, 1.0, "lost another rank", consequence=True))
+    rank_events.note(Event(what="lost", host="b", rank=None, at=9.0, code=1, text="lost: ssh"))
+    assert rank_events.report().splitlines()[:2] == ["rank 1 on b failed first:", "lost: ssh"]
     silent = RankEvents({0: "a", 1: "b"})
     for rank, host in ((0, "a"), (1, "b")):
         silent.note(Event(what="started", host=host, rank=rank))
@@ -94,11 +94,13 @@ def test_the_report_begins_with_the_rank_that_a_text_is_about(tmp_path: Path) ->
     event = found(tmp_path / "note", host="a", rank=0, code=1)
     (line,) = lines_of(event, "s")
     assert Lines().take(line) == event
-    ledger = RankEvents({0: "a", 1: "b", 2: "b"})
-    ledger.note(failed(2, 0.0, "rank 2 on b waits", consequence=True))
-    ledger.note(event)
-    assert ledger.report() == ("rank 1 on b failed first:\nstuck: rank 1 on b has not been heard of\nthen rank 2 on a: rank 2 on b waits")
-    assert ledger.status() == 1
+    rank_events = RankEvents({0: "a", 1: "b", 2: "b"})
+    rank_events.note(failed(2, 0.0, "rank 2 on b waits", consequence=True))
+    rank_events.note(event)
+    assert rank_events.report() == (
+        "rank 1 on b failed first:\nstuck: rank 1 on b has not been heard of\nthen rank 2 on a: rank 2 on b waits"
+    )
+    assert rank_events.status() == 1
 
 
 def test_a_note_belongs_to_one_process() -> None:

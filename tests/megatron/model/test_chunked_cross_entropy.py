@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blockwise head equals plain logits and torch's cross entropy, value and gradients, at any block size and on two ranks."""
+"""The chunked head equals plain logits and torch's cross entropy, value and gradients, at any block size and on two ranks."""
 
 from __future__ import annotations
 

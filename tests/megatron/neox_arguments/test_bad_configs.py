@@ -429,7 +429,7 @@ def test_the_base_is_good(tmp_path):
     assert NeoXArgs.from_ymls(write(tmp_path, "log_interval: 1")).run.train_batch_size == 4
 
 
-def test_every_bad_config_is_refused_with_place_and_mend(tmp_path):
+def test_every_bad_config_is_refused_with_place_and_fix(tmp_path):
     for number, case in enumerate(CASES):
         folder = tmp_path / str(number)
         folder.mkdir()

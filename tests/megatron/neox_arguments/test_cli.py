@@ -200,7 +200,7 @@ def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFix
         raise ConfigError("it is wrong", where="a.yml:1", fix="do right")
 
     assert run_face(fails, [], usage="u", about="a") == 77
-    assert capsys.readouterr().err == "[rank 3] it is wrong\n  where: a.yml:1\n  fix:  do right\n"
+    assert capsys.readouterr().err == "[rank 3] it is wrong\n  where: a.yml:1\n  fix:   do right\n"
     assert run_face(fails, ["--debug"], usage="u", about="a") == 77
     assert "Traceback" in capsys.readouterr().err
     assert len(waits) == 2  # rank 0 speaks first

@@ -9,7 +9,7 @@ import pytest
 
 from megatron.errors import CheckpointError
 
-GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "train"
+GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "train"
 
 
 def test_which_step_is_meant(tmp_path: Path) -> None:

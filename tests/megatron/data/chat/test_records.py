@@ -31,7 +31,7 @@ def test_what_is_the_prompt() -> None:
         assert (found.talk.turns, found.first) == (whole, first)
 
 
-def test_contents_are_mended() -> None:
+def test_contents_are_fixed() -> None:
     talk = talk_of({"talk": [*turns("a"), {"role": "assistant", "content": [{"text": "b"}]}]}, "talk")
     assert [turn["content"] for turn in fixed(talk, str.upper).turns] == ["A", [{"text": "b"}]]
 

@@ -215,7 +215,7 @@ def test_rewards(tmp_path: Path) -> None:
     assert signs.streams["talk_reward"].values.dtype == np.int32
 
 
-def test_ftfy_mends_contents(tmp_path: Path) -> None:
+def test_ftfy_fixes_contents(tmp_path: Path) -> None:
     source = ChatSource(chat_format(str(chat_folder(tmp_path, "chatml"))), ("talk",), ftfy=True)
     ids = source.open()([{"talk": turns("a", "\u00e2\u0153\u201d No problems")}]).streams["talk"].values
     assert "\u2714 No problems" in source.open().tokenizer.decode(ids)

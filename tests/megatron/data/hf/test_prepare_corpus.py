@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named corpora: done once, done again when the wish changes, clear when the network is missing."""
+"""Named corpora: done once, done again when the request changes, clear when the network is missing."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TEXTS = [f"text number {number} of a corpus of {number * number}" for number in 
 
 def test_second_call_does_nothing_until_the_wish_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "find", lambda name: Corpus(name, "small", local=lambda: iter(TEXTS), vocab_size=300))
-    wish = CorpusRequest(corpus="small", data_dir=tmp_path)
-    first = prepare(wish)
+    request = CorpusRequest(corpus="small", data_dir=tmp_path)
+    first = prepare(request)
     assert first.fresh and first.documents == 200 and first.prefix == tmp_path / "small" / "small_text_document"
     tokenizer = open_tokenizer(first.tokenizer)
     dataset = IndexedDataset(str(first.prefix))
     assert tokenizer.vocab_size == 300
     assert [tokenizer.decode(dataset.get(index).tolist()) for index in range(200)] == [text + "<|endoftext|>" for text in TEXTS]
-    again = prepare(wish)
+    again = prepare(request)
     assert not again.fresh and (again.tokens, again.documents) == (first.tokens, first.documents)
     assert prepare(CorpusRequest(corpus="small", data_dir=tmp_path, vocab_size=280)).fresh
     assert open_tokenizer(first.tokenizer).vocab_size == 280
@@ -52,13 +52,13 @@ def test_second_call_does_nothing_until_the_wish_changes(tmp_path: Path, monkeyp
 
 
 def test_files_put_there_by_hand_are_used(tmp_path: Path) -> None:
-    wish = CorpusRequest(corpus="books1", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
+    request = CorpusRequest(corpus="books1", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
     with pytest.raises(DataError, match="no public download") as caught:
-        prepare(wish)
+        prepare(request)
     assert str(tmp_path / "books1" / "raw") == caught.value.where
     (tmp_path / "books1" / "raw").mkdir(parents=True)
     (tmp_path / "books1" / "raw" / "00.jsonl").write_text('{"text": "abc"}\n', encoding="utf-8")
-    assert prepare(wish).tokens == 4
+    assert prepare(request).tokens == 4
 
 
 def test_a_corpus_from_a_server_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,17 +66,17 @@ def test_a_corpus_from_a_server_is_downloaded_once(tmp_path: Path, monkeypatch: 
     with serve(Hub({("datasets", "org/name"): {"0.jsonl": content, "1.jsonl.gz": gzip.compress(content)}})) as hub:
         remotes = tuple(Remote(f"{hub.url}/datasets/org/name/resolve/main/{name}", name) for name in ("0.jsonl", "1.jsonl.gz"))
         monkeypatch.setattr(room, "find", lambda name: Corpus(name, "served", urls=remotes))
-        wish = CorpusRequest(corpus="served", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
-        first = prepare(wish)
+        request = CorpusRequest(corpus="served", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
+        first = prepare(request)
         assert first.documents == 400 and len(hub.log) == 2
-        assert not prepare(wish).fresh and len(hub.log) == 2
+        assert not prepare(request).fresh and len(hub.log) == 2
         (tmp_path / "served" / "served_text_document.idx").unlink()
-        assert prepare(wish).fresh and len(hub.log) == 2, "the files that are there are used"
+        assert prepare(request).fresh and len(hub.log) == 2, "the files that are there are used"
         (tmp_path / "served" / "served_text_document.idx").unlink()
         (tmp_path / "served" / "raw" / "0.jsonl").write_bytes(content[:-1])
         with pytest.raises(DataError, match="the checksum is"):
-            prepare(wish)
-        assert prepare(replace(wish, again=True)).documents == 400 and len(hub.log) == 4
+            prepare(request)
+        assert prepare(replace(request, again=True)).documents == 400 and len(hub.log) == 4
 
 
 def test_a_corpus_of_the_hub_is_read_there_unless_files_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,12 +92,12 @@ def test_a_corpus_of_the_hub_is_read_there_unless_files_are_here(tmp_path: Path,
         return Rows("hub", lambda: [{"text": "from the Hub"}])
 
     monkeypatch.setattr(corpora, "find_on_hub", find_on_hub)
-    wish = CorpusRequest(corpus="ubuntu_irc", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
-    assert prepare(wish).tokens == len("from the Hub") + 1
+    request = CorpusRequest(corpus="ubuntu_irc", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)
+    assert prepare(request).tokens == len("from the Hub") + 1
     assert asked == [Data(dataset="common-pile/ubuntu_irc")]
     (tmp_path / "ubuntu_irc" / "raw").mkdir()
     (tmp_path / "ubuntu_irc" / "raw" / "log.txt").write_text("by hand", encoding="utf-8")
-    assert prepare(replace(wish, again=True)).tokens == len("by hand") + 1 and len(asked) == 1
+    assert prepare(replace(request, again=True)).tokens == len("by hand") + 1 and len(asked) == 1
 
 
 def test_every_name_of_the_reference_is_known() -> None:

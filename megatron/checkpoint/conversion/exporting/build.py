@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.exporting.exporter import Exporter
-from megatron.checkpoint.exporting.hf_export import Export, family_for, tokenizer_file
+from megatron.checkpoint.conversion.exporting.exporter import Exporter
+from megatron.checkpoint.conversion.exporting.hf_export import Export, family_for, tokenizer_file
 from megatron.model.build import build_spec, parameter_dtype
 from megatron.model.spec import ModelSpec
 from megatron.neox_arguments import NeoXArgs

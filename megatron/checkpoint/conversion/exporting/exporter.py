@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.atomic_io import write_durably
-from megatron.checkpoint.exporting.hf_export import Export
+from megatron.checkpoint.conversion.exporting.hf_export import Export
 from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.retention import EXPORTING
 from megatron.checkpoint.steps.step_dirs import step_of
