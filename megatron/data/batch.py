@@ -47,10 +47,10 @@ class Batch:
     Raises TrainingError for an extra that has no layout or does not fit it.
 
     >>> rows = torch.zeros(1, 4, dtype=torch.int64)
-    >>> extras = {"rewards": Extra(torch.ones(4), ExtraLayout.DOCUMENT)}
-    >>> Batch(tokens=rows, labels=rows, loss_weight=rows.float(), segment_ids=rows.int(), extras=extras)
-    Traceback (most recent call last):
-    megatron.errors.TrainingError: ...
+    >>> extras = {"rewards": Extra(torch.ones(2), ExtraLayout.DOCUMENT)}
+    >>> segment_ids = torch.tensor([[0, 0, 1, 1]])
+    >>> Batch(tokens=rows, labels=rows, loss_weight=rows.float(), segment_ids=segment_ids, extras=extras).num_documents
+    2
     """
 
     tokens: Tensor
