@@ -84,6 +84,11 @@ def add_terms(objective: Objective, micro_batches: Iterable[Batch], terms: Terms
     return weight
 
 
+def with_aux(terms: LossTerms, aux: Tensor | None, share: float) -> LossTerms:
+    """`terms` with what the layers add to the loss (`Logits.aux`). share: 1 / micro batches of the step over all replicas"""
+    return terms if aux is None else terms._replace(loss=terms.loss + aux * share)
+
+
 def weighted_mean(meter: MetricSum, weight: float, groups: Groups, device: torch.device) -> dict[str, float]:
     """Metrics that were summed with denominator 1, divided by what the micro batches of all data ranks train.
 

@@ -16,7 +16,7 @@ from megatron import fault_injection
 from megatron.data.batch import Batch
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.fault_injection import disturbed
-from megatron.engine.loss_normalization import MetricSum, targets_of
+from megatron.engine.loss_normalization import MetricSum, targets_of, with_aux
 from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
 from megatron.objectives.base import Objective
@@ -31,6 +31,7 @@ class _Step:
     names: tuple[str, ...]
     meter: MetricSum
     factor: float = 1.0
+    aux_share: float = 0.0
     see: Callable[[Tensor], None] = lambda loss: None
     before_backward: Callable[[], None] = lambda: None
 
@@ -48,6 +49,7 @@ class LossOfStep:
         fault_injection.point("micro_batch")
         step = self.current
         terms = step.objective.loss(logits, dict(zip(step.names, targets, strict=True)), step.denominator)
+        terms = with_aux(terms, logits.aux, step.aux_share)
         if terms.loss.requires_grad:
             terms = disturbed(terms)
             step.see(terms.loss)
@@ -75,7 +77,9 @@ class PipelinePath:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         prepared = [(batch.tokens, targets_of(batch, self._device)) for batch in micro_batches]
         factor = float(len(micro_batches) * self._runner.groups.replicas.size)
-        step = _Step(objective, denominator, tuple(prepared[0][1]), meter, factor, self._runner.guard.see, self._runner.begin_backward)
+        step = _Step(
+            objective, denominator, tuple(prepared[0][1]), meter, factor, 1.0 / factor, self._runner.guard.see, self._runner.begin_backward
+        )
         with self._during(step), self._timers("train_batch"):
             self._fit_buffers(prepared[0][0])
             self._runner.deepspeed.train_batch(data_iter=iter(rows_of(prepared)))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from megatron import fault_injection
 from megatron.data.batch import Batch
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.fault_injection import disturbed
-from megatron.engine.loss_normalization import MetricSum, add_terms, targets_of
+from megatron.engine.loss_normalization import MetricSum, add_terms, targets_of, with_aux
 from megatron.engine.timers import Timers
 from megatron.objectives.base import LossTerms, Objective
 
@@ -30,10 +29,11 @@ class SequentialPath:
     def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         engine = self._runner.deepspeed
+        share = 1.0 / (len(micro_batches) * self._runner.groups.replicas.size)
         for batch in micro_batches:
             fault_injection.point("micro_batch")
             with self._timers("forward"):
-                terms = disturbed(self._terms(engine, objective, batch, denominator))
+                terms = disturbed(self._terms(engine, objective, batch, denominator, share))
                 meter.add(terms.metrics)
                 self._runner.guard.see(terms.loss)
             with self._timers("backward"):
@@ -45,13 +45,17 @@ class SequentialPath:
 
     def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:
         """Add the metrics of all micro batches to `meter`."""
-        add_terms(objective, micro_batches, partial(self._terms, self._runner.deepspeed.module), meter, self._device)
 
-    def _terms(self, model: Any, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
+        def terms(objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
+            return self._terms(self._runner.deepspeed.module, objective, batch, denominator, aux_share=0.0)
+
+        add_terms(objective, micro_batches, terms, meter, self._device)
+
+    def _terms(self, model: Any, objective: Objective, batch: Batch, denominator: Tensor, aux_share: float) -> LossTerms:
         targets = targets_of(batch, self._device)
         terms: LossTerms = model(
             batch.tokens.to(self._device, non_blocking=True),
             targets["segment_ids"],
-            read=lambda logits: objective.loss(logits, targets, denominator),
+            read=lambda logits: with_aux(objective.loss(logits, targets, denominator), logits.aux, aux_share),
         )
         return terms
