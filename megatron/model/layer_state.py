@@ -92,7 +92,10 @@ class Mixer(BlockSlot):
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, segment_ids: Any = None, cache: Any = None) -> SlotOutput:
-        """hidden [b, s, h], segment_ids [b, s] of whole rows (or PackedSequences) -> [b, s, h]; a cache has the tokens before and takes these."""
+        """hidden [b, s, h], segment_ids [b, s] of whole rows, or PackedSequences -> [b, s, h].
+
+        A cache has the tokens before and takes these.
+        """
         raise NotImplementedError
 
 
