@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron.data.fetching.corpora import CORPORA
-from megatron.data.fetching.prepare import Wish, prepare
+from megatron.data.hf.corpora import CORPORA
+from megatron.data.hf.prepare_corpus import CorpusRequest, prepare
 from megatron.errors import NeoXError
 from megatron.log import setup_logging
 from megatron.neox_arguments.cli import run_face
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare the corpus; 0, or the error's exit code."""
     given = parser().parse_args(argv)
     setup_logging()
-    wish = Wish(
+    request = CorpusRequest(
         corpus=given.dataset,
         data_dir=Path(given.data_dir),
         tokenizer_type=TokenizerKind(given.tokenizer) if given.tokenizer else None,
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         again=given.force_redownload,
     )
     try:
-        done = prepare(wish)
+        done = prepare(request)
     except NeoXError as error:
         print(error.report(), file=sys.stderr)
         return error.exit_code

@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from megatron.data.hf.pipeline import Prepared, prepare
-from megatron.data.hf.wish import As, Columns, Data, Tokens, Wish, default_folder
-from megatron.data.making.flags import add_backend
+from megatron.data.hf.pipeline import PreparedDataset, prepare
+from megatron.data.hf.request import As, Columns, Data, PrepareRequest, Tokens, default_folder
+from megatron.data.preprocess.flags import add_backend
 from megatron.errors import ConfigError
 from megatron.neox_arguments.cli import run_face
 from megatron.tokenizer import TokenizerBackend
@@ -64,12 +64,12 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def wish_of(given: argparse.Namespace) -> Wish:
+def request_of(given: argparse.Namespace) -> PrepareRequest:
     """What the flags ask for."""
     wanted = As(given.wanted) if given.wanted else None
     if given.midtrain_chat_messages:
         if wanted not in (None, As.MIDTRAIN):
-            raise ConfigError("--midtrain-chat-messages is --as midtrain", where="command line", mend="leave one of them out")
+            raise ConfigError("--midtrain-chat-messages is --as midtrain", where="command line", fix="leave one of them out")
         wanted = As.MIDTRAIN
     data = Data(
         dataset=given.dataset,
@@ -80,7 +80,7 @@ def wish_of(given: argparse.Namespace) -> Wish:
         revision=given.revision,
     )
     folder = Path(given.output_dir).expanduser() if given.output_dir else default_folder(Path(given.output_base).expanduser(), data)
-    return Wish(
+    return PrepareRequest(
         data=data,
         columns=Columns(
             wanted=wanted,
@@ -107,7 +107,7 @@ def wish_of(given: argparse.Namespace) -> Wish:
     )
 
 
-def report(done: Prepared, *, writes: bool) -> str:
+def report(done: PreparedDataset, *, writes: bool) -> str:
     """The results for a person, and the lines for the configuration."""
     found = done.results
     lines = [] if done.fresh else ["nothing to do: all of this was done before with the same data and settings"]
@@ -131,8 +131,8 @@ def report(done: Prepared, *, writes: bool) -> str:
 
 def main(argv: list[str]) -> int:
     """Run the stages; print what came of them."""
-    wish = wish_of(parser().parse_args(argv))
-    print(report(prepare(wish), writes=not wish.count_only))
+    request = request_of(parser().parse_args(argv))
+    print(report(prepare(request), writes=not request.count_only))
     print("status: completed")
     return 0
 

@@ -28,7 +28,7 @@ TXT
 }
 
 say() { printf 'setup: %s\n' "$*" >&2; }
-die() { printf 'setup: error: %s\n' "$1" >&2; shift; for line in "$@"; do printf '  mend: %s\n' "$line" >&2; done; exit 1; }
+die() { printf 'setup: error: %s\n' "$1" >&2; shift; for line in "$@"; do printf '  fix: %s\n' "$line" >&2; done; exit 1; }
 
 python="" device="" dev=1 latest=0 prebuild=0 force=0 folder=.venv constraints=requirements/constraints.txt
 extras=()
@@ -169,11 +169,11 @@ if sys.argv[1] == "cpu":
     cuda = sorted(d.name for d in metadata.distributions() if d.name.lower().startswith(("nvidia-", "cuda-toolkit", "triton")))
     if cuda:
         sys.exit("setup: error: CUDA packages were installed on a machine without a GPU: " + " ".join(cuda)
-                 + "\n  mend: set UV_FIND_LINKS to a folder with a CPU wheel of torch, or say --cuda if they are wanted")
+                 + "\n  fix: set UV_FIND_LINKS to a folder with a CPU wheel of torch, or say --cuda if they are wanted")
 import torch
 
 if sys.argv[1] == "cuda" and torch.version.cuda is None:
-    sys.exit(f"setup: error: torch {torch.__version__} has no CUDA support\n  mend: look for a CPU wheel in UV_FIND_LINKS or PIP_FIND_LINKS, or say --cpu")
+    sys.exit(f"setup: error: torch {torch.__version__} has no CUDA support\n  fix: look for a CPU wheel in UV_FIND_LINKS or PIP_FIND_LINKS, or say --cpu")
 where = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
 print(f"setup: Python {sys.version.split()[0]}, torch {torch.__version__} ({where})")
 PY

@@ -60,9 +60,9 @@ def sides(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable
     """Ways to write a file of the wanted size, and ways to read it."""
     import torch
 
-    from megatron.checkpoint import writing
-    from megatron.checkpoint.durable import digest_of
-    from megatron.checkpoint.reading import read_torch_file
+    from megatron.atomic_io import digest_of
+    from megatron.checkpoint.formats.torch_file import read_torch_file
+    from megatron.checkpoint.saving import write
 
     torch.set_num_threads(1)
     count = options.megabytes * (1 << 20) // 4 // 16
@@ -84,18 +84,18 @@ def sides(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable
         synced()
 
     def unhashed() -> None:
-        with mock.patch.object(writing, "new_digest", NoDigest):
-            writing.write_torch_file(state, path)
+        with mock.patch.object(write, "new_digest", NoDigest):
+            write.write_torch_file(state, path)
 
     def two_files() -> None:
         halves = Path(folder / "two")
         halves.mkdir(exist_ok=True)
-        names, both = list(state), writing.Writing(halves)
+        names, both = list(state), write.Writing(halves)
         for number, part in enumerate((names[:8], names[8:])):
             both.add({name: state[name] for name in part}, halves / f"{number}.pt")
         assert not both.wait().problems
 
-    writing.write_torch_file(state, kept)
+    write.write_torch_file(state, kept)
 
     def read() -> None:
         with kept.open("rb", buffering=0) as file:
@@ -109,7 +109,7 @@ def sides(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable
     writes = {
         "raw file": raw,
         "torch.save": plain,
-        "ours": lambda: writing.write_torch_file(state, path),
+        "ours": lambda: write.write_torch_file(state, path),
         "ours, without hashing": unhashed,
         "ours, as two files at a time": two_files,
     }
@@ -211,18 +211,20 @@ def worker(options: argparse.Namespace) -> dict[str, object]:
     """Train and save in one mode; figures of each save."""
     import torch
 
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.engine.build import build_engine, join_job
-    from megatron.engine.saving import Saver
+    from megatron.engine.checkpointer import Checkpointer
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
 
     torch.set_num_threads(1)
     args = NeoXArgs.from_dict(flat(options))
     groups, device = join_job(args)
-    engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+    engine, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     objective = LanguageModel(eod=VOCAB)
-    saver = Saver(engine=engine, directory=options.folder, compared={}, configs={}, background=options.worker == MODES[1], keep_last=1)
+    saver = Checkpointer(
+        engine=engine, directory=options.folder, compared={}, configs={}, background=options.worker == MODES[1], keep_last=1
+    )
 
     def step() -> float:
         batch = objective.collate([{"text": torch.randint(0, VOCAB, (options.tokens + 1,)).numpy()}])

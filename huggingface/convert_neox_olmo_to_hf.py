@@ -34,9 +34,10 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--push-to-hub")
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_hf
-    from megatron.checkpoint.conversion.hub import local_folder, upload
+    from megatron.checkpoint.conversion.hub import local_folder
     from megatron.checkpoint.conversion.model import Precision
     from megatron.checkpoint.conversion.requests import ToHF
+    from megatron.hub.client import upload_folder
 
     reference = local_folder(given.hf_model, given.revision, weights=False)
     request = ToHF(
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     )
     print(to_hf(request))
     if given.push_to_hub:
-        print(f"uploaded to {upload(given.output_dir, given.push_to_hub)}")
+        print(f"uploaded to {upload_folder(given.output_dir, given.push_to_hub)}")
     return 0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can meet. Every one says what is wrong, where, and how to mend it."""
+"""The errors a user can meet. Every one says what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ExitStatus(IntEnum):
     NO_PROGRESS = 76
     """Stopped early with nothing gained since its start: starting it again would go on forever."""
     BAD_INPUT = 77
-    """The configuration, the data or the checkpoint must be mended first."""
+    """The configuration, the data or the checkpoint must be fixed first."""
     DIVERGED = 78
     """The numbers went wrong beyond what the policy allows: somebody must decide."""
     INTERRUPTED = 130
@@ -32,15 +32,15 @@ class NeoXError(Exception):
 
     what:  one sentence, what is wrong
     where: file:line, key, tensor or path it is about
-    mend:  what the user does about it
+    fix:  what the user does about it
     """
 
     exit_code: int = ExitStatus.CRASH
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what = what
         self.where = where
-        self.mend = mend
+        self.fix = fix
         super().__init__(self.report())
 
     def report(self) -> str:
@@ -48,8 +48,8 @@ class NeoXError(Exception):
         lines = [self.what]
         if self.where:
             lines.append(f"  where: {self.where}")
-        if self.mend:
-            lines.append(f"  mend:  {self.mend}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
 
 
@@ -110,7 +110,7 @@ class StoppedError(NeoXError):
     exit_code = ExitStatus.REQUEUE
 
     def __init__(self, received: int, done: str = "", *, where: str | None = None) -> None:
-        super().__init__(f"stopped by {signal.Signals(received).name}{done}", where=where, mend="start it again")
+        super().__init__(f"stopped by {signal.Signals(received).name}{done}", where=where, fix="start it again")
         if received == signal.SIGINT:
             self.exit_code = ExitStatus.INTERRUPTED
 
@@ -118,5 +118,5 @@ class StoppedError(NeoXError):
 def required(value: T | None, key: str) -> T:
     """`value`, which must be known by now. Raises ConfigError naming the key."""
     if value is None:
-        raise ConfigError(f"{key} is not known", where=key, mend=f"set {key}")
+        raise ConfigError(f"{key} is not known", where=key, fix=f"set {key}")
     return value

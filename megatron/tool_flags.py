@@ -24,13 +24,13 @@ class ToolParser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and not self._known(name):
                 near = get_close_matches(name, self._option_string_actions, n=1)
-                mend = f"is {near[0]} meant? " if near else ""
-                raise ConfigError(f"unknown flag {name}", where=WHERE, mend=f"{mend}--help shows all flags")
+                fix = f"is {near[0]} meant? " if near else ""
+                raise ConfigError(f"unknown flag {name}", where=WHERE, fix=f"{fix}--help shows all flags")
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """A missing flag or a value that cannot be used."""
-        raise ConfigError(message, where=WHERE, mend="--help shows all flags")
+        raise ConfigError(message, where=WHERE, fix="--help shows all flags")
 
     def _known(self, name: str) -> bool:
         known = self._option_string_actions

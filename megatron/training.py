@@ -12,29 +12,28 @@ from typing import NamedTuple
 
 import torch
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.checkpoint.build import choose_source, compared_args, own_folder
-from megatron.checkpoint.exporting.build import require_exportable
-from megatron.checkpoint.verifying import Verify
-from megatron.data.batch import Batch
+from megatron.checkpoint.conversion.exporting.build import require_exportable
+from megatron.checkpoint.steps.verify import Verify
+from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.build import build_engine, join_job
-from megatron.engine.rewinding import Rewinder
+from megatron.engine.restore import Rollback
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import Ends, build_hooks, build_stop
-from megatron.hooks.characters import PER_CHARACTER, Characters
-from megatron.hooks.locking import LockHook
-from megatron.hooks.numbers import Record
+from megatron.hooks.checkpointing import LockHook
+from megatron.hooks.heartbeat import watched
+from megatron.hooks.nonfinite_and_spikes import Record
 from megatron.hooks.stopping import StopRequest
-from megatron.hooks.validation import Evaluate
-from megatron.hooks.watching import watched
+from megatron.hooks.validation import PER_CHARACTER, Characters, Evaluate
 from megatron.launch.heartbeat import FOLDER
-from megatron.launch.pulse import LOAD, Pulse
-from megatron.launch.records import claimed
+from megatron.launch.progress_reporter import LOAD, Pulse
+from megatron.launch.rank_events import claimed
 from megatron.launch.signals import noting_signals
-from megatron.launch.watch import WatchPlan, watching
+from megatron.launch.watchdog import WatchPlan, watching
 from megatron.log import get_logger, setup_logging
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank, barrier
@@ -44,7 +43,7 @@ from megatron.neox_arguments.document import argument_lines
 from megatron.neox_arguments.rules import refuse_unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
-from megatron.resuming.build import as_before, check_forward, make_place, take_up
+from megatron.resume import as_before, check_forward, make_place, take_up
 from megatron.tokenizer.build import build_tokenizer, with_vocabulary
 
 log = get_logger(__name__)
@@ -55,7 +54,7 @@ def pretrain(args: NeoXArgs, received: Sequence[int] | None = None) -> TrainStat
 
     received: signals to this process, where they are noted already
 
-    A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can mend.
+    A signal to any rank, from now on, ends the run at a step boundary. Raises NeoXError for everything a user can fix.
     """
     setup_logging()
     if received is not None:
@@ -72,7 +71,7 @@ def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     if idle:
         log.warning("these keys do nothing: %s", ", ".join(idle))
     groups, device = join_job(args)
-    faults.point("set-up")
+    fault_injection.point("set-up")
     stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
     with own_folder(args, groups.world) as check_owner, watching(watch_plan(args, groups.world)) as pulse:
         return run(args, groups, device, stop, check_owner, pulse)
@@ -124,8 +123,9 @@ def run(
     hooks.insert(0, LockHook(check_owner))
 
     def steps_from(state: TrainState) -> Iterator[list[Batch]]:
+        collate = counting_samples(objective.collate)
         done = state.iteration >= state.target
-        batches = iter(()) if done else data.train.batches(objective.collate, start_sample=state.samples, skipped=record.skipped)
+        batches = iter(()) if done else data.train.batches(collate, start_sample=state.samples, skipped=record.skipped)
         steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
         return engine.timers.over("batch generator", steps)
 
@@ -137,7 +137,7 @@ def rewinding(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -
     """What takes the run from a state back to where `record` wants it to be."""
 
     def rewind(state: TrainState) -> TrainState:
-        rewinder = Rewinder(
+        rewinder = Rollback(
             engine=engine,
             spec=spec,
             directory=Path(required(args.checkpoint.save, "save")),
@@ -173,7 +173,7 @@ def evaluator(
     def evaluate(split: str, iterations: int) -> Mapping[str, float] | None:
         dataset = {"valid": data.valid, "test": data.test}[split]
         if dataset is None:
-            raise DataError(f"there is no {split} data", where=f"{split}_data_paths", mend=f"give {split}_data_paths, or set eval_iters: 0")
+            raise DataError(f"there is no {split} data", where=f"{split}_data_paths", fix=f"give {split}_data_paths, or set eval_iters: 0")
         batches = stop.until(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
         characters = None if counting is None else Characters(*counting)
         metrics = engine.eval_step(objective, batches if characters is None else characters.counted(batches))
@@ -204,8 +204,8 @@ def train(
             hook.on_start(state, engine)
         steps = steps_from(state)
         while state.iteration < state.target:
-            faults.begin_step(state.iteration + 1)
-            faults.point("step")
+            fault_injection.begin_step(state.iteration + 1)
+            fault_injection.point("step")
             result = engine.train_step(objective, next(steps))
             state = state.after(samples=result.samples, tokens=result.tokens)
             verdicts = verdicts_of(hooks, state, result, engine)

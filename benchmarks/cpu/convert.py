@@ -68,13 +68,13 @@ def make_model(folder: Path, fields: dict[str, Any]) -> tuple[int, int]:
 
     from megatron.checkpoint.conversion.model import Described
     from megatron.checkpoint.conversion.safetensors_file import write_shards
-    from megatron.checkpoint.conversion.table import content_of
+    from megatron.checkpoint.conversion.tensor_manifest import content_of
     from megatron.checkpoint.conversion.to_hf import planned
-    from megatron.checkpoint.convert import neox_keys
-    from megatron.checkpoint.families.registry import family_of
-    from megatron.checkpoint.hf_store import write_json
-    from megatron.checkpoint.mapping import bound_rows
-    from megatron.checkpoint.whole import shapes_of
+    from megatron.checkpoint.formats.hf_files import write_json
+    from megatron.checkpoint.loading.merge_tp import shapes_of
+    from megatron.checkpoint.mapping.families.registry import family_of
+    from megatron.checkpoint.mapping.hf_config import neox_keys
+    from megatron.checkpoint.mapping.rows import bound_rows
     from megatron.model.build import build_spec
     from megatron.neox_arguments import NeoXArgs
 

@@ -103,23 +103,26 @@ def plain(options: argparse.Namespace) -> Callable[[int], float]:
     """The same model and loss under a plain loop: AdamW, clipping at 1."""
     import torch
 
+    from megatron.engine.loss_normalization import contexts, step_totals, targets_of
     from megatron.model.build import build_transformer
+    from megatron.mpu.context import ContextPlan
+    from megatron.mpu.groups import Group
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
     from megatron.optim.groups import parameter_groups
 
     model = build_transformer(NeoXArgs.from_dict(config(options, 1, {}))).train()
-    objective = LanguageModel(eod=options.vocab)
+    objective, cpu = LanguageModel(eod=options.vocab), torch.device("cpu")
     groups = parameter_groups(model, 0.1)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def step(index: int) -> float:
         batches = micro_batches(options, objective, index)
-        trained = torch.tensor(sum(objective.denominator(batch) for batch in batches))
+        context_of = contexts(step_totals(objective, batches, Group.single(), cpu).denominators, ContextPlan())
         total = 0.0
         for batch in batches:
-            targets = {"labels": batch.labels, "loss_weight": batch.loss_weight}
-            loss = objective.loss(model(batch.tokens, batch.segments), targets, trained).loss
+            targets = targets_of(batch, cpu)
+            loss = objective.loss(model(batch.tokens, batch.segment_ids), targets, context_of(batch, targets)).loss
             loss.backward()
             total += float(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,14 +135,14 @@ def plain(options: argparse.Namespace) -> Callable[[int], float]:
 
 def engine(options: argparse.Namespace, world: int, layout: dict[str, Any]) -> Callable[[int], float]:
     """This project's engine, the one that trains."""
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
 
     args = NeoXArgs.from_dict(config(options, world, layout))
     groups, device = join_job(args)
-    running, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+    running, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     objective = LanguageModel(eod=options.vocab)
 
     def step(index: int) -> float:

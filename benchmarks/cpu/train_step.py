@@ -101,8 +101,8 @@ def peer(options: argparse.Namespace) -> Callable[[int], float]:
 
 def ours(options: argparse.Namespace) -> Callable[[int], float]:
     """This project's engine, the one that trains: DeepSpeed, schedule, clipping, metrics."""
-    from megatron.checkpoint.build import Source, Take
-    from megatron.checkpoint.convert import load_hf
+    from megatron.checkpoint.build import CheckpointSource, Take
+    from megatron.checkpoint.mapping.hf_config import load_hf
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
@@ -138,7 +138,7 @@ def ours(options: argparse.Namespace) -> Callable[[int], float]:
         }
     )
     groups, device = join_job(args)
-    engine, spec = build_engine(args, Source(Take.NOTHING), groups, device)
+    engine, spec = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     if options.precision == "fp32":  # DeepSpeed's bf16 masters are copies made at start
         load_hf(options.weights, engine.module(), spec)
     objective = LanguageModel(eod=VOCAB)

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron.checkpoint.discovery import Search, find, nothing_saved
-from megatron.checkpoint.hf_address import HFFolder, fetch, is_hf
-from megatron.checkpoint.hf_model import HFModel
-from megatron.checkpoint.lock import RunLock, held
-from megatron.checkpoint.neox_store import bookkeeping
-from megatron.checkpoint.publishing import recover
-from megatron.checkpoint.resume import COMPARED_ARGS, only_filling_differs
-from megatron.checkpoint.s3 import Address, open_client, require_boto3
-from megatron.checkpoint.steps import named_step
-from megatron.checkpoint.uploading import Uploader
-from megatron.checkpoint.verifying import Verify
-from megatron.checkpoint.whole import MLP_OUTPUTS, Shard, read_shards, shard_for, width_over
+from megatron.checkpoint.formats.neox_files import bookkeeping
+from megatron.checkpoint.loading.hf_view import HFModel
+from megatron.checkpoint.loading.merge_tp import MLP_OUTPUTS, Shard, read_shards, shard_for, width_over
+from megatron.checkpoint.loading.resume_state import COMPARED_ARGS, only_filling_differs
+from megatron.checkpoint.remote.hub_resolve import HFFolder, fetch, is_hf
+from megatron.checkpoint.remote.s3 import Address, open_client, require_boto3
+from megatron.checkpoint.remote.upload import Uploader
+from megatron.checkpoint.steps.commit import recover
+from megatron.checkpoint.steps.discovery import Search, find, nothing_saved
+from megatron.checkpoint.steps.run_lock import RunLock, held
+from megatron.checkpoint.steps.step_dirs import named_step
+from megatron.checkpoint.steps.verify import Verify
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec
@@ -49,7 +49,7 @@ class Take(Enum):
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """Where a run starts from. hf: a Hugging Face model instead of a checkpoint."""
 
     take: Take
@@ -68,7 +68,7 @@ class Source:
         return self.hf.directory if self.hf is not None else self.folder or Path()
 
 
-def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
+def choose_source(args: NeoXArgs, world: Group | None = None) -> CheckpointSource:
     """Decide what `load`, `iteration`, `finetune` and `no_load_optim` ask for. Call on every rank.
 
     A folder without any checkpoint is an error, unless it is also where this run saves: then the run starts there.
@@ -77,29 +77,29 @@ def choose_source(args: NeoXArgs, world: Group | None = None) -> Source:
     """
     section, world = args.checkpoint, world or Group.single()
     if not section.load:
-        return Source(Take.NOTHING)
+        return CheckpointSource(Take.NOTHING)
     if is_hf(section.load):
         return _hf_or_own(args, world)
     search = search_of(args)
     same = bool(section.save) and Path(str(section.save)).resolve() == search.directory.resolve()
     if same and search.iteration is None and on_first_rank(lambda: nothing_saved(search.directory), world):
         log.info("no checkpoint in %s yet: starting from the beginning", search.directory)
-        return Source(Take.NOTHING)
+        return CheckpointSource(Take.NOTHING)
     tag = find(replace(search, own=same and not section.finetune), world)
     if section.finetune:
-        return Source(Take.WEIGHTS, search.directory, tag)
-    return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
+        return CheckpointSource(Take.WEIGHTS, search.directory, tag)
+    return CheckpointSource(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
 
 
-def _hf_or_own(args: NeoXArgs, world: Group) -> Source:
+def _hf_or_own(args: NeoXArgs, world: Group) -> CheckpointSource:
     section, verify = args.checkpoint, Verify(args.checkpoint.checkpoint_verify)
     if section.save and not section.finetune:
         directory = Path(str(section.save))
         if section.iteration is not None or not on_first_rank(lambda: nothing_saved(directory), world):
             tag = find(Search(directory=directory, iteration=section.iteration, own=True, verify=verify), world)
             log.info("%s holds a checkpoint of this run: it goes on from %s, and %s is not read", directory, tag, section.load)
-            return Source(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
-    return Source(Take.WEIGHTS, hf=fetch(str(section.load), world, contents=verify is Verify.FULL))
+            return CheckpointSource(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
+    return CheckpointSource(Take.WEIGHTS, hf=fetch(str(section.load), world, contents=verify is Verify.FULL))
 
 
 class Weights(NamedTuple):
@@ -109,7 +109,7 @@ class Weights(NamedTuple):
     shapes: Mapping[str, torch.Size] | None = None
 
 
-def opened(args: NeoXArgs, source: Source, tp: Group) -> tuple[ModelSpec, Weights | None]:
+def opened(args: NeoXArgs, source: CheckpointSource, tp: Group) -> tuple[ModelSpec, Weights | None]:
     """What the model is, and the weights of this tensor rank where weights alone are taken: names are compared, tensors read on access.
 
     Raises ConfigError or CheckpointError for a source that does not fit the configuration.

@@ -83,7 +83,7 @@ class BlendedDataset:
             if wanted > len(datasets[number]):
                 raise DataError(
                     f"member {number} of the mixture has {len(datasets[number])} samples, {wanted} are wanted of it",
-                    mend="build its map for more samples, or lower its weight",
+                    fix="build its map for more samples, or lower its weight",
                 )
 
     def __len__(self) -> int:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron.data.dataset_builder import Amount, Paths, Recipe, open_dataset, open_epochs, open_mixture
 from megatron.data.fingerprint import fingerprint
 from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.loader import Split
-from megatron.data.opening import Amount, Paths, Recipe, open_dataset, open_epochs, open_mixture
-from megatron.data.streams import MAINS, Kind, kind_of, main_of
+from megatron.data.loader import DataSplit
+from megatron.data.streams import MAINS, StreamKind, kind_of, main_of
 from megatron.data.weights import by_num_documents, normalise, split_bounds
 from megatron.errors import ConfigError, DataError
 from megatron.log import get_logger
@@ -32,9 +32,9 @@ class DataSplits:
     train_iters: as configured, or what train_epochs comes to: whole global batches in the train data
     """
 
-    train: Split
-    valid: Split | None
-    test: Split | None
+    train: DataSplit
+    valid: DataSplit | None
+    test: DataSplit | None
     train_iters: int
 
 
@@ -62,7 +62,7 @@ def build_data(
 def _build(args: NeoXArgs, streams: Sequence[str], rank: int, size: int) -> DataSplits:
     if args.data.dataset_impl == "online":
         raise ConfigError(
-            "samples from a rollout server are not read by this objective", where="dataset_impl", mend="dataset_impl: gpt2 or pairwise"
+            "samples from a rollout server are not read by this objective", where="dataset_impl", fix="dataset_impl: gpt2 or pairwise"
         )
     batch_size, micro_batch_size, seq_length = args.run.train_batch_size, args.run.train_micro_batch_size_per_gpu, args.model.seq_length
     if batch_size is None or micro_batch_size is None or seq_length is None:
@@ -79,15 +79,15 @@ def _build(args: NeoXArgs, streams: Sequence[str], rank: int, size: int) -> Data
     spare = spare_steps(args)
     train = _open(args, "train", streams, recipe, None if args.run.train_epochs else ((train_iters or 0) + spare) * batch_size)
     if train is None:
-        raise DataError("there is no training data", where="train_data_paths", mend="give train_data_paths (or data_path with split)")
+        raise DataError("there is no training data", where="train_data_paths", fix="give train_data_paths (or data_path with split)")
     if args.run.train_epochs:
         train_iters = len(train) // batch_size
         log.info("train_epochs %d: %d samples, %d iterations of %d", args.run.train_epochs, len(train), train_iters, batch_size)
     needed = samples_needed(train_iters or 0, args.run.eval_interval, args.run.eval_iters, batch_size)
     valid, test = (_open(args, name, streams, recipe, needed[name]) if needed[name] else None for name in ("valid", "test"))
 
-    def split(name: str, dataset: Dataset) -> Split:
-        return Split(
+    def split(name: str, dataset: Dataset) -> DataSplit:
+        return DataSplit(
             name=name,
             dataset=dataset,
             micro_batch_size=micro_batch_size,
@@ -154,7 +154,7 @@ def _open(args: NeoXArgs, name: str, streams: Sequence[str], recipe: Recipe, num
     given = getattr(args.data, f"{name}_data_weights")
     if given is not None and len(given) != len(members):
         raise ConfigError(
-            f"{len(given)} weights for {len(members)} paths", where=f"{name}_data_weights", mend="one weight per path, or none at all"
+            f"{len(given)} weights for {len(members)} paths", where=f"{name}_data_weights", fix="one weight per path, or none at all"
         )
     weights = normalise(given or [1.0] * len(members))
     if args.data.weight_by_num_documents:
@@ -169,7 +169,7 @@ def _open_share(args: NeoXArgs, name: str, streams: Sequence[str], recipe: Recip
     path = str(args.data.data_path)
     if "text" not in streams:
         raise ConfigError(
-            f"data_path holds one text, not {tuple(streams)}", where="data_path", mend="give the pos_ and neg_ paths of each split"
+            f"data_path holds one text, not {tuple(streams)}", where="data_path", fix="give the pos_ and neg_ paths of each split"
         )
     bounds = split_bounds(args.data.split, len(IndexedDataset(path)))
     documents = (bounds[NAMES.index(name)], bounds[NAMES.index(name) + 1])
@@ -186,27 +186,27 @@ def member_paths(args: NeoXArgs, name: str, streams: Sequence[str]) -> list[Path
     """
     mains = [stream for stream in MAINS if stream in streams]
     if not mains:
-        raise ConfigError(f"streams {tuple(streams)} hold no tokens", mend=f"ask for one of {MAINS}")
+        raise ConfigError(f"streams {tuple(streams)} hold no tokens", fix=f"ask for one of {MAINS}")
     wanted = list(dict.fromkeys([*streams, *("label" if main == "text" else f"{main}_label" for main in mains)]))
     columns: dict[str, Sequence[str | None]] = {}
-    for stream in sorted(wanted, key=lambda stream: kind_of(stream) is not Kind.TOKENS):
+    for stream in sorted(wanted, key=lambda stream: kind_of(stream) is not StreamKind.TOKENS):
         key = _key_of(stream, name)
-        if kind_of(stream) is Kind.REF:
+        if kind_of(stream) is StreamKind.REF:
             columns[stream] = _reference_paths(args, [path for path in columns[main_of(stream)] if path])
             continue
         paths = getattr(args.data, key, None)
         if paths:
             columns[stream] = paths
-        elif kind_of(stream) is not Kind.LABEL:
+        elif kind_of(stream) is not StreamKind.LABEL:
             if any(getattr(args.data, _key_of(main, name)) for main in mains):
-                raise ConfigError(f"stream {stream} of the {name} data has no paths", where=key, mend=f"give {key}")
+                raise ConfigError(f"stream {stream} of the {name} data has no paths", where=key, fix=f"give {key}")
             return []
     lengths = {stream: len(paths) for stream, paths in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ConfigError(
             f"the {name} data has paths in different numbers: {lengths}",
             where=_key_of(mains[0], name),
-            mend="one path of each kind per member",
+            fix="one path of each kind per member",
         )
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -220,7 +220,7 @@ def _key_of(stream: str, name: str) -> str:
     main = main_of(stream)
     before = "" if main == "text" else f"{main}_"
     kind = kind_of(stream)
-    middle = "" if kind is Kind.TOKENS else f"_{kind.value}"
+    middle = "" if kind is StreamKind.TOKENS else f"_{kind.value}"
     return f"{before}{name}{middle}_data_paths"
 
 
@@ -228,6 +228,6 @@ def _reference_paths(args: NeoXArgs, paths: Sequence[str]) -> list[str]:
     model = args.objective.precompute_model_name
     if not model:
         raise ConfigError(
-            "reference log-probs are wanted, but no files of them are named", where="precompute_model_name", mend="name the reference model"
+            "reference log-probs are wanted, but no files of them are named", where="precompute_model_name", fix="name the reference model"
         )
     return [f"{path}_{model}" for path in paths]

@@ -53,7 +53,7 @@ def cached_arrays(
         raise DataError(
             f"the index map cannot be written: {error.strerror or error}",
             where=str(directory),
-            mend="set index_map_dir to a folder that can be written",
+            fix="set index_map_dir to a folder that can be written",
         ) from error
     log.info("index map %s written to %s", base, directory)
     return {name: arrays[name] for name in names}

@@ -48,7 +48,7 @@ def fingerprint(lists: Lists, order: Mapping[str, Any]) -> dict[str, Any]:
         with ThreadPoolExecutor(THREADS) as pool:
             digests = dict(zip(files, pool.map(lambda path: digest_of(path, whole=sizes[path] <= limit), files.values()), strict=True))
     except OSError as error:
-        raise DataError(f"a data file cannot be read: {error.strerror}", where=str(error.filename), mend="check path and rights") from error
+        raise DataError(f"a data file cannot be read: {error.strerror}", where=str(error.filename), fix="check path and rights") from error
 
     def entry(prefix: str | None) -> dict[str, Any]:
         if not prefix:
@@ -103,7 +103,7 @@ def require_same(before: Mapping[str, Any], now: Mapping[str, Any], *, where: st
         raise DataError(
             "the data is not what it was when the checkpoint was written: " + "; ".join(found),
             where=where,
-            mend="restore the data and the keys named, or set `allow_data_change: true` to go on with what there is now, at the same"
+            fix="restore the data and the keys named, or set `allow_data_change: true` to go on with what there is now, at the same"
             " number of samples",
         )
 

@@ -63,7 +63,7 @@ def packed(sizes: Ints, documents: tuple[int, int], seq_length: int, seed: int, 
     if rows < 1:
         raise DataError(
             f"documents {first} to {last} hold {tokens} tokens, too few for one row of {seq_length + 1}",
-            mend="use more data, a smaller seq_length, or another split",
+            fix="use more data, a smaller seq_length, or another split",
         )
     rng = np.random.RandomState(seed)
     order: Ints = np.tile(np.arange(first, last, dtype=np.int32), num_epochs)
@@ -200,5 +200,5 @@ def _require_some(choice: Ints, documents: tuple[int, int]) -> None:
     if not len(choice):
         raise DataError(
             f"none of the documents {documents[0]} to {documents[1]} can be used: each is empty, wholly masked, or longer than a sample",
-            mend="set allow_chopped: true, raise seq_length, or check the label files",
+            fix="set allow_chopped: true, raise seq_length, or check the label files",
         )

@@ -74,7 +74,7 @@ def infer_impl(prefix: str | Path) -> str:
     path = index_file(prefix)
     for part in (path, data_file(prefix)):
         if not part.is_file():
-            raise DataError(f"dataset file {part} does not exist", where=str(prefix), mend=_missing_mend(str(prefix)))
+            raise DataError(f"dataset file {part} does not exist", where=str(prefix), fix=_missing_fix(str(prefix)))
     with path.open("rb") as file:
         magic = file.read(len(MAGIC))
     if magic == MAGIC:
@@ -83,14 +83,14 @@ def infer_impl(prefix: str | Path) -> str:
         raise DataError(
             "this index has the legacy cached/lazy format (TNTIDX), which cannot be used for training",
             where=str(path),
-            mend="tokenize the source again with tools/datasets/preprocess_data.py (--dataset-impl mmap)",
+            fix="tokenize the source again with tools/datasets/preprocess_data.py (--dataset-impl mmap)",
         )
     raise DataError(
-        f"not a dataset index: it begins with {magic!r}", where=str(path), mend="give the prefix of a .bin/.idx pair, or tokenize again"
+        f"not a dataset index: it begins with {magic!r}", where=str(path), fix="give the prefix of a .bin/.idx pair, or tokenize again"
     )
 
 
-def _missing_mend(prefix: str) -> str:
+def _missing_fix(prefix: str) -> str:
     if prefix.endswith((".bin", ".idx")):
         return "give the path without .bin or .idx"
     folder = Path(prefix).parent
@@ -124,36 +124,36 @@ class IndexedDataset:
 
     def _header(self, raw: NDArray[np.uint8]) -> tuple[np.dtype, int, int]:
         path = index_file(self.prefix)
-        mend = "the file is incomplete or damaged: copy or tokenize it again"
+        fix = "the file is incomplete or damaged: copy or tokenize it again"
         if raw.size < HEADER.size:
-            raise DataError(f"the index has {raw.size} bytes, less than its header", where=str(path), mend=mend)
+            raise DataError(f"the index has {raw.size} bytes, less than its header", where=str(path), fix=fix)
         _, version, code, n, marks = HEADER.unpack(raw[: HEADER.size].tobytes())
         if version != VERSION:
             raise DataError(
-                f"index version {version} is not known (only {VERSION})", where=str(path), mend="tokenize again with this project's tools"
+                f"index version {version} is not known (only {VERSION})", where=str(path), fix="tokenize again with this project's tools"
             )
         if code not in DTYPES:
-            raise DataError(f"dtype code {code} is not known (1 to 8)", where=str(path), mend=mend)
+            raise DataError(f"dtype code {code} is not known (1 to 8)", where=str(path), fix=fix)
         expected = HEADER.size + 12 * n + 8 * marks
         if raw.size != expected:
-            raise DataError(f"the index has {raw.size} bytes, its header promises {expected} ({n} sequences)", where=str(path), mend=mend)
+            raise DataError(f"the index has {raw.size} bytes, its header promises {expected} ({n} sequences)", where=str(path), fix=fix)
         return DTYPES[code], n, marks
 
     def _open_data(self) -> NDArray[np.number]:
         path = data_file(self.prefix)
         if len(self) and int(self.sizes.min()) < 0:
-            raise DataError("the index holds a negative size", where=str(index_file(self.prefix)), mend="tokenize again")
+            raise DataError("the index holds a negative size", where=str(index_file(self.prefix)), fix="tokenize again")
         wanted, found = self.num_tokens * self.dtype.itemsize, path.stat().st_size
         if wanted != found:
             raise DataError(
                 f"the data file has {found} bytes, its index promises {wanted} ({self.num_tokens} values of {self.dtype})",
                 where=str(path),
-                mend="the pair is incomplete or mixed from two runs: copy both files or tokenize again",
+                fix="the pair is incomplete or mixed from two runs: copy both files or tokenize again",
             )
         if len(self):
             last = int(self._offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
             if int(self._offsets[0]) != 0 or last != found:
-                raise DataError("the index's offsets do not cover the data file", where=str(index_file(self.prefix)), mend="tokenize again")
+                raise DataError("the index's offsets do not cover the data file", where=str(index_file(self.prefix)), fix="tokenize again")
         return np.asarray(np.memmap(path, dtype=self.dtype, mode="r")) if found else np.zeros(0, self.dtype)
 
     def __len__(self) -> int:
@@ -213,7 +213,7 @@ class IndexedDatasetBuilder:
         self._code = next((code for code, known in DTYPES.items() if known == self.dtype), 0)
         if not self._code:
             raise DataError(
-                f"dtype {self.dtype} has no code in the .idx format", where=self.prefix, mend=f"one of {[str(d) for d in DTYPES.values()]}"
+                f"dtype {self.dtype} has no code in the .idx format", where=self.prefix, fix=f"one of {[str(d) for d in DTYPES.values()]}"
             )
         self._sizes, self._marks = array("i"), array("q", [0])
         suffix = f".tmp.{os.getpid()}"
@@ -222,7 +222,7 @@ class IndexedDatasetBuilder:
             self._data_tmp.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._data_tmp.open("wb")
         except OSError as error:
-            raise DataError(f"cannot write: {error.strerror}", where=str(self._data_tmp), mend="choose a writable output prefix") from error
+            raise DataError(f"cannot write: {error.strerror}", where=str(self._data_tmp), fix="choose a writable output prefix") from error
 
     def add_document(self, ids: ArrayLike) -> None:
         """Append one document, [length]; values must fit the dtype (nothing wraps around)."""
@@ -235,7 +235,7 @@ class IndexedDatasetBuilder:
         if values.size and self.dtype.kind in "iu" and not np.can_cast(values.dtype, self.dtype):
             low, high, info = values.min(), values.max(), np.iinfo(self.dtype)
             if values.dtype.kind == "f" or low < info.min or high > info.max:
-                raise DataError(f"values {low} to {high} do not fit {self.dtype}", where=self.prefix, mend="choose a wider dtype (int32)")
+                raise DataError(f"values {low} to {high} do not fit {self.dtype}", where=self.prefix, fix="choose a wider dtype (int32)")
         self._file.write(values.astype(self.dtype, copy=False).tobytes())
 
     def merge(self, prefix: str | Path) -> None:

@@ -23,7 +23,7 @@ READ_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class DataSplit:
     """The train, valid or test data of one data-parallel rank.
 
     dataset:          the whole split, the same on every rank
@@ -62,7 +62,7 @@ class Split:
         raise DataError(
             f"the {self.name} data ends: {len(self)} samples were built, and the next micro batch needs more",
             where=f"{self.name} data",
-            mend="the data is sized by train_iters (or train_epochs) at start: raise it and start again from the last checkpoint",
+            fix="the data is sized by train_iters (or train_epochs) at start: raise it and start again from the last checkpoint",
         )
 
     def items(self, numbers: Sequence[int]) -> list[Item]:

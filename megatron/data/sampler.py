@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples a data-parallel rank reads, in which order. A position is a count of samples over all ranks. Knows no dataset."""
+"""Which samples a data-parallel rank reads, in which order. A position is a count of samples over all ranks."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ IGNORED = -100
 MAINS = ("text", "pos", "neg")
 
 
-class Kind(Enum):
+class StreamKind(Enum):
     """What a stream holds."""
 
     TOKENS = "tokens"
@@ -31,23 +31,23 @@ class Kind(Enum):
     REF = "ref"
 
 
-ROW: dict[Kind, tuple[type[np.number], int]] = {
-    Kind.TOKENS: (np.int64, 0),
-    Kind.LABEL: (np.int64, IGNORED),
-    Kind.REWARD: (np.float32, 0),
-    Kind.REF: (np.float32, 0),
+ROW: dict[StreamKind, tuple[type[np.number], int]] = {
+    StreamKind.TOKENS: (np.int64, 0),
+    StreamKind.LABEL: (np.int64, IGNORED),
+    StreamKind.REWARD: (np.float32, 0),
+    StreamKind.REF: (np.float32, 0),
 }
 """dtype and padding of a kind's arrays."""
 
 
-def kind_of(stream: str) -> Kind:
+def kind_of(stream: str) -> StreamKind:
     """What a stream holds, by its name."""
     if stream in MAINS:
-        return Kind.TOKENS
+        return StreamKind.TOKENS
     last = stream.rsplit("_", 1)[-1]
     if last not in ("label", "reward", "ref") or stream.count("_") > 1:
-        raise DataError(f"stream {stream!r} is not known", mend="text, pos, neg, or [pos_|neg_]label, reward, ref")
-    return Kind(last)
+        raise DataError(f"stream {stream!r} is not known", fix="text, pos, neg, or [pos_|neg_]label, reward, ref")
+    return StreamKind(last)
 
 
 def main_of(stream: str) -> str:
@@ -60,9 +60,9 @@ def main_of(stream: str) -> str:
     return first if first in MAINS else "text"
 
 
-def segments_of(stream: str) -> str:
+def segment_ids_of(stream: str) -> str:
     """The key under which the document numbers of a token stream stand in an item."""
-    return "segments" if stream == "text" else f"{stream}_segments"
+    return "segment_ids" if stream == "text" else f"{stream}_segment_ids"
 
 
 def check_aligned(streams: Mapping[str, IndexedDataset]) -> None:
@@ -71,16 +71,14 @@ def check_aligned(streams: Mapping[str, IndexedDataset]) -> None:
         main, kind = streams[main_of(name)], kind_of(name)
         if len(dataset) != len(main):
             raise _misaligned(name, dataset, f"{len(dataset)} documents beside {len(main)}", main)
-        if kind is Kind.REWARD:
+        if kind is StreamKind.REWARD:
             if len(dataset) and not (dataset.sizes == 1).all():
                 raise _misaligned(name, dataset, "more or less than one number for a document", main)
         elif not np.array_equal(dataset.sizes, main.sizes):
             first = int(np.flatnonzero(dataset.sizes != main.sizes)[0])
             raise _misaligned(name, dataset, f"document {first} has {dataset.sizes[first]} values beside {main.sizes[first]} tokens", main)
-        if kind in (Kind.TOKENS, Kind.LABEL) and dataset.dtype.kind == "f":
-            raise DataError(
-                f"stream {name} holds {dataset.dtype}, not token ids", where=dataset.prefix, mend="check the order of the paths"
-            )
+        if kind in (StreamKind.TOKENS, StreamKind.LABEL) and dataset.dtype.kind == "f":
+            raise DataError(f"stream {name} holds {dataset.dtype}, not token ids", where=dataset.prefix, fix="check the order of the paths")
     if "pos" in streams and "neg" in streams and len(streams["pos"]) != len(streams["neg"]):
         raise _misaligned("neg", streams["neg"], f"{len(streams['neg'])} documents beside {len(streams['pos'])}", streams["pos"])
 
@@ -89,15 +87,16 @@ def _misaligned(name: str, dataset: IndexedDataset, what: str, main: IndexedData
     return DataError(
         f"stream {name} does not fit: {what}",
         where=f"{dataset.prefix} and {main.prefix}",
-        mend="write both in one run of the preprocessing tool",
+        fix="write both in one run of the preprocessing tool",
     )
 
 
 class StreamDataset:
     """Items of s + 1 values per stream, aligned with each other, plus the document number of each token.
 
-    Item: each stream -> [s+1] (tokens and labels int64, rewards and refs float32); `segments` (`pos_segments`, `neg_segments`) int32 [s+1],
-    counting documents in the row from 0, padding being one more document. Padding: 0 for tokens, rewards and refs, -100 for labels.
+    Item: each stream -> [s+1] (tokens and labels int64, rewards and refs float32); `segment_ids` (`pos_segment_ids`,
+    `neg_segment_ids`) int32 [s+1], counting documents in the row from 0, padding being one more document.
+    Padding: 0 for tokens, rewards and refs, -100 for labels.
     Rows longer than s + 1 are cut.
 
     all_trained: label streams wanted for which there is no file: their labels are the tokens.
@@ -125,10 +124,10 @@ class StreamDataset:
         if not 0 <= index < self._length:
             raise IndexError(index)
         pieces = self.pieces(int(self.index.shuffle[index]))
-        lengths = {name: self._lengths(name, pieces) for name, kind in self._kinds.items() if kind is Kind.TOKENS}
+        lengths = {name: self._lengths(name, pieces) for name, kind in self._kinds.items() if kind is StreamKind.TOKENS}
         item: Item = {name: self._read(name, pieces, lengths[main_of(name)]) for name in self.streams}
         for name, counts in lengths.items():
-            item[segments_of(name)] = self._segments(counts)
+            item[segment_ids_of(name)] = self._segment_ids(counts)
         for name in self._all_trained:
             present = sum(lengths[main_of(name)])
             item[name] = item[main_of(name)].copy()
@@ -152,14 +151,14 @@ class StreamDataset:
         row = np.full(self.seq_length + 1, padding, dtype=dtype)
         filled = 0
         for (document, start, _), length in zip(pieces, lengths, strict=True):
-            if kind is Kind.REWARD:
+            if kind is StreamKind.REWARD:
                 row[filled : filled + length] = dataset.get(document)[0]
             else:
                 row[filled : filled + length] = dataset.get(document, start, length)
             filled += length
         return row
 
-    def _segments(self, lengths: list[int]) -> NDArray[np.int32]:
+    def _segment_ids(self, lengths: list[int]) -> NDArray[np.int32]:
         counts = [*lengths, self.seq_length + 1 - sum(lengths)]
         return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 

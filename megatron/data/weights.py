@@ -20,7 +20,7 @@ def normalise(weights: Sequence[float]) -> list[float]:
     total = float(sum(weights))
     if not weights or min(weights) < 0 or not total > 0 or not math.isfinite(total):
         raise ConfigError(
-            f"data weights {list(weights)} cannot be used", where="*_data_weights", mend="numbers >= 0, at least one of them > 0"
+            f"data weights {list(weights)} cannot be used", where="*_data_weights", fix="numbers >= 0, at least one of them > 0"
         )
     return [weight / total for weight in weights]
 
@@ -44,7 +44,7 @@ def by_num_documents(counts: Sequence[int], alpha: float) -> list[float]:
     """
     total = sum(counts)
     if not counts or min(counts) < 0 or total == 0:
-        raise ConfigError(f"document counts {list(counts)} give no weights", where="weight_by_num_documents", mend="set weights by hand")
+        raise ConfigError(f"document counts {list(counts)} give no weights", where="weight_by_num_documents", fix="set weights by hand")
     shares = [count / total for count in counts]
     if max(shares) == 1.0:
         return shares
@@ -65,7 +65,7 @@ def split_bounds(split: str, num_documents: int) -> list[int]:
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 3 or min(parts) < 0 or not sum(parts) > 0:
-        raise ConfigError(f"split {split!r} cannot be read", where="split", mend='one to three proportions >= 0, e.g. "969, 30, 1"')
+        raise ConfigError(f"split {split!r} cannot be read", where="split", fix='one to three proportions >= 0, e.g. "969, 30, 1"')
     bounds = [0]
     for share in normalise(parts + [0.0] * (3 - len(parts))):
         bounds.append(bounds[-1] + round(share * num_documents))

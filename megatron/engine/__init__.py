@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step, evaluation, save and load, whatever runs underneath. Knows no hook and no loop."""
+"""One optimizer step, evaluation, save and load, whatever runs underneath."""

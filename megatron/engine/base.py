@@ -10,18 +10,19 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron.checkpoint.writing import Writing
+from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.data.batch import Batch
 from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
-from megatron.objectives.base import Objective
+from megatron.objectives.base import Objective, Read
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """One optimizer step, the same on every rank.
 
+    loss:          what was minimised, over the global batch
     metrics:       name -> value over the global batch ("lm_loss" and the objective's others)
     learning_rate: of parameter group 0, as used in this step
     grad_norm:     L2 norm of all gradients before clipping; None where the engine does not know it
@@ -29,10 +30,13 @@ class StepResult:
     skipped:       the update was not made (fp16 overflow, or `not_finite`); such a step does not move the learning-rate schedule
     not_finite:    what of loss and gradient was not finite and on which rank first; "" = all was, or fp16's loss scale was too large
     seconds:       wall time of the step
-    samples, tokens: consumed over all data ranks
+    samples:       consumed over all data ranks, as the sampler counts them
+    tokens:        positions of all rows over all data ranks
+    padding:       how many of the tokens are padding
     timings:       phase -> its seconds in this step; empty unless phases are timed
     """
 
+    loss: float
     metrics: Mapping[str, float]
     learning_rate: float
     grad_norm: float | None = None
@@ -42,17 +46,18 @@ class StepResult:
     seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
+    padding: int = 0
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
-class Pieces(Protocol):
+class LocalShards(Protocol):
     """Parameters, gradients and optimizer state as this rank holds them: flat or in shape, in any precision.
 
-    spread: the pieces of one parameter lie on the data ranks, each entry on one of them; else every data rank has the whole
+    sharded: the shards of one parameter lie on the data ranks, each entry on one of them; else every data rank has the whole
     """
 
     @property
-    def spread(self) -> bool: ...
+    def sharded(self) -> bool: ...
 
     def weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Of a parameter that is trained."""
@@ -72,12 +77,21 @@ class Engine(Protocol):
     context: ContextPlan
 
     def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over this data rank's micro batches."""
+        """One optimizer step over this data rank's micro batches; every data rank has as many, and each step may have another number."""
 
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         """Metrics over all micro batches of all data ranks as one sum, without gradients; the same on every rank."""
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def score(self, batches: Iterable[Batch], read: Read) -> list[torch.Tensor]:
+        """What `read` gives for each of this data rank's batches, without gradients; on the CPU of every rank. All ranks call it.
+
+        read: makes values of whole rows or documents by the context's sums, e.g. log-probs per document [n]
+        """
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the data ranks. All ranks call it."""
+
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for. All ranks call it."""
 
     def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
@@ -92,7 +106,7 @@ class Engine(Protocol):
     def module(self) -> torch.nn.Module:
         """The model (this stage of it), for inspection."""
 
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         """What of each parameter is on this rank."""
 
     def before_update(self, look: Callable[[], None]) -> None:

@@ -7,13 +7,13 @@ import os
 
 import torch
 
-from megatron.checkpoint.build import Source, opened
-from megatron.checkpoint.neox_store import copy_weights
+from megatron.checkpoint.build import CheckpointSource, opened
+from megatron.checkpoint.formats.neox_files import copy_weights
+from megatron.deepspeed_private import entries_of
+from megatron.engine.deepspeed_mpu import Partitioning, counted_here, mark_split
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.distributed import Shape, choose_device, rendezvous_from, seed_everything, start
+from megatron.engine.distributed import ParallelSizes, choose_device, rendezvous_from, seed_everything, start
 from megatron.engine.engine import TrainEngine
-from megatron.engine.grid import counted_here, entries_of, mark_split
-from megatron.engine.partitioning import Partitioning
 from megatron.engine.pipeline import LossOfStep, PipelinePath
 from megatron.engine.sequential import SequentialPath
 from megatron.engine.timers import Timers
@@ -43,15 +43,15 @@ def join_job(args: NeoXArgs) -> tuple[Groups, torch.device]:
         raise ConfigError(
             f"{place.world_size} processes were started, but the configuration is for {runtime.global_num_gpus}",
             where="global_num_gpus",
-            mend=f"set global_num_gpus to {place.world_size}, or start {runtime.global_num_gpus} processes",
+            fix=f"set global_num_gpus to {place.world_size}, or start {runtime.global_num_gpus} processes",
         )
     device = choose_device(place.local_rank)
     if device.type == "cpu" and args.model.precision == "fp16":
-        raise BackendError("fp16 does not run on a CPU", where="precision", mend="use bfloat16 or fp32")
+        raise BackendError("fp16 does not run on a CPU", where="precision", fix="use bfloat16 or fp32")
     if device.type == "cpu" and ((args.optim.zero_optimization or {}).get("offload_optimizer") or {}).get("super_offload"):
         where = "zero_optimization.offload_optimizer.super_offload"
-        raise BackendError("SuperOffload needs CUDA", where=where, mend="remove super_offload: on a CPU there is nothing to offload to")
-    shape = Shape(
+        raise BackendError("SuperOffload needs CUDA", where=where, fix="remove super_offload: on a CPU there is nothing to offload to")
+    shape = ParallelSizes(
         pipe=runtime.pipe_parallel_size,
         tensor=runtime.model_parallel_size,
         context=runtime.context_parallel_size,
@@ -72,7 +72,7 @@ STAGE_SEEDS = 100_003
 """Distance between the seeds of two pipeline stages; more than there are replicas."""
 
 
-def build_engine(args: NeoXArgs, source: Source, groups: Groups, device: torch.device) -> tuple[TrainEngine, ModelSpec]:
+def build_engine(args: NeoXArgs, source: CheckpointSource, groups: Groups, device: torch.device) -> tuple[TrainEngine, ModelSpec]:
     """The engine, with the weights of `source` in it, and what its model is."""
     spec, weights = opened(args, source, groups.tp)
     pipelined = args.runtime.pipe_parallel_size >= 1

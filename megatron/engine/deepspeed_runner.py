@@ -1,30 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both DeepSpeed engines share: start, save and load of a runner, and its step-wise numbers. Knows no objective."""
+"""What both DeepSpeed engines share: start, save and load of a runner, and its step-wise numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from megatron.checkpoint.optimizer_store import RECORD, recorded
-from megatron.checkpoint.reading import read_torch_file
-from megatron.checkpoint.state import canonical_name
-from megatron.checkpoint.writing import Writing
-from megatron.engine.base import Pieces
-from megatron.engine.disturbing import disturb_backward, disturb_reduced, disturb_weights
-from megatron.engine.grid import counted_here, grid_of, mark_split
-from megatron.engine.guard import UpdateGuard
-from megatron.engine.layout import Layout, stored_layout
-from megatron.engine.pieces import pieces_of
-from megatron.engine.respreading import spread_anew
+from megatron import deepspeed_private as private
+from megatron.checkpoint.formats.optimizer_files import RECORD, recorded
+from megatron.checkpoint.formats.state import canonical_name
+from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.saving.write import RankFileWriter
+from megatron.engine.base import LocalShards
+from megatron.engine.checkpoint_layout import CheckpointLayout, stored_layout
+from megatron.engine.deepspeed_mpu import counted_here, grid_of, mark_split
+from megatron.engine.fault_injection import disturb_backward, disturb_reduced, disturb_weights
+from megatron.engine.nonfinite_guard import UpdateGuard
+from megatron.engine.reshard import load_resharded
+from megatron.engine.shards import local_shards_of
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
@@ -36,8 +35,8 @@ from megatron.optim.schedules import LRScheduler
 log = get_logger(__name__)
 
 
-class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
-    """Hands what DeepSpeed wants written to a Writing, and reads without running code found in a file.
+class SafeCheckpointEngine(private.checkpoint_engine_base()):  # type: ignore[misc]
+    """Hands what DeepSpeed wants written to a RankFileWriter, and reads without running code found in a file.
 
     It raises nothing: while one rank had an error, the others would wait for it in DeepSpeed's barriers.
     optimizer: whether the optimizer's state is written
@@ -47,7 +46,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
     def __init__(self, config: Any, *, optimizer: bool = True) -> None:
         super().__init__(config)
         self._optimizer = optimizer
-        self.writing: Writing | None = None
+        self.writing: RankFileWriter | None = None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """A folder of the checkpoint."""
@@ -60,16 +59,15 @@ class SafeCheckpointEngine(TorchCheckpointEngine):  # type: ignore[misc]
         """One file of a checkpoint."""
         if self._optimizer:
             self._target().add(state_dict, Path(path))
-        # FORMAT: ZeRO keeps the optimizer in files of its own; otherwise it is beside the weights.
-        elif path.endswith("optim_states.pt"):
-            if (weights := _weights_alone(state_dict)) is not None:
+        elif private.is_optimizer_file(Path(path)):
+            if (weights := private.weights_alone(state_dict)) is not None:
                 self._target().add(weights, Path(path))
         else:
             self._target().add({**state_dict, "optimizer": None} if "optimizer" in state_dict else state_dict, Path(path))
 
-    def _target(self) -> Writing:
+    def _target(self) -> RankFileWriter:
         if self.writing is None:
-            raise TrainingError("DeepSpeed wrote a checkpoint by itself", mend="save through the engine")
+            raise TrainingError("DeepSpeed wrote a checkpoint by itself", fix="save through the engine")
         return self.writing
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -118,44 +116,43 @@ class Runner:
             dist_init_required=False,
             mpu=None if pipelined else grid_of(groups),  # the pipeline engine takes its module's
         )
-        _forget_rehearsal(self.optimizer)
-        self.deepspeed.checkpoint_engine = SafeCheckpointEngine(self.deepspeed._config, optimizer=save_optimizer)
-        copy_script = self.deepspeed._copy_recovery_script
-        self.deepspeed._copy_recovery_script = lambda place: _or_warn(copy_script, place)
+        private.forget_rehearsal(self.optimizer)
+        make = partial(SafeCheckpointEngine, optimizer=save_optimizer)
+        self._files: SafeCheckpointEngine = private.set_checkpoint_engine(self.deepspeed, make)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._make_update = self.deepspeed._take_model_step
-        self.deepspeed._take_model_step = self._update
+        private.intercept_update(self.deepspeed, self._update)
         disturb_backward(self._parameters)
 
     def watch(self, look: Callable[[], None]) -> None:
         """Have `look` called before each update, in every layout: when gradients are complete and not yet clipped."""
         self._watchers.append(look)
 
-    def _update(self, lr_kwargs: Any) -> None:
+    def _update(self, make_update: Callable[[], None]) -> None:
         """Stands between DeepSpeed's backward passes and its update."""
-        pieces = self.pieces()
-        disturb_reduced(self._parameters, pieces)
+        shards = self.local_shards()
+        disturb_reduced(self._parameters, shards)
         for look in self._watchers:
             look()
-        self.guard.decide(self._parameters, pieces, self.deepspeed.device)
+        self.guard.decide(self._parameters, shards, self.deepspeed.device)
         schedule_step = self.schedule.num_iters
-        with _overflow_checked(self.optimizer, bool(self.guard.refused)):
-            self._make_update(lr_kwargs)
+        with private.overflow_checked(self.optimizer, bool(self.guard.refused)):
+            make_update()
         if self.guard.refused:
             # DeepSpeed moves the schedule, or does not, by what it noticed itself; a step without an update is none to the schedule.
             self.schedule.seek(schedule_step)
         disturb_weights(self._parameters)
 
+    def set_micro_batches(self, count: int) -> None:
+        """How many micro batches the next step has."""
+        private.set_micro_batches(self.deepspeed, count)
+
     def begin_backward(self) -> None:
-        """What DeepSpeed does when a backward pass begins; among it, 16-bit gradients of the micro batch before are cleared.
+        """For a loss that does not come from tensors that the model returned."""
+        private.begin_backward(self.deepspeed)
 
-        DeepSpeed hangs it on the tensors that the model returns. The last stage of a pipeline returns a handle, so its loss calls this.
-        """
-        self.deepspeed._backward_prologue()
-
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         """What of each parameter is on this rank."""
-        return pieces_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.replicas.rank)
+        return local_shards_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.replicas.rank)
 
     @property
     def learning_rate(self) -> float:
@@ -173,7 +170,7 @@ class Runner:
     @property
     def loss_scale(self) -> float | None:
         """The loss scale, fp16 only."""
-        return float(self.optimizer.cur_scale) if self.deepspeed.fp16_enabled() and hasattr(self.optimizer, "cur_scale") else None
+        return private.loss_scale_of(self.deepspeed)
 
     @property
     def step_was_skipped(self) -> bool:
@@ -186,14 +183,13 @@ class Runner:
         unseen = not self.deepspeed.fp16_enabled() and not self.deepspeed.was_step_applied()
         return self.guard.refused or ("gradient norm" if unseen else "")
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         """Hand over everything that belongs into directory/tag; `writing` knows when it is there, and what failed."""
-        engine = self.deepspeed.checkpoint_engine
-        engine.writing = writing
+        self._files.writing = writing
         try:
             self.deepspeed.save_checkpoint(str(directory), tag=tag, client_state={**client_state, RECORD: self.record()}, save_latest=False)
         finally:
-            engine.writing = None
+            self._files.writing = None
 
     def load(self, directory: Path, tag: str, spec: ModelSpec) -> dict[str, Any]:
         """Read weights, optimizer and schedule, of any layout; returns the client state.
@@ -204,7 +200,7 @@ class Runner:
         if not self._fits(folder):
             stored, ours = stored_layout(folder), self._layout()
             log.info("the checkpoint was written at: %s; this run has: %s; its weights and optimizer are spread anew", stored, ours)
-            state = spread_anew(self.deepspeed, self.groups, folder, spec)
+            state = load_resharded(self.deepspeed, self.groups, folder, spec)
             if state.get("lr_scheduler") is not None:
                 self.schedule.load_state_dict(state["lr_scheduler"])
             return state
@@ -216,31 +212,31 @@ class Runner:
             raise CheckpointError(
                 f"weights and optimizer cannot be resumed: {error}",
                 where=str(folder),
-                mend="resume with the layout it was written with, or take the weights alone with `no_load_optim: true` or `finetune: true`",
+                fix="resume with the layout it was written with, or take the weights alone with `no_load_optim: true` or `finetune: true`",
             ) from error
         if path is None:
-            raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), mend="check that all files were copied")
+            raise CheckpointError("DeepSpeed found no checkpoint", where=str(folder), fix="check that all files were copied")
         groups = zip(kinds, self.optimizer.param_groups, strict=False)
         lacking = sorted({key for kind, group in groups for key in kind if key not in group} - {"name"})
         if lacking:
             raise CheckpointError(
                 f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}",
                 where=str(folder),
-                mend="set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`",
+                fix="set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`",
             )
         self._restore_numbers(configured)
         # ZeRO loads the optimizer, with the rate it was saved with, after the schedule.
         self.schedule.apply()
         return dict(client_state)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> CheckpointLayout:
         engine = self.deepspeed
-        return Layout(
+        return CheckpointLayout(
             pipelined=bool(engine.pipeline_parallelism),
             partitions=self.groups.replicas.size if engine.zero_optimization() else 0,
             model_ranks=self.groups.tp.size * self.groups.pp.size,
             tensor_ranks=self.groups.tp.size,
-            spread=engine.zero_optimization_stage() == 3,
+            sharded=engine.zero_optimization_stage() == 3,
         )
 
     def record(self) -> dict[str, Any]:
@@ -252,7 +248,7 @@ class Runner:
     def _fits(self, folder: Path) -> bool:
         """Whether DeepSpeed's own loader can read the folder: on every rank its files are of the same form and order."""
         fits = stored_layout(folder) == self._layout()
-        record = recorded(folder, self.deepspeed.checkpoint_mp_rank) if fits else {}
+        record = recorded(folder, private.model_rank_of(self.deepspeed)) if fits else {}
         ours = self.record()
         fits = fits and all(record.get(key, ours[key]) == ours[key] for key in ("form", "groups"))
         return all(of_all_ranks(fits, self.groups.world))
@@ -274,44 +270,9 @@ class Runner:
 _NUMBERS = ("weight_decay", "betas", "eps", "momentum", "lr_mult")
 
 
-def _forget_rehearsal(optimizer: Any) -> None:
-    """Without ZeRO, DeepSpeed's 16-bit optimizer makes its state by a step on zero gradients, which Adam's bias correction counts."""
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        optimizer.optimizer.state.clear()
-
-
 def _record_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
     return {"kind": type(optimizer).__name__, "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]}
-
-
-def _weights_alone(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What of a file of ZeRO's optimizer are weights that are nowhere else (ZeRO-3); None where there are none."""
-    content = state.get("optimizer_state_dict", {})
-    kept = ("zero_stage", "partition_count", "fp32_flat_groups")
-    return {**state, "optimizer_state_dict": {key: content[key] for key in kept}} if "fp32_flat_groups" in content else None
-
-
-@contextmanager
-def _overflow_checked(optimizer: Any, refused: bool) -> Iterator[None]:
-    """ZeRO 1 and 2 do not check float32 gradients, and bring Muon's momentum up to date before the optimizer is asked."""
-    configured = getattr(optimizer, "check_grad_overflow", None)
-    if not refused or configured is None:
-        yield
-        return
-    optimizer.check_grad_overflow = True
-    try:
-        yield
-    finally:
-        optimizer.check_grad_overflow = configured
-
-
-def _or_warn(copy: Callable[[str], object], place: str) -> None:
-    """Copy DeepSpeed's scripts beside the checkpoints. One rank does so: an error there would leave the others in a barrier."""
-    try:
-        copy(place)
-    except OSError as error:
-        log.warning("DeepSpeed's recovery scripts were not copied to %s: %s", place, error)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts this process as one rank of the job: who am I, where do we meet, on which device. Knows no model."""
+"""Starts this process as one rank of the job: who am I, where do we meet, on which device."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron import deepspeed_private as private
 from megatron.errors import BackendError, ConfigError, LostRankError
-from megatron.launch.place import Place, place_from
+from megatron.launch.rendezvous import Rendezvous, place_from
 from megatron.log import get_logger
 from megatron.mpu.comm import open_groups
 from megatron.mpu.groups import Groups
@@ -30,11 +31,11 @@ log = get_logger(__name__)
 
 
 # Place of this process in the job and where all of them meet.
-Rendezvous = Place
+Rendezvous = Rendezvous
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ParallelSizes:
     """How processes share the work: sizes of the axes beside data parallelism, and whether tensor ranks spread the sequence."""
 
     pipe: int = 1
@@ -69,12 +70,12 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def start(place: Rendezvous, device: torch.device, shape: Shape | None = None, *, timeout_minutes: float = 30.0) -> Groups:
+def start(place: Rendezvous, device: torch.device, shape: ParallelSizes | None = None, *, timeout_minutes: float = 30.0) -> Groups:
     """Join the job through DeepSpeed and return this rank's groups.
 
     Raises ConfigError when the job's processes cannot be shared out as `shape` asks.
     """
-    shape = shape or Shape()
+    shape = shape or ParallelSizes()
     topology = Topology.of_world(place.world_size, pipe=shape.pipe, tensor=shape.tensor, context=shape.context)
     os.environ.update(
         RANK=str(place.rank),
@@ -118,11 +119,11 @@ def naming_lost_ranks() -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, dist.DistNetworkError) and _TAKEN.search(str(error)):
             where = f"MASTER_PORT {os.environ.get('MASTER_PORT', '')}"
-            raise ConfigError("the port where ranks meet is in use", where=where, mend="choose another master_port") from error
+            raise ConfigError("the port where ranks meet is in use", where=where, fix="choose another master_port") from error
         if not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
             raise
-        mend = "see what that rank reported, and its host's log; a rank without any report was killed (out of memory?)"
-        raise LostRankError(f"lost another rank: {reason}", mend=mend) from error
+        fix = "see what that rank reported, and its host's log; a rank without any report was killed (out of memory?)"
+        raise LostRankError(f"lost another rank: {reason}", fix=fix) from error
 
 
 def stop(*, failed: bool = False) -> None:
@@ -164,16 +165,10 @@ def _prepare_deepspeed(device: torch.device) -> None:
     # Collectives that DeepSpeed calls by their old names; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
-        import deepspeed
+        import deepspeed  # noqa: F401
     except ImportError as error:
-        raise BackendError("deepspeed is not installed", where=str(error), mend="run setup_uv_env.sh") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.WARNING)
-    # Its bfloat16 optimizer prints the memory in use five times, asked or not.
-    if not log.isEnabledFor(logging.DEBUG):
-        deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # The shared-memory collective is compiled when the process group starts, a minute of work that gloo does without.
-    if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        raise BackendError("deepspeed is not installed", where=str(error), fix="run setup_uv_env.sh") from error
+    private.configure_start(device)
 
 
 def seed_everything(seed: int) -> None:

@@ -5,35 +5,48 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.writing import Writing
+from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, global_denominator, part_of, require_same_batch, tokens_digest, weighted_mean
-from megatron.engine.base import Pieces, StepResult
+from megatron.engine.base import LocalShards, StepResult
 from megatron.engine.deepspeed_runner import Runner
+from megatron.engine.loss_normalization import (
+    LOSS,
+    Evaluation,
+    MakeContext,
+    MetricSum,
+    contexts,
+    part_of,
+    require_same_batch,
+    step_totals,
+    tokens_digest,
+)
 from megatron.engine.timers import Timers
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import of_last_rank
+from megatron.mpu.comm import all_reduce
 from megatron.mpu.context import ContextPlan
-from megatron.objectives.base import Objective
+from megatron.objectives.base import Objective, Read, ReadAny
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 
 class ComputePath(Protocol):
     """How micro batches run: SequentialPath or PipelinePath."""
 
-    def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
-        """One optimizer step."""
+    def step(self, objective: Objective, micro_batches: Sequence[Batch], contexts: MakeContext, meter: MetricSum) -> None:
+        """One optimizer step; adds the loss and metrics of every micro batch to `meter`."""
 
-    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:
-        """Add the metrics of all micro batches, without a step and with denominator 1, to `meter`."""
+    def infer(self, micro_batches: Iterable[Batch], read: ReadAny[T], contexts: MakeContext) -> list[T]:
+        """What `read` gives for each micro batch, without gradient; nothing on stages before the last."""
 
 
 class TrainEngine:
@@ -53,50 +66,63 @@ class TrainEngine:
         self._path = path
 
     def train_step(self, objective: Objective, micro_batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over this data rank's micro batches."""
+        """One optimizer step over this data rank's micro batches, as many as there are."""
         started = time.perf_counter()
         groups = self.groups
         learning_rate = self.runner.learning_rate
         if log.isEnabledFor(logging.DEBUG):
             require_same_batch(micro_batches, groups)
             log.debug("tokens of the step: %s", tokens_digest(micro_batches, groups.dp))
-        denominator = global_denominator(objective, micro_batches, groups.dp, self.device)
-        meter = MetricSum()
+        micro_batches = objective.prepare(micro_batches, self)
+        totals = step_totals(objective, micro_batches, groups.dp, self.device)
+        meter = MetricSum(totals.denominators)
         self.module().train()
-        self._path.step(objective, [part_of(batch, self.context) for batch in micro_batches], denominator, meter)
-        metrics, others = meter.reduce(groups, self.device, grad_norm=self.runner.grad_norm)
-        samples = sum(batch.tokens.shape[0] for batch in micro_batches) * groups.dp.size
+        self._path.step(
+            objective, [part_of(batch, self.context) for batch in micro_batches], contexts(totals.denominators, self.context), meter
+        )
+        metrics, others = meter.reduce(groups, self.device, consumed=totals.consumed, grad_norm=self.runner.grad_norm)
+        samples, tokens, padding = (int(value) for value in others["consumed"])
         return StepResult(
+            loss=metrics.pop(LOSS),
             metrics=metrics,
             learning_rate=learning_rate,
-            grad_norm=others.get("grad_norm"),
+            grad_norm=others["grad_norm"][0] if "grad_norm" in others else None,
             loss_scale=self.runner.loss_scale,
             skipped=self.runner.step_was_skipped,
             not_finite=self.runner.not_finite,
             seconds=time.perf_counter() - started,
             samples=samples,
-            tokens=samples * micro_batches[0].tokens.shape[1],
+            tokens=tokens,
+            padding=padding,
             timings=self.timers.take(),
         )
 
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
-        """Metrics over a stream of micro batches, weighted by what each of them trains; sums over all data ranks."""
-        self.module().eval()
-        meter = MetricSum()
-        trained = 0.0
+        """Metrics over all micro batches of all data ranks, without gradients; the same on every rank."""
+        evaluation = Evaluation(objective, self.device)
+        prepared = (batch for drawn in micro_batches for batch in objective.prepare([drawn], self))
+        self._infer(evaluation.counted(prepared), evaluation.read, evaluation.denominators)
+        return evaluation.metrics(self.groups)
 
-        def parts() -> Iterator[Batch]:
-            nonlocal trained
-            for batch in micro_batches:
-                trained += objective.denominator(batch)
-                yield part_of(batch, self.context)
+    def score(self, batches: Iterable[Batch], read: Read) -> list[Tensor]:
+        """What `read` gives for each batch, on the CPU of every rank that has the batch."""
+        found = self._infer(batches, read, {})
+        return of_last_rank([values.cpu() for values in found], self.groups.pp)
 
-        self._path.evaluate(objective, parts(), meter)
-        metrics = weighted_mean(meter, trained, self.groups, self.device)
-        self.module().train()
-        return metrics
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum over the data ranks."""
+        return all_reduce(values.to(self.device), self.groups.dp).to(values.device)
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def _infer(self, batches: Iterable[Batch], read: ReadAny[T], denominators: Mapping[str, Tensor]) -> list[T]:
+        module = self.module()
+        training = module.training
+        module.eval()
+        try:
+            return self._path.infer((part_of(batch, self.context) for batch in batches), read, contexts(denominators, self.context))
+        finally:
+            module.train(training)
+
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         """Hand weights and optimizer, as files of directory/tag, to `writing`, which is waited for."""
         self.runner.save(directory, tag, client_state, writing)
 
@@ -113,9 +139,9 @@ class TrainEngine:
         module: nn.Module = self.runner.deepspeed.module
         return module
 
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         """What of each parameter is on this rank."""
-        return self.runner.pieces()
+        return self.runner.local_shards()
 
     def before_update(self, look: Callable[[], None]) -> None:
         """Have `look` called on every rank just before each optimizer update, when the gradients are complete."""

@@ -3,59 +3,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, targets_of
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.disturbing import disturbed
+from megatron.engine.fault_injection import disturbed
+from megatron.engine.loss_normalization import MakeContext, MetricSum, targets_of
 from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
-from megatron.objectives.base import Objective
+from megatron.objectives.base import Objective, ReadAny, Targets
+from megatron.objectives.context import LossContext
 
-
-@dataclass(frozen=True)
-class _Step:
-    """What the loss function of the last stage needs to know about the step under way."""
-
-    objective: Objective
-    denominator: Tensor
-    names: tuple[str, ...]
-    meter: MetricSum
-    factor: float = 1.0
-    see: Callable[[Tensor], None] = lambda loss: None
-    before_backward: Callable[[], None] = lambda: None
+T = TypeVar("T")
+OnLogits = Callable[[Any, Targets, LossContext], Tensor]
+"""(head's handle, targets, context) of one micro batch -> scalar."""
 
 
 class LossOfStep:
-    """The `loss_fn` handed to the pipeline module: (head's handle, targets in order) -> scalar."""
+    """The `loss_fn` handed to the pipeline module: called with the head's handle of one micro batch after the other, in their order."""
 
     def __init__(self) -> None:
-        self.current: _Step | None = None
+        self._waiting: deque[tuple[Targets, LossContext]] = deque()
+        self._call: OnLogits | None = None
 
-    def __call__(self, logits: Any, targets: Sequence[Tensor]) -> Tensor:
-        """Loss of one micro batch, scaled so that DeepSpeed's division by accumulation steps and data ranks is undone."""
-        if self.current is None:
-            raise TrainingError("the pipeline ran outside a step", mend="call train_step or eval_step")
-        faults.point("micro_batch")
-        step = self.current
-        terms = step.objective.loss(logits, dict(zip(step.names, targets, strict=True)), step.denominator)
-        if terms.loss.requires_grad:
-            terms = disturbed(terms)
-            step.see(terms.loss)
-        step.meter.add(terms.metrics)
-        loss = terms.loss * step.factor
-        if loss.requires_grad:
-            loss.register_hook(lambda grad: step.before_backward())
-        return loss
+    def __call__(self, logits: Any, labels: object) -> Tensor:
+        """Loss of one micro batch. labels: DeepSpeed's copy of something that is here already"""
+        if self._call is None or not self._waiting:
+            raise TrainingError("the pipeline ran outside a step", fix="call train_step, eval_step or score")
+        return self._call(logits, *self._waiting.popleft())
+
+    @contextmanager
+    def during(self, call: OnLogits, inputs: Iterable[tuple[Targets, LossContext]]) -> Iterator[None]:
+        """Have `call` make the losses of these micro batches."""
+        self._call, self._waiting = call, deque(inputs)
+        try:
+            yield
+        finally:
+            self._call, self._waiting = None, deque()
 
 
 class PipelinePath:
@@ -71,34 +63,48 @@ class PipelinePath:
         self._device = device
         self._shape: tuple[int, ...] | None = None
 
-    def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
+    def step(self, objective: Objective, micro_batches: Sequence[Batch], contexts: MakeContext, meter: MetricSum) -> None:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
-        prepared = [(batch.tokens, targets_of(batch, self._device)) for batch in micro_batches]
-        factor = float(len(micro_batches) * self._runner.groups.replicas.size)
-        step = _Step(objective, denominator, tuple(prepared[0][1]), meter, factor, self._runner.guard.see, self._runner.begin_backward)
-        with self._during(step), self._timers("train_batch"):
-            self._fit_buffers(prepared[0][0])
-            self._runner.deepspeed.train_batch(data_iter=iter(rows_of(prepared)))
+        runner = self._runner
+        # Undoes DeepSpeed's division by accumulation steps and data ranks.
+        factor = float(len(micro_batches) * runner.groups.replicas.size)
 
-    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:
-        """Add the metrics of all micro batches to `meter`. Stages work on several micro batches at a time."""
-        one = torch.ones((), dtype=torch.float32, device=self._device)
+        def loss_of(logits: Any, targets: Targets, context: LossContext) -> Tensor:
+            fault_injection.point("micro_batch")
+            terms = disturbed(objective.loss(logits, targets, context))
+            runner.guard.see(terms.loss)
+            meter.add(terms)
+            loss = terms.loss * factor
+            loss.register_hook(lambda grad: runner.begin_backward())
+            return loss
+
+        inputs = [self._inputs(batch, contexts) for batch in micro_batches]
+        with self._loss.during(loss_of, inputs), self._timers("train_batch"):
+            self._fit_buffers(micro_batches[0].tokens)
+            runner.set_micro_batches(len(micro_batches))
+            runner.deepspeed.train_batch(data_iter=rows_of(micro_batches, inputs))
+
+    def infer(self, micro_batches: Iterable[Batch], read: ReadAny[T], contexts: MakeContext) -> list[T]:
+        """What `read` gives for each micro batch, without gradient, on the last stage. Stages work on several micro batches at a time."""
+        found: list[T] = []
+
+        def keep(logits: Any, targets: Targets, context: LossContext) -> Tensor:
+            fault_injection.point("micro_batch")
+            found.append(read(logits, targets, context))
+            return torch.zeros((), device=self._device)
+
         batches = iter(micro_batches)
         while group := list(islice(batches, self._runner.groups.pp.size * 2)):
-            prepared = [(batch.tokens, targets_of(batch, self._device)) for batch in group]
-            with self._during(_Step(objective, one, tuple(prepared[0][1]), meter)):
-                self._fit_buffers(prepared[0][0])
-                self._runner.deepspeed.eval_batch(
-                    iter(rows_of(prepared)), reduce_output=None, bcast_loss=False, num_micro_batches=len(group)
-                )
+            inputs = [self._inputs(batch, contexts) for batch in group]
+            with self._loss.during(keep, inputs):
+                self._fit_buffers(group[0].tokens)
+                rows = rows_of(group, inputs)
+                self._runner.deepspeed.eval_batch(rows, reduce_output=None, bcast_loss=False, num_micro_batches=len(group))
+        return found
 
-    @contextmanager
-    def _during(self, step: _Step) -> Iterator[None]:
-        self._loss.current = step
-        try:
-            yield
-        finally:
-            self._loss.current = None
+    def _inputs(self, batch: Batch, contexts: MakeContext) -> tuple[Targets, LossContext]:
+        targets = targets_of(batch, self._device)
+        return targets, contexts(batch, targets)
 
     def _fit_buffers(self, tokens: Tensor) -> None:
         """What stages send to each other has the shape of the first micro batch; forget that where another one comes."""
@@ -107,6 +113,9 @@ class PipelinePath:
         self._shape = tuple(tokens.shape)
 
 
-def rows_of(prepared: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> list[tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]]:
-    """Micro batches in the form that DeepSpeed wants: (input of the first stage, targets of the last)."""
-    return [((tokens, targets["segments"]), tuple(targets.values())) for tokens, targets in prepared]
+def rows_of(
+    micro_batches: Sequence[Batch], inputs: Sequence[tuple[Targets, LossContext]]
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]]:
+    """Micro batches in the form that DeepSpeed wants: (input of the first stage, labels of the last)."""
+    for batch, (targets, _) in zip(micro_batches, inputs, strict=True):
+        yield (batch.tokens, targets["segment_ids"]), (targets["labels"],)

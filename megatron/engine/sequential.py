@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.data.batch import Batch
-from megatron.engine.accounting import MetricSum, add_terms, targets_of
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.disturbing import disturbed
+from megatron.engine.fault_injection import disturbed
+from megatron.engine.loss_normalization import MakeContext, MetricSum, targets_of
 from megatron.engine.timers import Timers
-from megatron.objectives.base import LossTerms, Objective
+from megatron.objectives.base import Objective, ReadAny
+
+T = TypeVar("T")
 
 
 class SequentialPath:
@@ -27,31 +27,33 @@ class SequentialPath:
         self._device = device
         self._timers = timers or Timers()
 
-    def step(self, objective: Objective, micro_batches: Sequence[Batch], denominator: Tensor, meter: MetricSum) -> None:
+    def step(self, objective: Objective, micro_batches: Sequence[Batch], contexts: MakeContext, meter: MetricSum) -> None:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         engine = self._runner.deepspeed
-        for batch in micro_batches:
-            faults.point("micro_batch")
+        self._runner.set_micro_batches(len(micro_batches))
+        for number, batch in enumerate(micro_batches, start=1):
+            fault_injection.point("micro_batch")
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             with self._timers("forward"):
-                terms = disturbed(self._terms(engine, objective, batch, denominator))
-                meter.add(terms.metrics)
+                terms = disturbed(self._read(engine, batch, objective.loss, contexts))
+                meter.add(terms)
                 self._runner.guard.see(terms.loss)
             with self._timers("backward"):
-                # DeepSpeed averages gradients over replicas; the denominator has divided by the whole batch already. The product must be
+                # DeepSpeed averages gradients over replicas; the denominators have divided by the whole batch already. The product must be
                 # made on one rank, too: on the very tensor that forward returned, DeepSpeed would divide by the accumulation steps.
                 engine.backward(terms.loss * self._runner.groups.replicas.size, scale_wrt_gas=False)
             with self._timers("optimizer"):
                 engine.step()
 
-    def evaluate(self, objective: Objective, micro_batches: Iterable[Batch], meter: MetricSum) -> None:
-        """Add the metrics of all micro batches to `meter`."""
-        add_terms(objective, micro_batches, partial(self._terms, self._runner.deepspeed.module), meter, self._device)
+    def infer(self, micro_batches: Iterable[Batch], read: ReadAny[T], contexts: MakeContext) -> list[T]:
+        """What `read` gives for each micro batch, without gradient."""
+        model = self._runner.deepspeed.module
+        with torch.no_grad():
+            return [self._read(model, batch, read, contexts) for batch in micro_batches]
 
-    def _terms(self, model: Any, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
+    def _read(self, model: Any, batch: Batch, read: ReadAny[T], contexts: MakeContext) -> T:
         targets = targets_of(batch, self._device)
-        terms: LossTerms = model(
-            batch.tokens.to(self._device, non_blocking=True),
-            targets["segments"],
-            read=lambda logits: objective.loss(logits, targets, denominator),
-        )
-        return terms
+        context = contexts(batch, targets)
+        tokens = batch.tokens.to(self._device, non_blocking=True)
+        found: T = model(tokens, targets["segment_ids"], read=lambda logits: read(logits, targets, context))
+        return found

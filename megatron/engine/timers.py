@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds that the phases of a step take. Knows no phase by name."""
+"""Seconds that the phases of a step take."""
 
 from __future__ import annotations
 

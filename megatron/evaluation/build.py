@@ -4,33 +4,30 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron import faults
+from megatron import fault_injection
+from megatron.atomic_io import atomic_write
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
-from megatron.engine.accounting import MetricSum, add_terms, targets_of, weighted_mean
 from megatron.engine.distributed import choose_device
+from megatron.engine.loss_normalization import Evaluation, contexts, targets_of
 from megatron.errors import ConfigError, StoppedError, required
 from megatron.evaluation.coordinates import Size, Subject, measure
 from megatron.generation.build import load_model
-from megatron.hooks.characters import PER_CHARACTER, Characters
-from megatron.hooks.validation import with_perplexity
+from megatron.hooks.validation import PER_CHARACTER, Characters, with_perplexity
 from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.build import build_transformer
 from megatron.model.transformer import Transformer
+from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
-from megatron.objectives.base import LossTerms, Objective
 from megatron.objectives.build import build_objective
 from megatron.optim.build import build_optimizer
 from megatron.optim.groups import rate_of
@@ -40,20 +37,6 @@ log = get_logger(__name__)
 
 # A coordinate check's batch: rows, tokens of a row at most, and the vocabulary where the configuration does not say it.
 CHECK_ROWS, CHECK_TOKENS, CHECK_VOCAB = 8, 128, 1024
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """Loss terms of one micro batch by a plain model."""
-
-    model: Transformer
-
-    def __call__(self, objective: Objective, batch: Batch, denominator: Tensor) -> LossTerms:
-        """See `Terms` of engine/accounting.py."""
-        device = denominator.device
-        targets = targets_of(batch, device)
-        logits = self.model(batch.tokens.to(device), targets["segments"])
-        return objective.loss(logits, targets, denominator)
 
 
 def evaluate(args: NeoXArgs) -> dict[str, Any]:
@@ -69,7 +52,7 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
 def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
     if args.text.eval_tasks:
         raise ConfigError(
-            "evaluation tasks are not built yet", where="eval_tasks", mend="remove eval_tasks: eval.py reports the validation and test loss"
+            "evaluation tasks are not built yet", where="eval_tasks", fix="remove eval_tasks: eval.py reports the validation and test loss"
         )
     tokenizer = build_tokenizer(args)
     loaded = load_model(args)
@@ -85,30 +68,39 @@ def _evaluate(args: NeoXArgs, received: Sequence[int]) -> dict[str, Any]:
         micro_batches = _until_told(received, islice(split.batches(objective.collate, start_sample=0), batches))
         counting = Characters(tokenizer.decode, tokenizer.eod)
         seen = counting.counted(micro_batches) if args.run.char_level_ppl else micro_batches
-        meter = MetricSum()
+        evaluation = Evaluation(objective, device)
         try:
-            weight = add_terms(objective, seen, _Terms(loaded.model), meter, device)
+            _read(loaded.model, evaluation, seen, device)
         except StoppedError:
             if not results:
                 raise
             stopped = {"stopped_by": received[0]}
             break
-        metrics = weighted_mean(meter, weight, alone, device)
+        metrics = evaluation.metrics(alone)
         if args.run.char_level_ppl:
             metrics[PER_CHARACTER] = counting.per_character(alone.dp, device)
         results[name] = with_perplexity(metrics)
         log.info("%s", json.dumps({name: results[name]}))
     if not results:
         raise ConfigError(
-            "there is no validation or test data", where="valid_data_paths", mend="give valid_data_paths or split, and eval_iters > 0"
+            "there is no validation or test data", where="valid_data_paths", fix="give valid_data_paths or split, and eval_iters > 0"
         )
     return {"results": results, "config": {"checkpoint": str(loaded.folder), "eval_iters": args.run.eval_iters}, **stopped}
+
+
+def _read(model: Transformer, evaluation: Evaluation, batches: Iterable[Batch], device: torch.device) -> None:
+    """Add what a plain model makes of the batches."""
+    context_of = contexts(evaluation.denominators, ContextPlan())
+    with torch.no_grad():
+        for batch in evaluation.counted(batches):
+            targets = targets_of(batch, device)
+            evaluation.read(model(batch.tokens.to(device), targets["segment_ids"]), targets, context_of(batch, targets))
 
 
 def _until_told(received: Sequence[int], batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; raises StoppedError before the next one once a signal came: losses over some of the data are not written."""
     for batch in batches:
-        faults.point("evaluate")
+        fault_injection.point("evaluate")
         if received:
             raise StoppedError(received[0])
         yield batch
@@ -121,8 +113,8 @@ def coordinate_check(args: NeoXArgs, widths: Sequence[int], *, steps: int) -> li
     stays at `lr`. Raises ConfigError for a width that the model cannot have.
     """
     if len(set(widths)) < 2 or steps < 1:
-        mend = "e.g. --widths 64,128,256 --steps 3"
-        raise ConfigError("a coordinate check needs two different widths and one step at least", where="--widths, --steps", mend=mend)
+        fix = "e.g. --widths 64,128,256 --steps 3"
+        raise ConfigError("a coordinate check needs two different widths and one step at least", where="--widths, --steps", fix=fix)
     device = choose_device(0)
     seq_length = min(required(args.model.seq_length, "seq_length"), CHECK_TOKENS)
     vocab = args.model.padded_vocab_size or CHECK_VOCAB
@@ -149,7 +141,6 @@ def at_width(args: NeoXArgs, width: int) -> NeoXArgs:
 
 def write_results(results: dict[str, Any], path: Path) -> Path:
     """Write `results` as JSON, aside and renamed; returns the path."""
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    aside.write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(results, indent=4) + "\n")
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron.atomic_io import atomic_path
 from megatron.errors import TrainingError
 from megatron.model.embedding import Embedding
-from megatron.model.stream import Stream
+from megatron.model.layer_state import LayerState
 from megatron.model.transformer import Transformer
 
 KINDS = ("embedding", "attention", "mlp", "block", "logits")
@@ -57,7 +57,7 @@ def measure(make: Callable[[int], Subject], widths: Sequence[int], tokens: Tenso
             sizes = _step(subject, tokens, update=step < steps)
             if not all(math.isfinite(size) for size in sizes.values()):
                 what = f"activations are not finite at hidden_size {width} after {step} updates"
-                raise TrainingError(what, where="optimizer.params.lr", mend="lower the learning rate, or set use_mup: true")
+                raise TrainingError(what, where="optimizer.params.lr", fix="lower the learning rate, or set use_mup: true")
             found += [Size(width=width, step=step, kind=kind, size=size) for kind, size in sizes.items()]
     return found
 
@@ -85,9 +85,9 @@ def write_report(sizes: Sequence[Size], folder: Path, *, max_slope: float) -> Pa
     found = slopes(sizes)
     kind, slope = steepest(found)
     report = {"max_slope": max_slope, "steepest": {"kind": kind, "slope": slope}, "slopes": found, "sizes": [asdict(one) for one in sizes]}
-    with _renamed(folder / "coordinates.json") as aside:
+    with atomic_path(folder / "coordinates.json") as aside:
         aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with _renamed(folder / "coordinates.png") as aside:
+    with atomic_path(folder / "coordinates.png") as aside:
         _draw(sizes, found, aside)
     return folder
 
@@ -121,7 +121,7 @@ def _watched(model: Transformer) -> Iterator[dict[str, list[float]]]:
 
     def of_stream(kind: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, given: Any, out: Any) -> None:
-            if isinstance(out, Stream):  # a tied embedding, run as the head, gives the loss
+            if isinstance(out, LayerState):  # a tied embedding, run as the head, gives the loss
                 seen[kind].append(_size(out.hidden))
 
         return hook
@@ -150,14 +150,6 @@ def _slope(rows: Sequence[tuple[float, float]]) -> float:
     """Slope of the straight line nearest to points (x, y)."""
     mean_x, mean_y = (sum(row[axis] for row in rows) / len(rows) for axis in (0, 1))
     return sum((x - mean_x) * (y - mean_y) for x, y in rows) / sum((x - mean_x) ** 2 for x, _ in rows)
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A file to write in place of `path`, which it becomes when it is complete."""
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    yield aside
-    aside.replace(path)
 
 
 def _draw(sizes: Sequence[Size], found: dict[str, list[float]], path: Path) -> None:

@@ -28,12 +28,12 @@ def available(name: str) -> str | None:
     Raises BackendError for a name nobody knows.
     """
     if name not in _NEEDS:
-        raise BackendError(f"no optional kernel is called {name!r}", mend=f"one of {', '.join(sorted(_NEEDS))}")
-    module, needs_cuda, mend = _NEEDS[name]
+        raise BackendError(f"no optional kernel is called {name!r}", fix=f"one of {', '.join(sorted(_NEEDS))}")
+    module, needs_cuda, fix = _NEEDS[name]
     if needs_cuda and not torch.cuda.is_available():
         return f"{name} needs a CUDA device, and torch {torch.__version__} sees none"
     try:
         found = find_spec(module) is not None
     except ModuleNotFoundError:
         found = False
-    return None if found else f"the module {module} is not installed ({mend})"
+    return None if found else f"the module {module} is not installed ({fix})"

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.build import hf_shapes, hf_spec, search_of
-from megatron.checkpoint.discovery import find
-from megatron.checkpoint.hf_address import fetch, is_hf
-from megatron.checkpoint.hf_model import ROWS, HFModel
-from megatron.checkpoint.neox_store import copy_weights
-from megatron.checkpoint.whole import join_shards, read_shards, width_over
+from megatron.checkpoint.formats.neox_files import copy_weights
+from megatron.checkpoint.loading.hf_view import ROWS, HFModel
+from megatron.checkpoint.loading.merge_tp import join_shards, read_shards, width_over
+from megatron.checkpoint.remote.hub_resolve import fetch, is_hf
+from megatron.checkpoint.steps.discovery import find
 from megatron.errors import ConfigError
-from megatron.generation.decode import ModelScorer, Settings
+from megatron.generation.decode import DecodeSettings, ModelScorer
 from megatron.generation.modes import TextGenType, Writer, input_file, interactive, unconditional
 from megatron.generation.sampling import Sampling
 from megatron.launch.signals import noting_signals
@@ -51,7 +51,7 @@ def load_model(args: NeoXArgs) -> Loaded:
     Raises ConfigError without `load`, CheckpointError when it does not fit.
     """
     if not args.checkpoint.load:
-        raise ConfigError("no checkpoint is named", where="load", mend="load: <the folder a training run saved to>")
+        raise ConfigError("no checkpoint is named", where="load", fix="load: <the folder a training run saved to>")
     weights: Mapping[str, Tensor]
     shapes = None
     if is_hf(args.checkpoint.load):
@@ -96,10 +96,10 @@ def build_writer(args: NeoXArgs) -> Writer:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the checkpoint only {rows} rows for them",
             where="vocab_file",
-            mend="use the tokenizer the model was trained with",
+            fix="use the tokenizer the model was trained with",
         )
     text = args.text
-    settings = Settings(
+    settings = DecodeSettings(
         sampling=Sampling(temperature=text.temperature, top_k=text.top_k, top_p=text.top_p),
         maximum_tokens=text.maximum_tokens,
         eod=tokenizer.eod,
@@ -118,7 +118,7 @@ def mode_of(args: NeoXArgs) -> TextGenType:
     mode = TextGenType(given)
     if mode is TextGenType.PRECOMPUTE:
         raise ConfigError(
-            "text_gen_type: precompute is not built yet", where="text_gen_type", mend="one of unconditional, input-file, interactive"
+            "text_gen_type: precompute is not built yet", where="text_gen_type", fix="one of unconditional, input-file, interactive"
         )
     return mode
 

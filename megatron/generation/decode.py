@@ -63,7 +63,7 @@ def _last(logits: Logits) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class DecodeSettings:
     """How a text goes on and when it ends.
 
     maximum_tokens: tokens to add at most; None = as many as the model can see
@@ -89,7 +89,7 @@ class Completion:
     finished: bool = False
     logits: list[Tensor] = field(default_factory=list)
 
-    def add(self, token: int, settings: Settings) -> bool:
+    def add(self, token: int, settings: DecodeSettings) -> bool:
         """Take one more token; True if it belongs to the text."""
         if token == settings.eod:
             self.finished = True
@@ -105,7 +105,7 @@ class Completion:
 
 @torch.inference_mode()
 def decode(
-    scorer: Scorer, prompts: Tensor, settings: Settings, generators: Sequence[torch.Generator], on_token: OnToken | None = None
+    scorer: Scorer, prompts: Tensor, settings: DecodeSettings, generators: Sequence[torch.Generator], on_token: OnToken | None = None
 ) -> list[Completion]:
     """Continue prompts of one length: [b, s] int64 with 1 <= s < scorer.longest -> b completions.
 
@@ -135,7 +135,7 @@ def decode(
 
 
 def _steps(
-    scorer: Scorer, prompts: Tensor, limit: int, settings: Settings, generators: Sequence[torch.Generator]
+    scorer: Scorer, prompts: Tensor, limit: int, settings: DecodeSettings, generators: Sequence[torch.Generator]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [b, v] and tokens [b], `limit` times at most."""
     if limit <= 0:

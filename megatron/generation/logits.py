@@ -36,15 +36,15 @@ def write_logits(model: Transformer, tokens_file: Path, output: Path, *, rows: i
 
 
 def _tokens(path: Path, vocab_size: int) -> np.ndarray:
-    mend = "save integers [b, s] with numpy.save"
+    fix = "save integers [b, s] with numpy.save"
     if not path.is_file():
-        raise DataError(f"there is no {path}", where="--tokens", mend=mend)
+        raise DataError(f"there is no {path}", where="--tokens", fix=fix)
     try:
         tokens = np.load(path, allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"{path} is not a .npy file: {error}", where="--tokens", mend=mend) from error
+        raise DataError(f"{path} is not a .npy file: {error}", where="--tokens", fix=fix) from error
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.size == 0:
-        raise DataError(f"{path} holds {tokens.dtype} {list(tokens.shape)}", where="--tokens", mend=mend)
+        raise DataError(f"{path} holds {tokens.dtype} {list(tokens.shape)}", where="--tokens", fix=fix)
     if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise DataError(f"{path} holds tokens {tokens.min()} to {tokens.max()}, not 0 to {vocab_size - 1}", where="--tokens", mend=mend)
+        raise DataError(f"{path} holds tokens {tokens.min()} to {tokens.max()}, not 0 to {vocab_size - 1}", where="--tokens", fix=fix)
     return np.asarray(tokens)

@@ -7,7 +7,6 @@ FORMAT: output is JSON lines with context, text, length, finished, message, dura
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron import faults
+from megatron import fault_injection
+from megatron.atomic_io import atomic_write
 from megatron.errors import DataError, StoppedError
-from megatron.generation.decode import Completion, Scorer, Settings, decode
+from megatron.generation.decode import Completion, DecodeSettings, Scorer, decode
 from megatron.tokenizer import Tokenizer
 
 ROWS = 16  # texts decoded together at most
@@ -46,7 +46,7 @@ class Writer:
 
     scorer: Scorer
     tokenizer: Tokenizer
-    settings: Settings
+    settings: DecodeSettings
     seed: int = 1234
     received: Sequence[int] = ()
 
@@ -67,7 +67,7 @@ class Writer:
         records: list[Record | None] = [None] * len(contexts)
         hopeless = [len(prompt) >= self.scorer.longest for prompt in prompts]
         for numbers in self._batches(prompts):
-            faults.point("generate")
+            fault_injection.point("generate")
             if self.received:
                 break
             start = time.monotonic()
@@ -128,14 +128,14 @@ def unconditional(writer: Writer, num_samples: int, output: Path) -> list[Record
 def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | None) -> Path:
     """Continue every prompt of a file, split at `prompt_end`; returns the output's path, by default `<prompts>.output.jsonl`."""
     if not prompts.is_file():
-        raise DataError(f"there is no {prompts}", where="sample_input_file", mend="check the path")
+        raise DataError(f"there is no {prompts}", where="sample_input_file", fix="check the path")
     try:
         entries = [entry.strip() for entry in prompts.read_text(encoding="utf-8").split(prompt_end)]
     except UnicodeDecodeError as error:
         raise DataError(f"{prompts} is not UTF-8 text: {error.reason} at byte {error.start}", where="sample_input_file") from error
     contexts = [entry for entry in entries if entry]
     if not contexts:
-        raise DataError(f"{prompts} holds no prompt", where="sample_input_file", mend=f"prompts end with {prompt_end!r} (prompt_end)")
+        raise DataError(f"{prompts} holds no prompt", where="sample_input_file", fix=f"prompts end with {prompt_end!r} (prompt_end)")
     output = output or prompts.with_name(f"{prompts.name}.output.jsonl")
     records = writer.write(contexts)
     write_records(records, output)
@@ -190,8 +190,6 @@ def _ask(prompt_end: str, source: TextIO, screen: TextIO) -> str | None:
 def write_records(records: Sequence[Record], path: Path) -> None:
     """JSON lines, written aside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as out:
+    with atomic_write(path) as out:
         for record in records:
             out.write(json.dumps(record) + "\n")
-    aside.replace(path)

@@ -7,53 +7,40 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_args
-from megatron.checkpoint.exporting.build import build_exporter
-from megatron.checkpoint.exporting.exporter import Exporter
-from megatron.checkpoint.provenance import code_version, without_secrets
-from megatron.checkpoint.uploading import Uploader
+from megatron.checkpoint.conversion.exporting.build import build_exporter
+from megatron.checkpoint.conversion.exporting.exporter import Exporter
+from megatron.checkpoint.remote.upload import Uploader
 from megatron.engine.base import Engine
-from megatron.engine.forward_check import forward_pass
-from megatron.engine.persistence import Position
-from megatron.engine.saving import Saver
+from megatron.engine.checkpointer import Checkpointer
+from megatron.engine.logit_check import forward_pass
+from megatron.engine.restore import TrainPosition
 from megatron.errors import ConfigError, required
 from megatron.hooks.base import BaseHook, Hook
-from megatron.hooks.checkpointing import CheckpointHook, Checkpoints, SavePlan
+from megatron.hooks.checkpointing import EARLY_S, PATIENCE_S, CheckpointHook, Checkpoints, SavePlan, WorkerHook
 from megatron.hooks.console import ConsoleHook, tee_log
-from megatron.hooks.exports import ExportHook
-from megatron.hooks.memory import MemoryHook, require_cuda
-from megatron.hooks.metrics import ClosingHook, MetricsHook
-from megatron.hooks.metrics_file import NAME, MetricsFile
-from megatron.hooks.noise import NoiseScaleHook
+from megatron.hooks.gradient_noise_scale import NoiseScaleHook
+from megatron.hooks.metrics import NAME, ClosingHook, MetricsFile, MetricsHook
+from megatron.hooks.nonfinite_and_spikes import ActingHook, NumbersHook, NumbersPlan, Policy, Record
 from megatron.hooks.norms import NormsHook, NormsPlan, Send
-from megatron.hooks.numbers import ActingHook, NumbersHook, NumbersPlan, Policy, Record
-from megatron.hooks.profiling import ProfilingHook
-from megatron.hooks.replicas import ReplicaHook
-from megatron.hooks.sinks import (
-    CometSink,
-    CometSpec,
-    Opener,
-    TensorBoardSink,
-    WandbSink,
-    WandbSpec,
-    require,
-    wandb_key_found,
-    wandb_offline,
-)
-from megatron.hooks.stopping import StopHook, StopRequest
+from megatron.hooks.profiling import MemoryHook, ProfilingHook, require_cuda
+from megatron.hooks.replica_consistency import ReplicaHook
+from megatron.hooks.stopping import Limits, StopHook, StopRequest, WallClock, job_end
 from megatron.hooks.throughput import StepFlops
-from megatron.hooks.uploads import UploadHook
+from megatron.hooks.trackers.build import KEPT, build_openers, tracker_ids
 from megatron.hooks.validation import Evaluate, ValidationHook
-from megatron.hooks.wall_clock import Limits, WallClock, job_end
 from megatron.log import get_logger
 from megatron.model.flops import reported_flops_per_step
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank, on_first_rank
 from megatron.mpu.groups import Groups
+from megatron.provenance import code_version
+from megatron.secrets import redact_mapping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,9 +48,6 @@ if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
-
-KEPT = "tracker_ids"
-"""Key under which checkpoints keep the ids."""
 
 RUN_ID = "run_id"
 """Key under which they keep the name of the run itself: made once, the same after every resume."""
@@ -112,20 +96,13 @@ class Ends(NamedTuple):
     record: Record
 
 
-def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
-    """Ids of the run at its trackers: those kept in the checkpoint it resumed from, else new ones."""
-    saved = kept.get(KEPT)
-    known = {str(key): str(value) for key, value in saved.items()} if isinstance(saved, Mapping) else {}
-    return {"wandb": uuid4().hex[:8], "comet": uuid4().hex, **known}
-
-
 def build_hooks(
     args: NeoXArgs,
     *,
     engine: Engine,
     spec: ModelSpec,
     evaluate: Evaluate,
-    position: Position,
+    position: TrainPosition,
     splits: frozenset[str] | None = None,
     ends: Ends | None = None,
 ) -> list[Hook]:
@@ -186,12 +163,12 @@ def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool
 
 def _checkpoints(
     args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], told: Sequence[Callable[[Path], None]]
-) -> Saver | None:
+) -> Checkpointer | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
     if not section.save:
         return None
-    return Saver(
+    return Checkpointer(
         engine=engine,
         directory=Path(section.save),
         compared=compared_args(args),
@@ -208,7 +185,7 @@ def _checkpoints(
         layout=_layout(args, engine.groups),
         code_version=code_version(),
         fingerprint=kept().get("data", {}),
-        config=without_secrets({key: value for key, value in args.to_flat().items() if key != "config_files"}),
+        config=redact_mapping({key: value for key, value in args.to_flat().items() if key != "config_files"}),
         origin=kept().get(STARTED_FROM, {}),
         background=section.checkpoint_async,
         failures_allowed=section.checkpoint_failures_allowed,
@@ -260,7 +237,7 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
         log_interval=logs.log_interval,
         flops=flops,
         file=_metrics_file(args) if parts.rank == 0 else None,
-        openers=_openers(args, parts),
+        openers=build_openers(args, parts.rank, parts.tracker_ids, resumed=parts.resumed),
     )
     # What adds to a step's row stands before the row is written.
     numbers = NumbersHook(plan=_numbers_plan(args), record=parts.record, send=metrics.attach, any_rank=parts.any_rank)
@@ -283,9 +260,21 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     if validation is not None:
         hooks.append(validation)
     hooks.append(StopHook(parts.stop, rank=parts.rank, exit_interval=args.run.exit_interval))
-    hooks += [] if parts.exporter is None else [ExportHook(parts.exporter, report=metrics.attach, hurried=parts.stop.told)]
-    hooks += [] if parts.uploader is None else [UploadHook(parts.uploader, report=metrics.attach, hurried=parts.stop.told)]
+    hooks += _workers(parts, metrics.attach)
     return [*hooks, ClosingHook(metrics)]
+
+
+def _workers(parts: RunParts, report: Send) -> list[BaseHook]:
+    """What exports and uploads the checkpoints, in this order."""
+    hooks: list[BaseHook] = []
+    told = parts.stop.told
+    if parts.exporter is not None:
+        drain = partial(parts.exporter.drain, hurried=told, early_s=EARLY_S)
+        hooks.append(WorkerHook(parts.exporter, "export", report=report, drain=drain))
+    if parts.uploader is not None:
+        drain = partial(parts.uploader.drain, patience_s=PATIENCE_S, hurried=told, early_s=EARLY_S)
+        hooks.append(WorkerHook(parts.uploader, "upload", report=report, drain=drain))
+    return hooks
 
 
 def _numbers_plan(args: NeoXArgs) -> NumbersPlan:
@@ -345,7 +334,7 @@ def _place(args: NeoXArgs, key: str, first: str = "tensorboard_dir") -> str:
     """The folder for what `key` writes. Raises ConfigError when the run has none."""
     place = args.logs.tensorboard_dir or args.logs.log_dir or args.checkpoint.save
     if not place:
-        raise ConfigError(f"{key} needs a folder to write to", where=key, mend=f"set {first}, log_dir or save")
+        raise ConfigError(f"{key} needs a folder to write to", where=key, fix=f"set {first}, log_dir or save")
     return place
 
 
@@ -360,63 +349,3 @@ def _metrics_file(args: NeoXArgs) -> MetricsFile | None:
         log.info(f"no {NAME} is written: neither log_dir nor save is set")
         return None
     return MetricsFile(Path(place) / NAME)
-
-
-def _openers(args: NeoXArgs, parts: RunParts) -> dict[str, Opener]:
-    """The requested trackers of this rank; their packages are looked for now, they are opened at the start of training."""
-    logs, openers = args.logs, dict[str, Opener]()
-    config = args.to_flat()
-    if logs.tensorboard_dir and parts.rank == 0:
-        require("tensorboard", where="tensorboard_dir")
-        directory = Path(logs.tensorboard_dir)
-        openers["TensorBoard"] = lambda start: TensorBoardSink(directory, config=config, start=start)
-    wandb = _wandb_spec(args, parts)
-    if wandb is not None:
-        openers["Weights & Biases"] = lambda start: WandbSink(wandb, config=config)
-    if logs.use_comet and parts.rank == 0:
-        require("comet_ml", where="use_comet")
-        comet = _comet_spec(args, parts)
-        openers["Comet"] = lambda start: CometSink(comet, config=config)
-    return openers
-
-
-def _wandb_spec(args: NeoXArgs, parts: RunParts) -> WandbSpec | None:
-    """The W&B run of this rank; None when it has none. Unset `use_wandb` means: if a key is found."""
-    logs = args.logs
-    if logs.use_wandb is False or (parts.rank != 0 and not logs.wandb_init_all_ranks):
-        return None
-    if logs.use_wandb is None and not wandb_key_found(logs.wandb_host):
-        return None
-    require("wandb", where="use_wandb")
-    if not wandb_offline() and not wandb_key_found(logs.wandb_host):
-        raise ConfigError(
-            f"use_wandb is set, but no key for {logs.wandb_host} was found",
-            where="use_wandb",
-            mend="run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline",
-        )
-    suffix = f"-rank{parts.rank}" if parts.rank else ""
-    place = logs.log_dir or args.checkpoint.save
-    return WandbSpec(
-        run_id=parts.tracker_ids.get("wandb", uuid4().hex[:8]) + suffix,
-        project=logs.wandb_project,
-        group=logs.wandb_group,
-        name=logs.wandb_run_name + suffix if logs.wandb_run_name else None,
-        team=logs.wandb_team,
-        host=logs.wandb_host,
-        directory=Path(place) if place else None,
-    )
-
-
-def _comet_spec(args: NeoXArgs, parts: RunParts) -> CometSpec:
-    logs = args.logs
-    place = logs.log_dir or args.checkpoint.save
-    return CometSpec(
-        key=parts.tracker_ids.get("comet", uuid4().hex),
-        resumed=parts.resumed,
-        workspace=logs.comet_workspace,
-        project=logs.comet_project,
-        name=logs.comet_experiment_name,
-        tags=tuple(logs.comet_tags or ()),
-        others=dict(logs.comet_others or {}),
-        directory=Path(place) if place else None,
-    )

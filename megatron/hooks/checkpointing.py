@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a checkpoint is written. How, is the business of what is handed over."""
+"""When a checkpoint is written, and what follows checkpoints: uploads, exports, and a look at whose folder it is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron import faults
+from megatron import fault_injection
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.norms import Send as Report
 
 FAILURES = "checkpoint_failures"
 """Column and metric: how many saves of this run have failed so far; there is none until one has."""
 
 
 class Checkpoints(Protocol):
-    """Writes checkpoints (engine/saving.py: Saver). All ranks call each method together, except `abandon`."""
+    """Writes checkpoints (engine/checkpointer.py). All ranks call each method together, except `abandon`."""
 
     saved: int | None
     failures: int
@@ -79,7 +80,7 @@ class CheckpointHook(BaseHook):
         *,
         plan: SavePlan,
         checkpoints: Checkpoints,
-        report: Callable[[Mapping[str, float], Mapping[str, float]], None] | None = None,
+        report: Report | None = None,
         took: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.plan = plan
@@ -126,10 +127,77 @@ class CheckpointHook(BaseHook):
         self.checkpoints.abandon(error)
 
     def _save(self, state: TrainState, *, last: bool = False) -> None:
-        faults.point("save")
+        fault_injection.point("save")
         self.checkpoints.save(state.iteration, state.samples, state.tokens, last=last)
         self._tell_seconds()
 
     def _tell_seconds(self) -> None:
         if self.checkpoints.seconds is not None:
             self._took(self.checkpoints.seconds)
+
+
+class LockHook(BaseHook):
+    """Ends a run whose folder another run has taken over. Asks at every step boundary, before anything is saved.
+
+    check: raises when the folder is another run's by now
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+
+    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
+        """Go on while the folder is this run's."""
+        self._check()
+        return Verdict.CONTINUE
+
+
+PATIENCE_S = 600.0
+"""A finished run waits for its uploads as long as something moves at least this often."""
+
+EARLY_S = 10.0
+"""A run that was told to stop is started again and goes on with its uploads and exports then: it leaves within its time of grace."""
+
+
+class Worker(Protocol):
+    """Works in the background on the checkpoints that are there: uploads or exports them."""
+
+    failures: int
+
+    def start(self) -> None:
+        """Begin, also with what an earlier start left."""
+
+    def stop(self) -> None:
+        """Leave the rest to the next start."""
+
+
+class WorkerHook(BaseHook):
+    """Starts a worker with a run, counts its failures, and ends it. Stands behind the last save of a run.
+
+    kind:   "upload" or "export"
+    report: takes numbers for the trackers and for a step's row
+    drain:  waits until everything is there, or until the next start has to do it
+    """
+
+    def __init__(self, worker: Worker, kind: str, *, report: Report, drain: Callable[[], object]) -> None:
+        self.worker = worker
+        self.kind = kind
+        self.report = report
+        self.drain = drain
+
+    def on_start(self, state: TrainState, engine: Engine) -> None:
+        """Take up what an earlier start left."""
+        self.worker.start()
+
+    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
+        """Report the failures so far; they are in the next step's row."""
+        failures = float(self.worker.failures)
+        self.report({f"checkpoint/{self.kind}_failures": failures}, {f"{self.kind}_failures": failures})
+        return Verdict.CONTINUE
+
+    def on_stop(self, state: TrainState, engine: Engine) -> None:
+        """Wait until everything is there, or until the next start has to do it."""
+        self.drain()
+
+    def on_error(self, state: TrainState, error: BaseException) -> None:
+        """Leave the rest to the next start."""
+        self.worker.stop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person watching sees: the training line, a live bar on a terminal, a copy in a folder. Knows no tracker."""
+"""What a person watching sees: the training line, a live bar on a terminal, a copy in a folder."""
 
 from __future__ import annotations
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step's numbers to `metrics.jsonl` and to the trackers. Knows names of metrics, not how a tracker works."""
+"""Every step's numbers to `metrics.jsonl` and to the trackers."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
-from megatron.hooks.metrics_file import MetricsFile
-from megatron.hooks.sinks import Guarded, Opener
 from megatron.hooks.throughput import Interval, StepFlops
+from megatron.hooks.trackers.sinks import Guarded, Opener
 from megatron.log import get_logger
 
 log = get_logger(__name__)
@@ -97,6 +101,8 @@ class MetricsHook(BaseHook):
             "seconds": result.seconds,
             "time": time.time(),
         }
+        if result.padding:
+            row["padding"] = result.padding
         if result.loss_scale is not None:
             row |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
         row |= {f"seconds_{name.replace(' ', '_')}": seconds for name, seconds in result.timings.items()}
@@ -148,3 +154,77 @@ def rate_values(interval: Interval, flops: StepFlops) -> dict[str, float]:
 
 def _plain(name: str) -> str:
     return name.replace(" ", "_")
+
+
+NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends rows; a line torn by a crash is removed first."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _mend_tail(path)
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; it is in the operating system's hands when this returns."""
+        clean = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; closing twice does no harm."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows that count, by iteration: of repeated iterations the last attempt; a torn last line is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = _parse(line)
+        if row is None:
+            continue
+        while rows and _superseded(rows[-1], row):
+            rows.pop()
+        rows.append(row)
+    return rows
+
+
+def _superseded(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether `new`, which stands later in the file, takes the place of `old`. A step's training row stands before its others."""
+    if old["iteration"] != new["iteration"]:
+        return bool(old["iteration"] > new["iteration"])
+    return _kind(new) in ("train", _kind(old))
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """train, valid or test."""
+    return next((kind for kind in ("valid", "test") if any(name.startswith(f"{kind}_") for name in row)), "train")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "iteration" in row else None
+
+
+def _mend_tail(path: Path) -> None:
+    """End the file with a whole line: complete a row that lacks only its newline, cut off a torn one."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - (1 << 20))
+        file.seek(start)
+        tail = file.read()
+        if tail.endswith(b"\n"):
+            return
+        cut = tail.rfind(b"\n") + 1
+        if _parse(tail[cut:].decode("utf-8", "replace")) is not None:
+            file.write(b"\n")
+        else:
+            file.truncate(start + cut)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of every parameter, its gradient and its optimizer state, and the share of zero gradients. Knows no optimizer by name."""
+"""Norms of every parameter, its gradient and its optimizer state, and the share of zero gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megatron.engine.base import Engine, Pieces, StepResult
-from megatron.engine.grid import TIED_AGAIN, counted_here, entries_of
+from megatron.deepspeed_private import entries_of, is_tied_again
+from megatron.engine.base import Engine, LocalShards, StepResult
+from megatron.engine.deepspeed_mpu import counted_here
 from megatron.errors import TrainingError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.mpu.collectives import of_all_ranks
@@ -46,7 +47,7 @@ PARAMETERS, GRADIENTS, ZEROS, STATES = "parameter_norms", "gradient_norms", "pct
 
 
 class NormsHook(BaseHook):
-    """Measures on every rank, each rank its pieces; one sum over the ranks that share them and one transfer to the host per step.
+    """Measures on every rank, each rank its shards; one sum over the ranks that share them and one transfer to the host per step.
 
     Trackers get one number per parameter, the row of metrics.jsonl one per kind: the norm over all parameters, or the share
     of zeros among all entries. Gradients are those before clipping, parameters and states those after the update.
@@ -57,35 +58,35 @@ class NormsHook(BaseHook):
         self.plan = plan
         self.send = send
         self._parameters: dict[str, nn.Parameter] = {}
-        self._pieces: Pieces | None = None
+        self._pieces: LocalShards | None = None
         self._seen: dict[tuple[str, str], Tensor] = {}
         self._census = Census()
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Look at the trained parameters from now on."""
         self._parameters = {name: p for name, p in engine.module().named_parameters() if p.requires_grad}
-        self._pieces = engine.pieces()
+        self._pieces = engine.local_shards()
         self._census = census_of(self._parameters, engine)
         if self.plan.before_update:
             engine.before_update(self._look_at_gradients)
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """Measure what outlives the update, and send everything."""
-        pieces = engine.pieces() if self._pieces is None else self._pieces
+        shards = engine.local_shards() if self._pieces is None else self._pieces
         sums = dict(self._seen)
         self._seen = {}
         if self.plan.before_update and not sums:
             raise TrainingError(
                 "the engine updated the weights without showing the gradients",
                 where="log_grad_norm, log_grad_pct_zeros",
-                mend="set pipe_parallel_size: 0, or remove these keys",
+                fix="set pipe_parallel_size: 0, or remove these keys",
             )
         with torch.no_grad():
             if self.plan.parameters:
-                sums |= {(PARAMETERS, name): square(pieces.weight(p)) for name, p in self._parameters.items()}
+                sums |= {(PARAMETERS, name): square(shards.weight(p)) for name, p in self._parameters.items()}
             if self.plan.states:
-                sums |= self._states(pieces)
-        self._send(self._total(sums, pieces.spread, engine))
+                sums |= self._states(shards)
+        self._send(self._total(sums, shards.sharded, engine))
         return Verdict.CONTINUE
 
     def _look_at_gradients(self) -> None:
@@ -101,19 +102,19 @@ class NormsHook(BaseHook):
             if self.plan.zeros:
                 self._seen[ZEROS, name] = (gradient == 0).sum().double()
 
-    def _states(self, pieces: Pieces) -> dict[tuple[str, str], Tensor]:
-        found = {name: pieces.states(p) for name, p in self._parameters.items()}
+    def _states(self, shards: LocalShards) -> dict[tuple[str, str], Tensor]:
+        found = {name: shards.states(p) for name, p in self._parameters.items()}
         kinds = sorted({kind for states in found.values() for kind in states})
         none = torch.zeros(0)
         # Every rank measures the same list: a rank with no piece of a parameter adds 0.
         return {(f"{STATES}/{kind}", name): square(found[name].get(kind, none)) for kind in kinds for name in found}
 
-    def _total(self, sums: Mapping[tuple[str, str], Tensor], spread: bool, engine: Engine) -> dict[tuple[str, str], float]:
+    def _total(self, sums: Mapping[tuple[str, str], Tensor], sharded: bool, engine: Engine) -> dict[tuple[str, str], float]:
         if not sums:
             return {}
         groups = engine.groups
         vector = torch.stack([value.to(engine.device) for value in sums.values()])
-        if spread:
+        if sharded:
             vector = all_reduce(vector, groups.replicas)
         if groups.tp.size > 1:
             vector = all_reduce(vector * vector.new_tensor([self._census.share(*key, groups.tp.size) for key in sums]), groups.tp)
@@ -179,7 +180,7 @@ def census_of(parameters: Mapping[str, nn.Parameter], engine: Engine) -> Census:
     groups, table = engine.groups, sharding_of(engine.module())
     counted = counted_here(groups.tp)
     whole = {name: entries_of(p) * (groups.tp.size if isinstance(table.get(name), Split) else 1) for name, p in parameters.items()}
-    again = frozenset(name for name, p in parameters.items() if getattr(p, TIED_AGAIN, False))
+    again = frozenset(name for name, p in parameters.items() if is_tied_again(p))
     stages = of_all_ranks({name: size for name, size in whole.items() if name not in again}, groups.pp)
     return Census(
         entries={name: size for stage in stages for name, size in stage.items()},

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from megatron.atomic_io import atomic_path
 from megatron.engine.base import Engine, StepResult
+from megatron.errors import ConfigError
 from megatron.hooks.base import BaseHook, TrainState, Verdict
 from megatron.log import get_logger
 
@@ -57,8 +58,66 @@ class ProfilingHook(BaseHook):
         self._profiler.stop()
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"trace_rank{self.rank}_iterations{self.start}-{self.stop}.json"
-        aside = path.with_name(f"{path.name}.tmp.{os.getpid()}.json")
-        self._profiler.export_chrome_trace(str(aside))
-        aside.replace(path)
+        with atomic_path(path, durable=False, suffix=".json") as aside:
+            self._profiler.export_chrome_trace(str(aside))
         self._profiler = None
         log.info(f"profile written to {path}")
+
+
+ENTRIES = 100_000
+"""Allocations and frees that are kept: the latest so many."""
+
+
+class MemoryHook(BaseHook):
+    """Records from the start; writes a snapshot after iteration `stop`, at the end of a shorter run, or when the run fails.
+
+    directory: receives `mem_snapshot_rank<r>.pickle`
+    """
+
+    def __init__(self, *, stop: int, directory: Path, rank: int = 0) -> None:
+        self.stop = stop
+        self.path = directory / f"mem_snapshot_rank{rank}.pickle"
+        self._recording = False
+
+    def on_start(self, state: TrainState, engine: Engine) -> None:
+        """Begin. Raises ConfigError where there is no device memory to record."""
+        require_cuda(engine.device)
+        torch.cuda.memory._record_memory_history(max_entries=ENTRIES)
+        self._recording = True
+
+    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
+        """Write at the end of the window."""
+        if state.iteration >= self.stop:
+            self._write()
+        return Verdict.CONTINUE
+
+    def on_stop(self, state: TrainState, engine: Engine) -> None:
+        """Write what a short run gave."""
+        self._write()
+
+    def on_error(self, state: TrainState, error: BaseException) -> None:
+        """Write: a device that ran out of memory is what this is mostly for."""
+        try:
+            self._write()
+        except (OSError, RuntimeError) as failure:
+            log.warning(f"the memory snapshot could not be written: {failure}")
+
+    def _write(self) -> None:
+        if not self._recording:
+            return
+        self._recording = False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path, durable=False) as aside:
+            torch.cuda.memory._dump_snapshot(str(aside))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        log.info(f"memory snapshot written to {self.path}")
+
+
+def require_cuda(device: torch.device) -> None:
+    """Raise ConfigError where there is no device memory to record."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"memory_profiling records the memory of CUDA devices, and this run is on {device.type}",
+            where="memory_profiling",
+            fix="remove memory_profiling; the memory line after the first report shows the memory of the process",
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rates: samples, tokens and FLOPs per second, over one step or an interval. Knows no model: it is told FLOPs per step."""
+"""Rates: samples, tokens and FLOPs per second, over one step or an interval."""
 
 from __future__ import annotations
 

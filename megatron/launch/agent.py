@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The watcher of ranks on another machine, started by ssh, mpirun or srun. Tells the launcher what happens.
 
-python -m megatron.launch.agent                      the ranks of a host, described on stdin (see reach.py)
+python -m megatron.launch.agent                      the ranks of a host, described on stdin (see ssh_agent.py)
 python -m megatron.launch.agent --task ARGV...       one rank, whose place mpirun or srun has put into the environment
 """
 
@@ -19,11 +19,11 @@ from types import FrameType
 from typing import Any
 
 from megatron.errors import ConfigError
+from megatron.launch.control_channel import connect, tell
 from megatron.launch.environment import PRIVATE, Seat, machine_environment
-from megatron.launch.place import place_from
-from megatron.launch.records import LEAVING, Event, lines_of, shell_status
+from megatron.launch.rank_events import LEAVING, Event, lines_of, shell_status
+from megatron.launch.rendezvous import place_from
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
-from megatron.launch.wire import connect, tell
 
 TASK = "--task"
 FALLBACK_PORT = 29500

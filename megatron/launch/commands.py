@@ -22,14 +22,14 @@ def check_names(hosts: Iterable[Host]) -> None:
     for host in hosts:
         if not HOST_NAME.fullmatch(host.name):
             raise ConfigError(
-                f"{host.name!r} is not a host name", where="hostfile", mend="write plain names or addresses: letters, digits and . - _ :"
+                f"{host.name!r} is not a host name", where="hostfile", fix="write plain names or addresses: letters, digits and . - _ :"
             )
 
 
 def pdsh(hosts: Sequence[Host]) -> tuple[str, ...]:
     """pdsh starts one `reach` per host, which goes there with ssh; pdsh itself replaces %h, so a % in a path is doubled."""
     names = ",".join(host.name for host in hosts)
-    reach = (sys.executable.replace("%", "%%"), "-u", "-m", "megatron.launch.reach", "%h")
+    reach = (sys.executable.replace("%", "%%"), "-u", "-m", "megatron.launch.ssh_agent", "%h")
     # -S: the largest exit status; -N: lines as they are; -R exec: a local program per host
     return ("pdsh", "-S", "-N", "-R", "exec", "-f", str(len(hosts)), "-w", names, *reach)
 
@@ -68,7 +68,7 @@ def slurm(
         raise ConfigError(
             "srun starts the same number of ranks on every host, and always on the first devices",
             where="launcher",
-            mend="give whole hosts or the first N slots of each, or use launcher: pdsh",
+            fix="give whole hosts or the first N slots of each, or use launcher: pdsh",
         )
     if hosts:
         argv += [f"--nodes={len(hosts)}", f"--ntasks-per-node={sizes.pop()}"]

@@ -11,10 +11,6 @@ from pathlib import Path
 
 from megatron.errors import ConfigError
 
-SECRET_NAME = re.compile(r"(?i)(^|_|-)(api_?key|access_?key|secret(_?key)?|password|passwd|(access|auth|hf|api)_?token|token)$")
-MASK = "***"
-# Shorter values are too likely to be part of other text.
-SHORTEST_SECRET = 6
 # What ranks on other machines need to find the same programs and libraries and to behave the same way; folders and names
 # that belong to one machine (HOME, TMPDIR, HOSTNAME, DISPLAY) stay there, and so do the ranks of an outer job.
 NAMES = frozenset("PATH LD_LIBRARY_PATH LD_PRELOAD LOGLEVEL TOKENIZERS_PARALLELISM XDG_CACHE_HOME CC CXX MAX_JOBS".split())
@@ -35,19 +31,6 @@ PRIVATE = (
 DEEPSPEED_ENV = ".deepspeed_env"
 
 
-def mask(name: str, value: str) -> str:
-    """`value` as it may be shown to others."""
-    return MASK if SECRET_NAME.search(name) else value
-
-
-def scrub(text: str, environ: Mapping[str, str]) -> str:
-    """`text` without the values of secret variables, should a message have quoted one."""
-    for name, value in environ.items():
-        if len(value) >= SHORTEST_SECRET and SECRET_NAME.search(name):
-            text = text.replace(value, MASK)
-    return text
-
-
 def handed_on(environ: Mapping[str, str]) -> dict[str, str]:
     """The part of this machine's environment that ranks on other machines get, in alphabetical order."""
     return {name: environ[name] for name in sorted(environ) if (name in NAMES or name.startswith(PREFIXES)) and name not in PRIVATE}
@@ -61,7 +44,7 @@ def environment_file(environ: Mapping[str, str], home: Path, here: Path) -> dict
     named = environ.get("DS_ENV_FILE")
     paths = [Path(named)] if named else [folder / DEEPSPEED_ENV for folder in dict.fromkeys((home, here))]
     if named and not paths[0].is_file():
-        raise ConfigError(f"DS_ENV_FILE names {named}, which does not exist", where="DS_ENV_FILE", mend="name a file, or unset it")
+        raise ConfigError(f"DS_ENV_FILE names {named}, which does not exist", where="DS_ENV_FILE", fix="name a file, or unset it")
     found: dict[str, str] = {}
     for path in paths:
         if path.is_file():
@@ -76,7 +59,7 @@ def _lines(path: Path) -> Iterable[tuple[str, str]]:
             continue
         name, equals, value = line.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
-            raise ConfigError("an environment file has a line that is not NAME=VALUE", where=f"{path}:{number}", mend="write NAME=VALUE")
+            raise ConfigError("an environment file has a line that is not NAME=VALUE", where=f"{path}:{number}", fix="write NAME=VALUE")
         yield name.strip(), value.strip()
 
 

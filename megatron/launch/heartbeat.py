@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megatron.atomic_io import atomic_write
 
 FOLDER = "heartbeat"
 
@@ -47,11 +48,10 @@ def write(folder: Path, record: Heartbeat) -> float | None:
     The folder that `folder` is in is the run's and made by the run, once it is sure that it begins.
     """
     path = file_of(folder, record.rank)
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
         folder.mkdir(exist_ok=True)
-        aside.write_text(json.dumps(asdict(record)), encoding="utf-8")
-        aside.replace(path)
+        with atomic_write(path, durable=False) as file:
+            file.write(json.dumps(asdict(record)))
         return path.stat().st_mtime
     except OSError:
         # A full disk is told by whoever needs it; a run does not end for want of a heartbeat.

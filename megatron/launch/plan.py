@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron.launch.environment import PRIVATE, mask
+from megatron.launch.environment import PRIVATE
+from megatron.secrets import mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Host:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LaunchPlan:
     """A run that can be started.
 
     launcher:    local, pdsh, openmpi, mpich, slurm; deepspeed where its own runner does the work

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a Plan to its end: starts it, hands signals on, and when a rank dies, ends the others and reports the first."""
+"""Runs a LaunchPlan to its end: starts it, hands signals on, and when a rank dies, ends the others and reports the first."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ import time
 from collections.abc import Callable, Mapping
 
 from megatron.launch.environment import PRIVATE, Seat, machine_environment
-from megatron.launch.launched import Launched
-from megatron.launch.plan import Plan
-from megatron.launch.records import SIGNALLED, Ledger, shell_status
+from megatron.launch.launcher_process import Launched
+from megatron.launch.plan import LaunchPlan
+from megatron.launch.rank_events import SIGNALLED, RankEvents, shell_status
 from megatron.launch.signals import noting_signals
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
 
 HANDED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
-def run(plan: Plan, environ: Mapping[str, str], *, told: Callable[[str], object]) -> int:
+def run(plan: LaunchPlan, environ: Mapping[str, str], *, told: Callable[[str], object]) -> int:
     """Start the plan, hand signals on to its ranks, wait, and return the exit status a shell would show.
 
     told: takes the report when ranks have failed
     A rank's own exit status comes through, such as 75 from ranks that were told to stop and have saved; a rank killed by signal n gives
     128 + n, and so does a signal n to us about which the ranks say nothing.
     """
-    ledger = Ledger(plan.places())
+    rank_events = RankEvents(plan.places())
     base = {name: value for name, value in environ.items() if name not in PRIVATE or name == "CUDA_VISIBLE_DEVICES"}
     with noting_signals(HANDED_ON) as received:
-        code = _run_here(plan, base, ledger, received) if not plan.argv else Launched(plan, base, ledger, received).run()
-    left = ledger.left()
-    ledger.close(failed=code != 0 and not received and left is None)
-    if report := ledger.report():
+        code = _run_here(plan, base, rank_events, received) if not plan.argv else Launched(plan, base, rank_events, received).run()
+    left = rank_events.left()
+    rank_events.close(failed=code != 0 and not received and left is None)
+    if report := rank_events.report():
         told(report)
-    if any(not failure.consequence for failure in ledger.failures()):
-        return ledger.status()
+    if any(not failure.consequence for failure in rank_events.failures()):
+        return rank_events.status()
     if left is not None:
         return left
-    return SIGNALLED + received[0] if received else ledger.status() or shell_status(code)
+    return SIGNALLED + received[0] if received else rank_events.status() or shell_status(code)
 
 
-def _run_here(plan: Plan, environ: Mapping[str, str], ledger: Ledger, received: list[int]) -> int:
+def _run_here(plan: LaunchPlan, environ: Mapping[str, str], rank_events: RankEvents, received: list[int]) -> int:
     """The ranks as our own children."""
     (host,) = plan.hosts
     base = {**environ, **plan.env}
@@ -52,7 +52,7 @@ def _run_here(plan: Plan, environ: Mapping[str, str], ledger: Ledger, received: 
             rank=rank, local_rank=rank, world_size=size, local_size=size, master_addr=plan.master_addr, master_port=plan.master_port
         )
         ranks.append(Rank(number=rank, argv=plan.worker, environment={**base, **seat.environment()}))
-    supervisor = Supervisor(host.name, ledger.note)
+    supervisor = Supervisor(host.name, rank_events.note)
     handled = 0
     try:
         supervisor.start(ranks)

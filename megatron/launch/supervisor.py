@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.launch.records import FAILURE_FILE, LEAVING, Event, found
+from megatron.launch.rank_events import FAILURE_FILE, LEAVING, Event, found
 
 POLL_S = 0.05
 # After the first death: so long may the others take to fail by themselves, and then to end when told to.

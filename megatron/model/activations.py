@@ -56,5 +56,5 @@ def activation_of(name: str) -> Activation:
     """
     found = PLAIN.get(name) or GATES.get(name)
     if found is None:
-        raise ConfigError(f"unknown activation '{name}'", where="activation", mend=f"one of {', '.join((*PLAIN, *GATES))}")
+        raise ConfigError(f"unknown activation '{name}'", where="activation", fix=f"one of {', '.join((*PLAIN, *GATES))}")
     return found

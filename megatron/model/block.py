@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from megatron.model.attention.layer import SelfAttention
+from megatron.model.layer_state import LayerState
 from megatron.model.mlp import MLP
 from megatron.model.norms import ALONE, build_norm
 from megatron.model.spec import BlockSpec, Residual
-from megatron.model.stream import Stream
-from megatron.mpu.comm import leave
+from megatron.mpu.comm import reduce_from_region
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 from megatron.mpu.random import dropout
@@ -25,7 +25,7 @@ UNUSED_NORM = {Residual.POST_SUBLAYER: "input_layernorm", Residual.PARALLEL_TIED
 
 
 class TransformerBlock(nn.Module):
-    """Stream -> Stream under one of four residual forms (`Residual`). The class name is matched by `type:transformer`."""
+    """LayerState -> LayerState under one of four residual forms (`Residual`). The class name is matched by `type:transformer`."""
 
     def __init__(self, spec: BlockSpec, *, tp: Group, context: ContextPlan | None = None) -> None:
         super().__init__()
@@ -44,25 +44,25 @@ class TransformerBlock(nn.Module):
             self.post_feedforward_layernorm = build_norm(spec.norm, tp=tp)
         self.mlp = MLP(spec.mlp, tp=tp, defer_reduce=defer)
 
-    def forward(self, stream: Stream, cache: LayerCache | None = None) -> Stream:
-        """hidden [b, s, h], segments [b, s] -> the same shapes. In place of segments, the `Documents` made of them may come.
+    def forward(self, stream: LayerState, cache: LayerCache | None = None) -> LayerState:
+        """hidden [b, s, h], segment_ids [b, s] -> the same shapes. In place of segment_ids, the `PackedSequences` made of them may come.
 
         Of hidden this rank has its part: s is divided by the context ranks, and by the tensor ranks where they spread the sequence.
         """
-        hidden, segments = stream
+        hidden, segment_ids = stream
         if self.form is Residual.SEQUENTIAL:
-            hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), segments, cache))
+            hidden = hidden + self._drop(self.attention(self.input_layernorm(hidden), segment_ids, cache))
             hidden = hidden + self._drop(self.mlp(self.post_attention_layernorm(hidden)))
         elif self.form is Residual.POST_SUBLAYER:
-            hidden = hidden + self._drop(self.post_attention_layernorm(self.attention(hidden, segments, cache)))
+            hidden = hidden + self._drop(self.post_attention_layernorm(self.attention(hidden, segment_ids, cache)))
             hidden = hidden + self._drop(self.post_feedforward_layernorm(self.mlp(hidden)))
         else:
             normed = self.input_layernorm(hidden)
             mlp_input = normed if self.form is Residual.PARALLEL_TIED else self.post_attention_layernorm(hidden)
             # Dropout before the sum draws the same mask of the whole sequence on every rank of tp, so it drops whole sums.
-            share = self._drop_whole(self.attention(normed, segments, cache)) + self._drop_whole(self.mlp(mlp_input))
-            hidden = hidden + leave(share, self.tp)
-        return Stream(hidden, segments)
+            share = self._drop_whole(self.attention(normed, segment_ids, cache)) + self._drop_whole(self.mlp(mlp_input))
+            hidden = hidden + reduce_from_region(share, self.tp)
+        return LayerState(hidden, segment_ids)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         unused = UNUSED_NORM.get(self.form)

@@ -157,19 +157,19 @@ def sizes_of(args: NeoXArgs) -> Sizes:
         raise ConfigError(
             f"hidden_size {sizes.hidden} is not a multiple of num_attention_heads {heads}",
             where="hidden_size, num_attention_heads",
-            mend="choose a number of heads that divides hidden_size, or set head_dim",
+            fix="choose a number of heads that divides hidden_size, or set head_dim",
         )
     if heads % sizes.kv_heads:
         raise ConfigError(
             f"num_kv_heads {sizes.kv_heads} does not divide num_attention_heads {heads}",
             where="num_kv_heads",
-            mend=f"use one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
+            fix=f"use one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
         )
     if Positions(args.attention.pos_emb) is Positions.LEARNED and sizes.seq_length > sizes.max_positions:
         raise ConfigError(
             f"seq_length {sizes.seq_length} is longer than the {sizes.max_positions} learned positions",
             where="seq_length, max_position_embeddings",
-            mend="raise max_position_embeddings to at least seq_length",
+            fix="raise max_position_embeddings to at least seq_length",
         )
     return sizes
 
@@ -177,8 +177,8 @@ def sizes_of(args: NeoXArgs) -> Sizes:
 def required(value: int | None, key: str) -> int:
     """The value of a key that a model cannot do without."""
     if value is None:
-        mend = "build the tokenizer first, or set it" if key == "padded_vocab_size" else "set it"
-        raise ConfigError(f"'{key}' is not known", where=key, mend=mend)
+        fix = "build the tokenizer first, or set it" if key == "padded_vocab_size" else "set it"
+        raise ConfigError(f"'{key}' is not known", where=key, fix=fix)
     return value
 
 
@@ -260,10 +260,10 @@ def refuse_unbuilt(args: NeoXArgs) -> None:
     }
     for key, asked in unbuilt.items():
         if asked:
-            raise ConfigError(f"'{key}: {getattr(model, key)}' is not supported yet", where=key, mend=f"leave out '{key}'")
+            raise ConfigError(f"'{key}: {getattr(model, key)}' is not supported yet", where=key, fix=f"leave out '{key}'")
     for name in args.attention.attention_config or []:
         if name not in ("global", "flash"):  # flash is the same exact attention by a fused kernel
-            raise ConfigError(f"attention type '{name}' is not supported yet", where="attention_config", mend="use global or flash")
+            raise ConfigError(f"attention type '{name}' is not supported yet", where="attention_config", fix="use global or flash")
 
 
 def norm_spec(args: NeoXArgs, size: int) -> NormSpec:
@@ -278,13 +278,13 @@ def residual_of(args: NeoXArgs) -> Residual:
     """How blocks add their sublayers."""
     model = args.model
     if model.norm_placement == "post":
-        raise ConfigError("'norm_placement: post' is not supported", where="norm_placement", mend="use pre or olmo3")
+        raise ConfigError("'norm_placement: post' is not supported", where="norm_placement", fix="use pre or olmo3")
     if model.norm_placement == "olmo3":
         if model.gpt_j_residual:
             raise ConfigError(
                 "olmo3 norms and a parallel residual exclude each other",
                 where="norm_placement, gpt_j_residual",
-                mend="set gpt_j_residual: false",
+                fix="set gpt_j_residual: false",
             )
         return Residual.POST_SUBLAYER
     if model.gpt_j_residual:
@@ -331,13 +331,13 @@ def qk_norm_spec(args: NeoXArgs, head_dim: int) -> NormSpec | None:
         raise ConfigError(
             "use_separate_qk_norms needs use_qk_layernorm",
             where="use_separate_qk_norms",
-            mend="set use_qk_layernorm: true, or leave both out",
+            fix="set use_qk_layernorm: true, or leave both out",
         )
     if attention.qk_norm_each_head and not attention.use_separate_qk_norms:
         raise ConfigError(
             "qk_norm_each_head needs use_separate_qk_norms",
             where="qk_norm_each_head",
-            mend="set use_separate_qk_norms: true, or leave qk_norm_each_head out",
+            fix="set use_separate_qk_norms: true, or leave qk_norm_each_head out",
         )
     return norm_spec(args, head_dim) if attention.use_qk_layernorm else None
 
@@ -350,7 +350,7 @@ def rotary_spec(args: NeoXArgs, head_dim: int, *, scaled: bool = True) -> Rotary
         raise ConfigError(
             f"rotary_pct {attention.rotary_pct} of a head of {head_dim} features gives {dim}, not an even number >= 2",
             where="rotary_pct",
-            mend="choose another fraction",
+            fix="choose another fraction",
         )
     scaling = rope_scaling(attention.rope_scaling) if attention.rope_scaling and scaled else None
     return RotarySpec(dim=dim, base=float(attention.rotary_emb_base), scaling=scaling, save_freqs=attention.rotary_save_freqs_buffer)
@@ -367,7 +367,7 @@ def rope_scaling(given: dict[str, Any]) -> RopeScaling | None:
     unknown = sorted(set(values) - known)
     if kind not in ("linear", "ntk", "yarn", "llama3") or unknown:
         what = f"unknown entry '{unknown[0]}' in rope_scaling" if unknown else f"unknown rope_type '{kind}' in rope_scaling"
-        raise ConfigError(what, where="rope_scaling", mend=f"rope_type: linear, ntk, yarn or llama3; entries: {', '.join(sorted(known))}")
+        raise ConfigError(what, where="rope_scaling", fix=f"rope_type: linear, ntk, yarn or llama3; entries: {', '.join(sorted(known))}")
     return RopeScaling(kind=kind, **values)
 
 

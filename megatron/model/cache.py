@@ -26,7 +26,7 @@ class LayerCache:
         end = self.length + k.shape[1]
         if end > self.keys.shape[1]:
             raise NeoXError(
-                f"the cache has room for {self.keys.shape[1]} tokens, not {end}", mend="allocate max_len for prompt and new tokens"
+                f"the cache has room for {self.keys.shape[1]} tokens, not {end}", fix="allocate max_len for prompt and new tokens"
             )
         self.keys[:, self.length : end] = k
         self.values[:, self.length : end] = v

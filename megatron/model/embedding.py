@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from megatron.errors import NeoXError
 from megatron.model.attention.masks import document_positions
+from megatron.model.layer_state import LayerState
 from megatron.model.spec import EmbeddingSpec, Positions
-from megatron.model.stream import Stream
-from megatron.mpu.comm import own_part
+from megatron.mpu.comm import scatter_to_region
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import VocabEmbedding
@@ -42,12 +42,12 @@ class Embedding(nn.Module):
 
     def forward(
         self,
-        stream: Stream,
+        stream: LayerState,
         cache: LayerCache | None = None,
         *,
-        head: Callable[[Embedding, Stream], Any] | None = None,
+        head: Callable[[Embedding, LayerState], Any] | None = None,
     ) -> Any:
-        """stream (tokens [b, s] int64, segments of whole rows, int32) -> Stream(hidden [b, s, h], segments).
+        """stream (tokens [b, s] int64, segment_ids of whole rows, int32) -> LayerState(hidden [b, s, h], segment_ids).
 
         cache: of the first block; its length is how many tokens came before
         head:  a tied head to run on this module in place of the embedding. It runs inside this forward,
@@ -55,17 +55,17 @@ class Embedding(nn.Module):
         """
         if head is not None:
             return head(self, stream)
-        tokens, segments = stream
+        tokens, segment_ids = stream
         spec = self.spec
         hidden: Tensor = self.word_embeddings(tokens)
         if spec.multiplier != 1.0:
             hidden = hidden * spec.multiplier
         if spec.positions in (Positions.LEARNED, Positions.SINUSOIDAL):
             before = 0 if cache is None else cache.length
-            positions = self.context.own(document_positions(segments, before))
-            added = self._positions(positions, before + segments.shape[1])
-            hidden = hidden + own_part(added.to(hidden.dtype), self.tp) * spec.position_multiplier
-        return Stream(dropout(hidden, spec.dropout, self.tp, training=self.training), segments)
+            positions = self.context.own(document_positions(segment_ids, before))
+            added = self._positions(positions, before + segment_ids.shape[1])
+            hidden = hidden + scatter_to_region(added.to(hidden.dtype), self.tp) * spec.position_multiplier
+        return LayerState(dropout(hidden, spec.dropout, self.tp, training=self.training), segment_ids)
 
     def tables(self) -> tuple[str, ...]:
         """Learned positions; the token embedding speaks for itself."""
@@ -84,7 +84,7 @@ class Embedding(nn.Module):
             raise NeoXError(
                 f"{length} tokens do not fit {self.spec.max_positions} learned positions",
                 where="max_position_embeddings",
-                mend="shorten the input, or train with more positions",
+                fix="shorten the input, or train with more positions",
             )
         out: Tensor = self.position_embeddings(positions + self.spec.position_offset)
         return out

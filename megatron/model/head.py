@@ -10,10 +10,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.model.blockwise import blockwise_nll, blockwise_token_logps
+from megatron.model.chunked_cross_entropy import blockwise_nll, blockwise_token_logps
+from megatron.model.layer_state import LayerState
 from megatron.model.norms import ALONE, build_norm
 from megatron.model.spec import HeadSpec, NormSpec
-from megatron.model.stream import Stream
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import ColumnLinear
@@ -60,10 +60,10 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.norm = build_norm(spec, tp=tp)
 
-    def forward(self, stream: Stream) -> Stream:
+    def forward(self, stream: LayerState) -> LayerState:
         """hidden [b, s, h] -> [b, s, h]."""
-        hidden, segments = stream
-        return Stream(self.norm(hidden), segments)
+        hidden, segment_ids = stream
+        return LayerState(self.norm(hidden), segment_ids)
 
 
 class LMHead(nn.Module):
@@ -74,7 +74,7 @@ class LMHead(nn.Module):
         self.spec = spec
         self.final_linear = ColumnLinear(spec.hidden_size, spec.vocab_size, tp=tp, bias=False)
 
-    def forward(self, stream: Stream, read: Read | None = None) -> Any:
+    def forward(self, stream: LayerState, read: Read | None = None) -> Any:
         """hidden [b, s, h] -> Logits, or what `read` makes of them while this forward runs (ZeRO-3 has the weight whole only then)."""
         return _finish(stream, self.final_linear.weight, self.final_linear.tp, self.spec, read)
 
@@ -83,14 +83,14 @@ class LMHead(nn.Module):
         return ("final_linear.weight",)
 
 
-def tied_logits(embedding: Any, stream: Stream, spec: HeadSpec | None = None, read: Read | None = None) -> Any:
+def tied_logits(embedding: Any, stream: LayerState, spec: HeadSpec | None = None, read: Read | None = None) -> Any:
     """The head of a model whose embedding table is its head: `embedding.word_embeddings` is a VocabEmbedding."""
     table = embedding.word_embeddings
     return _finish(stream, table.weight, table.tp, spec, read)
 
 
-def _finish(stream: Stream, weight: Tensor, tp: Group, spec: HeadSpec | None, read: Read | None) -> Any:
-    hidden = comm.whole_sequence(stream[0], tp)
+def _finish(stream: LayerState, weight: Tensor, tp: Group, spec: HeadSpec | None, read: Read | None) -> Any:
+    hidden = comm.gather_from_region(stream[0], tp)
     if spec is not None and spec.multiplier != 1.0:
         hidden = hidden * spec.multiplier
     logits = Logits(hidden=hidden, weight=weight, tp=tp, block_rows=0 if spec is None else spec.block_rows)

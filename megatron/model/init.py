@@ -78,7 +78,7 @@ class Initialiser:
                 full_name = f"{prefix}.{local}" if prefix else local
                 hidden = roles[id(parameter)] is Role.HIDDEN
                 with nullcontext() if self.gather is None else self.gather([parameter]):
-                    self._write(parameter, method, f"{name}.{full_name}", Place(shardings[full_name], tp), hidden=hidden)
+                    self._write(parameter, method, f"{name}.{full_name}", WeightShard(shardings[full_name], tp), hidden=hidden)
 
     def method_of(self, module: nn.Module) -> str | None:
         """Name of the law for a module's matrices; None for norms, whose constructor already set them."""
@@ -90,7 +90,7 @@ class Initialiser:
             return "xavier_normal"
         return self.spec.method
 
-    def _write(self, parameter: nn.Parameter, method: str, name: str, place: Place, *, hidden: bool) -> None:
+    def _write(self, parameter: nn.Parameter, method: str, name: str, place: WeightShard, *, hidden: bool) -> None:
         if parameter.is_meta:
             return
         shape = place.whole_shape(parameter)
@@ -109,7 +109,7 @@ class Initialiser:
                     drawn = number
                 parameter[first : first + count].copy_(place.columns(block[within : within + count]))
 
-    def _write_orthogonal(self, parameter: nn.Parameter, method: str, name: str, place: Place) -> None:
+    def _write_orthogonal(self, parameter: nn.Parameter, method: str, name: str, place: WeightShard) -> None:
         """Rows depend on each other, so every rank draws the whole matrix."""
         gains = {"orthogonal": 1.0, "scaled_orthogonal": math.sqrt(2.0 / self.num_layers)}
         if method not in gains:
@@ -121,7 +121,7 @@ class Initialiser:
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightShard:
     """Which part of a whole matrix a rank holds."""
 
     how: Sharding
@@ -142,7 +142,7 @@ class Place:
     def pieces(self, rows: int) -> Iterator[tuple[int, int, int, int]]:
         """The rows held, of `rows` in all, cut at the borders of blocks: block, its first row in it, first row here, count.
 
-        >>> list(Place(Split(0), Group(rank=1, size=2)).pieces(600))
+        >>> list(WeightShard(Split(0), Group(rank=1, size=2)).pieces(600))
         [(1, 44, 0, 212), (2, 0, 212, 88)]
         """
         here = 0

@@ -29,8 +29,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> same shape."""
-        weight = None if self.weight is None else comm.whole_weight(self.weight, self.tp)
-        bias = None if self.bias is None else comm.whole_weight(self.bias, self.tp)
+        weight = None if self.weight is None else comm.sum_weight_grad(self.weight, self.tp)
+        bias = None if self.bias is None else comm.sum_weight_grad(self.bias, self.tp)
         # The fused kernel keeps mean and variance of 16-bit inputs in float32.
         return F.layer_norm(x, (self.size,), weight, bias, self.eps)
 
@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> same shape."""
-        return rms_norm(x, (self.size,), comm.whole_weight(self.scale, self.tp), self.eps)
+        return rms_norm(x, (self.size,), comm.sum_weight_grad(self.scale, self.tp), self.eps)
 
 
 class ScaleNorm(nn.Module):
@@ -63,7 +63,7 @@ class ScaleNorm(nn.Module):
         """x [..., size] -> same shape."""
         exact = x.float()
         length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp(min=self.eps)
-        out: Tensor = exact * (comm.whole_weight(self.g, self.tp).float() / length)
+        out: Tensor = exact * (comm.sum_weight_grad(self.g, self.tp).float() / length)
         return out.to(x.dtype)
 
 
@@ -98,7 +98,7 @@ class HeadNorm(nn.Module):
     def __init__(self, spec: NormSpec, heads: int, head_dim: int, *, tp: Group, flat: bool) -> None:
         super().__init__()
         if spec.kind is NormKind.SCALENORM:
-            raise ConfigError("scalenorm cannot normalise queries and keys", where="use_qk_layernorm", mend="use layernorm or rmsnorm")
+            raise ConfigError("scalenorm cannot normalise queries and keys", where="use_qk_layernorm", fix="use layernorm or rmsnorm")
         local = local_size(heads, tp.size, "attention heads")
         shape = (local * head_dim,) if flat else (local, head_dim)
         self.spec = spec
@@ -122,8 +122,8 @@ class HeadNorm(nn.Module):
             return F.layer_norm(x, self.shape, weight, bias, self.spec.eps)
         exact = x.float()
         if not self.rms:
-            exact = exact - comm.mix(exact.sum((-2, -1), keepdim=True), self.tp) / self.count
-        square = comm.mix(exact.square().sum((-2, -1), keepdim=True), self.tp) / self.count
+            exact = exact - comm.sum_statistic(exact.sum((-2, -1), keepdim=True), self.tp) / self.count
+        square = comm.sum_statistic(exact.square().sum((-2, -1), keepdim=True), self.tp) / self.count
         out = exact * torch.rsqrt(square + self.spec.eps)
         out = out if weight is None else out * weight.float()
         return (out if bias is None else out + bias.float()).to(x.dtype)
@@ -147,7 +147,7 @@ class EachHeadNorm(nn.Module):
     def __init__(self, spec: NormSpec, head_dim: int, *, tp: Group) -> None:
         super().__init__()
         if spec.kind is NormKind.SCALENORM:
-            raise ConfigError("scalenorm cannot normalise queries and keys", where="use_qk_layernorm", mend="use layernorm or rmsnorm")
+            raise ConfigError("scalenorm cannot normalise queries and keys", where="use_qk_layernorm", fix="use layernorm or rmsnorm")
         self.spec = spec
         self.tp = tp
         self.rms = spec.kind is NormKind.RMSNORM

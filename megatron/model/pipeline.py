@@ -15,14 +15,15 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
+from megatron.deepspeed_private import count_micro_batch, stage_layers
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
+from megatron.model.layer_state import LayerState
 from megatron.model.plan import Builder, Slot, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
-from megatron.model.stream import Stream
 from megatron.mpu.groups import Group, Groups
 
 log = get_logger(__name__)
@@ -85,11 +86,11 @@ class Stages(PipelineModule):  # type: ignore[misc]  # deepspeed is untyped
 
     def forward(self, forward_input: Any) -> Any:
         """What the stage before sends (the first stage: the inputs of a micro batch) through all layers of this stage."""
-        self.micro_offset += 1
+        count_micro_batch(self)
         flow = forward_input
-        for are_blocks, layers in groupby(self.forward_funcs, key=is_block):
+        for are_blocks, layers in groupby(stage_layers(self), key=is_block):
             if are_blocks:
-                flow = run_blocks(list(layers), Stream(*flow), self.recompute, tp=self.tp)
+                flow = run_blocks(list(layers), LayerState(*flow), self.recompute, tp=self.tp)
                 continue
             for layer in layers:
                 flow = layer(flow)
@@ -145,7 +146,7 @@ def pipeline_module(
 
     topology: DeepSpeed process topology with axes pipe, data, model (PipeModelDataParallelTopology)
     loss_fn:  (Logits handle of the last slot, tuple of target tensors) -> scalar
-    The first slot takes the tuple (tokens [b, s] int64, segments [b, s] int32).
+    The first slot takes the tuple (tokens [b, s] int64, segment_ids [b, s] int32).
     Raises ConfigError where the model cannot be cut into stages.
     """
     choices = choices or PipelineChoices()
@@ -154,7 +155,7 @@ def pipeline_module(
         raise ConfigError(
             "a relative position table is shared by all layers and cannot be spread over pipeline stages",
             where="pos_emb: rpe, pipe_parallel_size",
-            mend="set pipe_parallel_size to 0 or 1, or use another pos_emb",
+            fix="set pipe_parallel_size to 0 or 1, or use another pos_emb",
         )
     law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed)
     builder = Builder(initialiser=law, tp=groups.tp, context=context_plan(spec, groups), dtype=dtype)
@@ -171,7 +172,7 @@ def pipeline_module(
             dynamic_shape=choices.dynamic_shape,
         )
     log.debug(chatter.getvalue())
-    blocks = [layer for layer in module.forward_funcs if isinstance(layer, TransformerBlock)]
+    blocks = [layer for layer in stage_layers(module) if isinstance(layer, TransformerBlock)]
     share_position_bias(list(blocks))
     if choices.compile_blocks:
         for block in blocks:

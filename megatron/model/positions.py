@@ -42,7 +42,7 @@ def rotary_frequencies(spec: RotarySpec) -> tuple[Tensor, float]:
         return _yarn(plain, spec, scaling), _yarn_attention(scaling)
     if scaling.kind == "llama3":
         return _llama3(plain, scaling), 1.0
-    raise ConfigError(f"rope_scaling type {scaling.kind!r} is not known", where="rope_scaling", mend="linear, ntk, yarn or llama3")
+    raise ConfigError(f"rope_scaling type {scaling.kind!r} is not known", where="rope_scaling", fix="linear, ntk, yarn or llama3")
 
 
 def _original_length(scaling: RopeScaling) -> int:
@@ -50,7 +50,7 @@ def _original_length(scaling: RopeScaling) -> int:
         raise ConfigError(
             f"rope_scaling type {scaling.kind!r} needs the length the model was trained with",
             where="rope_scaling",
-            mend="add original_max_position_embeddings",
+            fix="add original_max_position_embeddings",
         )
     return scaling.original_max_position_embeddings
 
@@ -127,7 +127,7 @@ class Rotary(_Derived):
     def __init__(self, spec: RotarySpec) -> None:
         super().__init__()
         if spec.dim % 2 or spec.dim < 2:
-            raise ConfigError(f"rotary embeddings turn pairs, not {spec.dim} features", where="rotary_pct", mend="make the number even")
+            raise ConfigError(f"rotary embeddings turn pairs, not {spec.dim} features", where="rotary_pct", fix="make the number even")
         self.spec = spec
         self.frequencies, self.factor = rotary_frequencies(spec)  # not a buffer: must stay float32 when the model is cast
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from megatron.model.attention.masks import Documents
+from megatron.model.attention.masks import PackedSequences
 from megatron.model.block import TransformerBlock
-from megatron.model.stream import Stream
+from megatron.model.layer_state import LayerState
 from megatron.mpu.comm import all_gather
 from megatron.mpu.groups import Group
 
@@ -50,26 +50,26 @@ class Recompute:
     partitioned: bool = False
 
 
-def run_blocks(blocks: Sequence[TransformerBlock], stream: Stream, recompute: Recompute | None, *, tp: Group) -> Stream:
+def run_blocks(blocks: Sequence[TransformerBlock], stream: LayerState, recompute: Recompute | None, *, tp: Group) -> LayerState:
     """The stream through consecutive blocks; recompute None = keep all activations. Without gradients nothing is kept."""
     # Where documents lie is found once, not once per block: finding it makes a GPU's host wait.
     isolated = any(block.attention.spec.isolated for block in blocks)
-    segments = Documents.of(stream.segments) if isolated else stream.segments
+    segment_ids = PackedSequences.of(stream.segment_ids) if isolated else stream.segment_ids
     hidden = stream.hidden
     if recompute is None or not torch.is_grad_enabled():
-        return Stream(run_span(blocks, hidden, segments), stream.segments)
+        return LayerState(run_span(blocks, hidden, segment_ids), stream.segment_ids)
     selective = recompute.granularity is Granularity.SELECTIVE
     contexts = partial(create_selective_checkpoint_contexts, keeps) if selective else noop_context_fn
     for span in spans(blocks, recompute.num_layers):
         with moved_inputs(recompute, tp):
-            hidden = checkpoint(run_span, span, hidden, segments, use_reentrant=False, context_fn=contexts)
-    return Stream(hidden, stream.segments)
+            hidden = checkpoint(run_span, span, hidden, segment_ids, use_reentrant=False, context_fn=contexts)
+    return LayerState(hidden, stream.segment_ids)
 
 
-def run_span(blocks: Sequence[TransformerBlock], hidden: Tensor, segments: Tensor | Documents | None) -> Tensor:
+def run_span(blocks: Sequence[TransformerBlock], hidden: Tensor, segment_ids: Tensor | PackedSequences | None) -> Tensor:
     """hidden [b, s, h] through consecutive blocks -> [b, s, h]."""
     for block in blocks:
-        hidden, _ = block((hidden, segments))
+        hidden, _ = block((hidden, segment_ids))
     return hidden
 
 
@@ -119,7 +119,7 @@ def draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 # ---- where the inputs of spans are kept --------------------------------------------------------------------------
 
 
-class Kept(NamedTuple):
+class Offloaded(NamedTuple):
     """A tensor put away: data is all of it, or this rank's part of its elements in order (padded to equal parts)."""
 
     data: Tensor
@@ -134,10 +134,10 @@ def moved_inputs(recompute: Recompute, tp: Group) -> AbstractContextManager[Any]
     if not (sliced or recompute.on_host):
         return nullcontext()
     group = tp if sliced else Group.single()
-    return saved_tensors_hooks(partial(put_away, group=group, on_host=recompute.on_host), partial(bring_back, group=group))
+    return saved_tensors_hooks(partial(offload, group=group, on_host=recompute.on_host), partial(reload, group=group))
 
 
-def put_away(x: Tensor, *, group: Group, on_host: bool) -> Tensor | Kept:
+def offload(x: Tensor, *, group: Group, on_host: bool) -> Tensor | Offloaded:
     """x, equal on all ranks of the group -> what this rank keeps. Token and document numbers stay as they are: they are small."""
     if not x.is_floating_point():
         return x
@@ -150,11 +150,11 @@ def put_away(x: Tensor, *, group: Group, on_host: bool) -> Tensor | Kept:
     if on_host and data.device.type != "cpu":
         host = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.device.type == "cuda")
         data = host.copy_(data, non_blocking=True)
-    return Kept(data, x.shape, x.device)
+    return Offloaded(data, x.shape, x.device)
 
 
-def bring_back(kept: Tensor | Kept, *, group: Group) -> Tensor:
-    """What `put_away` was given; a collective call of the group."""
+def reload(kept: Tensor | Offloaded, *, group: Group) -> Tensor:
+    """What `offload` was given; a collective call of the group."""
     if isinstance(kept, Tensor):
         return kept
     data = kept.data.to(kept.device, non_blocking=True)

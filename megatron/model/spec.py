@@ -112,7 +112,7 @@ class AttentionSpec:
     qk_norm: NormSpec | None = None  # FORMAT: one norm with weights [heads, head_dim] for both q and k
     separate_qk_norms: bool = False  # q_norm over num_heads*head_dim, k_norm over num_kv_heads*head_dim
     norm_each_head: bool = False  # of separate norms: each head by itself, with one weight [head_dim] for all
-    isolated: bool = True  # attention_over_documents; False = joined: segments are never looked at
+    isolated: bool = True  # attention_over_documents; False = joined: segment_ids are never looked at
     flash: bool = False  # AUTO takes the flash-attn package where it can
     backend: BackendName = BackendName.AUTO
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Gather, Initialiser
+from megatron.model.layer_state import LayerState
 from megatron.model.plan import Builder, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
-from megatron.model.stream import Stream
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 
@@ -65,17 +65,17 @@ class Transformer(nn.Module):
         """The stack, in order."""
         return [module for module in self.sequential.values() if isinstance(module, TransformerBlock)]
 
-    def forward(self, tokens: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, read: Read | None = None) -> Any:
+    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, cache: KVCache | None = None, read: Read | None = None) -> Any:
         """tokens [b, s] int64 -> Logits, or what `read` makes of them.
 
-        segments: [b, s] int32 document numbers, of whole rows where tokens are this rank's part of them; None = one document per row
+        segment_ids: [b, s] int32 document numbers, of whole rows where tokens are this rank's part of them; None = one document per row
         cache:    keys and values of earlier tokens; the new ones are appended
         read:     runs inside the head's forward (where ZeRO-3 has the head's weight whole); its result is returned
         """
-        if segments is None:
-            segments = tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
+        if segment_ids is None:
+            segment_ids = tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
         first, last = self.plan[0], self.plan[-1]
-        stream = Stream(tokens, segments)
+        stream = LayerState(tokens, segment_ids)
         stream = self.sequential[str(first.number)](stream, None if cache is None else cache.layer(0))
         stream = self._run_blocks(stream, cache)
         stream = self.sequential[str(self.plan[-2].number)](stream)
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile()
 
-    def _run_blocks(self, stream: Stream, cache: KVCache | None) -> Stream:
+    def _run_blocks(self, stream: LayerState, cache: KVCache | None) -> LayerState:
         blocks = self.blocks
         if not blocks:
             return stream

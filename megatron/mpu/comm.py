@@ -108,7 +108,7 @@ class _Gather(torch.autograd.Function):
         return own_slice(grads[0], ctx.group, ctx.dim), None, None
 
 
-class _Spread(torch.autograd.Function):
+class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
@@ -157,9 +157,9 @@ def gather(x: Tensor, group: Group, dim: int = -1) -> Tensor:
     return _apply(_Gather, x, group, dim)
 
 
-def spread(x: Tensor, group: Group, dim: int = 1) -> Tensor:
+def gather_sequence(x: Tensor, group: Group, dim: int = 1) -> Tensor:
     """Slices along dim -> the whole as input of split work; gradients are summed and sliced (sequence parallelism)."""
-    return _apply(_Spread, x, group, dim)
+    return _apply(_GatherSequence, x, group, dim)
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int = 1) -> Tensor:
@@ -167,7 +167,7 @@ def reduce_scatter(x: Tensor, group: Group, dim: int = 1) -> Tensor:
     return _apply(_ReduceScatter, x, group, dim)
 
 
-def mix(x: Tensor, group: Group) -> Tensor:
+def sum_statistic(x: Tensor, group: Group) -> Tensor:
     """Sum over the group of a statistic that every rank then uses on its own slice; its gradient is summed too."""
     return copy(reduce(x, group), group)
 
@@ -175,28 +175,28 @@ def mix(x: Tensor, group: Group) -> Tensor:
 # ---- where split layers begin and end ----------------------------------------------------------------------------
 
 
-def enter(x: Tensor, tp: Group) -> Tensor:
+def copy_to_region(x: Tensor, tp: Group) -> Tensor:
     """Input of a layer that is split over tp: x [b, s, ...], or where the sequence is spread its part of it -> [b, s, ...]."""
-    return spread(x, tp) if tp.sequence else copy(x, tp)
+    return gather_sequence(x, tp) if tp.sequence else copy(x, tp)
 
 
-def leave(x: Tensor, tp: Group) -> Tensor:
+def reduce_from_region(x: Tensor, tp: Group) -> Tensor:
     """Partial sums of a layer that is split over tp, [b, s, ...] -> their sum, or where the sequence is spread this rank's part of it."""
     return reduce_scatter(x, tp) if tp.sequence else reduce(x, tp)
 
 
-def whole_weight(weight: Tensor, tp: Group) -> Tensor:
+def sum_weight_grad(weight: Tensor, tp: Group) -> Tensor:
     """A replicated weight that works on this rank's part of the sequence: its gradient is summed over tp."""
     return copy(weight, tp) if tp.sequence else weight
 
 
-def own_part(x: Tensor, tp: Group) -> Tensor:
+def scatter_to_region(x: Tensor, tp: Group) -> Tensor:
     """What is equal on all ranks of tp, [b, s, ...] -> the part this rank works on, [b, s / tp, ...] where the sequence is spread."""
     return scatter(x, tp, 1) if tp.sequence else x
 
 
-def whole_sequence(x: Tensor, tp: Group) -> Tensor:
-    """The inverse of `own_part`; what follows is the same work on every rank."""
+def gather_from_region(x: Tensor, tp: Group) -> Tensor:
+    """The inverse of `scatter_to_region`; what follows is the same work on every rank."""
     return gather(x, tp, 1) if tp.sequence else x
 
 

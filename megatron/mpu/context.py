@@ -64,7 +64,7 @@ class ContextPlan:
             raise ConfigError(
                 f"a sequence of {length} tokens cannot be cut into {self.chunks} equal chunks for {self.kind.value} attention",
                 where="seq_length, context_parallel_size",
-                mend=f"choose a seq_length that is a multiple of {self.chunks}",
+                fix=f"choose a seq_length that is a multiple of {self.chunks}",
             )
         at, chunk = self.group.rank if rank is None else rank, length // self.chunks
         own = sorted({at, self.chunks - 1 - at}) if self.chunks > self.size else [at]

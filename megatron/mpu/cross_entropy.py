@@ -33,7 +33,7 @@ def log_normaliser(local_lse: Tensor, group: Group) -> Tensor:
     return top + all_reduce((local_lse - top).exp(), group).log()
 
 
-class _TokenLogps(torch.autograd.Function):
+class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
         exact = logits.float()
@@ -61,7 +61,7 @@ def token_logps(logits: Tensor, targets: Tensor, tp: Group) -> Tensor:
     logits [..., v / tp] (this rank's slice, in rank order), targets [...] int64 global ids -> [...] replicated.
     The gradient of this rank's slice of logits follows in the backward pass.
     """
-    out: Tensor = _TokenLogps.apply(logits, targets, tp)
+    out: Tensor = _VocabParallelLogProbs.apply(logits, targets, tp)
     return out
 
 

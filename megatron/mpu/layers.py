@@ -43,7 +43,7 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n_in] replicated, or [b, s / tp, n_in] where the sequence is spread -> [..., n_out / tp] of the whole sequence."""
-        return F.linear(comm.enter(x, self.tp), self.weight, self.bias)
+        return F.linear(comm.copy_to_region(x, self.tp), self.weight, self.bias)
 
     def sharding(self) -> dict[str, Sharding]:
         """Rows, part by part."""
@@ -82,8 +82,8 @@ class RowLinear(nn.Module):
         if self.defer_reduce or self.tp.size == 1:
             # FORMAT: with a deferred reduce every rank adds its bias before the sum, so a checkpoint holds bias / tp.
             return F.linear(x, self.weight, self.bias)
-        y = comm.leave(F.linear(x, self.weight), self.tp)
-        return y if self.bias is None else y + comm.whole_weight(self.bias, self.tp)
+        y = comm.reduce_from_region(F.linear(x, self.weight), self.tp)
+        return y if self.bias is None else y + comm.sum_weight_grad(self.bias, self.tp)
 
     def sharding(self) -> dict[str, Sharding]:
         """Columns; the bias is whole, or with defer_reduce a share."""
@@ -119,7 +119,7 @@ class VocabEmbedding(nn.Module):
         local = tokens - self.first
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return comm.leave(found.masked_fill(elsewhere[..., None], 0.0), self.tp)
+        return comm.reduce_from_region(found.masked_fill(elsewhere[..., None], 0.0), self.tp)
 
     def sharding(self) -> dict[str, Sharding]:
         """Rows."""

@@ -13,12 +13,12 @@ class Role(Enum):
     """What a parameter is to its model.
 
     HIDDEN: a matrix from features to features; both sides grow with the width of the model
-    TABLE:  a matrix one side of which is a count of things: token embedding, vocabulary head, learned positions
+    EMBEDDING:  a matrix one side of which is a count of things: token embedding, vocabulary head, learned positions
     VECTOR: biases, scales of norms, and whatever else a module exempts from decay
     """
 
     HIDDEN = "hidden"
-    TABLE = "table"
+    EMBEDDING = "table"
     VECTOR = "vector"
 
 
@@ -51,7 +51,7 @@ def roles_of(module: nn.Module) -> dict[int, Role]:
     def role(parameter: nn.Parameter) -> Role:
         if dimensions(parameter) <= 1 or id(parameter) in exempt:
             return Role.VECTOR
-        return Role.TABLE if id(parameter) in tables else Role.HIDDEN
+        return Role.EMBEDDING if id(parameter) in tables else Role.HIDDEN
 
     return {id(parameter): role(parameter) for parameter in module.parameters()}
 

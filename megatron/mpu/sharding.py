@@ -54,7 +54,7 @@ def local_size(size: int, ranks: int, what: str) -> int:
         raise ConfigError(
             f"{what} {size} cannot be divided over {ranks} tensor parallel ranks",
             where=f"{what}, model_parallel_size",
-            mend=f"choose a model_parallel_size that divides {size}",
+            fix=f"choose a model_parallel_size that divides {size}",
         )
     return size // ranks
 

@@ -12,7 +12,7 @@ from megatron.errors import ConfigError
 AXES = ("pipe", "data", "context", "tensor")
 
 
-class Place(NamedTuple):
+class RankCoordinates(NamedTuple):
     """Coordinates of a rank."""
 
     pipe: int
@@ -26,7 +26,7 @@ class Topology:
     """A grid of pipe x data x context x tensor processes; tensor is innermost, so its ranks are neighbours on one node.
 
     >>> Topology(pipe=2, data=2, tensor=2).place(5)
-    Place(pipe=1, data=0, context=0, tensor=1)
+    RankCoordinates(pipe=1, data=0, context=0, tensor=1)
     """
 
     pipe: int = 1
@@ -37,7 +37,7 @@ class Topology:
     def __post_init__(self) -> None:
         for axis in AXES:
             if self.size(axis) < 1:
-                raise ConfigError(f"the {axis} axis has size {self.size(axis)}", mend="every axis of parallelism has size 1 or more")
+                raise ConfigError(f"the {axis} axis has size {self.size(axis)}", fix="every axis of parallelism has size 1 or more")
 
     @classmethod
     def of_world(cls, world: int, *, pipe: int = 1, tensor: int = 1, context: int = 1) -> Topology:
@@ -51,7 +51,7 @@ class Topology:
             raise ConfigError(
                 f"{world} processes cannot be divided into {pipe} pipeline stages of {context} context and {tensor} tensor parallel ranks",
                 where="pipe_parallel_size, context_parallel_size, model_parallel_size",
-                mend=f"start a multiple of {replica} processes",
+                fix=f"start a multiple of {replica} processes",
             )
         return cls(pipe=pipe, data=world // replica, context=context, tensor=tensor)
 
@@ -64,16 +64,16 @@ class Topology:
         """Length of an axis."""
         return {"pipe": self.pipe, "data": self.data, "context": self.context, "tensor": self.tensor}[axis]
 
-    def rank(self, place: Place) -> int:
+    def rank(self, place: RankCoordinates) -> int:
         """Global rank at a place."""
         return ((place.pipe * self.data + place.data) * self.context + place.context) * self.tensor + place.tensor
 
-    def place(self, rank: int) -> Place:
-        """Place of a global rank."""
+    def place(self, rank: int) -> RankCoordinates:
+        """RankCoordinates of a global rank."""
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipe, data = divmod(rest, self.data)
-        return Place(pipe, data, context, tensor)
+        return RankCoordinates(pipe, data, context, tensor)
 
     def members(self, axes: str | tuple[str, ...], rank: int) -> tuple[int, ...]:
         """Ranks that differ from `rank` only along `axes`, ascending: its group on that axis, or on the plane of several.
@@ -84,7 +84,7 @@ class Topology:
         here = self.place(rank)
         free = (axes,) if isinstance(axes, str) else axes
         spans = [range(self.size(axis)) if axis in free else (at,) for axis, at in zip(AXES, here, strict=True)]
-        return tuple(self.rank(Place(*place)) for place in product(*spans))
+        return tuple(self.rank(RankCoordinates(*place)) for place in product(*spans))
 
     def groups(self, axes: str | tuple[str, ...]) -> list[tuple[int, ...]]:
         """All groups of an axis or of a plane of axes, ordered by their first rank. Every rank is in exactly one."""

@@ -35,14 +35,14 @@ def main(argv: list[str]) -> int:
     elif command == "explain":
         words = sort_words(rest)
         if not words.bare:
-            raise ConfigError("no key given", where="command line", mend="explain KEY [CONF ...]")
+            raise ConfigError("no key given", where="command line", fix="explain KEY [CONF ...]")
         key, *confs = words.bare
         sys.stdout.write(explain(key, read_config(words, confs) if confs else None))
     elif command == "diff":
         return _diff(rest)
     else:
         raise ConfigError(
-            f"no such command: {command!r}", where="command line", mend="one of show, explain, diff, schema, document; see --help"
+            f"no such command: {command!r}", where="command line", fix="one of show, explain, diff, schema, document; see --help"
         )
     return 0
 
@@ -51,7 +51,7 @@ def _diff(rest: list[str]) -> int:
     words = sort_words(rest)
     if len(words.bare) != 2:
         raise ConfigError(
-            f"diff takes two configs, not {len(words.bare)}", where="command line", mend="join several files with a comma: a.yml,local.yml"
+            f"diff takes two configs, not {len(words.bare)}", where="command line", fix="join several files with a comma: a.yml,local.yml"
         )
     left, right = (read_config(words, name.split(",")) for name in words.bare)
     told = diff(left, right)

@@ -17,16 +17,16 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
-from megatron.launch.place import place_from
-from megatron.launch.records import claim, leave
+from megatron.launch.rank_events import claim, leave
+from megatron.launch.rendezvous import place_from
 from megatron.log import setup_logging
 
-from . import payload
+from . import worker_payload
 from .deepspeed import deepspeed_config
 from .flags import HELP, INSIDE, Words, sort_words
-from .flat import read_files
+from .hostfile import visible_devices
 from .neox_args import NeoXArgs
-from .world import visible_devices
+from .yaml_loader import read_files
 
 MEGATRON_CONFIG = "--megatron_config"
 DEEPSPEED_CONFIG = "--deepspeed_config"
@@ -62,11 +62,11 @@ def consume_deepy_args(argv: Sequence[str]) -> Launch:
     words = sort_words(argv)
     if len(words.bare) < 2:
         missing = "script and config files" if not words.bare else "config files"
-        raise ConfigError(f"no {missing} given", where="command line", mend="python deepy.py train.py configs/quickstart.yml")
+        raise ConfigError(f"no {missing} given", where="command line", fix="python deepy.py train.py configs/quickstart.yml")
     script, *confs = words.bare
     if not Path(script).is_file():
         raise ConfigError(
-            f"the script {script} does not exist", where="command line", mend="python deepy.py SCRIPT CONF...: the script comes first"
+            f"the script {script} does not exist", where="command line", fix="python deepy.py SCRIPT CONF...: the script comes first"
         )
     words.overrides["user_script"] = script
     args = read_config(words, confs)
@@ -86,7 +86,7 @@ def consume_neox_args(argv: Sequence[str], overwrites: Mapping[str, Any] | None 
     fixed = dict(overwrites or {})
     if MEGATRON_CONFIG not in encoded:
         if not words.bare:
-            raise ConfigError("no config files given", where="command line", mend="python train.py CONF..., or start it with deepy.py")
+            raise ConfigError("no config files given", where="command line", fix="python train.py CONF..., or start it with deepy.py")
         found = rank_count(os.environ)
         wanted = words.overrides.get("global_num_gpus") or read_files(words.bare, words.conf_dir).values.get("global_num_gpus")
         _check_ranks(fixed.get("global_num_gpus", wanted), found)
@@ -95,7 +95,7 @@ def consume_neox_args(argv: Sequence[str], overwrites: Mapping[str, Any] | None 
         raise ConfigError(
             f"{MEGATRON_CONFIG} holds the whole configuration; files and flags beside it would be ignored",
             where="command line",
-            mend="give them to deepy.py, or drop the encoded config",
+            fix="give them to deepy.py, or drop the encoded config",
         )
     return _from_encoded(encoded, fixed)
 
@@ -110,8 +110,13 @@ def worker_words(args: NeoXArgs, *, debug: bool = False) -> tuple[str, ...]:
     if args.runtime.autotuning_run:
         tuned = AUTOTUNING_FILE  # the autotuner edits a file
     else:
-        tuned = payload.encode(deepspeed_config(args))
-    words = (DEEPSPEED_CONFIG, tuned, MEGATRON_CONFIG, payload.encode({**args.given(), "global_num_gpus": args.runtime.global_num_gpus}))
+        tuned = worker_payload.encode(deepspeed_config(args))
+    words = (
+        DEEPSPEED_CONFIG,
+        tuned,
+        MEGATRON_CONFIG,
+        worker_payload.encode({**args.given(), "global_num_gpus": args.runtime.global_num_gpus}),
+    )
     return (*words, "--debug") if debug else words
 
 
@@ -267,13 +272,13 @@ def _with_entry(block: Any, path: list[str], value: Any, flag: str) -> dict[str,
     if block is None:
         block = {}
     if not isinstance(block, dict):
-        raise ConfigError(f"{flag} names an entry of a mapping, but there is {block!r}", where=flag, mend="give the whole key")
+        raise ConfigError(f"{flag} names an entry of a mapping, but there is {block!r}", where=flag, fix="give the whole key")
     head, *rest = path
     return {**block, head: _with_entry(block.get(head), rest, value, flag) if rest else value}
 
 
 def _from_encoded(encoded: Mapping[str, str], fixed: dict[str, Any]) -> NeoXArgs:
-    values = payload.decode(encoded[MEGATRON_CONFIG], MEGATRON_CONFIG)
+    values = worker_payload.decode(encoded[MEGATRON_CONFIG], MEGATRON_CONFIG)
     if values.get("autotuning_run") and DEEPSPEED_CONFIG in encoded:
         tuned = _tuned(encoded[DEEPSPEED_CONFIG])
         values |= {key: tuned[key] for key in TUNED if key in tuned}
@@ -287,13 +292,13 @@ def _check_ranks(wanted: Any, found: int) -> None:
         raise ConfigError(
             f"the configuration is for {wanted} ranks, but {found} {'was' if found == 1 else 'were'} started",
             where="global_num_gpus",
-            mend=f"start {wanted} processes (python deepy.py does), or leave global_num_gpus out",
+            fix=f"start {wanted} processes (python deepy.py does), or leave global_num_gpus out",
         )
 
 
 def _tuned(text: str) -> dict[str, Any]:
     """The DeepSpeed config of an autotuning trial: a JSON file, or encoded."""
     if not Path(text).is_file():
-        return payload.decode(text, DEEPSPEED_CONFIG)
+        return worker_payload.decode(text, DEEPSPEED_CONFIG)
     loaded = json.loads(Path(text).read_text())
     return loaded if isinstance(loaded, dict) else {}

@@ -48,13 +48,13 @@ def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
 def _refuse_removed(args: NeoXArgs) -> None:
     """One error for all keys in use that DeepSpeed no longer has; a block with `enabled: false` is not in use."""
     problems = []
-    for key, (section, mend) in REMOVED.items():
+    for key, (section, fix) in REMOVED.items():
         value = getattr(getattr(args, section), key)
         if value and not (isinstance(value, dict) and value.get("enabled") is False):
-            problems.append(Problem(f"DeepSpeed no longer has {key}", where=str(args.origin(key)), mend=mend, keys=(key,)))
+            problems.append(Problem(f"DeepSpeed no longer has {key}", where=str(args.origin(key)), fix=fix, keys=(key,)))
     if args.optim.optimizer_type == "onebitadam":
         where = str(args.origin("optimizer.type"))
-        problems.append(Problem("DeepSpeed no longer has OneBitAdam", where=where, mend="use type: Adam", keys=("optimizer.type",)))
+        problems.append(Problem("DeepSpeed no longer has OneBitAdam", where=where, fix="use type: Adam", keys=("optimizer.type",)))
     if problems:
         raise ConfigProblems(problems)
 
@@ -96,7 +96,7 @@ def _reduce_dtype(args: NeoXArgs) -> str | None:
         raise ConfigError(
             f"fp32_allreduce: true contradicts communication_data_type: {given}",
             where=str(args.origin("communication_data_type")),
-            mend="keep one of the two",
+            fix="keep one of the two",
         )
     return "fp32"
 
@@ -157,6 +157,6 @@ def _with_extra(config: dict[str, Any], args: NeoXArgs) -> dict[str, Any]:
         raise ConfigError(
             "; ".join(f"deepspeed_extra_args.{key} is {extra[key]!r}, but {key} itself says {config.get(key)!r}" for key in clashes),
             where=str(args.origin("deepspeed_extra_args")),
-            mend=f"move {', '.join(clashes)} out of deepspeed_extra_args to the top level of the YAML, or drop it",
+            fix=f"move {', '.join(clashes)} out of deepspeed_extra_args to the top level of the YAML, or drop it",
         )
     return {**config, **extra}

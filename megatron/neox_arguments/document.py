@@ -10,10 +10,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megatron.errors import ConfigError
-from megatron.launch.environment import MASK
+from megatron.secrets import MASK, secret_names
 
 from .neox_args import NeoXArgs
-from .payload import secret_names
 from .problems import closest
 from .sections import SECTION_OF, SECTIONS, allowed
 
@@ -35,7 +34,7 @@ def field_of(key: str) -> FieldInfo:
     if name not in SECTION_OF:
         near = closest(name, SECTION_OF)
         raise ConfigError(
-            f"there is no key {key}", where=key, mend=f"did you mean {near}?" if near else "all keys: documentation/CONFIG_ARGUMENTS.md"
+            f"there is no key {key}", where=key, fix=f"did you mean {near}?" if near else "all keys: documentation/CONFIG_ARGUMENTS.md"
         )
     return SECTIONS[SECTION_OF[name]].model_fields[name]
 

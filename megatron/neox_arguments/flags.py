@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
-from .flat import fold, scalar
 from .problems import ConfigProblems, Problem, closest
 from .sections import SECTION_OF, SECTIONS
+from .yaml_loader import fold, scalar
 
 # Short spellings of keys, and one long one: --autotuning sets the key autotuning_run (the key autotuning is a dict).
 SHORT = {"-H": "hostfile", "-i": "sample_input_file", "-o": "sample_output_file"}
@@ -125,8 +125,8 @@ def _value(name: str, has_value: bool, rest: list[str]) -> str:
     raise _problem(f"{name} needs a value", name, f"write {name} VALUE, or {name}=VALUE if it begins with a dash")
 
 
-def _problem(what: str, where: str, mend: str, near: str | None = None) -> ConfigProblems:
-    return ConfigProblems([Problem(what, where=where, closest=near, mend=mend)])
+def _problem(what: str, where: str, fix: str, near: str | None = None) -> ConfigProblems:
+    return ConfigProblems([Problem(what, where=where, closest=near, fix=fix)])
 
 
 def _truth(has_value: bool, rest: list[str]) -> Any:

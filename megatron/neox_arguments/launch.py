@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the configuration to a Plan: hosts, launcher, argument lists. Starts nothing; imports neither torch nor DeepSpeed."""
+"""From the configuration to a LaunchPlan: hosts, launcher, argument lists. Starts nothing; imports neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 
 from megatron.errors import ConfigError
 from megatron.launch import commands
-from megatron.launch.environment import SECRET_NAME, environment_file, handed_on, python_path, visible_devices
-from megatron.launch.place import LOOPBACK, expand, slurm_port
-from megatron.launch.plan import Host, Plan
-from megatron.launch.wire import ADDRESSES, SECRET
+from megatron.launch.control_channel import ADDRESSES, SECRET
+from megatron.launch.environment import environment_file, handed_on, python_path, visible_devices
+from megatron.launch.plan import Host, LaunchPlan
+from megatron.launch.rendezvous import LOOPBACK, expand, slurm_port
+from megatron.secrets import is_secret
 
+from .hostfile import HostError, Hosts, find_hostfile, parse_filter, read_hosts
 from .neox_args import NeoXArgs
-from .world import HostError, Hosts, find_hostfile, parse_filter, read_hosts
 
 LOCAL_NAMES = ("localhost", LOOPBACK)
 # What a remote shell takes literally: DeepSpeed's pdsh runner hands its command to one.
@@ -28,7 +29,7 @@ SHELL_SAFE = re.compile(r"[\w@%+=:,./~-]*")
 DEEPSPEED_ONLY = ("mvapich", "impi")
 
 
-def plan_launch(args: NeoXArgs, script: str, script_args: Sequence[str], environ: Mapping[str, str]) -> Plan:
+def plan_launch(args: NeoXArgs, script: str, script_args: Sequence[str], environ: Mapping[str, str]) -> LaunchPlan:
     """What will run `script` with `script_args` on every rank; nothing is started.
 
     environ: the launching process's environment. Raises ConfigError for a placement that cannot be.
@@ -37,7 +38,7 @@ def plan_launch(args: NeoXArgs, script: str, script_args: Sequence[str], environ
     worker = (sys.executable, "-u", script, *script_args)
     if runtime.launcher == "local" and (runtime.hostfile or runtime.force_multi):
         key = "hostfile" if runtime.hostfile else "force_multi"
-        raise ConfigError(f"launcher is local, but {key} is set", where=f"launcher, {key}", mend=f"drop {key}, or choose another launcher")
+        raise ConfigError(f"launcher is local, but {key} is set", where=f"launcher, {key}", fix=f"drop {key}, or choose another launcher")
     hosts = _hosts(args, environ)
     if runtime.autotuning_run or (runtime.launcher in DEEPSPEED_ONLY and (hosts or runtime.force_multi)):
         return _deepspeed_plan(args, script, script_args, environ)
@@ -46,7 +47,7 @@ def plan_launch(args: NeoXArgs, script: str, script_args: Sequence[str], environ
             raise ConfigError(
                 "the slurm launcher starts ranks inside a SLURM job, and this is none (SLURM_JOB_ID is not set)",
                 where="launcher",
-                mend="start deepy.py in a job: sbatch pretrain_neox.sbatch CONF, or salloc first",
+                fix="start deepy.py in a job: sbatch pretrain_neox.sbatch CONF, or salloc first",
             )
         if environ.get("SLURM_JOB_ID"):
             return _slurm_plan(args, worker, hosts, environ)
@@ -73,9 +74,7 @@ def _hosts(args: NeoXArgs, environ: Mapping[str, str]) -> tuple[Host, ...]:
     try:
         slots = read_hosts(choice, environ)
     except HostError as error:
-        raise ConfigError(
-            str(error), where="hostfile", mend="name an existing hostfile and hosts of it, or none for this machine"
-        ) from None
+        raise ConfigError(str(error), where="hostfile", fix="name an existing hostfile and hosts of it, or none for this machine") from None
     hosts = _numbered(slots)
     commands.check_names(hosts)
     total = sum(len(host.slots) for host in hosts)
@@ -83,7 +82,7 @@ def _hosts(args: NeoXArgs, environ: Mapping[str, str]) -> tuple[Host, ...]:
         raise ConfigError(
             f"the hostfile and its filters give {total} ranks, but global_num_gpus is {runtime.global_num_gpus}",
             where="global_num_gpus, hostfile",
-            mend="leave global_num_gpus out, or choose hosts with include, num_nodes or num_gpus",
+            fix="leave global_num_gpus out, or choose hosts with include, num_nodes or num_gpus",
         )
     return hosts
 
@@ -118,10 +117,10 @@ def is_here(name: str) -> bool:
 # One machine
 
 
-def _local_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> Plan:
+def _local_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> LaunchPlan:
     on_cuda = visible_devices(environ) if environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
     slots = hosts[0].slots if hosts else tuple(_local_devices(args, environ, on_cuda))
-    return Plan(
+    return LaunchPlan(
         launcher="local",
         hosts=(Host(name=socket.gethostname(), slots=slots, first=0),),
         worker=worker,
@@ -143,7 +142,7 @@ def _local_devices(args: NeoXArgs, environ: Mapping[str, str], on_cuda: int) -> 
     runtime, count = args.runtime, args.runtime.global_num_gpus or 1
     if runtime.num_nodes and runtime.num_nodes > 1:
         raise ConfigError(
-            f"num_nodes is {runtime.num_nodes}, but there is no hostfile", where="num_nodes", mend="set hostfile, or drop num_nodes"
+            f"num_nodes is {runtime.num_nodes}, but there is no hostfile", where="num_nodes", fix="set hostfile, or drop num_nodes"
         )
     visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     pool: list[int | str] = list(range(on_cuda or count))
@@ -158,20 +157,20 @@ def _local_devices(args: NeoXArgs, environ: Mapping[str, str], on_cuda: int) -> 
         raise ConfigError(
             f"{count} ranks are wanted on this machine, but only {len(pool)} devices can be used",
             where="global_num_gpus",
-            mend=f"set global_num_gpus to at most {len(pool)}, give a hostfile, or set DS_ACCELERATOR=cpu to run on CPU",
+            fix=f"set global_num_gpus to at most {len(pool)}, give a hostfile, or set DS_ACCELERATOR=cpu to run on CPU",
         )
     return pool[:count]
 
 
 def _slots(text: str, key: str) -> list[int | str]:
     """[1, 3] of `localhost:1,3`; empty when only the host is named."""
-    mend = "write localhost:0,1, or give a hostfile"
+    fix = "write localhost:0,1, or give a hostfile"
     try:
         hosts = parse_filter(text)
     except HostError as error:
-        raise ConfigError(str(error), where=key, mend=mend) from None
+        raise ConfigError(str(error), where=key, fix=fix) from None
     if len(hosts) != 1 or not set(hosts) <= {*LOCAL_NAMES, socket.gethostname()}:
-        raise ConfigError(f"{key}: {text!r} is not about this machine, and there is no hostfile", where=key, mend=mend)
+        raise ConfigError(f"{key}: {text!r} is not about this machine, and there is no hostfile", where=key, fix=fix)
     (slots,) = hosts.values()
     return list(slots or ())
 
@@ -197,7 +196,7 @@ def _port(args: NeoXArgs, environ: Mapping[str, str]) -> int:
 # Several machines
 
 
-def _remote_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> Plan:
+def _remote_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> LaunchPlan:
     runtime = args.runtime
     address, port = runtime.master_addr or environ.get("MASTER_ADDR") or hosts[0].name, _port(args, environ)
     additions = _additions(environ)
@@ -212,7 +211,7 @@ def _remote_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...
             argv = commands.openmpi(hosts, listed, worker, root=os.geteuid() == 0)
         else:
             argv = commands.mpich(hosts, listed, worker)
-    return Plan(
+    return LaunchPlan(
         launcher=runtime.launcher,
         hosts=hosts,
         worker=worker,
@@ -227,7 +226,7 @@ def _remote_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...
     )
 
 
-def _slurm_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> Plan:
+def _slurm_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> LaunchPlan:
     """Inside a SLURM job: srun, whose step the hostfile narrows if there is one."""
     runtime = args.runtime
     job = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
@@ -237,7 +236,7 @@ def _slurm_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...]
     filtered = bool(hosts and (runtime.include or runtime.exclude or (runtime.num_nodes or -1) > 0))
     additions = {**_additions(environ), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
     names, secrets = _handed_on(environ, additions)
-    return Plan(
+    return LaunchPlan(
         launcher="slurm",
         hosts=hosts,
         worker=worker,
@@ -259,14 +258,14 @@ def _additions(environ: Mapping[str, str]) -> dict[str, str]:
 def _handed_on(environ: Mapping[str, str], additions: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Variables for ranks on other machines, and the names of the secret ones among them."""
     found = {**handed_on(environ), **additions}
-    secrets = tuple(name for name in found if SECRET_NAME.search(name))
+    secrets = tuple(name for name in found if is_secret(name))
     return {name: value for name, value in found.items() if name not in secrets}, secrets
 
 
 # Left to DeepSpeed
 
 
-def _deepspeed_plan(args: NeoXArgs, script: str, script_args: Sequence[str], environ: Mapping[str, str]) -> Plan:
+def _deepspeed_plan(args: NeoXArgs, script: str, script_args: Sequence[str], environ: Mapping[str, str]) -> LaunchPlan:
     """DeepSpeed's own runner: its autotuner, and the MPIs that only it knows."""
     runtime = args.runtime
     hostfile = find_hostfile(Hosts(hostfile=runtime.hostfile), environ)
@@ -292,7 +291,7 @@ def _deepspeed_plan(args: NeoXArgs, script: str, script_args: Sequence[str], env
     argv += ["--no_ssh_check"] if runtime.no_ssh_check else []
     if runtime.launcher == "pdsh":
         _refuse_unsafe([script, *script_args, address or ""])
-    return Plan(
+    return LaunchPlan(
         launcher="deepspeed",
         hosts=(),
         worker=(script, *script_args),
@@ -319,5 +318,5 @@ def _refuse_unsafe(words: list[str]) -> None:
         raise ConfigError(
             f"DeepSpeed's pdsh runner would hand {unsafe[0]!r} to a remote shell",
             where="launcher",
-            mend="use a name of letters, digits and @%+=:,./~-_ only, or another launcher",
+            fix="use a name of letters, digits and @%+=:,./~-_ only, or another launcher",
         )

@@ -12,12 +12,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from . import flat as flat_files
-from .draft import Draft
-from .flat import Flat, fold
-from .idle import idle_keys
+from megatron.provenance import git_commit
+
+from . import yaml_loader as flat_files
+from .hostfile import visible_devices
 from .nested import check_block
 from .problems import DEFAULT, ConfigProblems, Origin, Problem
+from .pydantic_errors import unknown_key, value_problems
+from .resolution_state import ResolutionState
 from .resolvers import RESOLVERS, resolve_world
 from .rules import broken_rules
 from .sections import (
@@ -35,8 +37,8 @@ from .sections import (
     Section,
     TextArgs,
 )
-from .translate import unknown_key, value_problems
-from .world import visible_devices
+from .unused_keys import idle_keys
+from .yaml_loader import Flat, fold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,93 +130,74 @@ class NeoXArgs:
     def _build(cls, flat: Flat) -> NeoXArgs:
         if flat.files:
             flat.values.setdefault("config_files", flat.files)
-        draft = _read(flat)
+        state = _read(flat)
         if any(not problem.keys for problem in flat.problems):
             # A file that could not be read says nothing of what it would have set.
-            raise ConfigProblems(draft.problems)
+            raise ConfigProblems(state.problems)
         environ = dict(os.environ)
-        resolve_world(draft, environ, visible_devices(environ))
+        resolve_world(state, environ, visible_devices(environ))
         for resolve in RESOLVERS:
-            resolve(draft)
-        if draft["git_hash"] is None:
-            draft.derive("git_hash", git_commit(Path(__file__).resolve().parents[2]), "the repository")
-        sections = _sections(draft)
-        for problem in broken_rules(draft):
-            draft.refuse(problem, spoils=False)
-        if draft.problems:
-            raise ConfigProblems(draft.problems)
+            resolve(state)
+        if state["git_hash"] is None:
+            state.derive("git_hash", (git_commit(Path(__file__).resolve().parents[2]) or "")[:9] or None, "the repository")
+        sections = _sections(state)
+        for problem in broken_rules(state):
+            state.refuse(problem, spoils=False)
+        if state.problems:
+            raise ConfigProblems(state.problems)
         origins = {
             key: origin for key, origin in flat.origins.items() if flat.values.get(key.partition(".")[0].partition("[")[0]) is not None
         }
-        origins |= {key: Origin("derived", detail=source) for key, source in draft.sources.items() if source != "default"}
+        origins |= {key: Origin("derived", detail=source) for key, source in state.sources.items() if source != "default"}
         return cls(**sections, _given=flat.values, _origins=origins)
 
 
-def _read(flat: Flat) -> Draft:
+def _read(flat: Flat) -> ResolutionState:
     """Values of all keys as far as each is right by itself; unknown keys and wrong values become problems."""
-    draft = Draft({}, frozenset(), flat.origins, files=tuple(flat.files))
+    state = ResolutionState({}, frozenset(), flat.origins, files=tuple(flat.files))
     for problem in flat.problems:
-        draft.refuse(problem)
-    draft.bad.clear()
+        state.refuse(problem)
+    state.bad.clear()
     autotuning = flat.values.get("autotuning")
     relaxed = isinstance(autotuning, dict) and bool(autotuning.get("enabled"))
     given: dict[str, Any] = {}
     for key, value in flat.values.items():
         if key not in SECTION_OF:
-            draft.refuse(unknown_key(key, draft.place((key,))))
+            state.refuse(unknown_key(key, state.place((key,))))
         elif not (relaxed and value == "auto"):
-            given[key] = _checked_block(draft, key, value, relaxed) if isinstance(value, dict) else value
+            given[key] = _checked_block(state, key, value, relaxed) if isinstance(value, dict) else value
     for name, section in SECTIONS.items():
-        draft.values |= _valid_values(draft, section, {key: value for key, value in given.items() if SECTION_OF[key] == name})
-    draft.given = frozenset(key for key in given if draft.values[key] is not None and key not in draft.bad)
-    return draft
+        state.values |= _valid_values(state, section, {key: value for key, value in given.items() if SECTION_OF[key] == name})
+    state.given = frozenset(key for key in given if state.values[key] is not None and key not in state.bad)
+    return state
 
 
-def _checked_block(draft: Draft, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
+def _checked_block(state: ResolutionState, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
     checked, problems = check_block(key, block, relaxed=relaxed)
     for problem in problems:
-        draft.refuse(Problem(**{**vars(problem), "where": draft.place(problem.keys[-1:]), "keys": problem.keys[-1:]}))
+        state.refuse(Problem(**{**vars(problem), "where": state.place(problem.keys[-1:]), "keys": problem.keys[-1:]}))
     return checked
 
 
-def _valid_values(draft: Draft, section: type[Section], given: dict[str, Any]) -> dict[str, Any]:
+def _valid_values(state: ResolutionState, section: type[Section], given: dict[str, Any]) -> dict[str, Any]:
     """The section's values; a value that is not allowed is reported and its default stands in."""
     try:
         made = section.model_validate(given)
     except ValidationError as error:
         for problem in value_problems(section, error, given):
-            draft.refuse(problem)
-        made = section.model_validate({key: value for key, value in given.items() if key not in draft.bad})
+            state.refuse(problem)
+        made = section.model_validate({key: value for key, value in given.items() if key not in state.bad})
     return {key: getattr(made, key) for key in section.model_fields}
 
 
-def _sections(draft: Draft) -> dict[str, Any]:
-    """The frozen sections of a resolved draft; a derived value out of bounds is a problem too."""
+def _sections(state: ResolutionState) -> dict[str, Any]:
+    """The frozen sections of a resolution state; a derived value out of bounds is a problem too."""
     made: dict[str, Any] = {}
     for name, section in SECTIONS.items():
-        values = {key: draft[key] for key in section.model_fields}
+        values = {key: state[key] for key in section.model_fields}
         try:
             made[name] = section.model_validate(values)
         except ValidationError as error:
             for problem in value_problems(section, error, values):
-                draft.refuse(problem)
+                state.refuse(problem)
     return made
-
-
-def git_commit(root: Path) -> str | None:
-    """First 9 digits of the commit checked out in `root`, read without running git; None where there is none."""
-    try:
-        git = root / ".git"
-        if git.is_file():
-            git = (root / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
-        head = (git / "HEAD").read_text(encoding="utf-8").strip()
-        if not head.startswith("ref:"):
-            return head[:9]
-        ref = head.removeprefix("ref:").strip()
-        common = git / (git / "commondir").read_text(encoding="utf-8").strip() if (git / "commondir").is_file() else git
-        if (common / ref).is_file():
-            return (common / ref).read_text(encoding="utf-8").strip()[:9]
-        packed = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
-        return next((line.split()[0][:9] for line in packed if line.endswith(f" {ref}")), None)
-    except OSError:
-        return None

@@ -124,7 +124,7 @@ def check_block(key: str, block: Mapping[str, Any], *, relaxed: bool = False) ->
     relaxed: let "auto" stand anywhere, for DeepSpeed's autotuner. Problems have no place yet; their last key is the dotted path.
     """
     problems = [
-        Problem(f"{key} lacks `{name}`", mend=f"add `{name}` to {key}, or leave {key} out", keys=(key, key))
+        Problem(f"{key} lacks `{name}`", fix=f"add `{name}` to {key}, or leave {key} out", keys=(key, key))
         for name in REQUIRED.get(key, ())
         if name not in block
     ]
@@ -154,7 +154,7 @@ def _check(
                     f"{where} is not a known entry" + (f" of optimizer {owner}" if owner else ""),
                     allowed=", ".join(kinds) if len(kinds) <= 12 else None,
                     closest=near,
-                    mend=f"write `{near}`, or remove it" if near else "remove it",
+                    fix=f"write `{near}`, or remove it" if near else "remove it",
                     keys=(top, where),
                 )
             )
@@ -163,7 +163,7 @@ def _check(
         elif value is not None and not (relaxed and value == "auto"):
             value, wanted = _fit(value, kind)
             if wanted:
-                problems.append(Problem(f"{where} is {shown(value)}", allowed=wanted, mend=_mend(value, kind), keys=(top, where)))
+                problems.append(Problem(f"{where} is {shown(value)}", allowed=wanted, fix=_fix_for(value, kind), keys=(top, where)))
         checked[name] = value
     return checked
 
@@ -197,7 +197,7 @@ def _is_beta(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
-def _mend(value: Any, kind: Kind) -> str:
+def _fix_for(value: Any, kind: Kind) -> str:
     if kind in (NUM, INT) and isinstance(value, str):
         return "write the number without quotes"
     if isinstance(kind, tuple):

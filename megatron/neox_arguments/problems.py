@@ -46,7 +46,7 @@ class Problem:
     where:   file:line, flag or from_dict; several joined by `, `
     allowed: what may be written instead
     closest: the nearest valid spelling, if one is near
-    mend:    what the user does about it
+    fix:    what the user does about it
     keys:    the keys it is about
     """
 
@@ -54,12 +54,12 @@ class Problem:
     where: str | None = None
     allowed: str | None = None
     closest: str | None = None
-    mend: str | None = None
+    fix: str | None = None
     keys: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The problem as shown to the user, the first line being what is wrong."""
-        rows = (("where", self.where), ("allowed", self.allowed), ("closest", self.closest), ("mend", self.mend))
+        rows = (("where", self.where), ("allowed", self.allowed), ("closest", self.closest), ("fix", self.fix))
         return [self.what, *(f"  {name + ':':<9}{text}" for name, text in rows if text)]
 
 
@@ -73,10 +73,10 @@ class ConfigProblems(ConfigError):
         self.problems = tuple(problems)
         first = self.problems[0]
         what = first.what if len(self.problems) == 1 else f"{len(self.problems)} problems in the configuration"
-        super().__init__(what, where=first.where, mend=first.mend)
+        super().__init__(what, where=first.where, fix=first.fix)
 
     def report(self) -> str:
-        """Every problem with what, where, allowed, closest and mend."""
+        """Every problem with what, where, allowed, closest and fix."""
         if len(self.problems) == 1:
             return "\n".join(self.problems[0].lines())
         parts = [f"{len(self.problems)} problems in the configuration:"]

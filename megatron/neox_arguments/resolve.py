@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of derived values as pure functions. Knows no draft, no file and no pydantic."""
+"""Arithmetic of derived values as pure functions. Knows no resolution state, no file and no pydantic."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ TRIPLE: Final = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient
 
 
 class Unsolvable(ValueError):
-    """Values that cannot be brought together; `mend` says what would."""
+    """Values that cannot be brought together; `fix` says what would."""
 
-    def __init__(self, what: str, mend: str, allowed: str | None = None, near: str | None = None) -> None:
+    def __init__(self, what: str, fix: str, allowed: str | None = None, near: str | None = None) -> None:
         super().__init__(what)
-        self.mend = mend
+        self.fix = fix
         self.allowed = allowed
         self.near = near
 
     def problem(self, keys: tuple[str, ...]) -> Problem:
         """As a problem about `keys`."""
-        return Problem(str(self), mend=self.mend, allowed=self.allowed, closest=self.near, keys=keys)
+        return Problem(str(self), fix=self.fix, allowed=self.allowed, closest=self.near, keys=keys)
 
 
 def batch_triple(train: int | None, micro: int | None, accumulation: int | None, ranks: int) -> tuple[int, int, int]:

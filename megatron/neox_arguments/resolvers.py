@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivations on a draft, one function per group of keys. Knows no file; the arithmetic is in resolve.py."""
+"""Derivations on a state, one function per group of keys. Knows no file; the arithmetic is in resolve.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from .draft import Draft
-from .idle import RECOMPUTE_ENTRIES
+from .hostfile import HostError, Hosts, count_ranks
 from .nested import OPTIMIZER_PARAMS
 from .problems import Problem, closest, plain, shown
+from .resolution_state import ResolutionState
 from .resolve import TRIPLE, Unsolvable, batch_triple, choose_precision, decay_iters, expand_attention, parse_split
-from .world import HostError, Hosts, count_ranks
+from .unused_keys import RECOMPUTE_ENTRIES
 
 # Data that is made of separate texts: tokens of one must not depend on another.
 ISOLATING: Final = tuple(
@@ -21,7 +21,7 @@ ISOLATING: Final = tuple(
 )
 
 
-def resolve_world(d: Draft, environ: Mapping[str, str], devices: int) -> None:
+def resolve_world(d: ResolutionState, environ: Mapping[str, str], devices: int) -> None:
     """global_num_gpus, world_size, the pipeline and launcher flags; data-parallel ranks must be whole."""
     ranks = d.agree("global_num_gpus", "world_size", d["world_size"])
     if ranks is None:
@@ -38,7 +38,7 @@ def resolve_world(d: Draft, environ: Mapping[str, str], devices: int) -> None:
             ranks, source = count_ranks(hosts, environ, devices=devices)
         except HostError as error:
             keys = tuple(key for key in ("hostfile", "include", "exclude", "num_nodes") if key in d.given)
-            d.refuse(Problem(str(error), mend="correct the hostfile or the filter, or set global_num_gpus", keys=keys))
+            d.refuse(Problem(str(error), fix="correct the hostfile or the filter, or set global_num_gpus", keys=keys))
             d.bad.update(("global_num_gpus", *TRIPLE))
             ranks, source = 1, "nothing"
         d.derive("global_num_gpus", ranks, source)
@@ -54,7 +54,7 @@ def resolve_world(d: Draft, environ: Mapping[str, str], devices: int) -> None:
                 f"{ranks} ranks{f' ({known})' if known else ''} cannot be shared by"
                 f" pipe_parallel_size {pipe} * model_parallel_size {tensor}"
                 f"{f' * context_parallel_size {context}' if context > 1 else ''}: {ranks} / {shards} data-parallel ranks is not whole",
-                mend=f"set global_num_gpus to a multiple of {shards}, or change the parallel sizes",
+                fix=f"set global_num_gpus to a multiple of {shards}, or change the parallel sizes",
                 keys=("global_num_gpus", "pipe_parallel_size", "model_parallel_size", *(["context_parallel_size"] if context > 1 else [])),
             )
         )
@@ -63,7 +63,7 @@ def resolve_world(d: Draft, environ: Mapping[str, str], devices: int) -> None:
         d.derive("force_multi", True, "deepspeed_slurm, deepspeed_mpi")
 
 
-def resolve_batch(d: Draft) -> None:
+def resolve_batch(d: ResolutionState) -> None:
     """The batch triangle; batch_size is another name of the micro batch."""
     micro = d.agree("batch_size", TRIPLE[1], d[TRIPLE[1]])
     shards = max(d["pipe_parallel_size"], 1) * d["model_parallel_size"] * d["context_parallel_size"]
@@ -81,11 +81,11 @@ def resolve_batch(d: Draft) -> None:
     d.derive("batch_size", solved[1], TRIPLE[1])
 
 
-def resolve_precision(d: Draft) -> None:
+def resolve_precision(d: ResolutionState) -> None:
     """precision and the two blocks; the four single loss-scale keys are entries of the fp16 block."""
     fp16, bf16 = dict(d["fp16"] or {}), dict(d["bf16"] or {})
     if str(fp16.get("type", "fp16")).lower() == "bfloat16":
-        d.refuse(Problem("fp16.type is bfloat16", mend="write bf16: {enabled: true} instead of the fp16 block", keys=("fp16", "fp16.type")))
+        d.refuse(Problem("fp16.type is bfloat16", fix="write bf16: {enabled: true} instead of the fp16 block", keys=("fp16", "fp16.type")))
     try:
         precision = choose_precision(d["precision"], fp16, bf16)
     except Unsolvable as error:
@@ -101,7 +101,7 @@ def resolve_precision(d: Draft) -> None:
     d.derive("dynamic_loss_scale", not d["loss_scale"], "loss_scale")
 
 
-def _loss_scale(d: Draft, fp16: dict[str, Any]) -> None:
+def _loss_scale(d: ResolutionState, fp16: dict[str, Any]) -> None:
     """Bring the single keys and the entries of the fp16 block to the same values."""
     for key, entry in (("loss_scale",) * 2, ("hysteresis",) * 2, ("loss_scale_window",) * 2, ("min_scale", "min_loss_scale")):
         value = d.agree(key, f"fp16.{entry}", fp16.get(entry))
@@ -112,7 +112,7 @@ def _loss_scale(d: Draft, fp16: dict[str, Any]) -> None:
         d.derive(key, value, f"fp16.{entry}")
 
 
-def resolve_zero(d: Draft) -> None:
+def resolve_zero(d: ResolutionState) -> None:
     """The ZeRO block and its derived copies."""
     block = dict(d["zero_optimization"] or {})
     source = "zero_optimization"
@@ -132,14 +132,14 @@ def resolve_zero(d: Draft) -> None:
     if "stage" not in block:
         d.refuse(
             Problem(
-                "zero_optimization lacks `stage`", mend="add stage: 0, 1, 2 or 3", allowed="0, 1, 2 or 3", keys=("zero_optimization.stage",)
+                "zero_optimization lacks `stage`", fix="add stage: 0, 1, 2 or 3", allowed="0, 1, 2 or 3", keys=("zero_optimization.stage",)
             )
         )
         block["stage"] = 0
     d.derive("zero_optimization", block, source)
 
 
-def resolve_optimizer(d: Draft) -> None:
+def resolve_optimizer(d: ResolutionState) -> None:
     """The optimizer block, its type, learning rate and weight decay; the scheduler of onebitadam."""
     block = dict(d["optimizer"] or {})
     params = dict(block.get("params") or {})
@@ -154,7 +154,7 @@ def resolve_optimizer(d: Draft) -> None:
                 f"optimizer.type is {shown(block['type'])}",
                 allowed="one of " + ", ".join(OPTIMIZER_PARAMS),
                 closest=near,
-                mend=f"write {near}" if near else "use an optimizer that exists",
+                fix=f"write {near}" if near else "use an optimizer that exists",
                 keys=("optimizer.type",),
             )
         )
@@ -170,7 +170,7 @@ def resolve_optimizer(d: Draft) -> None:
     d.derive("optimizer", {**block, "params": params}, "default" if d["optimizer"] is None else "optimizer")
 
 
-def resolve_clipping(d: Draft) -> None:
+def resolve_clipping(d: ResolutionState) -> None:
     """gradient_clipping and clip_grad are one number."""
     value = d.agree("clip_grad", "gradient_clipping", d["gradient_clipping"] if "gradient_clipping" in d.given else None)
     value = d["gradient_clipping"] if value is None else value
@@ -178,7 +178,7 @@ def resolve_clipping(d: Draft) -> None:
     d.derive("clip_grad", value, "gradient_clipping")
 
 
-def resolve_schedule(d: Draft) -> None:
+def resolve_schedule(d: ResolutionState) -> None:
     """lr_decay_iters, and the DeepSpeed scheduler that onebitadam needs."""
     if d["lr_decay_iters"] is not None and d["lr_decay_fraction"] is not None and d["train_iters"] is not None:
         wanted = decay_iters(None, d["lr_decay_fraction"], d["train_iters"])
@@ -187,7 +187,7 @@ def resolve_schedule(d: Draft) -> None:
                 Problem(
                     f"lr_decay_iters is {d['lr_decay_iters']},"
                     f" but lr_decay_fraction {plain(d['lr_decay_fraction'])} of train_iters is {wanted}",
-                    mend="set one of the two",
+                    fix="set one of the two",
                     keys=("lr_decay_iters", "lr_decay_fraction"),
                 )
             )
@@ -199,7 +199,7 @@ def resolve_schedule(d: Draft) -> None:
         d.derive("scheduler", {"type": "WarmupDecayLR", "params": params}, "optimizer.type")
 
 
-def resolve_model(d: Draft) -> None:
+def resolve_model(d: ResolutionState) -> None:
     """Lengths, key/value heads, layer types, and whether documents see each other."""
     longest, length = d["max_position_embeddings"], d["seq_length"]
     if longest is None and length is not None and "max_position_embeddings" not in d.bad:
@@ -222,7 +222,7 @@ def resolve_model(d: Draft) -> None:
         d.derive("attention_over_documents", "isolated" if reason else "joined", reason or "default")
 
 
-def resolve_data(d: Draft) -> None:
+def resolve_data(d: ResolutionState) -> None:
     """The reader, and which of training, validation and test there is data for."""
     if d["data_impl"] == "infer":
         d.derive("data_impl", "mmap", "the only format there is")
@@ -235,7 +235,7 @@ def resolve_data(d: Draft) -> None:
             d.derive(f"do_{split}", there and enough, "data and iterations")
 
 
-def resolve_recompute(d: Draft) -> None:
+def resolve_recompute(d: ResolutionState) -> None:
     """The two entries of DeepSpeed's activation checkpointing block that do something replace the single keys."""
     block = d["activation_checkpointing"]
     if block is not None:
@@ -243,13 +243,13 @@ def resolve_recompute(d: Draft) -> None:
             d.derive(key, bool(block.get(entry, False)), "activation_checkpointing")
 
 
-def resolve_text(d: Draft) -> None:
+def resolve_text(d: ResolutionState) -> None:
     """Where prompts come from."""
     if d["text_gen_type"] is None:
         d.derive("text_gen_type", "input-file" if d["sample_input_file"] else "unconditional", "sample_input_file")
 
 
-RESOLVERS: Final[tuple[Callable[[Draft], None], ...]] = (
+RESOLVERS: Final[tuple[Callable[[ResolutionState], None], ...]] = (
     resolve_batch,
     resolve_precision,
     resolve_zero,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training goals: which data, how it becomes a batch, and the loss. Knows no engine and no loop.
+"""Training goals: which data, how it becomes a batch, and the loss.
 
 Shapes: `b` rows of a micro batch, `s` sequence.
 """

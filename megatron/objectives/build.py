@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeoXArgs -> the objective of a run."""
+"""NeoXArgs -> the objective of a run: which class serves which `train_impl`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.objectives.base import Objective
-from megatron.objectives.registry import objective_class
+from megatron.objectives.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
+
+NAMES: Mapping[str, type[Objective]] = MappingProxyType({"normal": LanguageModel})
+PLANNED = ("dpo", "rm", "kto", "reinforce")
+
+
+def objective_class(train_impl: str) -> type[Objective]:
+    """The class of a `train_impl`, or a ConfigError that lists what there is."""
+    found = NAMES.get(train_impl)
+    if found is not None:
+        return found
+    state = "not built yet" if train_impl in PLANNED else "unknown"
+    raise ConfigError(f"train_impl {train_impl!r} is {state}", where="train_impl", fix=f"use one of: {', '.join(NAMES)}")
 
 
 def build_objective(args: NeoXArgs, *, eod: int) -> Objective:
@@ -24,12 +38,7 @@ def build_objective(args: NeoXArgs, *, eod: int) -> Objective:
     kind = objective_class(args.objective.train_impl)
     for key in ("ga_dataset", "gd_retain_dataset"):
         if getattr(args.objective, key) is not None:
-            raise ConfigError("gradient ascent and gradient difference are not built yet", where=key, mend=f"remove {key}")
+            raise ConfigError("gradient ascent and gradient difference are not built yet", where=key, fix=f"remove {key}")
     isolated = args.attention.attention_over_documents == "isolated"
     log.info(f"documents packed into one row: {'isolated from' if isolated else 'joined with'} each other")
-    return kind(
-        eod=eod,
-        use_labels=bool(args.data.train_label_data_paths),
-        isolated=isolated,
-        eod_mask_loss=bool(args.data.eod_mask_loss),
-    )
+    return kind.from_args(args, eod=eod)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Next-token prediction: pretraining, and supervised fine-tuning when a label stream says which tokens are trained.
-
-Knows no dataset and no engine: it turns samples into a batch, and a batch's logits into a loss.
-"""
+"""Next-token prediction: pretraining, and supervised fine-tuning when a label stream says which tokens are trained."""
 
 from __future__ import annotations
 
@@ -11,20 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron.data.batch import Batch
 from megatron.errors import DataError
-from megatron.objectives.base import LossTerms, Sample
+from megatron.objectives.base import LossTerms, Metric, Objective, Sample, Targets
+from megatron.objectives.context import LossContext
 
 if TYPE_CHECKING:
     from megatron.model.head import Logits
+    from megatron.neox_arguments import NeoXArgs
 
 PAD_TOKEN = 0
 """Written where a stream holds a negative id (padding); never trained and, being at the end, never attended to."""
 
 
-class LanguageModel:
+class LanguageModel(Objective):
     """Mean negative log-likelihood of the next token over the trained tokens of the global batch.
 
     eod:           id that ends a document
@@ -33,8 +31,6 @@ class LanguageModel:
     eod_mask_loss: do not train the position whose input is the end of a document
     """
 
-    needs_reference = False
-
     def __init__(self, *, eod: int, use_labels: bool = False, isolated: bool = False, eod_mask_loss: bool = False) -> None:
         self.streams: tuple[str, ...] = ("text", "label") if use_labels else ("text",)
         self.eod = eod
@@ -42,10 +38,20 @@ class LanguageModel:
         self.isolated = isolated
         self.eod_mask_loss = eod_mask_loss
 
+    @classmethod
+    def from_args(cls, args: NeoXArgs, *, eod: int) -> LanguageModel:
+        """The objective as the configuration asks for it."""
+        return cls(
+            eod=eod,
+            use_labels=bool(args.data.train_label_data_paths),
+            isolated=args.attention.attention_over_documents == "isolated",
+            eod_mask_loss=bool(args.data.eod_mask_loss),
+        )
+
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Rows of s + 1 tokens -> a batch of s positions.
 
-        samples: b items {"text": [s+1], "label": [s+1], "segments": [s+1]}. A negative label is not trained (padding has one), a
+        samples: b items {"text": [s+1], "label": [s+1], "segment_ids": [s+1]}. A negative label is not trained (padding has one), a
         negative text id is padding. Segments are the document numbers; where they are missing, documents are told apart by their end.
 
         Two documents and the start of a third in one row, 0 ends a document:
@@ -54,13 +60,13 @@ class LanguageModel:
         >>> joined = LanguageModel(eod=0).collate([row])
         >>> joined.tokens, joined.labels
         (tensor([[5, 6, 0, 7, 0, 8]]), tensor([[6, 0, 7, 0, 8, 9]]))
-        >>> joined.segments.tolist(), joined.loss_weight.tolist()
+        >>> joined.segment_ids.tolist(), joined.loss_weight.tolist()
         ([[0, 0, 0, 0, 0, 0]], [[1.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
 
-        Isolated, the end token belongs to the document it ends, and nothing is asked to foretell the next document's first token:
+        Isolated, the end token belongs to the document it ends, and nothing is asked to predict the next document's first token:
 
         >>> alone = LanguageModel(eod=0, isolated=True).collate([row])
-        >>> alone.segments.tolist(), alone.loss_weight.tolist()
+        >>> alone.segment_ids.tolist(), alone.loss_weight.tolist()
         ([[0, 0, 0, 1, 1, 2]], [[1.0, 1.0, 0.0, 1.0, 0.0, 1.0]])
 
         A label stream keeps a prompt (here: 5 6) out of the loss; -1 in the text is padding:
@@ -81,29 +87,28 @@ class LanguageModel:
             labels = np.where(wanted >= 0, wanted, labels)
         if self.eod_mask_loss:
             trained &= ~ends[:, :-1]
-        segments = np.zeros(text.shape, np.int32)
+        segment_ids = np.zeros(text.shape, np.int32)
         if self.isolated:
-            known = all("segments" in sample for sample in samples)
-            segments = _rows(samples, "segments").astype(np.int32) if known else document_numbers(ends)
-            # The first token of a document is not foretold from the document before it.
-            trained &= segments[:, :-1] == segments[:, 1:]
+            known = all("segment_ids" in sample for sample in samples)
+            segment_ids = _rows(samples, "segment_ids").astype(np.int32) if known else document_numbers(ends)
+            # The first token of a document is not predicted from the document before it.
+            trained &= segment_ids[:, :-1] == segment_ids[:, 1:]
         return Batch(
             tokens=torch.from_numpy(np.where(pad[:, :-1], PAD_TOKEN, tokens)),
             labels=torch.from_numpy(np.where(labels < 0, PAD_TOKEN, labels)),
             loss_weight=torch.from_numpy(trained.astype(np.float32)),
-            segments=torch.from_numpy(np.ascontiguousarray(segments[:, :-1])),
+            segment_ids=torch.from_numpy(np.ascontiguousarray(segment_ids[:, :-1])),
+            padding=int(pad[:, :-1].sum()),
         )
 
-    def denominator(self, batch: Batch) -> float:
-        """Trained tokens of this batch: the sum of absolute weights."""
-        return float(batch.loss_weight.abs().sum())
+    def denominators(self, batch: Batch) -> Mapping[str, float]:
+        """Trained tokens: the sum of absolute weights."""
+        return {"tokens": float(batch.loss_weight.abs().sum())}
 
-    def loss(self, logits: Logits, targets: Mapping[str, Tensor], denominator: Tensor) -> LossTerms:
-        """sum(weight * nll) / denominator; metric lm_loss is the same number."""
-        # A step in which nothing is trained has denominator 0 and only zero weights: 0 / 1, not 0 / 0.
-        safe = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
-        value = logits.nll(targets["labels"], targets["loss_weight"], safe)
-        return LossTerms(loss=value, metrics={"lm_loss": value.detach()})
+    def loss(self, logits: Logits, targets: Targets, context: LossContext) -> LossTerms:
+        """sum(weight * nll) / tokens; metric lm_loss is the same number."""
+        total = context.sum_ranks(logits.nll(targets["labels"], targets["loss_weight"], 1.0))
+        return LossTerms(loss=total / context.denominator("tokens"), metrics={"lm_loss": Metric(total, "tokens")})
 
 
 def document_numbers(ends: np.ndarray) -> np.ndarray:
@@ -119,12 +124,12 @@ def document_numbers(ends: np.ndarray) -> np.ndarray:
 def _rows(samples: Sequence[Sample], stream: str) -> np.ndarray:
     """The named stream of every sample as one int64 array [b, s+1]."""
     if not samples:
-        raise DataError("a micro batch without samples", mend="check train_micro_batch_size_per_gpu and the dataset's length")
+        raise DataError("a micro batch without samples", fix="check train_micro_batch_size_per_gpu and the dataset's length")
     missing = [i for i, sample in enumerate(samples) if stream not in sample]
     if missing:
         raise DataError(
             f"samples {missing[:5]} have no {stream!r} stream",
-            mend="give label paths for every training path, or for none" if stream == "label" else None,
+            fix="give label paths for every training path, or for none" if stream == "label" else None,
         )
     lengths = {len(sample[stream]) for sample in samples}
     if len(lengths) != 1:

@@ -34,7 +34,7 @@ def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> 
     """
     section = args.optim
     if section.use_bnb_optimizer:
-        raise ConfigError("8-bit Adam is not built yet", where="use_bnb_optimizer", mend="set use_bnb_optimizer: false")
+        raise ConfigError("8-bit Adam is not built yet", where="use_bnb_optimizer", fix="set use_bnb_optimizer: false")
     params = dict(section.optimizer.get("params", {})) if section.optimizer else {}
     params["lr"] = section.lr
     name: str = section.optimizer_type
@@ -72,7 +72,7 @@ def build_schedule(args: NeoXArgs) -> ScheduleSpec:
     section = args.optim
     length = section.lr_decay_iters
     if section.lr is None or length is None:
-        raise ConfigError("the schedule needs lr and lr_decay_iters", where="lr, lr_decay_iters", mend="set train_iters or lr_decay_iters")
+        raise ConfigError("the schedule needs lr and lr_decay_iters", where="lr, lr_decay_iters", fix="set train_iters or lr_decay_iters")
     spec = ScheduleSpec(
         start_lr=section.lr,
         decay_style=Decay(section.lr_decay_style),

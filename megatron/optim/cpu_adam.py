@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from megatron.deepspeed_private import cpu_adam_parts
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 
@@ -20,7 +21,7 @@ log = get_logger(__name__)
 STALE_AFTER_S = 900.0
 """A compile takes a minute, on a busy machine six; a lock this old has been left behind by a process that was killed."""
 
-MEND = "use type: Adam (fused on CPU too) or cpu_torch_adam, or reinstall DeepSpeed with DS_BUILD_CPU_ADAM=1"
+FIX = "use type: Adam (fused on CPU too) or cpu_torch_adam, or reinstall DeepSpeed with DS_BUILD_CPU_ADAM=1"
 
 
 def cpu_adam(groups: list[dict[str, Any]], numbers: dict[str, Any]) -> Optimizer:
@@ -29,18 +30,16 @@ def cpu_adam(groups: list[dict[str, Any]], numbers: dict[str, Any]) -> Optimizer
     Raises ConfigError for what it does not offer, BackendError where the operator cannot be compiled.
     """
     if numbers.pop("amsgrad", False):
-        raise ConfigError("cpu_adam has no amsgrad", where="optimizer.params.amsgrad", mend="remove the key")
+        raise ConfigError("cpu_adam has no amsgrad", where="optimizer.params.amsgrad", fix="remove the key")
     if "adam_w_mode" in numbers:
         numbers["adamw_mode"] = numbers.pop("adam_w_mode")
     try:
-        from deepspeed.git_version_info import installed_ops
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-        from deepspeed.ops.op_builder import CPUAdamBuilder
+        installed, optimizer, builder = cpu_adam_parts()
     except ImportError as error:
-        raise BackendError(f"cpu_adam needs deepspeed: {error}", where="optimizer.type", mend="use type: Adam") from error
-    if not installed_ops.get("cpu_adam", False):
-        compile_operator(CPUAdamBuilder())
-    made: Optimizer = DeepSpeedCPUAdam(groups, **numbers)
+        raise BackendError(f"cpu_adam needs deepspeed: {error}", where="optimizer.type", fix="use type: Adam") from error
+    if not installed:
+        compile_operator(builder)
+    made: Optimizer = optimizer(groups, **numbers)
     return made
 
 
@@ -49,7 +48,7 @@ def compile_operator(builder: Any) -> None:
     from torch.utils import cpp_extension
 
     if not builder.is_compatible(verbose=False):
-        raise BackendError(f"cpu_adam cannot be compiled here: {builder.error_log or 'no reason given'}", where="optimizer.type", mend=MEND)
+        raise BackendError(f"cpu_adam cannot be compiled here: {builder.error_log or 'no reason given'}", where="optimizer.type", fix=FIX)
     folder = Path(cpp_extension._get_build_directory(builder.name, False))
     built = (folder / f"{builder.name}.so").exists()
     log.info("cpu_adam: %s DeepSpeed's operator in %s", "loading" if built else "compiling (a minute or more)", folder)
@@ -58,7 +57,7 @@ def compile_operator(builder: Any) -> None:
         try:
             builder.load(verbose=False)
         except Exception as error:  # whatever a compiler says
-            raise BackendError(f"cpu_adam's operator could not be compiled: {error}", where="optimizer.type", mend=MEND) from error
+            raise BackendError(f"cpu_adam's operator could not be compiled: {error}", where="optimizer.type", fix=FIX) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from megatron.deepspeed_private import muon_class
 from megatron.log import get_logger
 from megatron.mpu.roles import Role, dimensions, roles_of
 from megatron.optim.groups import LR_MULT
@@ -122,8 +123,6 @@ def deepspeed_muon(groups: list[dict[str, Any]], numbers: Mapping[str, Any]) -> 
 
     It recognises its own class, and its parameters by an attribute.
     """
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
     log.info("Muon under ZeRO is DeepSpeed's; torch.compile builds its update in the first step, which takes up to a minute")
     kinds = ({"momentum": 0.95, "ns_method": "standard"}, {"betas": (0.9, 0.95), "eps": 1e-10})
     made = []
@@ -133,5 +132,5 @@ def deepspeed_muon(groups: list[dict[str, Any]], numbers: Mapping[str, Any]) -> 
         for parameter in group["params"]:
             setattr(parameter, MATRIX, group[MATRIX])
     fused = {"lr": numbers["lr"], "betas": numbers.get("betas", (0.9, 0.95)), "eps": numbers.get("eps", 1e-10)}
-    optimizer: Optimizer = MuonWithAuxAdam(made, adam_optimizer=AdamW, adam_optimizer_kwargs=fused)
+    optimizer: Optimizer = muon_class()(made, adam_optimizer=AdamW, adam_optimizer_kwargs=fused)
     return optimizer

@@ -33,7 +33,7 @@ def make_optimizer(name: str, params: Mapping[str, Any], groups: Groups, device:
     """
     if name not in _MAKERS:
         gone = "DeepSpeed no longer has OneBitAdam" if name == "onebitadam" else f"unknown optimizer {name!r}"
-        raise ConfigError(gone, where="optimizer.type", mend=f"use one of: {', '.join(key for key in _MAKERS if key != 'zero_muon')}")
+        raise ConfigError(gone, where="optimizer.type", fix=f"use one of: {', '.join(key for key in _MAKERS if key != 'zero_muon')}")
     make, allowed = _MAKERS[name]
     numbers = {key: value for key, value in params.items() if key not in _IGNORED and key != "weight_decay"}
     if not numbers.get("momentum", 1) and "momentum" not in allowed:
@@ -43,7 +43,7 @@ def make_optimizer(name: str, params: Mapping[str, Any], groups: Groups, device:
         raise ConfigError(
             f"optimizer {name!r} has no parameter {', '.join(unknown)}",
             where=f"optimizer.params.{unknown[0]}",
-            mend=f"allowed: {', '.join(sorted(allowed | {'weight_decay'}))}",
+            fix=f"allowed: {', '.join(sorted(allowed | {'weight_decay'}))}",
         )
     if "betas" in numbers:
         numbers["betas"] = _betas(numbers["betas"])
@@ -52,7 +52,7 @@ def make_optimizer(name: str, params: Mapping[str, Any], groups: Groups, device:
 
 def _betas(value: Any) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(0.0 <= float(v) < 1.0 for v in value):
-        raise ConfigError(f"betas {value!r}: two numbers in [0, 1) are needed", where="optimizer.params.betas", mend="e.g. [0.9, 0.95]")
+        raise ConfigError(f"betas {value!r}: two numbers in [0, 1) are needed", where="optimizer.params.betas", fix="e.g. [0.9, 0.95]")
     return float(value[0]), float(value[1])
 
 
@@ -63,9 +63,9 @@ def _adam(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Opti
     """
     decoupled = numbers.pop("adam_w_mode", True)
     if not numbers.pop("bias_correction", True):
-        raise ConfigError("Adam without bias correction is not offered", where="optimizer.params.bias_correction", mend="remove the key")
+        raise ConfigError("Adam without bias correction is not offered", where="optimizer.params.bias_correction", fix="remove the key")
     if numbers.pop("amsgrad", False):
-        raise ConfigError("the fused Adam kernels have no amsgrad", where="optimizer.params.amsgrad", mend="remove the key")
+        raise ConfigError("the fused Adam kernels have no amsgrad", where="optimizer.params.amsgrad", fix="remove the key")
     kind = AdamW if decoupled else Adam
     return kind(groups, fused=device.type in ("cpu", "cuda"), **numbers)
 
@@ -73,7 +73,7 @@ def _adam(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Opti
 def _adamw(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
     """AdamW; an explicit `adam_w_mode: false` contradicts the name."""
     if not numbers.get("adam_w_mode", True):
-        raise ConfigError("AdamW with adam_w_mode: false", where="optimizer.params.adam_w_mode", mend="use type: Adam, or remove the key")
+        raise ConfigError("AdamW with adam_w_mode: false", where="optimizer.params.adam_w_mode", fix="use type: Adam, or remove the key")
     return _adam(groups, numbers, device)
 
 
@@ -113,7 +113,7 @@ def _zero_muon(groups: Groups, numbers: dict[str, Any], device: torch.device) ->
 
 def _ns_method(value: Any) -> None:
     if value not in ("standard", "gram"):
-        raise ConfigError(f"ns_method {value!r} is not known", where="optimizer.params.ns_method", mend="use standard or gram")
+        raise ConfigError(f"ns_method {value!r} is not known", where="optimizer.params.ns_method", fix="use standard or gram")
 
 
 _ADAM_KEYS = frozenset({"lr", "betas", "eps", "adam_w_mode", "bias_correction", "amsgrad"})

@@ -33,11 +33,11 @@ def mup_rates(optimizer: str, width_mult: float) -> Rates:
     if optimizer in BY_ENTRY:
         return {**EVEN, Role.HIDDEN: 1.0 / width_mult}
     if optimizer in BY_GRADIENT:
-        return {Role.HIDDEN: 1.0, Role.TABLE: width_mult, Role.VECTOR: width_mult}
+        return {Role.HIDDEN: 1.0, Role.EMBEDDING: width_mult, Role.VECTOR: width_mult}
     if optimizer in BY_SPECTRUM:
         return EVEN
     raise ConfigError(
         f"there is no muP law for optimizer {optimizer!r}",
         where="optimizer.type, use_mup",
-        mend=f"use one of: {', '.join((*BY_ENTRY, *BY_GRADIENT, *BY_SPECTRUM))}",
+        fix=f"use one of: {', '.join((*BY_ENTRY, *BY_GRADIENT, *BY_SPECTRUM))}",
     )

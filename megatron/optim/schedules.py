@@ -240,7 +240,7 @@ def _refuse_change(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> N
     raise ConfigError(
         "the learning-rate schedule changed since the checkpoint was saved: " + "; ".join(lines),
         where=", ".join(_KEYS[name] for name, _, _ in changed),
-        mend="set override_lr_scheduler: true to go on with the configuration's schedule, "
+        fix="set override_lr_scheduler: true to go on with the configuration's schedule, "
         "use_checkpoint_lr_scheduler: true to go on with the checkpoint's, or restore the old values",
     )
 

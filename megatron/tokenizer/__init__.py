@@ -2,7 +2,7 @@
 """Text <-> ids, whatever library does it. Knows no configuration object outside build.py."""
 
 from megatron.tokenizer.registry import open_tokenizer
-from megatron.tokenizer.settle import Settled, settle, settle_open
+from megatron.tokenizer.select_backend import Settled, select_backend, settle_open
 from megatron.tokenizer.threads import set_library_threads
 from megatron.tokenizer.tokenizer import (
     RaggedIds,
@@ -25,6 +25,6 @@ __all__ = [
     "open_tokenizer",
     "padded_vocab_size",
     "set_library_threads",
-    "settle",
+    "select_backend",
     "settle_open",
 ]

@@ -25,7 +25,7 @@ def build_tokenizer(args: NeoXArgs) -> Tokenizer:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only {padded} rows",
             where="padded_vocab_size",
-            mend=f"leave padded_vocab_size out, or give at least {tokenizer.vocab_size}",
+            fix=f"leave padded_vocab_size out, or give at least {tokenizer.vocab_size}",
         )
     return tokenizer
 

@@ -15,6 +15,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from megatron.errors import DataError
+from megatron.hub.client import snapshot
+from megatron.hub.retry import STARTING
 from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, require_encodable, spans
 
 # Looked up among the tokenizer's own special tokens, in this order, when no file names the token.
@@ -108,12 +110,12 @@ def open_hf(vocab_file: str | None) -> EngineTokenizer:
     Special tokens come from tokenizer_config.json or special_tokens_map.json beside it, else from the common
     names among the file's own special tokens. Raises DataError when no end-of-document token can be found.
     """
-    mend = "give a tokenizer.json (or the folder that holds one); `prepare_data.py` and `tools/tokenizer/train_tokenizer.py` write one"
-    path = existing(vocab_file, "vocab_file", kind=TokenizerKind.HF.value, mend=mend)
+    fix = "give a tokenizer.json (or the folder that holds one); `prepare_data.py` and `tools/tokenizer/train_tokenizer.py` write one"
+    path = existing(vocab_file, "vocab_file", kind=TokenizerKind.HF.value, fix=fix)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists():
         raise DataError(
-            f"HFTokenizer: the folder {path.parent} holds no tokenizer.json", where="vocab_file", mend=_other_family(path.parent)
+            f"HFTokenizer: the folder {path.parent} holds no tokenizer.json", where="vocab_file", fix=_other_family(path.parent)
         )
     engine = _load(path)
     declared = _declared(path.parent)
@@ -133,9 +135,9 @@ def open_gpt2_bpe(vocab_file: str | None, merge_file: str | None) -> EngineToken
     As in the reference, `<|endoftext|>` inside a text is ordinary text here, never the token.
     """
     kind = TokenizerKind.GPT2_BPE
-    mend = "give the vocab.json and merges.txt of a GPT-2 tokenizer, or use `tokenizer_type: HFTokenizer` with a tokenizer.json"
-    vocab_path = existing(vocab_file, "vocab_file", kind=kind.value, mend=mend)
-    merge_path = existing(merge_file, "merge_file", kind=kind.value, mend=mend)
+    fix = "give the vocab.json and merges.txt of a GPT-2 tokenizer, or use `tokenizer_type: HFTokenizer` with a tokenizer.json"
+    vocab_path = existing(vocab_file, "vocab_file", kind=kind.value, fix=fix)
+    merge_path = existing(merge_file, "merge_file", kind=kind.value, fix=fix)
     engine = _from_merges(vocab_path, merge_path)
     return EngineTokenizer(
         engine,
@@ -168,7 +170,7 @@ def open_hf_gpt2(vocab_file: str | None) -> EngineTokenizer:
         raise DataError(
             f"HFGPT2Tokenizer: {folder} holds neither tokenizer.json nor vocab.json with merges.txt",
             where="vocab_file",
-            mend="give the folder of a saved GPT-2 tokenizer",
+            fix="give the folder of a saved GPT-2 tokenizer",
         )
     declared = _declared(folder)
     pad = _special(engine, declared, "pad_token", PAD_NAMES)
@@ -192,7 +194,7 @@ def _load(path: Path) -> Engine:
         raise DataError(
             f"{path} is not a tokenizer.json: {error}",
             where="vocab_file",
-            mend="download or train it again; an empty file means a broken download",
+            fix="download or train it again; an empty file means a broken download",
         ) from error
 
 
@@ -201,7 +203,7 @@ def _from_merges(vocab: Path, merges: Path) -> Engine:
         engine = Engine(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as error:  # as above
         raise DataError(
-            f"{vocab} and {merges} are not a BPE vocabulary: {error}", where="vocab_file, merge_file", mend="download them again"
+            f"{vocab} and {merges} are not a BPE vocabulary: {error}", where="vocab_file, merge_file", fix="download them again"
         ) from error
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     engine.decoder = decoders.ByteLevel()
@@ -218,7 +220,7 @@ def _declared(folder: Path) -> dict[str, str]:
         try:
             content: Any = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not JSON: {error}", where=str(path), mend="download or write it again") from error
+            raise DataError(f"{path} is not JSON: {error}", where=str(path), fix="download or write it again") from error
         if isinstance(content, Mapping):
             for role in ("eos_token", "pad_token", "bos_token"):
                 value = content.get(role)
@@ -235,7 +237,7 @@ def _special(engine: Engine, declared: Mapping[str, str], role: str, names: Sequ
             raise DataError(
                 f"{role} {declared[role]!r} is not in the vocabulary",
                 where=", ".join(SIDE_FILES),
-                mend="the files belong to different tokenizers: use one folder per tokenizer",
+                fix="the files belong to different tokenizers: use one folder per tokenizer",
             )
         return found
     own = {token.content: number for number, token in engine.get_added_tokens_decoder().items() if token.special}
@@ -247,7 +249,7 @@ def _required(eod: int | None, path: Path) -> int:
         raise DataError(
             f"{path}: no end-of-document token among the tokenizer's special tokens",
             where="vocab_file",
-            mend=f'name it in a tokenizer_config.json beside the file, e.g. {{"eos_token": "..."}}; known names: {", ".join(EOD_NAMES)}',
+            fix=f'name it in a tokenizer_config.json beside the file, e.g. {{"eos_token": "..."}}; known names: {", ".join(EOD_NAMES)}',
         )
     return eod
 
@@ -263,20 +265,5 @@ def _other_family(folder: Path) -> str:
 
 def from_hub(name: str, kind: str = "HFGPT2Tokenizer", where: str = "vocab_file") -> Path:
     """The folder of a tokenizer of the Hub, its chat template included. Raises DataError where there is none."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise DataError(
-            f"{kind}: there is no folder {name}, and huggingface_hub is not installed",
-            where=where,
-            mend="give a local folder",
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f"{kind}: {name!r} is neither a folder nor a tokenizer the Hub would give: {type(error).__name__}",
-            where=where,
-            mend="give the folder of a saved tokenizer; offline, download it first",
-        ) from error
+    fix = f"{kind}: give the folder of a saved tokenizer; offline, download it first"
+    return snapshot(name, HUB_FILES, folders=True, where=where, fix=fix, patience=STARTING)

@@ -22,7 +22,7 @@ class SPMTokenizer:
     name = TokenizerKind.SPM.value
 
     def __init__(self, vocab_file: str | None) -> None:
-        path = existing(vocab_file, "vocab_file", kind=self.name, mend="give a SentencePiece .model file")
+        path = existing(vocab_file, "vocab_file", kind=self.name, fix="give a SentencePiece .model file")
         self._model = _sentencepiece(path)
         self.vocab_size = int(self._model.get_piece_size())
         eod = self._model.piece_to_id(EOD_PIECE)
@@ -32,7 +32,7 @@ class SPMTokenizer:
             raise DataError(
                 f"{path}: the model has neither a piece {EOD_PIECE} nor an end-of-sentence piece",
                 where="vocab_file",
-                mend="train it with user_defined_symbols=<|endoftext|> or eos_id >= 0",
+                fix="train it with user_defined_symbols=<|endoftext|> or eos_id >= 0",
             )
         self.eod = int(eod)
         self.pad = _id_or_none(self._model.pad_id())
@@ -67,7 +67,7 @@ class TiktokenTokenizer:
             raise DataError(
                 "TiktokenTokenizer needs `vocab_file`: the name of an encoding",
                 where="vocab_file",
-                mend="for example cl100k_base or o200k_base",
+                fix="for example cl100k_base or o200k_base",
             )
         self._encoding = _tiktoken(vocab_file)
         self.vocab_size = int(self._encoding.n_vocab)
@@ -136,13 +136,13 @@ def _sentencepiece(path: Path) -> Any:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise BackendError(
-            "SPMTokenizer needs the package sentencepiece", where="tokenizer_type", mend="uv pip install sentencepiece"
+            "SPMTokenizer needs the package sentencepiece", where="tokenizer_type", fix="uv pip install sentencepiece"
         ) from error
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(
-            f"{path} is not a SentencePiece model: {error}", where="vocab_file", mend="give the .model file, not .vocab"
+            f"{path} is not a SentencePiece model: {error}", where="vocab_file", fix="give the .model file, not .vocab"
         ) from error
 
 
@@ -150,17 +150,15 @@ def _tiktoken(name: str) -> Any:
     try:
         import tiktoken
     except ImportError as error:
-        raise BackendError(
-            "TiktokenTokenizer needs the package tiktoken", where="tokenizer_type", mend="uv pip install tiktoken"
-        ) from error
+        raise BackendError("TiktokenTokenizer needs the package tiktoken", where="tokenizer_type", fix="uv pip install tiktoken") from error
     known = tiktoken.list_encoding_names()
     if name not in known:
-        raise DataError(f"tiktoken has no encoding {name!r}", where="vocab_file", mend=f"one of {', '.join(sorted(known))}")
+        raise DataError(f"tiktoken has no encoding {name!r}", where="vocab_file", fix=f"one of {', '.join(sorted(known))}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # the download goes through requests, which may be absent or fail in many ways
         raise DataError(
             f"the encoding {name} could not be fetched: {type(error).__name__}",
             where="vocab_file",
-            mend="offline, put the encoding's file into a folder named by TIKTOKEN_CACHE_DIR, or use HFTokenizer with a tokenizer.json",
+            fix="offline, put the encoding's file into a folder named by TIKTOKEN_CACHE_DIR, or use HFTokenizer with a tokenizer.json",
         ) from error

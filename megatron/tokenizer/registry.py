@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron.tokenizer.fast import GigatokenTokenizer, engine_of
+from megatron.tokenizer.gigatoken_backend import GigatokenTokenizer, engine_of
 from megatron.tokenizer.hugging_face import open_gpt2_bpe, open_hf, open_hf_gpt2
 from megatron.tokenizer.others import CharLevelTokenizer, SPMTokenizer, TiktokenTokenizer
 from megatron.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource
@@ -12,7 +12,7 @@ from megatron.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerK
 def open_tokenizer(source: TokenizerSource) -> Tokenizer:
     """Open the tokenizer. Raises DataError or BackendError that name the key at fault."""
     if source.backend is TokenizerBackend.AUTO:
-        raise ValueError("the backend `auto` has to be settled before a tokenizer is opened: settle(source, texts)")
+        raise ValueError("the backend `auto` has to be settled before a tokenizer is opened: select_backend(source, texts)")
     family = open_family(source)
     return family if source.backend is TokenizerBackend.HF else GigatokenTokenizer(engine_of(family))
 

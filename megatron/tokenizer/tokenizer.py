@@ -32,7 +32,7 @@ class TokenizerBackend(str, Enum):
     """Which library runs a tokenizer. The ids are the same whichever does, or the run stops."""
 
     AUTO = "auto"
-    """gigatoken where `settle` finds that it gives the same ids, else hf."""
+    """gigatoken where `select_backend` finds that it gives the same ids, else hf."""
     HF = "hf"
     """The family's own library."""
     GIGATOKEN = "gigatoken"
@@ -67,7 +67,7 @@ class UnencodableText(DataError):
         place = _lone_surrogate(text)
         super().__init__(
             f"text {number} of the batch is not Unicode text: half of a surrogate pair, U+{ord(text[place]):04X}, at character {place}",
-            mend="drop the document, or mend it where it was cut (JSON escapes such as \\ud83d come in pairs)",
+            fix="drop the document, or fix it where it was cut (JSON escapes such as \\ud83d come in pairs)",
         )
 
 
@@ -122,13 +122,13 @@ def padded_vocab_size(size: int, divisible_by: int, tp: int) -> int:
     return -(-size // step) * step
 
 
-def existing(path: str | Path | None, key: str, *, kind: str, mend: str) -> Path:
+def existing(path: str | Path | None, key: str, *, kind: str, fix: str) -> Path:
     """`path` if it is there, else a DataError that names the configuration key."""
     if path is None:
-        raise DataError(f"{kind} needs `{key}`", where=key, mend=mend)
+        raise DataError(f"{kind} needs `{key}`", where=key, fix=fix)
     found = Path(path).expanduser()
     if not found.exists():
-        raise DataError(f"{kind}: there is no {found}", where=key, mend=mend)
+        raise DataError(f"{kind}: there is no {found}", where=key, fix=fix)
     return found
 
 

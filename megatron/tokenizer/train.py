@@ -28,7 +28,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2) 
     """
     if vocab_size < SMALLEST:
         raise ConfigError(
-            f"a vocabulary of {vocab_size} cannot hold the 256 bytes and 2 special tokens", where="vocab_size", mend=f"at least {SMALLEST}"
+            f"a vocabulary of {vocab_size} cannot hold the 256 bytes and 2 special tokens", where="vocab_size", fix=f"at least {SMALLEST}"
         )
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -44,7 +44,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2) 
     engine.train_from_iterator(counted, trainer=trainer)
     if counted.characters == 0:
         raise DataError(
-            "there is no text to train a tokenizer on", where="input", mend="check the input files and the key that holds their text"
+            "there is no text to train a tokenizer on", where="input", fix="check the input files and the key that holds their text"
         )
     if engine.get_vocab_size() < vocab_size:
         log.warning("the texts (%d characters) support only %d of %d ids", counted.characters, engine.get_vocab_size(), vocab_size)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint import discovery
-from megatron.checkpoint.discovery import Search, find, wait_until_seen
-from megatron.checkpoint.lock import acquire, held
-from megatron.checkpoint.retention import prune
-from megatron.checkpoint.steps import saved_steps, write_latest
+from megatron.checkpoint.steps import discovery
+from megatron.checkpoint.steps.discovery import Search, find, wait_until_seen
+from megatron.checkpoint.steps.retention import prune
+from megatron.checkpoint.steps.run_lock import acquire, held
+from megatron.checkpoint.steps.step_dirs import saved_steps, write_latest
 from megatron.errors import CheckpointError, ConfigError
 from support.checkpoints import step_folder
 from support.dist import run_distributed
@@ -38,7 +38,7 @@ def test_a_clock_set_back_makes_no_lock_stale(tmp_path: Path, monkeypatch: pytes
     with held(tmp_path):
         for now in (true - 7200, true + 7200):
             monkeypatch.setattr(time, "time", lambda now=now: now)
-            monkeypatch.setattr("megatron.checkpoint.lock._place", lambda: "another host")
+            monkeypatch.setattr("megatron.checkpoint.steps.run_lock._place", lambda: "another host")
             with pytest.raises(ConfigError, match="another run writes"):
                 acquire(tmp_path)
 
@@ -73,7 +73,7 @@ def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     began = time.monotonic()
     with pytest.raises(CheckpointError, match="does not see the checkpoint after 0.2 s") as error:
         wait_until_seen(folder, within_s=0.2)
-    assert time.monotonic() - began < 10 and error.value.where == str(folder) and "all hosts share" in str(error.value.mend)
+    assert time.monotonic() - began < 10 and error.value.where == str(folder) and "all hosts share" in str(error.value.fix)
 
 
 def find_late(rank: int, world: int, directory: str, looks: int, within_s: float) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.discovery import Search, find
-from megatron.checkpoint.manifest import MANIFEST
-from megatron.checkpoint.steps import latest_tag, saved_steps, write_latest
-from megatron.checkpoint.verifying import Verify, look_at
+from megatron.checkpoint.steps.discovery import Search, find
+from megatron.checkpoint.steps.manifest import MANIFEST
+from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps, write_latest
+from megatron.checkpoint.steps.verify import Verify, look_at
 from megatron.errors import CheckpointError
 from support.checkpoints import KINDS, flip, step_folder
 from support.jobs import Job, settings
@@ -50,7 +50,7 @@ def test_each_kind_of_file_is_named_and_the_step_before_taken(tmp_path: Path, ki
     with pytest.raises(CheckpointError) as refused:
         find(Search(directory=tmp_path))
     assert KINDS[kind] in refused.value.what and refused.value.where == str(tmp_path / "global_step10" / KINDS[kind])
-    assert "`iteration: 5`" in str(refused.value.mend) and saved_steps(tmp_path) == [5, 10]
+    assert "`iteration: 5`" in str(refused.value.fix) and saved_steps(tmp_path) == [5, 10]
     with pytest.raises(CheckpointError, match="is damaged"):
         find(Search(directory=tmp_path, iteration=10, own=True))
     assert find(Search(directory=tmp_path, own=True)) == "global_step5"

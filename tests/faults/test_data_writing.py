@@ -22,7 +22,7 @@ TOKENIZER = ROOT / "tests" / "golden" / "tokenizer" / "tokenizer.json"
 # As the tool, but in small blocks, with a record of progress after every one.
 OFTEN = f"""
 import runpy, sys
-import megatron.data.making.partial as partial, megatron.data.making.sources as sources
+import megatron.data.preprocess.resumable_output as partial, megatron.data.preprocess.sources as sources
 partial.RECORD_EVERY_S = 0.0
 sources.BLOCK_BYTES = 30_000
 sys.argv = [{str(TOOL)!r}, *sys.argv[1:]]

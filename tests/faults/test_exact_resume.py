@@ -65,7 +65,7 @@ def differing(one: Any, other: Any, place: str = "") -> list[str]:
 
 def require_same_files(one: Path, other: Path) -> None:
     """Weights, moments, random states, schedule, position: everything in every file of two step folders."""
-    from megatron.checkpoint.reading import read_torch_file
+    from megatron.checkpoint.formats.torch_file import read_torch_file
 
     names = sorted(path.name for path in one.glob("*.pt"))
     assert names and names == sorted(path.name for path in other.glob("*.pt"))

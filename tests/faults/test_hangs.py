@@ -48,7 +48,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(tmp_path: Path, layout: dict[
     first, told = report_of(job)
     assert "rank 1 on" in first
     assert "stuck: rank 1 on" in told and "step 3, phase step" in told
-    assert "time.sleep" in told and "faults.point" in told  # the line that hangs, and who called it
+    assert "time.sleep" in told and "fault_injection.point" in told  # the line that hangs, and who called it
     assert "then rank 0 on" in told and "waits for" in told
     assert not job.pids()
 

@@ -92,7 +92,7 @@ def refused(action: Callable[[], object], path: Path, marker: Path) -> str:
         action()
     assert not marker.exists()
     report = str(caught.value)
-    assert str(path) in report and caught.value.mend and "arbitrary code" not in report, report
+    assert str(path) in report and caught.value.fix and "arbitrary code" not in report, report
     return report
 
 
@@ -114,9 +114,9 @@ def test_the_bait_is_live(tmp_path: Path, marker: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_reader_of_a_checkpoint_runs_it(tmp_path: Path, marker: Path, kind: str) -> None:
     """Bookkeeping, weights, DeepSpeed's own loading of optimizer shards, the inspector."""
-    from megatron.checkpoint.inspect import Wanted, entries, locate
-    from megatron.checkpoint.neox_store import bookkeeping, read_weights
-    from megatron.checkpoint.whole import read_shards
+    from megatron.checkpoint.conversion.inspect import Wanted, entries, locate
+    from megatron.checkpoint.formats.neox_files import bookkeeping, read_weights
+    from megatron.checkpoint.loading.merge_tp import read_shards
     from megatron.engine.deepspeed_runner import SafeCheckpointEngine
 
     folder = tmp_path / "global_step8"
@@ -162,7 +162,7 @@ def test_deepspeed_reads_optimizer_shards_safely(tmp_path: Path, marker: Path) -
 
 def test_folders_of_torch_distributed_are_not_opened(tmp_path: Path, marker: Path) -> None:
     """Their .metadata is a pickle that torch itself reads without care."""
-    from megatron.checkpoint.inspect import locate
+    from megatron.checkpoint.conversion.inspect import locate
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Hostile(marker)))
     (tmp_path / "__0_0.distcp").write_bytes(b"")
@@ -199,11 +199,11 @@ def test_a_pickle_is_no_dataset(tmp_path: Path, marker: Path) -> None:
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{}]", "!!python/object/new:os.mkdir [{}]", "!!python/name:os.mkdir {}"])
 def test_a_configuration_cannot_call(tmp_path: Path, marker: Path, tag: str) -> None:
-    """In a file, in a flag, in a plan of faults."""
+    """In a file, in a flag, in a plan of fault_injection."""
     import yaml
 
-    from megatron import faults
-    from megatron.neox_arguments.flat import read_files, scalar
+    from megatron import fault_injection
+    from megatron.neox_arguments.yaml_loader import read_files, scalar
 
     text = tag.format(marker)
     path = tmp_path / "bad.yml"
@@ -212,7 +212,7 @@ def test_a_configuration_cannot_call(tmp_path: Path, marker: Path, tag: str) -> 
     assert len(problems) == 1 and str(path) in str(problems[0].where), problems
     assert isinstance(scalar(text), str)
     with pytest.raises(yaml.YAMLError):
-        faults._read(str(path))
+        fault_injection._read(str(path))
     assert not marker.exists()
 
 
@@ -241,10 +241,10 @@ def test_tokenizer_files_bring_no_code(tmp_path: Path, marker: Path) -> None:
 
 def test_names_in_files_lead_nowhere_else(tmp_path: Path) -> None:
     """`latest`, manifests and the index of a Hugging Face folder name files beside them, or they are refused."""
-    from megatron.checkpoint.discovery import Search, find
-    from megatron.checkpoint.hf_store import INDEX, read_state
-    from megatron.checkpoint.manifest import Entry, Manifest, read_manifest, write_manifest
-    from megatron.checkpoint.steps import find_tag
+    from megatron.checkpoint.formats.hf_files import INDEX, read_state
+    from megatron.checkpoint.steps.discovery import Search, find
+    from megatron.checkpoint.steps.manifest import Entry, Manifest, read_manifest, write_manifest
+    from megatron.checkpoint.steps.step_dirs import find_tag
 
     save, evil = tmp_path / "run", tmp_path / "evil"
     save.mkdir()

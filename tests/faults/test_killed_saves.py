@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.discovery import Search, find
-from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.publishing import recover
-from megatron.checkpoint.steps import latest_tag, step_of, step_tag
-from megatron.checkpoint.verifying import Verify, look_at
+from megatron.checkpoint.steps.commit import recover
+from megatron.checkpoint.steps.discovery import Search, find
+from megatron.checkpoint.steps.manifest import read_manifest
+from megatron.checkpoint.steps.step_dirs import latest_tag, step_of, step_tag
+from megatron.checkpoint.steps.verify import Verify, look_at
 from support.jobs import Job, settings
 from support.saves import FILES, Server, server
 

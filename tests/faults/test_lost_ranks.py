@@ -31,6 +31,6 @@ def test_the_rank_that_failed_first_is_told_first(tmp_path: Path, fault: dict[st
     assert told in report
     if fault["action"] == "raise":
         # The line that raised, in the rank's own traceback.
-        assert "faults.point" in report and "training.py" in report
+        assert "fault_injection.point" in report and "training.py" in report
     assert not job.pids()
     assert sorted(job.losses()) == [1, 2]

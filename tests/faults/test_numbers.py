@@ -61,7 +61,7 @@ def steps_of(rank: int, world: int, folder: str, layouts: dict[str, dict[str, An
     """Five steps in every layout, three of them with a fault: what was said, and what changed."""
     import torch
 
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.data.build import build_data
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
@@ -79,7 +79,7 @@ def steps_of(rank: int, world: int, folder: str, layouts: dict[str, dict[str, An
         parameters = list(engine.module().parameters())
         whole = [getattr(p, "ds_tensor", p).detach() for p in parameters]
         moments = [torch.as_tensor(value) for state in optimizer.state.values() for value in state.values()]
-        return [t.clone() for t in (*whole, *(engine.pieces().weight(p) for p in parameters), *moments)]
+        return [t.clone() for t in (*whole, *(engine.local_shards().weight(p) for p in parameters), *moments)]
 
     found: dict[str, list[dict[str, Any]]] = {}
     for name, changes in layouts.items():
@@ -89,7 +89,7 @@ def steps_of(rank: int, world: int, folder: str, layouts: dict[str, dict[str, An
         args = with_vocabulary(args, tokenizer)
         objective = build_objective(args, eod=tokenizer.eod)
         data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size)
-        engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+        engine, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
         stream = data.train.batches(objective.collate)
         found[name] = []
         for number in range(1, 6):
@@ -114,11 +114,11 @@ def plan(path: Path, rows: list[dict[str, Any]], step: int) -> None:
     """Make these the faults of this process."""
     import yaml
 
-    from megatron import faults
+    from megatron import fault_injection
 
     path.write_text(yaml.safe_dump(rows))
-    faults._PLAN = faults._read(str(path))
-    faults.begin_step(step)
+    fault_injection._PLAN = fault_injection._read(str(path))
+    fault_injection.begin_step(step)
 
 
 def check_steps(folder: Path, layouts: dict[str, dict[str, Any]]) -> None:

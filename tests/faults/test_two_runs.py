@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint import lock as module
-from megatron.checkpoint.lock import LOCK, Holder, RunLock, acquire, held, this_process
-from megatron.checkpoint.steps import saved_steps
+from megatron.checkpoint.steps import run_lock as module
+from megatron.checkpoint.steps.run_lock import LOCK, Holder, RunLock, acquire, held, this_process
+from megatron.checkpoint.steps.step_dirs import saved_steps
 from megatron.errors import ConfigError, TrainingError
 from support.checkpoints import flip
 from support.jobs import Job, settings
@@ -25,7 +25,7 @@ RACERS = 6
 RACE = """
 import sys, time
 from pathlib import Path
-from megatron.checkpoint.lock import held
+from megatron.checkpoint.steps.run_lock import held
 from megatron.errors import ConfigError
 print("ready", flush=True)
 folder, start = Path(sys.argv[1]), float(sys.stdin.readline())
@@ -88,7 +88,7 @@ def test_a_lock_names_its_holder_and_is_released(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as refused:
             acquire(tmp_path / "new" / "run")
         assert f"process {os.getpid()} on {os.uname().nodename}, since 20" in refused.value.what
-        assert refused.value.where == str(tmp_path / "new/run" / LOCK) and "another `save`" in str(refused.value.mend)
+        assert refused.value.where == str(tmp_path / "new/run" / LOCK) and "another `save`" in str(refused.value.fix)
         raise RuntimeError("out of luck")
     assert not (tmp_path / "new" / "run").exists()
     with held(tmp_path / "run"):

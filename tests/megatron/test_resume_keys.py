@@ -48,7 +48,7 @@ def column(tmp_path: Path, save: str, name: str) -> dict[int, float]:
 
 def kept(tmp_path: Path, save: str) -> dict[str, Any]:
     """What the newest checkpoint holds beside weights."""
-    from megatron.checkpoint.neox_store import bookkeeping, find_tag
+    from megatron.checkpoint.formats.neox_files import bookkeeping, find_tag
 
     return bookkeeping(tmp_path / save / find_tag(tmp_path / save), deepspeed_types=True)
 

@@ -25,7 +25,7 @@ def test_right_words_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "what", "mend"),
+    ("words", "what", "fix"),
     [
         (["--inptu", "a"], "unknown flag --inptu", "is --input meant?"),
         (["--input", "a", "--zzz=1"], "unknown flag --zzz", "--help shows all flags"),
@@ -34,7 +34,7 @@ def test_right_words_are_read() -> None:
         (["--input", "a", "--workers", "3"], "invalid choice", "--help"),
     ],
 )
-def test_mistakes_are_reports(words: list[str], what: str, mend: str) -> None:
+def test_mistakes_are_reports(words: list[str], what: str, fix: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
         parser(abbreviations=False).parse_args(words)
-    assert mend in str(caught.value.mend) and caught.value.exit_code == 77
+    assert fix in str(caught.value.fix) and caught.value.exit_code == 77

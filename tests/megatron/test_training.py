@@ -38,7 +38,7 @@ def run(tmp_path: Path, **overrides: Any) -> Any:
 
 def weights(directory: Path) -> dict[str, Tensor]:
     """Weights of the newest checkpoint."""
-    from megatron.checkpoint.neox_store import find_tag, read_weights
+    from megatron.checkpoint.formats.neox_files import find_tag, read_weights
 
     return {name: tensor.clone() for name, tensor in read_weights(directory / find_tag(directory)).items()}
 
@@ -147,7 +147,7 @@ def test_clipping_clips(tmp_path: Path) -> None:
         common = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "weight_decay": 0.0, "pipe_parallel_size": layout, "min_lr": 0.0}
         common |= {"lr_decay_style": "constant", "warmup": 0.0}
         run(tmp_path, save=str(start), extra_save_iters=[0], train_iters=1, gradient_clipping=0.01, **common)
-        from megatron.checkpoint.neox_store import read_weights
+        from megatron.checkpoint.formats.neox_files import read_weights
 
         before, after = read_weights(start / "global_step0"), weights(start)
         moved = math.sqrt(sum(float(torch.sum((after[name] - before[name]) ** 2)) for name in after))
@@ -180,7 +180,7 @@ def test_finetune_takes_the_weights_only(tmp_path: Path) -> None:
     # The step's own folder may be named, too.
     named = run(tmp_path, load="neox_pp1/ckpt/global_step0", finetune=True, train_iters=1, save=None)
     assert named.iteration == 1
-    from megatron.checkpoint.neox_store import read_weights
+    from megatron.checkpoint.formats.neox_files import read_weights
 
     started, recorded = read_weights(tmp_path / "out" / "global_step0"), read_weights(GOLDEN / "neox_pp1/ckpt/global_step0")
     assert all(torch.equal(started[name], recorded[name]) for name in recorded)

@@ -36,7 +36,7 @@ def rates(run: str) -> list[float]:
 
 def replay(run: str, maps: Path, **overrides: Any) -> tuple[list[float], list[float], list[float]]:
     """Losses, gradient norms and learning rates of our engine; the recordings are unclipped."""
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.data.build import build_data
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
@@ -59,7 +59,7 @@ def replay(run: str, maps: Path, **overrides: Any) -> tuple[list[float], list[fl
     groups, device = join_job(args)
     objective = build_objective(args, eod=0)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size)
-    engine, _ = build_engine(args, Source(Take.WEIGHTS, start.parent, start.name), groups, device)
+    engine, _ = build_engine(args, CheckpointSource(Take.WEIGHTS, start.parent, start.name), groups, device)
     batches = data.train.batches(objective.collate, start_sample=0)
     losses, norms, used = [], [], []
     for _ in recorded(run):

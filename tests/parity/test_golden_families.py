@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron.checkpoint.convert import neox_keys
-from megatron.checkpoint.families.dialects import NEOX_LEGACY, NEOX_TE, canonical_weights
-from megatron.checkpoint.families.registry import family_of
-from megatron.checkpoint.mapping import Family, from_canonical, to_canonical
-from megatron.checkpoint.state import load_canonical
+from megatron.checkpoint.formats.state import load_canonical
+from megatron.checkpoint.mapping.families.dialects import NEOX_LEGACY, NEOX_TE, canonical_weights
+from megatron.checkpoint.mapping.families.registry import family_of
+from megatron.checkpoint.mapping.hf_config import neox_keys
+from megatron.checkpoint.mapping.rows import Family, from_canonical, to_canonical
 from megatron.model.build import build_spec
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs

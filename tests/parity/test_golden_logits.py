@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron.checkpoint.build import spec_for
-from megatron.checkpoint.neox_store import read_weights
+from megatron.checkpoint.formats.neox_files import read_weights
 from megatron.model.build import build_transformer
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.convert import hf_config, load_hf, neox_keys, save_hf
-from megatron.checkpoint.families.registry import family_of
-from megatron.checkpoint.hf_store import read_state
-from megatron.checkpoint.mapping import to_canonical
-from megatron.checkpoint.state import load_canonical
+from megatron.checkpoint.formats.hf_files import read_state
+from megatron.checkpoint.formats.state import load_canonical
+from megatron.checkpoint.mapping.families.registry import family_of
+from megatron.checkpoint.mapping.hf_config import hf_config, load_hf, neox_keys, save_hf
+from megatron.checkpoint.mapping.rows import to_canonical
 from megatron.model.build import build_spec
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs

@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from megatron.checkpoint.durable import digest_of
-from megatron.checkpoint.manifest import MANIFEST, Manifest, write_manifest
+from megatron.atomic_io import digest_of
+from megatron.checkpoint.steps.manifest import MANIFEST, Manifest, write_manifest
 
 KINDS = {
     "weights": "layer_02-model_00-model_states.pt",

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.data.cleaning.run import Local, clean
-from megatron.data.cleaning.settings import Settings
+from megatron.data.cleaning.run import LocalTasks, clean
+from megatron.data.cleaning.settings import CleaningSettings
 
 SMALL = "the of and to in that with for on was are be this from they have had not but what all were when we there can".split()
 
@@ -67,7 +67,7 @@ def run(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(cleaned records, report)."""
     source = write_lines(folder / "in.jsonl", records)
-    report = clean([str(source)], folder / "out", Settings(**settings), Local(workers))
+    report = clean([str(source)], folder / "out", CleaningSettings(**settings), LocalTasks(workers))
     assert report is not None
     return read_output(folder / "out"), report
 

@@ -33,7 +33,7 @@ class Case:
         return 2 if self.documents is None else len(self.documents)
 
 
-def segments(case: Case) -> Tensor | None:
+def segment_ids(case: Case) -> Tensor | None:
     """[b, s] int32; the third document of a row has the first one's number again."""
     if case.documents is None:
         return None
@@ -52,7 +52,7 @@ def results(case: Case, plan: ContextPlan) -> dict[str, Tensor]:
     if len(case.loss_of) == S:
         wanted[:] = 1.0
     x = plan.own(x + (1.0 - wanted) * case.noise_outside).requires_grad_()
-    out = layer(x, segments(case))
+    out = layer(x, segment_ids(case))
     (out * plan.own(weights * wanted)).sum().backward()
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {"out": out.detach(), "x": x.grad, **grads}

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.writing import Writing
+from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.data.batch import Batch
-from megatron.engine.base import Pieces, StepResult
+from megatron.engine.base import LocalShards, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
-from megatron.objectives.base import Objective
+from megatron.objectives.base import Objective, Read
 
 
 @dataclass
@@ -35,7 +35,13 @@ class FakeEngine:
     def eval_step(self, objective: Objective, micro_batches: Iterable[Batch]) -> Mapping[str, float]:
         raise NotImplementedError
 
-    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: Writing) -> None:
+    def score(self, batches: Iterable[Batch], read: Read) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def save(self, directory: Path, tag: str, client_state: Mapping[str, Any], writing: RankFileWriter) -> None:
         writing.add(client_state, directory / tag / "mp_rank_00_model_states.pt")
         self.saved.append(tag)
 
@@ -48,7 +54,7 @@ class FakeEngine:
     def module(self) -> torch.nn.Module:
         return torch.nn.Identity()
 
-    def pieces(self) -> Pieces:
+    def local_shards(self) -> LocalShards:
         raise NotImplementedError
 
     def before_update(self, look: Callable[[], None]) -> None:
@@ -86,6 +92,7 @@ class FakeCheckpoints:
 def result(loss: float = 2.0, **change: Any) -> StepResult:
     """A step of 0.5 s over 4 samples of 8 tokens."""
     values: dict[str, Any] = {
+        "loss": loss,
         "metrics": {"lm_loss": loss},
         "learning_rate": 1e-3,
         "grad_norm": 1.5,

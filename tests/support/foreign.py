@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
-from megatron.checkpoint.conversion.table import content_of
-from megatron.checkpoint.convert import neox_keys
-from megatron.checkpoint.families.registry import family_named
-from megatron.checkpoint.hf_store import read_state
-from megatron.checkpoint.mapping import bound_rows
-from megatron.checkpoint.whole import shapes_of
+from megatron.checkpoint.conversion.tensor_manifest import content_of
+from megatron.checkpoint.formats.hf_files import read_state
+from megatron.checkpoint.loading.merge_tp import shapes_of
+from megatron.checkpoint.mapping.families.registry import family_named
+from megatron.checkpoint.mapping.hf_config import neox_keys
+from megatron.checkpoint.mapping.rows import bound_rows
 from megatron.model.build import build_spec
 from megatron.neox_arguments import NeoXArgs
 

@@ -39,7 +39,7 @@ def settings(folder: Path, world: int = 1, style: str = "neox", **changes: Any) 
 class Job:
     """A run in processes of its own: one script alone, or deepy.py with its ranks on this host.
 
-    faults: rows of a plan, see megatron/faults.py
+    faults: rows of a plan, see megatron/fault_injection.py
     script: what is run, train.py by default
     """
 

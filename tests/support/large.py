@@ -22,9 +22,9 @@ def write_large(folder: Path) -> int:
     """Weights and two moments in one file; returns its size in bytes."""
     import torch
 
-    from megatron.checkpoint.neox_store import model_file
-    from megatron.checkpoint.optimizer_store import RECORD
-    from megatron.checkpoint.state import SEQUENTIAL, canonical_state
+    from megatron.checkpoint.formats.neox_files import model_file
+    from megatron.checkpoint.formats.optimizer_files import RECORD
+    from megatron.checkpoint.formats.state import SEQUENTIAL, canonical_state
     from megatron.model.transformer import Transformer
 
     folder.mkdir(parents=True)

@@ -55,7 +55,7 @@ class Outcome:
 
 def run_rank(task: Task, rank: int) -> Outcome:
     """Train. Environment variables say who this rank is and where the others are."""
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.data.build import build_data
     from megatron.engine.build import build_engine, join_job
     from megatron.engine.distributed import stop
@@ -69,7 +69,7 @@ def run_rank(task: Task, rank: int) -> Outcome:
     groups, device = join_job(args)
     objective = build_objective(args, eod=0)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size)
-    engine, spec = build_engine(args, Source(Take.NOTHING), groups, device)
+    engine, spec = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     first, unequal = whole_weights(engine, spec, groups)
     batches = data.train.batches(objective.collate, start_sample=0)
     accumulate = args.run.gradient_accumulation_steps or 1
@@ -100,7 +100,7 @@ def whole_weights(engine: Any, spec: Any, groups: Any) -> tuple[dict[str, Any], 
     import deepspeed
     import torch.distributed as dist
 
-    from megatron.checkpoint.neox_store import canonical_name
+    from megatron.checkpoint.formats.neox_files import canonical_name
 
     partitioned = [parameter for parameter in engine.module().parameters() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
@@ -115,7 +115,7 @@ def whole_weights(engine: Any, spec: Any, groups: Any) -> tuple[dict[str, Any], 
 def _joined(everybody: list[tuple[int, dict[str, Any]]], spec: Any, tensor_ranks: int) -> tuple[dict[str, Any], set[str]]:
     import torch
 
-    from megatron.checkpoint.whole import shardings_of
+    from megatron.checkpoint.loading.merge_tp import shardings_of
     from megatron.mpu.sharding import Replicated, join
 
     table = shardings_of(spec, tensor_ranks)

@@ -42,7 +42,7 @@ PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.stage3",
     "megatron.checkpoint.build",
-    "megatron.checkpoint.whole",
+    "megatron.checkpoint.loading.merge_tp",
     "megatron.data.build",
     "megatron.engine.build",
     "megatron.objectives.build",

@@ -44,7 +44,7 @@ def measured(
     rank: int, world: int, folder: str, layout: dict[str, Any], steps: int = 2
 ) -> list[tuple[dict[str, float], dict[str, float], Any]]:
     """(tracker values, row, result) of each step, as the measuring hooks of this rank send them."""
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.data.build import build_data
     from megatron.engine.build import build_engine, join_job
     from megatron.hooks.base import TrainState
@@ -55,7 +55,7 @@ def measured(
     groups, device = join_job(args)
     objective = build_objective(args, eod=0)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size)
-    engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+    engine, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     batches = data.train.batches(objective.collate, start_sample=0)
     values: dict[str, float] = {}
     row: dict[str, float] = {}
@@ -85,7 +85,9 @@ def by_plain_torch(folder: str, steps: int = 2) -> list[dict[str, Any]]:
 
     from megatron.data.build import build_data
     from megatron.engine.build import join_job
+    from megatron.engine.loss_normalization import contexts, step_totals, targets_of
     from megatron.model.build import build_spec, build_transformer
+    from megatron.mpu.context import ContextPlan
     from megatron.objectives.build import build_objective
     from megatron.optim.build import build_optimizer
 
@@ -100,11 +102,11 @@ def by_plain_torch(folder: str, steps: int = 2) -> list[dict[str, Any]]:
     found = []
     for _ in range(steps):
         micro = [next(batches) for _ in range(4)]
-        total = torch.tensor(float(sum(objective.denominator(batch) for batch in micro)))
+        context_of = contexts(step_totals(objective, micro, groups.dp, device).denominators, ContextPlan())
         each = []
         for batch in micro:
-            targets = {"labels": batch.labels, "loss_weight": batch.loss_weight, "segments": batch.segments}
-            loss = objective.loss(model(batch.tokens, batch.segments), targets, total).loss
+            targets = targets_of(batch, device)
+            loss = objective.loss(model(batch.tokens, batch.segment_ids), targets, context_of(batch, targets)).loss
             each.append(torch.autograd.grad(loss, list(parameters.values())))
         for parameter, *parts in zip(parameters.values(), *each, strict=True):
             parameter.grad = torch.stack(parts).sum(0)

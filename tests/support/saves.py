@@ -76,7 +76,7 @@ def serve() -> None:
     """Fork a saver per line of standard input."""
     import torch
 
-    from megatron.engine.saving import Saver
+    from megatron.engine.checkpointer import Checkpointer
     from support.fake_engine import FakeEngine
 
     assert len(os.listdir("/proc/self/task")) == 1, "a thread before the fork"
@@ -91,10 +91,10 @@ def serve() -> None:
                 writing.add({**client_state, "module": state}, directory / tag / name)
 
     def saver(folder: str, first: str, between: str, piece_s: str, background: str) -> None:
-        from megatron import faults
+        from megatron import fault_injection
 
-        faults.point = lambda site: time.sleep(float(piece_s))
-        saves = Saver(engine=Engine(), directory=Path(folder), compared={}, configs={"a.yml": "x: 1"}, background=background == "1")
+        fault_injection.point = lambda site: time.sleep(float(piece_s))
+        saves = Checkpointer(engine=Engine(), directory=Path(folder), compared={}, configs={"a.yml": "x: 1"}, background=background == "1")
         for number in range(SAVES):
             step = int(first) + number * int(between)
             say(f"saving {step}")

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     from megatron.checkpoint.conversion.hub import local_folder
     from megatron.checkpoint.conversion.requests import ToNeoX
     from megatron.errors import ConfigError
-    from megatron.neox_arguments.flat import read_files
+    from megatron.neox_arguments.yaml_loader import read_files
 
     local, step = Path(given.hf_model_name).is_dir(), given.revision
     name = given.hf_model_name if local or "/" in given.hf_model_name else f"EleutherAI/{given.hf_model_name}"
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         print(f"{name} is in {folder}")
         return 0
     if given.output_dir is None:
-        raise ConfigError("no output folder is named", where="command line", mend="--output-dir DIR")
+        raise ConfigError("no output folder is named", where="command line", fix="--output-dir DIR")
     tensor = read_files(given.config).values.get("model_parallel_size", 1) if given.config else 1
     number = int(step) if step.isdecimal() else 0
     verify = {**shared(given), **({"verify": True} if given.test else {})}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.checkpoint.hf_address import PREFIX, fetch  # noqa: E402
-from megatron.checkpoint.hf_model import HFModel, ready_yaml  # noqa: E402
+from megatron.checkpoint.loading.hf_view import HFModel, ready_yaml  # noqa: E402
+from megatron.checkpoint.remote.hub_resolve import PREFIX, fetch  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--output", type=Path)
     given = flags.parse_args(argv)
     if given.output is not None and given.output.exists():
-        raise ConfigError("the file is there already", where=str(given.output), mend="give another name")
+        raise ConfigError("the file is there already", where=str(given.output), fix="give another name")
     found = fetch(PREFIX + given.model.removeprefix(PREFIX), contents=False)
     load = PREFIX + (
         str(found.directory) if found.revision is None else f"{given.model.removeprefix(PREFIX).partition('@')[0]}@{found.revision}"

@@ -20,7 +20,7 @@ from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
-    from megatron.checkpoint.inspect import Statistics, Wanted
+    from megatron.checkpoint.conversion.inspect import TensorStatistics, Wanted
 
 ABOUT = "Shows names, shapes, dtypes and numbers of a checkpoint, or where two checkpoints differ (exit status 1 when they do)."
 USAGE = """python tools/ckpts/inspect_checkpoints.py PATH [--iteration N] [--stats] [--filter REGEX] [--json]
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     given = parser().parse_args(argv)
     first, other = two_paths(given)
     # Imported only now: help and mistakes in the flags need no torch.
-    from megatron.checkpoint import inspect
+    from megatron.checkpoint.conversion import inspect
 
     wanted = inspect.Wanted(pattern=given.filter, under=tuple(given.attributes), tensors=given.tensors)
     files = inspect.locate(first, given.iteration)
@@ -106,7 +106,7 @@ def show(files: Mapping[str, Path], wanted: Wanted, *, numbers: bool) -> None:
     """The tree, as text."""
     from torch import Tensor
 
-    from megatron.checkpoint import inspect
+    from megatron.checkpoint.conversion import inspect
 
     print(inspect.layout(files))
     before: list[str] = []
@@ -126,7 +126,7 @@ def show(files: Mapping[str, Path], wanted: Wanted, *, numbers: bool) -> None:
     print(f"{tensors} tensors, {parameters:,} elements, {size / 2**20:,.2f} MiB")
 
 
-def _numbers(found: Statistics) -> str:
+def _numbers(found: TensorStatistics) -> str:
     return "  ".join(f"{name} {value:.6g}" for name, value in asdict(found).items())
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.checkpoint.retention import prune, removable  # noqa: E402
-from megatron.checkpoint.steps import saved_steps, step_tag  # noqa: E402
-from megatron.checkpoint.verifying import Verify  # noqa: E402
+from megatron.checkpoint.steps.retention import prune, removable  # noqa: E402
+from megatron.checkpoint.steps.step_dirs import saved_steps, step_tag  # noqa: E402
+from megatron.checkpoint.steps.verify import Verify  # noqa: E402
 from megatron.errors import CheckpointError, ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
@@ -39,11 +39,9 @@ def main(argv: list[str]) -> int:
     given = flags.parse_args(argv)
     for flag, least in (("keep", given.keep), ("keep-every", given.keep_every)):
         if least is not None and least < 1:
-            raise ConfigError(f"--{flag} {least} is no number of checkpoints or steps", where="command line", mend="give 1 or more")
+            raise ConfigError(f"--{flag} {least} is no number of checkpoints or steps", where="command line", fix="give 1 or more")
     if not saved_steps(given.directory):
-        raise CheckpointError(
-            "no global_step<N> folder is there", where=str(given.directory), mend="name the folder of several checkpoints"
-        )
+        raise CheckpointError("no global_step<N> folder is there", where=str(given.directory), fix="name the folder of several checkpoints")
     choose = removable if given.dry_run else prune
     verify = Verify.SIZE if given.sizes else Verify.FULL
     gone = choose(given.directory, keep=given.keep, protected=given.protect, every=given.keep_every, verify=verify)

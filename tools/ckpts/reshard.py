@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
     given = flags.parse_args(argv)
     if given.tensor < 1 or given.pipe < 0:
         raise ConfigError(
-            f"--tensor {given.tensor} --pipe {given.pipe} is no layout", where="command line", mend="--tensor >= 1, --pipe >= 0"
+            f"--tensor {given.tensor} --pipe {given.pipe} is no layout", where="command line", fix="--tensor >= 1, --pipe >= 0"
         )
-    from megatron.checkpoint.resharding import Target, reshard
-    from megatron.checkpoint.steps import find_tag, named_step
+    from megatron.checkpoint.loading.reshard import Target, reshard
+    from megatron.checkpoint.steps.step_dirs import find_tag, named_step
 
     directory, iteration = named_step(given.source.resolve(), given.iteration)
     folder = directory / find_tag(directory, iteration)
@@ -54,13 +54,13 @@ def main(argv: list[str]) -> int:
 def spec_of(folder: Path, configs: list[Path]) -> Any:
     """The model that the checkpoint is of, from the configuration kept with it."""
     from megatron.checkpoint.build import spec_for
-    from megatron.checkpoint.manifest import read_manifest
-    from megatron.checkpoint.whole import read_shards, width_over
+    from megatron.checkpoint.loading.merge_tp import read_shards, width_over
+    from megatron.checkpoint.steps.manifest import read_manifest
 
     files = configs or sorted((folder / "configs").glob("*"))
     manifest = read_manifest(folder)
     if not files and not (manifest and manifest.config):
-        raise ConfigError("the checkpoint holds no configuration", where=str(folder / "configs"), mend="name it: --config FILE ...")
+        raise ConfigError("the checkpoint holds no configuration", where=str(folder / "configs"), fix="name it: --config FILE ...")
     args = NeoXArgs.from_ymls([str(file) for file in files]) if files else NeoXArgs.from_dict(dict(manifest.config))
     return spec_for(args.replace(padded_vocab_size=width_over(read_shards(folder), "word_embeddings.weight", 0)), folder)
 

@@ -15,13 +15,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.finished.lengths import LIMITS, Lengths, Report, read_lengths, summarise  # noqa: E402
-from megatron.data.finished.measuring import measure  # noqa: E402
-from megatron.data.finished.padding import Setup  # noqa: E402
-from megatron.data.making import flags as shared  # noqa: E402
-from megatron.data.making.encoders import TextSource  # noqa: E402
-from megatron.data.making.inputs import find  # noqa: E402
-from megatron.data.making.sources import Files  # noqa: E402
+from megatron.data.inspect.lengths import LIMITS, Lengths, Report, read_lengths, summarise  # noqa: E402
+from megatron.data.inspect.measuring import measure  # noqa: E402
+from megatron.data.inspect.padding import Setup  # noqa: E402
+from megatron.data.preprocess import flags as shared  # noqa: E402
+from megatron.data.preprocess.encoders import TextSource  # noqa: E402
+from megatron.data.preprocess.inputs import find  # noqa: E402
+from megatron.data.preprocess.sources import Files  # noqa: E402
 from megatron.errors import DataError, NeoXError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(given, flag) is not None and getattr(given, flag) <= 0:
                 raise DataError(f"--{flag.replace('_', '-')} {getattr(given, flag)} is not above 0", where="command line")
         if given.plot and given.plot.suffix not in (".png", ".pdf", ".svg"):
-            raise DataError(f"--plot {given.plot} is no picture", where="command line", mend="end its name in .png, .pdf or .svg")
+            raise DataError(f"--plot {given.plot} is no picture", where="command line", fix="end its name in .png, .pdf or .svg")
         lengths, left_out = measured(given)
         setup = Setup(ranks=given.gpus, batch=given.batch, micro=given.micro_batch, capacity=given.capacity, seed=given.seed)
         report = summarise(lengths, setup, coverage=given.coverage, max_length=given.max_length, tokens_per_second=given.tokens_per_second)
@@ -111,7 +111,7 @@ def measured(given: argparse.Namespace) -> tuple[Lengths, Counter[str]]:
         raise DataError(
             "these flags do not go together",
             where="command line",
-            mend="files need --tokenizer-path (pairs) or --tokenizer-type (texts), not both; --rejected is for prefixes; --workers from 1",
+            fix="files need --tokenizer-path (pairs) or --tokenizer-type (texts), not both; --rejected is for prefixes; --workers from 1",
         )
     files = find(given.input, split=given.split)
     if given.tokenizer_type:
@@ -124,7 +124,7 @@ def measured(given: argparse.Namespace) -> tuple[Lengths, Counter[str]]:
 
     keys = tuple(given.jsonl_keys or ["chosen", "rejected"])
     if len(keys) != 2:
-        raise DataError("a pair has two answers", where="--jsonl-keys", mend="for instance --jsonl-keys chosen rejected")
+        raise DataError("a pair has two answers", where="--jsonl-keys", fix="for instance --jsonl-keys chosen rejected")
     pairs = PairSource(chat_format(given.tokenizer_path, given.chat_template), given.prompt_key, *keys)
     return measure(Files(files, columns=(given.prompt_key, *keys)), pairs, workers=given.workers, skip_bad=given.skip_bad)
 

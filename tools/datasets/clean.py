@@ -12,12 +12,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.cleaning.backend import trove  # noqa: E402
-from megatron.data.cleaning.near import Keep  # noqa: E402
+from megatron.data.cleaning.backend import datatrove  # noqa: E402
+from megatron.data.cleaning.minhash_dedup import Keep  # noqa: E402
 from megatron.data.cleaning.pii import Code  # noqa: E402
 from megatron.data.cleaning.quality import Filter  # noqa: E402
-from megatron.data.cleaning.run import Local, OnSlurm, Runner, clean  # noqa: E402
-from megatron.data.cleaning.settings import Form, Identify, NearSettings, Settings  # noqa: E402
+from megatron.data.cleaning.run import LocalTasks, OnSlurm, Runner, clean  # noqa: E402
+from megatron.data.cleaning.settings import CleaningSettings, Form, Identify, NearSettings  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
@@ -31,7 +31,7 @@ USAGE = """python tools/datasets/clean.py INPUT ... --output DIR [stages] [optio
   --format F                  jsonl (default), jsonl.gz or parquet
   --skip-bad N                allow N records that cannot be read (0)
 stages
-  --normalise                 NFC, no control characters; with --ftfy also mends text that was decoded wrongly
+  --normalise                 NFC, no control characters; with --ftfy also fixes text that was decoded wrongly
   --lang CODE ...             keep these languages; --lang-backend fasttext (default) or stopwords, --lang-threshold P (0.65)
   --url-key KEY               drop documents whose address, in this field, was met before
   --exact                     drop documents that are the same but for case and spaces
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     """Run, and print the table of what was dropped."""
     given = _flags().parse_args(argv)
     if given.executor == "slurm" and not (given.partition and given.time):
-        raise ConfigError("Slurm jobs need a partition and a time", where="command line", mend="add --partition NAME --time HH:MM:SS")
+        raise ConfigError("Slurm jobs need a partition and a time", where="command line", fix="add --partition NAME --time HH:MM:SS")
     report = clean(given.inputs, given.output, _settings(given), _runner(given))
     if report is not None:
         print(_table(report))
@@ -108,17 +108,17 @@ def _pair(given: str) -> tuple[str, str]:
     return key, value
 
 
-def _settings(given: argparse.Namespace) -> Settings:
+def _settings(given: argparse.Namespace) -> CleaningSettings:
     names = [name for name in given.filters.replace(",", " ").split() if name]
     known = [one.value for one in Filter]
     if unknown := sorted(set(names) - set(known)):
-        raise ConfigError(f"no filters are called {', '.join(unknown)}", where="--filters", mend=f"known: {', '.join(known)}")
+        raise ConfigError(f"no filters are called {', '.join(unknown)}", where="--filters", fix=f"known: {', '.join(known)}")
     if given.ftfy and not given.normalise:
-        raise ConfigError("--ftfy is a part of the stage normalise, which is off", where="command line", mend="add --normalise")
+        raise ConfigError("--ftfy is a part of the stage normalise, which is off", where="command line", fix="add --normalise")
     near = None
     if given.near:
         near = NearSettings(ngram=given.ngram, bands=given.bands, rows=given.rows, keep=Keep(given.keep), jaccard=given.jaccard)
-    return Settings(
+    return CleaningSettings(
         text_key=given.text_key,
         normalise=given.normalise,
         ftfy=given.ftfy,
@@ -142,15 +142,15 @@ def _settings(given: argparse.Namespace) -> Settings:
 
 def _runner(given: argparse.Namespace) -> Runner:
     if given.executor == "local":
-        workers = trove().cpus() if given.workers is None else given.workers
+        workers = datatrove().cpus() if given.workers is None else given.workers
         if workers < 1:
-            raise ConfigError(f"--workers {workers} cannot be", where="command line", mend="1 or more")
-        return Local(workers)
+            raise ConfigError(f"--workers {workers} cannot be", where="command line", fix="1 or more")
+        return LocalTasks(workers)
     root = Path(__file__).resolve().parents[2]
     binaries = Path(sys.executable).parent
     environment = f"export PATH={shlex.quote(str(binaries))}:$PATH PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}"
     return OnSlurm(
-        trove().Slurm(
+        datatrove().Slurm(
             partition=given.partition,
             time=given.time,
             workers=-1 if given.workers is None else given.workers,

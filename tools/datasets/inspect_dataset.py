@@ -17,8 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.finished.inspecting import Agreement, Pair, Statistics, compare, labels_beside, statistics  # noqa: E402
-from megatron.data.finished.legacy import open_any  # noqa: E402
+from megatron.data.inspect.inspecting import Agreement, DatasetStatistics, Pair, compare, labels_beside, statistics  # noqa: E402
+from megatron.data.inspect.legacy import open_any  # noqa: E402
 from megatron.errors import DataError, ExitStatus, NeoXError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, open_tokenizer  # noqa: E402
@@ -103,7 +103,7 @@ def chosen(given: argparse.Namespace, documents: int) -> list[int]:
         raise DataError(
             f"--samples {given.samples} --start {given.start} --max-tokens {given.max_tokens}: no such documents ({documents} are there)",
             where="command line",
-            mend="count documents from 0",
+            fix="count documents from 0",
         )
     if given.random is None:
         return list(range(given.start, min(given.start + given.samples, documents)))
@@ -154,7 +154,7 @@ def print_document(tokens: Pair, labels: Pair | None, number: int, tokenizer: To
     print(("" if tokenizer else " ").join(pieces) + (f" ... ({size - limit} more)" if size > limit else ""))
 
 
-def print_statistics(prefix: str, counted: Statistics, tokenizer: Tokenizer | None) -> None:
+def print_statistics(prefix: str, counted: DatasetStatistics, tokenizer: Tokenizer | None) -> None:
     """The table."""
     rows: list[tuple[str, str]] = [("documents", f"{counted.documents:,}")]
     if counted.marked is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.finished.merging import merge_folder  # noqa: E402
+from megatron.data.inspect.merging import merge_folder  # noqa: E402
 from megatron.errors import NeoXError  # noqa: E402
 from megatron.log import setup_logging  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402

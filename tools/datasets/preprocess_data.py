@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.making import flags as shared  # noqa: E402
-from megatron.data.making.encoders import TextSource  # noqa: E402
-from megatron.data.making.inputs import find  # noqa: E402
-from megatron.data.making.sources import Files  # noqa: E402
-from megatron.data.making.writer import write  # noqa: E402
+from megatron.data.preprocess import flags as shared  # noqa: E402
+from megatron.data.preprocess.encoders import TextSource  # noqa: E402
+from megatron.data.preprocess.inputs import find  # noqa: E402
+from megatron.data.preprocess.sources import Files  # noqa: E402
+from megatron.data.preprocess.writer import write  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
 
@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_input(flags, keys=["text"])
     shared.add_tokenizer(flags)
     flags.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    flags.add_argument("--ftfy", action="store_true", help="mend mis-decoded text with ftfy first")
+    flags.add_argument("--ftfy", action="store_true", help="fix mis-decoded text with ftfy first")
     shared.add_output(flags)
     return flags
 

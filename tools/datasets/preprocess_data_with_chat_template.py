@@ -14,11 +14,11 @@ from megatron.data.chat.masks import Borders, Masking  # noqa: E402
 from megatron.data.chat.pairs import PairSource  # noqa: E402
 from megatron.data.chat.preview import preview  # noqa: E402
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format  # noqa: E402
-from megatron.data.making import flags as shared  # noqa: E402
-from megatron.data.making.blocks import Position  # noqa: E402
-from megatron.data.making.inputs import find  # noqa: E402
-from megatron.data.making.sources import Files  # noqa: E402
-from megatron.data.making.writer import write  # noqa: E402
+from megatron.data.preprocess import flags as shared  # noqa: E402
+from megatron.data.preprocess.blocks import BlockStart  # noqa: E402
+from megatron.data.preprocess.inputs import find  # noqa: E402
+from megatron.data.preprocess.sources import Files  # noqa: E402
+from megatron.data.preprocess.writer import write  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     group = flags.add_argument_group("tokenizer and template")
     group.add_argument("--tokenizer-path", required=True, help="folder with tokenizer.json and tokenizer_config.json, or a Hub name")
     group.add_argument("--chat-template", help="Jinja file to use instead of the tokenizer's template")
-    group.add_argument("--ftfy", action="store_true", help="mend mis-decoded text with ftfy first")
+    group.add_argument("--ftfy", action="store_true", help="fix mis-decoded text with ftfy first")
     group = flags.add_argument_group("what is trained")
     group.add_argument("--generation-role", default="assistant", help="role whose turns are trained (default: assistant)")
     group.add_argument("--only-last", action="store_true", help="train the last turn only")
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def check(given: argparse.Namespace) -> None:
     """Refuse flags that would have no effect."""
     if given.binary_reward and given.reward_key is None:
-        raise ConfigError("--binary-reward says how a reward is stored", where="command line", mend="add --reward-key KEY")
+        raise ConfigError("--binary-reward says how a reward is stored", where="command line", fix="add --reward-key KEY")
     if not given.pairs:
         return
     useless = {
@@ -75,10 +75,10 @@ def check(given: argparse.Namespace) -> None:
         raise ConfigError(
             f"--pairs does not go with {' and '.join(wrong)}",
             where="command line",
-            mend="leave --pairs out to write both sides as conversations (--jsonl-keys chosen rejected), as for reward models",
+            fix="leave --pairs out to write both sides as conversations (--jsonl-keys chosen rejected), as for reward models",
         )
     if given.jsonl_keys != KEYS and len(given.jsonl_keys) != 2:
-        raise ConfigError("--pairs has two keys", where="--jsonl-keys", mend="for instance --jsonl-keys chosen rejected")
+        raise ConfigError("--pairs has two keys", where="--jsonl-keys", fix="for instance --jsonl-keys chosen rejected")
 
 
 def encoder_of(given: argparse.Namespace, form: ChatFormat) -> ChatSource | PairSource:
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     form = chat_format(given.tokenizer_path, given.chat_template)
     encoder = encoder_of(given, form)
     source = Files(find(given.input, split=given.split), columns=columns_of(encoder))
-    first = next((block.read().records for block in source.blocks(Position())), [])
+    first = next((block.read().records for block in source.blocks(BlockStart())), [])
     for stream, text in preview(encoder.open(), first).items():
         print(f"first {stream}, what is trained in [[ ]]:\n{text}\n")
     print(shared.summary(write(source, encoder, prefix, shared.options(given, **form.about()))))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.making import flags as shared  # noqa: E402
-from megatron.data.making.encoders import MaskSource  # noqa: E402
-from megatron.data.making.inputs import find  # noqa: E402
-from megatron.data.making.sources import Files  # noqa: E402
-from megatron.data.making.writer import write  # noqa: E402
+from megatron.data.preprocess import flags as shared  # noqa: E402
+from megatron.data.preprocess.encoders import MaskSource  # noqa: E402
+from megatron.data.preprocess.inputs import find  # noqa: E402
+from megatron.data.preprocess.sources import Files  # noqa: E402
+from megatron.data.preprocess.writer import write  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_tokenizer(flags)
     flags.add_argument("--mask-before-token", default="", help="token ids, separated by commas; without it every token is trained")
     flags.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    flags.add_argument("--ftfy", action="store_true", help="mend mis-decoded text with ftfy first")
+    flags.add_argument("--ftfy", action="store_true", help="fix mis-decoded text with ftfy first")
     shared.add_output(flags)
     return flags
 
@@ -39,12 +39,12 @@ def main(argv: list[str]) -> int:
     """Write the files; print what was written."""
     given = parser().parse_args(argv)
     if len(given.jsonl_keys) != 1:
-        raise ConfigError("one key is masked at a time", where="--jsonl-keys", mend="run the tool once for each key")
+        raise ConfigError("one key is masked at a time", where="--jsonl-keys", fix="run the tool once for each key")
     try:
         pattern = tuple(int(part) for part in given.mask_before_token.split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(
-            f"{given.mask_before_token!r} is no list of token ids", where="--mask-before-token", mend="for instance 200,34,79"
+            f"{given.mask_before_token!r} is no list of token ids", where="--mask-before-token", fix="for instance 200,34,79"
         ) from error
     keys = (given.jsonl_keys[0],)
     prefix = shared.prefix_of(given)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.making.inputs import find  # noqa: E402
-from megatron.data.making.reading import texts  # noqa: E402
-from megatron.data.making.sources import Files  # noqa: E402
+from megatron.data.preprocess.inputs import find  # noqa: E402
+from megatron.data.preprocess.reading import texts  # noqa: E402
+from megatron.data.preprocess.sources import Files  # noqa: E402
 from megatron.errors import NeoXError  # noqa: E402
 from megatron.log import setup_logging  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.build import compared_args, spec_for
-from megatron.checkpoint.conversion.companions import (
+from megatron.checkpoint.conversion.config_file import NAME, TRAINING, render
+from megatron.checkpoint.conversion.external_weights import Foreign, open_foreign
+from megatron.checkpoint.conversion.logit_compare import verify
+from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice
+from megatron.checkpoint.conversion.requests import OutputLayout, Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.reward import score_fields
+from megatron.checkpoint.conversion.tensor_manifest import read_record
+from megatron.checkpoint.conversion.to_hf import convert_to_hf
+from megatron.checkpoint.conversion.to_neox import convert_to_neox, rewrite_neox
+from megatron.checkpoint.conversion.tokenizer_files import (
     copy_tokenizer,
     find_tokenizer,
     save_tokenizer,
@@ -18,24 +27,15 @@ from megatron.checkpoint.conversion.companions import (
     tokenizer_keys,
     write_generation_config,
 )
-from megatron.checkpoint.conversion.comparing import verify
-from megatron.checkpoint.conversion.config_file import NAME, TRAINING, render
-from megatron.checkpoint.conversion.foreign import Foreign, open_foreign
-from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice
-from megatron.checkpoint.conversion.requests import Layout, Rewrite, ToHF, ToNeoX
-from megatron.checkpoint.conversion.reward import score_fields
-from megatron.checkpoint.conversion.table import read_record
-from megatron.checkpoint.conversion.to_hf import convert_to_hf
-from megatron.checkpoint.conversion.to_neox import convert_to_neox, rewrite_neox
-from megatron.checkpoint.convert import neox_keys
-from megatron.checkpoint.families.dialects import TE_KEYS, canonical_keys
-from megatron.checkpoint.families.registry import FAMILIES, family_of
-from megatron.checkpoint.hf_store import read_config
-from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.neox_store import find_tag, named_step
-from megatron.checkpoint.resharding import target_rows
-from megatron.checkpoint.steps import step_of, step_tag
-from megatron.checkpoint.whole import read_shards, width_over
+from megatron.checkpoint.formats.hf_files import read_config
+from megatron.checkpoint.formats.neox_files import find_tag, named_step
+from megatron.checkpoint.loading.merge_tp import read_shards, width_over
+from megatron.checkpoint.loading.reshard import target_rows
+from megatron.checkpoint.mapping.families.dialects import TE_KEYS, canonical_keys
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of
+from megatron.checkpoint.mapping.hf_config import neox_keys
+from megatron.checkpoint.steps.manifest import read_manifest
+from megatron.checkpoint.steps.step_dirs import step_of, step_tag
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.build import build_spec
@@ -151,7 +151,7 @@ def describe_step(step: Path, configs: Sequence[Path] = (), keys: Mapping[str, A
     elif (manifest is not None and manifest.config) or keys:
         args = NeoXArgs.from_dict({**(keys or (manifest.config if manifest is not None else {})), **fixed})
     else:
-        raise ConfigError("the checkpoint holds no configuration", where=str(step / "configs"), mend="name it: --config_file FILE")
+        raise ConfigError("the checkpoint holds no configuration", where=str(step / "configs"), fix="name it: --config_file FILE")
     if any(getattr(args.model, key) for key in TE_KEYS) or args.model.norm.startswith("te_"):
         args = NeoXArgs.from_dict({**canonical_keys(args.given()), **fixed})
     return args, Described(args.to_flat(), spec_for(args, step))
@@ -204,7 +204,7 @@ def _origin(step: Path, args: NeoXArgs) -> dict[str, Any]:
     return {}
 
 
-def _choice(request: Layout, args: NeoXArgs, iteration: int | None = None) -> NeoXChoice:
+def _choice(request: OutputLayout, args: NeoXArgs, iteration: int | None = None) -> NeoXChoice:
     return NeoXChoice(
         tensor=request.tensor,
         pipe=request.pipe,
@@ -216,13 +216,13 @@ def _choice(request: Layout, args: NeoXArgs, iteration: int | None = None) -> Ne
     )
 
 
-def _check_layout(request: Layout) -> None:
+def _check_layout(request: OutputLayout) -> None:
     if request.tensor < 1 or request.pipe < 0 or request.iteration < 0:
         what = f"{request.tensor} tensor ranks, {request.pipe} stages and iteration {request.iteration} are no layout"
-        raise ConfigError(what, where="command line", mend="at least 1 tensor rank, 0 stages, iteration 0")
+        raise ConfigError(what, where="command line", fix="at least 1 tensor rank, 0 stages, iteration 0")
 
 
-def _layout(request: Layout) -> str:
+def _layout(request: OutputLayout) -> str:
     return f"{request.tensor} tensor ranks, " + (f"{request.pipe} stages" if request.pipe else "no pipeline")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from megatron.checkpoint.durable import sync_folder
+from megatron.atomic_io import sync_folder
 from megatron.errors import CheckpointError
 
 PARTIAL = ".partial"
@@ -18,9 +18,9 @@ PARTIAL = ".partial"
 def check_free(out: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError where something is at `out` that must not be replaced."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise CheckpointError("the output is not a folder", where=str(out), mend="choose another folder")
+        raise CheckpointError("the output is not a folder", where=str(out), fix="choose another folder")
     if not overwrite and out.is_dir() and any(out.iterdir()):
-        raise CheckpointError("the output folder is not empty", where=str(out), mend="choose another folder, or give --overwrite")
+        raise CheckpointError("the output folder is not empty", where=str(out), fix="choose another folder, or give --overwrite")
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.conversion.reward import head_name
-from megatron.checkpoint.hf_store import SHARD_BYTES
-from megatron.checkpoint.state import canonical_name, canonical_state
-from megatron.checkpoint.whole import shardings_of
+from megatron.checkpoint.formats.hf_files import SHARD_BYTES
+from megatron.checkpoint.formats.state import canonical_name, canonical_state
+from megatron.checkpoint.loading.merge_tp import shardings_of
 from megatron.model.block import unused_stored_prefixes
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.conversion.model import Precision
-from megatron.checkpoint.hf_store import SHARD_BYTES
+from megatron.checkpoint.formats.hf_files import SHARD_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ToHF(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout(Common):
+class OutputLayout(Common):
     """What is written is a folder of checkpoints.
 
     tensor:  ranks; pipe: stages, 0 = all weights in one file per tensor rank
@@ -58,7 +58,7 @@ class Layout(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToNeoX(Layout):
+class ToNeoX(OutputLayout):
     """A directory of Hugging Face's or Meta's -> a folder of checkpoints.
 
     divisible_by: rows of the vocabulary per tensor rank are a multiple of it
@@ -68,7 +68,7 @@ class ToNeoX(Layout):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rewrite(Layout):
+class Rewrite(OutputLayout):
     """The weights of a checkpoint, in whatever dialect -> another layout. keys: of the configuration, where no file says them"""
 
     configs: Sequence[Path] = ()

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.config_rows import ConfigRow, Theirs
-from megatron.checkpoint.families.registry import FAMILIES, family_of
-from megatron.checkpoint.mapping import Family, Row
-from megatron.checkpoint.state import load_canonical
+from megatron.checkpoint.formats.state import load_canonical
+from megatron.checkpoint.mapping.config_rows import ConfigRow, Theirs
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of
+from megatron.checkpoint.mapping.rows import Family, Row
 from megatron.errors import ConfigError
+from megatron.model.layer_state import LayerState
 from megatron.model.spec import ModelSpec
-from megatron.model.stream import Stream
 from megatron.model.transformer import Transformer
 
 HEAD = "rm_linear.weight"
@@ -35,7 +35,7 @@ def scoring(family: Family) -> Family:
     """A family's form with a head of one score. Raises ConfigError where transformers has none."""
     if family.name not in SCORED:
         what = f"transformers has no {_class_of(family)}"
-        raise ConfigError(what, where="architecture", mend=f"a reward model can be one of: {', '.join(SCORED)}")
+        raise ConfigError(what, where="architecture", fix=f"a reward model can be one of: {', '.join(SCORED)}")
     head = Row(f"{{head}}.{HEAD}", "score.weight")
     rows = (*(row for row in family.rows if not row.ours.startswith("{head}.")), head)
     config = tuple(_classified(row, family) for row in family.config)
@@ -72,7 +72,7 @@ def score_fields(pad: int | None, rows: int) -> dict[str, Any]:
     Raises ConfigError without such an id."""
     if pad is None or not 0 <= pad < rows:
         what = "a reward model needs the id that fills up its rows" if pad is None else f"{pad} is no id of a vocabulary of {rows}"
-        raise ConfigError(what, where="--pad-token-id", mend=f"give --pad-token-id N, 0 to {rows - 1}, an id that no text ends with")
+        raise ConfigError(what, where="--pad-token-id", fix=f"give --pad-token-id N, 0 to {rows - 1}, an id that no text ends with")
     return {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": pad}
 
 
@@ -88,7 +88,7 @@ def scores(spec: ModelSpec, state: Mapping[str, Tensor], tokens: Tensor, rounded
     with torch.no_grad():
         for parameter in model.parameters() if rounded is not None else ():
             parameter.copy_(parameter.to(rounded))
-        stream = Stream(tokens, torch.zeros_like(tokens, dtype=torch.int32))
+        stream = LayerState(tokens, torch.zeros_like(tokens, dtype=torch.int32))
         for module in model.sequential.values():
             stream = module(stream)
         return stream.hidden @ (head if rounded is None else head.to(rounded).float()).t()

@@ -17,7 +17,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.hf_store import INDEX, WEIGHTS, write_json
+from megatron.checkpoint.formats.hf_files import INDEX, WEIGHTS, write_json
 from megatron.errors import CheckpointError
 
 NAMES = {

@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.config_rows import Pair
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.reward import written_family
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
-from megatron.checkpoint.conversion.table import content_of
+from megatron.checkpoint.conversion.tensor_manifest import content_of
 from megatron.checkpoint.conversion.weights import Whole
-from megatron.checkpoint.hf_store import CONFIG, SHARD_BYTES, read_config, read_state, write_json
-from megatron.checkpoint.mapping import Family, usual_names
-from megatron.checkpoint.state import LazyState
+from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, read_config, read_state, write_json
+from megatron.checkpoint.formats.state import LazyState
+from megatron.checkpoint.mapping.config_rows import FieldPair
+from megatron.checkpoint.mapping.rows import Family, usual_names
 from megatron.model.spec import ModelSpec
 
 
@@ -80,7 +80,7 @@ def _names(family: Family, spec: ModelSpec, layers: Sequence[int]) -> Iterator[t
 
 def _config_of_layers(config: Mapping[str, Any], family: Family, total: int, layers: Sequence[int]) -> dict[str, Any]:
     """Fields that list something for every layer keep the entries of these."""
-    count = next(row.hf for row in family.config if isinstance(row, Pair) and row.neox == "num_layers")
+    count = next(row.hf for row in family.config if isinstance(row, FieldPair) and row.neox == "num_layers")
     fields = json.loads(json.dumps(dict(config)))
     lists = {key: value for key, value in fields.items() if isinstance(value, list) and len(value) == total > 1}
     return {**fields, **{key: [value[layer] for layer in layers] for key, value in lists.items()}, count: len(layers)}

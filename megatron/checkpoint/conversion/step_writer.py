@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.conversion.ahead import ahead
+from megatron.atomic_io import digest_of
 from megatron.checkpoint.conversion.model import Described, NeoXChoice
-from megatron.checkpoint.durable import digest_of
-from megatron.checkpoint.families.dialects import of_rank
-from megatron.checkpoint.families.registry import family_named
-from megatron.checkpoint.manifest import Manifest, write_manifest
-from megatron.checkpoint.mapping import Bound, bound_rows
-from megatron.checkpoint.neox_store import model_file
-from megatron.checkpoint.provenance import code_version
-from megatron.checkpoint.state import SEQUENTIAL
-from megatron.checkpoint.streaming import Later, streaming
+from megatron.checkpoint.conversion.prefetch import ahead
+from megatron.checkpoint.formats.neox_files import model_file
+from megatron.checkpoint.formats.state import SEQUENTIAL
+from megatron.checkpoint.mapping.families.dialects import of_rank
+from megatron.checkpoint.mapping.families.registry import family_named
+from megatron.checkpoint.mapping.rows import Bound, bound_rows
+from megatron.checkpoint.saving.streaming import Later, streaming
+from megatron.checkpoint.steps.manifest import Manifest, write_manifest
 from megatron.mpu.sharding import Replicated, split
+from megatron.provenance import code_version
 
 _EMPTY = (
     "optimizer",

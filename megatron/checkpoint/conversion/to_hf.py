@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.conversion.ahead import ahead
 from megatron.checkpoint.conversion.folder import check_free, written_aside
 from megatron.checkpoint.conversion.model import Described, Finish, HFChoice
+from megatron.checkpoint.conversion.prefetch import ahead
 from megatron.checkpoint.conversion.reward import scoring
 from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
-from megatron.checkpoint.conversion.table import Progress, Table, dtype_name, write_record
+from megatron.checkpoint.conversion.tensor_manifest import ByteProgress, Table, dtype_name, write_record
 from megatron.checkpoint.conversion.weights import Whole, check_files
-from megatron.checkpoint.convert import hf_config
-from megatron.checkpoint.families.registry import FAMILIES, family_named
-from megatron.checkpoint.hf_store import CONFIG, write_json
-from megatron.checkpoint.mapping import Bound, Family, bound_rows, from_canonical
+from megatron.checkpoint.formats.hf_files import CONFIG, write_json
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_named
+from megatron.checkpoint.mapping.hf_config import hf_config
+from megatron.checkpoint.mapping.rows import Bound, Family, bound_rows, from_canonical
 from megatron.errors import CheckpointError, ConfigError
 from megatron.log import get_logger
 
@@ -36,7 +36,7 @@ def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, 
     check_free(out, overwrite=choice.overwrite)
     spec, rows = model.spec, choice.vocab_size
     if rows is not None and not 0 < rows <= spec.vocab_size:
-        raise ConfigError(f"{rows} rows of {spec.vocab_size} cannot be kept", where="vocab_size", mend=f"give 1 to {spec.vocab_size}")
+        raise ConfigError(f"{rows} rows of {spec.vocab_size} cannot be kept", where="vocab_size", fix=f"give 1 to {spec.vocab_size}")
     families = candidates(model, choice)  # what cannot be expressed is told first
     check_files(step)
     weights = Whole(step, model)
@@ -47,7 +47,7 @@ def convert_to_hf(step: Path, out: Path, model: Described, choice: HFChoice, *, 
     config |= {"torch_dtype": dtype_name(plan[0].dtype), **choice.fields}
     log.info("%s -> %s: %s, %d tensors, %s", step, out, family.hf, len(plan), config["torch_dtype"])
     with written_aside(out, overwrite=choice.overwrite) as aside:
-        table = Table(Progress("converting", sum(one.bytes for one in plan)))
+        table = Table(ByteProgress("converting", sum(one.bytes for one in plan)))
         write_shards(aside, plan, unpacked(bound, weights), table.add, limit=choice.shard_bytes)
         table.progress.close()
         write_json(aside / CONFIG, config)
@@ -75,8 +75,8 @@ def candidates(model: Described, choice: HFChoice) -> list[Family]:
         except ConfigError as error:
             reasons.append(f"{family.name}: {error.what}")
     if not found:
-        mend = "train a model that one of them has, or use its checkpoint here"
-        raise ConfigError("no Hugging Face architecture can express this model. " + "; ".join(reasons), where="architecture", mend=mend)
+        fix = "train a model that one of them has, or use its checkpoint here"
+        raise ConfigError("no Hugging Face architecture can express this model. " + "; ".join(reasons), where="architecture", fix=fix)
     return found
 
 

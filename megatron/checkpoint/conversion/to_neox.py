@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.conversion.external_weights import Foreign
 from megatron.checkpoint.conversion.folder import check_free, written_aside
-from megatron.checkpoint.conversion.foreign import Foreign
 from megatron.checkpoint.conversion.model import Described, Finish, NeoXChoice
 from megatron.checkpoint.conversion.step_writer import StepWriter
-from megatron.checkpoint.conversion.table import Noted, Progress, Table, write_record
+from megatron.checkpoint.conversion.tensor_manifest import ByteProgress, Noted, Table, write_record
 from megatron.checkpoint.conversion.weights import Whole, check_files
-from megatron.checkpoint.mapping import Bound, bound_rows, to_canonical, usual_names
-from megatron.checkpoint.steps import step_tag, write_latest
+from megatron.checkpoint.mapping.rows import Bound, bound_rows, to_canonical, usual_names
+from megatron.checkpoint.steps.step_dirs import step_tag, write_latest
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 
@@ -30,7 +30,7 @@ def convert_to_neox(source: Foreign, out: Path, model: Described, choice: NeoXCh
     Nothing is left at `out` when anything fails. Raises CheckpointError for files that are damaged, missing or of another model.
     """
     check_free(out, overwrite=choice.overwrite)
-    table = Table(Progress("converting", source.total_bytes()))
+    table = Table(ByteProgress("converting", source.total_bytes()))
     ours = to_canonical(source.family, Noted(source.tensors, table), model.spec)
     bound = list(bound_rows(source.family, model.spec, source.vocab_size))
     theirs = usual_names(source.family, source.tensors, {name for row in bound for name in row.theirs})
@@ -48,7 +48,7 @@ def rewrite_neox(step: Path, out: Path, model: Described, choice: NeoXChoice, *,
     check_files(step)
     weights = Whole(step, model)
     dtypes = weights.dtypes()
-    table = Table(Progress("rewriting", sum(dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in model.shapes.items())))
+    table = Table(ByteProgress("rewriting", sum(dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in model.shapes.items())))
     facts = {"direction": "neox -> neox", "source": str(step)}
     return _write(out, Noted(weights.state(), table), dtypes, model, choice, facts, table, finish)
 
@@ -94,4 +94,4 @@ def check_shapes(source: Foreign, bound: Sequence[Bound], model: Described, stor
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         what = "weights and configuration differ. " + "; ".join(wrong[:6]) + more
-        raise CheckpointError(what, where=str(source.path), mend="copy both from the same model")
+        raise CheckpointError(what, where=str(source.path), fix="copy both from the same model")

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.reward import HEAD
-from megatron.checkpoint.families.dialects import canonical_weights
-from megatron.checkpoint.neox_store import bookkeeping_file, check_fit, zero3_partitioned
-from megatron.checkpoint.reading import read_torch_file
-from megatron.checkpoint.resharding import AT_ONCE, let_go
-from megatron.checkpoint.state import LazyState, canonical_name
-from megatron.checkpoint.verifying import Verify, look_at
-from megatron.checkpoint.whole import read_shards
+from megatron.checkpoint.formats.neox_files import bookkeeping_file, check_fit, zero3_partitioned
+from megatron.checkpoint.formats.state import LazyState, canonical_name
+from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.loading.merge_tp import read_shards
+from megatron.checkpoint.loading.reshard import AT_ONCE, let_go
+from megatron.checkpoint.mapping.families.dialects import canonical_weights
+from megatron.checkpoint.steps.verify import Verify, look_at
 from megatron.errors import CheckpointError
 from megatron.mpu.sharding import Replicated, Summed, join, split
 
@@ -25,7 +25,7 @@ def check_files(step: Path) -> None:
     """Raise CheckpointError where the folder has a manifest and is not what it says."""
     if problems := look_at(step, Verify.FULL).problems:
         raise CheckpointError(
-            "the checkpoint is damaged: " + "; ".join(problems[:6]), where=str(step), mend="copy it again, or choose another step"
+            "the checkpoint is damaged: " + "; ".join(problems[:6]), where=str(step), fix="copy it again, or choose another step"
         )
 
 
@@ -45,7 +45,7 @@ class Whole:
         self.names = list(model.shapes)
         if not model.reward and any(name.endswith(HEAD) for name in stored[0]):
             what = "this is a reward model, and the configuration does not say so"
-            raise CheckpointError(what, where=str(step), mend="give the configuration of its run, with train_impl: rm")
+            raise CheckpointError(what, where=str(step), fix="give the configuration of its run, with train_impl: rm")
         self._how = model.shardings(ranks)
         for rank, shard in enumerate(self._shards):
             local = {
@@ -86,7 +86,7 @@ class Whole:
         tensor = parts[0] if len(parts) == 1 else join(parts, self._how.get(name, Replicated()))
         if tuple(tensor.shape) != self._model.shapes[name]:
             what = f"{name} is {tuple(tensor.shape)} in the checkpoint and {self._model.shapes[name]} in the model"
-            raise CheckpointError(what, where=str(self._step), mend="use the configuration that the checkpoint was trained with")
+            raise CheckpointError(what, where=str(self._step), fix="use the configuration that the checkpoint was trained with")
         self._read += tensor.numel() * tensor.element_size()
         return tensor.to(self._rounded[name]) if self._rounded else tensor
 

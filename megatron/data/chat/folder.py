@@ -35,7 +35,7 @@ def template_sources(folder: Path, file: Path | None = None) -> dict[str, str]:
         raise DataError(
             "the tokenizer has no chat template",
             where=str(folder),
-            mend=f"give one as a file (--chat-template), as {TEMPLATE_FILE} in the folder, or as chat_template in {CONFIG}",
+            fix=f"give one as a file (--chat-template), as {TEMPLATE_FILE} in the folder, or as chat_template in {CONFIG}",
         )
     return found
 
@@ -59,7 +59,7 @@ def _named(content: Mapping[str, Any], path: Path) -> dict[str, str]:
         return {DEFAULT: given}
     entries = [entry for entry in given or () if isinstance(entry, Mapping) and "name" in entry and "template" in entry]
     if given is not None and (not isinstance(given, list) or len(entries) != len(given)):
-        raise DataError("chat_template is neither text nor a list of {name, template}", where=str(path), mend="mend the file")
+        raise DataError("chat_template is neither text nor a list of {name, template}", where=str(path), fix="fix the file")
     return {entry["name"]: entry["template"] for entry in entries}
 
 
@@ -68,16 +68,16 @@ def file_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the chat template cannot be read: {error}", where=str(path), mend="give a Jinja file in UTF-8") from error
+        raise DataError(f"the chat template cannot be read: {error}", where=str(path), fix="give a Jinja file in UTF-8") from error
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(file_text(path))
     except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error}", where=str(path), mend="download or write it again") from error
+        raise DataError(f"not JSON: {error}", where=str(path), fix="download or write it again") from error
     if not isinstance(content, dict):
-        raise DataError("not a JSON object", where=str(path), mend="download or write it again")
+        raise DataError("not a JSON object", where=str(path), fix="download or write it again")
     return content
 
 

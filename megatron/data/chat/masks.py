@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from megatron.data.chat.template import ChatTemplate, RenderError, Span
 from megatron.data.chat.turns import Conversation, UnmaskableError, check_prefix, mark, rendered, wanted_turns
-from megatron.data.making.encoders import UNTRAINED
+from megatron.data.preprocess.encoders import UNTRAINED
 from megatron.tokenizer.spans import Spans, SpanTokenizer
 
-NEOX_MEND = "--turn-borders exact masks it"
+NEOX_FIX = "--turn-borders exact masks it"
 
 
 class Borders(str, Enum):
@@ -53,7 +53,7 @@ class Masking:
     keep_untrained: bool = False
 
 
-class Plan(NamedTuple):
+class EncodingPlan(NamedTuple):
     """What is to be encoded for one conversation, and how to read it.
 
     texts:   one, or (NEOX) the text after each turn
@@ -81,15 +81,15 @@ class Masked(NamedTuple):
     endless: bool = False
 
 
-def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first: int = 0) -> Plan:
+def plan(template: ChatTemplate, talk: Conversation, masking: Masking, *, first: int = 0) -> EncodingPlan:
     """Render what the masking needs; turns before `first` are not trained. Raises UnmaskableError."""
     if masking.borders is Borders.NEOX and not masking.reward:
         wanted = wanted_turns(talk.turns, masking.role, only_last=masking.only_last, first=first)
-        return Plan(_neox_texts(template, talk, masking.role), trained=tuple(wanted))
+        return EncodingPlan(_neox_texts(template, talk, masking.role), trained=tuple(wanted))
     if masking.reward or not masking.labels:
-        return Plan((rendered(template, talk).text,))
+        return EncodingPlan((rendered(template, talk).text,))
     marked = mark(template, talk, masking.role, only_last=masking.only_last, first=first)
-    return Plan((marked.text,), marked.spans, blocks=marked.blocks)
+    return EncodingPlan((marked.text,), marked.spans, blocks=marked.blocks)
 
 
 def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[str, ...]:
@@ -100,17 +100,17 @@ def _neox_texts(template: ChatTemplate, talk: Conversation, role: str) -> tuple[
         try:
             part = template.render(talk.turns[:count], talk.tools, add_generation_prompt=prompting).text
         except RenderError as error:
-            raise UnmaskableError(f"the template refuses the first {count} turns alone: {error}; {NEOX_MEND}") from error
+            raise UnmaskableError(f"the template refuses the first {count} turns alone: {error}; {NEOX_FIX}") from error
         try:
             check_prefix(part, whole, talk, count)
         except UnmaskableError as error:
-            raise UnmaskableError(f"{error}; if only the generation prompt differs, {NEOX_MEND}") from error
+            raise UnmaskableError(f"{error}; if only the generation prompt differs, {NEOX_FIX}") from error
         texts.append(part)
     # The text of the whole conversation last: turns are cut from it, too.
     return (*texts, whole)
 
 
-def masked(tokenizer: SpanTokenizer, plans: Sequence[Plan]) -> list[Masked]:
+def masked(tokenizer: SpanTokenizer, plans: Sequence[EncodingPlan]) -> list[Masked]:
     """Ids and labels of every plan, without the end-of-document token. All plans are of one kind."""
     texts = [text for made in plans for text in made.texts]
     if any(made.trained is not None for made in plans):
@@ -119,7 +119,7 @@ def masked(tokenizer: SpanTokenizer, plans: Sequence[Plan]) -> list[Masked]:
     return [_exact(tokenizer, tokens, made) for tokens, made in zip(tokenizer.encode_batch(texts), plans, strict=True)]
 
 
-def _exact(tokenizer: SpanTokenizer, tokens: Spans, made: Plan) -> Masked:
+def _exact(tokenizer: SpanTokenizer, tokens: Spans, made: EncodingPlan) -> Masked:
     trained, crossing = trained_tokens(tokens, made.spans)
     endless = False
     if made.blocks:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron.data.chat.masks import Masked, close, count_trained, trained_tokens
-from megatron.data.chat.records import answered, common_turns, mended
+from megatron.data.chat.records import answered, common_turns, fixed
 from megatron.data.chat.sources import IDS, NOTHING, ChatFormat
 from megatron.data.chat.turns import Conversation, Marked, UnmaskableError, mark
-from megatron.data.making.encoders import UNTRAINED, Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
+from megatron.data.preprocess.encoders import UNTRAINED, Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
 from megatron.tokenizer.spans import Spans
 
 LENGTHS = "lengths"
@@ -42,7 +42,7 @@ class PairSource:
         return PairEncoder(self)
 
 
-class Pair(NamedTuple):
+class TextPair(NamedTuple):
     """Both texts; they are equal before `cut`."""
 
     chosen: Marked
@@ -57,20 +57,20 @@ class PairEncoder:
         self.source = source
         self.tokenizer = source.form.open_tokenizer()
         self.template = source.form.open_template()
-        self.mend = text_mender() if source.ftfy else None
+        self.fix = text_fixer() if source.ftfy else None
         self.keys = (source.chosen_key, source.rejected_key)
-        self.streams: dict[str, Stream] = {name: IDS for key in self.keys for name in (key, f"{key}_label")}
+        self.streams: dict[str, StreamFormat] = {name: IDS for key in self.keys for name in (key, f"{key}_label")}
         self.streams[LENGTHS] = IDS
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """Ids, labels and lengths of each pair."""
         pairs = [self._pair(record) for record in records]
-        whole = iter(self.tokenizer.encode_batch([side.text for pair in pairs if isinstance(pair, Pair) for side in pair[:2]]))
-        outcomes = [self._outcome(pair, (next(whole), next(whole))) if isinstance(pair, Pair) else pair for pair in pairs]
+        whole = iter(self.tokenizer.encode_batch([side.text for pair in pairs if isinstance(pair, TextPair) for side in pair[:2]]))
+        outcomes = [self._outcome(pair, (next(whole), next(whole))) if isinstance(pair, TextPair) else pair for pair in pairs]
         labels = [outcome[f"{key}_label"] for outcome in outcomes if isinstance(outcome, Mapping) for key in self.keys]
         return gather(outcomes, self.streams, trained=sum(int((label != UNTRAINED).sum()) for label in labels))
 
-    def _pair(self, record: Mapping[str, Any]) -> Pair | Dropped | Fault:
+    def _pair(self, record: Mapping[str, Any]) -> TextPair | Dropped | Fault:
         source = self.source
         try:
             chosen, rejected = (self._talk(record, key) for key in self.keys)
@@ -85,14 +85,14 @@ class PairEncoder:
         if not all(side.spans for side in sides):
             return Dropped(NOTHING)
         cut = min(side.spans[0][0] for side in sides)
-        return Pair(sides[0], sides[1], cut) if sides[0].text[:cut] == sides[1].text[:cut] else Dropped(PROMPTS_DIFFER)
+        return TextPair(sides[0], sides[1], cut) if sides[0].text[:cut] == sides[1].text[:cut] else Dropped(PROMPTS_DIFFER)
 
     def _talk(self, record: Mapping[str, Any], key: str) -> Conversation:
         source = self.source
         talk = answered(record, source.prompt_key, key, source.role, source.tools_key).talk
-        return mended(talk, self.mend) if self.mend else talk
+        return fixed(talk, self.fix) if self.fix else talk
 
-    def _outcome(self, pair: Pair, whole: tuple[Spans, Spans]) -> Outcome:
+    def _outcome(self, pair: TextPair, whole: tuple[Spans, Spans]) -> Outcome:
         starts = [_boundary(spans, pair.cut) for spans in whole]
         prompt = starts[0]
         if prompt is None or prompt != starts[1] or not np.array_equal(whole[0].ids[:prompt], whole[1].ids[:prompt]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.data.chat.pairs import LENGTHS, PairEncoder
 from megatron.data.chat.sources import ChatEncoder
-from megatron.data.making.encoders import UNTRAINED
+from megatron.data.preprocess.encoders import UNTRAINED
 from megatron.tokenizer.spans import SpanTokenizer
 
 SHOWN_TOKENS = 300

@@ -49,9 +49,9 @@ def answered(record: Mapping[str, Any], prompt_key: str, key: str, role: str, to
     return Answered(Conversation(whole, _tools(record, tools_key)), first)
 
 
-def mended(talk: Conversation, mend: Callable[[str], str]) -> Conversation:
-    """The conversation with its contents mended."""
-    turns = [{**turn, "content": mend(turn["content"])} if isinstance(turn.get("content"), str) else turn for turn in talk.turns]
+def fixed(talk: Conversation, fix: Callable[[str], str]) -> Conversation:
+    """The conversation with its contents fixed."""
+    turns = [{**turn, "content": fix(turn["content"])} if isinstance(turn.get("content"), str) else turn for turn in talk.turns]
     return Conversation(turns, talk.tools)
 
 

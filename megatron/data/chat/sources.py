@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from megatron.data.chat.folder import special_tokens, template_sources
-from megatron.data.chat.masks import Borders, Masked, Masking, Plan, close, count_trained, masked, plan
-from megatron.data.chat.records import answered, mended, reward_of, talk_of
+from megatron.data.chat.masks import Borders, EncodingPlan, Masked, Masking, close, count_trained, masked, plan
+from megatron.data.chat.records import answered, fixed, reward_of, talk_of
 from megatron.data.chat.template import ChatTemplate
 from megatron.data.chat.turns import UnmaskableError
-from megatron.data.making.encoders import Batch, Dropped, Fault, Outcome, Stream, gather, text_mender
+from megatron.data.preprocess.encoders import Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
 from megatron.tokenizer.hugging_face import from_hub
 from megatron.tokenizer.spans import SpanTokenizer
 
-IDS = Stream(np.dtype("<i4"))
-REWARDS = Stream(np.dtype("<f4"), integral=np.dtype("<i4"))
-SIGNS = Stream(np.dtype("<i4"))
+IDS = StreamFormat(np.dtype("<i4"))
+REWARDS = StreamFormat(np.dtype("<f4"), integral=np.dtype("<i4"))
+SIGNS = StreamFormat(np.dtype("<i4"))
 NOTHING = "nothing to train"
 CUT = "conversations cut as the reference cuts them lose or double characters at a turn's border (--turn-borders exact keeps them)"
 CROSSING = "conversations have a token across the border of what is trained: that token is not trained"
@@ -90,7 +90,7 @@ class ChatSource:
 
     binary:     rewards are 1 (true, or above 0) and -1, as KTO needs them
     prompt_key: the turns under `keys` answer the prompt under this key, which is not trained
-    ftfy:       mend mis-decoded text first
+    ftfy:       fix mis-decoded text first
     """
 
     form: ChatFormat
@@ -114,8 +114,8 @@ class ChatEncoder:
         self.source = source
         self.tokenizer = source.form.open_tokenizer()
         self.template = source.form.open_template()
-        self.mend = text_mender() if source.ftfy else None
-        self.streams: dict[str, Stream] = {}
+        self.fix = text_fixer() if source.ftfy else None
+        self.streams: dict[str, StreamFormat] = {}
         for key in source.keys:
             self.streams[key] = IDS
             if source.masking.labels:
@@ -123,7 +123,7 @@ class ChatEncoder:
             if source.reward_key is not None:
                 self.streams[f"{key}_reward"] = SIGNS if source.binary else REWARDS
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """Ids, labels and rewards of each record."""
         plans = [self._plans(record) for record in records]
         good = [one for made in plans if not isinstance(made, Fault) for one in made]
@@ -156,19 +156,19 @@ class ChatEncoder:
             notes.append(KEPT)
         return notes
 
-    def _plans(self, record: Mapping[str, Any]) -> list[Plan] | Fault:
+    def _plans(self, record: Mapping[str, Any]) -> list[EncodingPlan] | Fault:
         try:
             return [self._plan(record, key) for key in self.source.keys]
         except UnmaskableError as error:
             return Fault(str(error))
 
-    def _plan(self, record: Mapping[str, Any], key: str) -> Plan:
+    def _plan(self, record: Mapping[str, Any], key: str) -> EncodingPlan:
         source = self.source
         if source.prompt_key is None:
             talk, first = talk_of(record, key, source.tools_key), 0
         else:
             talk, first = answered(record, source.prompt_key, key, source.masking.role, source.tools_key)
-        talk = mended(talk, self.mend) if self.mend else talk
+        talk = fixed(talk, self.fix) if self.fix else talk
         return plan(self.template, talk, source.masking, first=first)
 
     def _outcome(self, record: Mapping[str, Any], encoded: Sequence[Masked]) -> Outcome:

@@ -75,10 +75,10 @@ class ChatTemplate:
                 self._compiled[name] = environment.from_string(source)
             except TemplateSyntaxError as error:
                 raise DataError(
-                    f"the chat template is not valid Jinja: {error.message}", where=f"{name}, line {error.lineno}", mend="mend the template"
+                    f"the chat template is not valid Jinja: {error.message}", where=f"{name}, line {error.lineno}", fix="fix the template"
                 ) from error
         if DEFAULT not in self._compiled:
-            raise DataError(f"no chat template is called {DEFAULT}", where=", ".join(sources) or None, mend=f"name one of them {DEFAULT}")
+            raise DataError(f"no chat template is called {DEFAULT}", where=", ".join(sources) or None, fix=f"name one of them {DEFAULT}")
 
     def render(self, turns: Sequence[Turn], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = False) -> Rendering:
         """The text of the turns. Raises RenderError when the template does not take them."""

@@ -15,7 +15,7 @@ from megatron.data.chat.template import ChatTemplate, RenderError, Rendering, Sp
 from megatron.tokenizer.tokenizer import encodable
 
 UNSTABLE = "the template is not prefix-stable"
-MEND = "put {% generation %} blocks into the template, or use one that renders a turn the same way whatever follows it"
+FIX = "put {% generation %} blocks into the template, or use one that renders a turn the same way whatever follows it"
 # What a turn holds beside its content and is generated with it: left out when the turn's header is looked for.
 GENERATED_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 # Two contents without a common beginning.
@@ -79,7 +79,7 @@ def turn_ends(template: ChatTemplate, talk: Conversation, text: str, wanted: Seq
             continue
         check_prefix(part, text, talk, count)
         if len(part) < max(end for before, end in ends.items() if before < count):
-            raise UnmaskableError(f"{UNSTABLE}: turn {count - 1} ({talk.turns[count - 1]['role']}) makes the text shorter; {MEND}")
+            raise UnmaskableError(f"{UNSTABLE}: turn {count - 1} ({talk.turns[count - 1]['role']}) makes the text shorter; {FIX}")
         ends[count] = len(part)
     return ends
 
@@ -91,7 +91,7 @@ def check_prefix(part: str, text: str, talk: Conversation, count: int) -> None:
     at = agreement(part, text)
     raise UnmaskableError(
         f"{UNSTABLE}: with {count} of {len(talk.turns)} turns, the last being turn {count - 1} ({talk.turns[count - 1]['role']}), "
-        f"it writes {part[at : at + 30]!r} where the whole conversation has {text[at : at + 30]!r} (character {at}); {MEND}"
+        f"it writes {part[at : at + 30]!r} where the whole conversation has {text[at : at + 30]!r} (character {at}); {FIX}"
     )
 
 
@@ -129,7 +129,7 @@ def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
 def _turn_span(template: ChatTemplate, talk: Conversation, number: int, text: str, ends: Mapping[int, int]) -> Span:
     if number + 1 not in ends:
         role = talk.turns[number]["role"]
-        raise UnmaskableError(f"the template refuses the conversation up to turn {number} ({role}), so its end is not known; {MEND}")
+        raise UnmaskableError(f"the template refuses the conversation up to turn {number} ({role}), so its end is not known; {FIX}")
     return _header_end(template, talk, number, text, ends.get(number)), ends[number + 1]
 
 
@@ -146,13 +146,13 @@ def _header_end(template: ChatTemplate, talk: Conversation, number: int, text: s
             f"turn {number} ({turn['role']}): the template refuses another content, so its header is not known: {error}"
         ) from error
     if probes[0] == probes[1]:
-        raise UnmaskableError(f"turn {number} ({turn['role']}): the template does not write its content; {MEND}")
+        raise UnmaskableError(f"turn {number} ({turn['role']}): the template does not write its content; {FIX}")
     common = agreement(*probes)
     agreed = min(common, agreement(probes[0], text))
     # Where the turn begins is not known if the template refuses the turns before it alone; then the probes must say it all.
     least, begin = (common, 0) if begin is None else (begin, begin)
     if agreed < least:
-        raise UnmaskableError(f"{UNSTABLE}: the text before turn {number} ({turn['role']}) depends on that turn's content; {MEND}")
+        raise UnmaskableError(f"{UNSTABLE}: the text before turn {number} ({turn['role']}) depends on that turn's content; {FIX}")
     if not text[begin:agreed].strip():
         return begin  # white space alone is no header ("[/INST] Yes"): the model writes it, mostly within its first token
     try:

@@ -10,8 +10,8 @@ from typing import Any
 from megatron.errors import BackendError
 
 
-def trove() -> Any:
+def datatrove() -> Any:
     """The module that wraps datatrove. Raises BackendError naming the extra."""
     if importlib.util.find_spec("datatrove") is None:
-        raise BackendError("cleaning runs on the package datatrove, which is not installed", mend="uv pip install 'megatron-neox[clean]'")
-    return importlib.import_module("megatron.data.cleaning.trove")
+        raise BackendError("cleaning runs on the package datatrove, which is not installed", fix="uv pip install 'megatron-neox[clean]'")
+    return importlib.import_module("megatron.data.cleaning.datatrove_adapter")

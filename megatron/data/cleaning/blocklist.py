@@ -9,9 +9,9 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.errors import DataError
 
 TOKEN = re.compile(r"\w+")
@@ -56,7 +56,7 @@ def read_blocklist(path: Path) -> Blocklist:
         raw = path.read_bytes()
         lines = raw.decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the blocklist cannot be read: {error}", where=str(path), mend="a text file in UTF-8") from error
+        raise DataError(f"the blocklist cannot be read: {error}", where=str(path), fix="a text file in UTF-8") from error
     found = Blocklist(hashlib.sha256(raw).hexdigest())
     for number, line in enumerate(lines, 1):
         entry = line.strip()
@@ -66,30 +66,30 @@ def read_blocklist(path: Path) -> Blocklist:
             try:
                 found.patterns.append((re.compile(entry.removeprefix(PATTERN), re.IGNORECASE), number))
             except re.error as error:
-                raise DataError(f"not a regular expression: {error}", where=f"{path}:{number}", mend="mend the line") from error
+                raise DataError(f"not a regular expression: {error}", where=f"{path}:{number}", fix="fix the line") from error
         elif SIMPLE.fullmatch(entry) and (words := _words(entry)):
             found.phrases.setdefault(words[0], []).append((words, number))
         else:
             # Marks within an entry count: `c++` must not block every c.
             found.patterns.append((re.compile(rf"(?<!\w){re.escape(entry)}(?!\w)", re.IGNORECASE), number))
     if not found.entries:
-        raise DataError("the blocklist is empty", where=str(path), mend="one word, phrase or re:pattern a line")
+        raise DataError("the blocklist is empty", where=str(path), fix="one word, phrase or re:pattern a line")
     return found
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockListed:
     """path: the list; sha256: what it must still be"""
 
     path: str
     sha256: str
     name: str = "blocklist"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Reads the list again, in the process that does the work."""
         entries = read_blocklist(Path(self.path))
         if entries.sha256 != self.sha256:
-            raise DataError("the blocklist was changed during the run", where=self.path, mend="start again")
+            raise DataError("the blocklist was changed during the run", where=self.path, fix="start again")
 
         def judge(document: Document) -> tuple[str, str] | None:
             line = entries.first_match(document.text)

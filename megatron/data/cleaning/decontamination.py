@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
-from megatron.data.cleaning.sources import Piece, find_inputs, records
+from megatron.data.cleaning.sources import ByteRange, find_inputs, records
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.data.cleaning.words import hash_runs, hash_words, plain_words
 from megatron.errors import DataError
 
@@ -64,7 +64,7 @@ def index_tasks(paths: tuple[str, ...], into: Path) -> Gathered:
         long_task.append(np.full(len(long_runs[-1]), number, dtype=np.uint32))
     if not short_runs:
         raise DataError(
-            f"none of the {texts} evaluation texts has {SHORT} words", where=", ".join(paths), mend="name files that hold the tasks' texts"
+            f"none of the {texts} evaluation texts has {SHORT} words", where=", ".join(paths), fix="name files that hold the tasks' texts"
         )
     runs = np.concatenate(long_runs)
     order = np.argsort(runs, kind="stable")
@@ -91,7 +91,7 @@ def _texts(paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         if path.suffix in TEXT_FILES:
             plain = [path]
         if not path.exists():
-            raise DataError(f"there is no {path}", where=name, mend="check the path")
+            raise DataError(f"there is no {path}", where=name, fix="check the path")
         for file in plain:
             for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
                 yield file.stem, paragraph
@@ -109,9 +109,9 @@ def _texts(paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
-    for at, _, record in records(Piece(str(file))):
+    for at, _, record in records(ByteRange(str(file))):
         if isinstance(record, str):
-            raise DataError(f"an evaluation record cannot be read: {record}", where=at, mend="mend the file")
+            raise DataError(f"an evaluation record cannot be read: {record}", where=at, fix="fix the file")
         yield record
 
 
@@ -134,7 +134,7 @@ class Decontaminate:
     tasks: tuple[str, ...]
     name: str = "decontaminate"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Loads the index."""
         with np.load(self.index, allow_pickle=False) as found:
             index = {key: found[key] for key in found.files}

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.data.cleaning.backend import trove
-from megatron.data.cleaning.book import Book
+from megatron.data.cleaning.backend import datatrove
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.data.cleaning.words import plain_words
 
 MIN_WORDS = 20
@@ -73,12 +73,12 @@ class ByFunctionWords:
     languages: tuple[str, ...]
     name: str = "language"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Drops other and unknown languages."""
 
         def judge(document: Document) -> str | None:
             code, _ = guess(document.text)
-            book.change(self.name, f"found {code}")
+            stage_stats.change(self.name, f"found {code}")
             return None if code in self.languages else code
 
         return judge
@@ -92,13 +92,13 @@ class ByFastText:
     threshold: float
     name: str = "language"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """datatrove's filter; its model is downloaded once."""
-        kept = trove().language_filter(list(self.languages), self.threshold)
+        kept = datatrove().language_filter(list(self.languages), self.threshold)
 
         def judge(document: Document) -> str | None:
             code, right = kept(document.text)
-            book.change(self.name, f"found {code}")
+            stage_stats.change(self.name, f"found {code}")
             return None if right else code
 
         return judge

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import StageStats
 
 LINE_ENDS = re.compile(r"\r\n?|\u2028|\u2029|\x85")
 # Controls but tab and newline, byte order marks, and Unicode's non-characters.
@@ -27,12 +27,12 @@ def normalised(text: str) -> str:
 
 @dataclass(frozen=True)
 class Normalise:
-    """ftfy: mend text that was decoded wrongly, too"""
+    """ftfy: fix text that was decoded wrongly, too"""
 
     ftfy: bool = False
     name: str = "normalise"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Drops what is empty afterwards."""
         fix = None
         if self.ftfy:
@@ -43,7 +43,7 @@ class Normalise:
         def judge(document: Document) -> str | None:
             text = normalised(fix(document.text) if fix is not None else document.text)
             if text != document.text:
-                book.change(self.name, "documents")
+                stage_stats.change(self.name, "documents")
                 document.text = text
             return None if text.strip() else "empty"
 

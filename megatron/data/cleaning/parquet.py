@@ -15,7 +15,7 @@ from megatron.errors import DataError
 
 BATCH_RECORDS = 1000
 WHY = "fields of the records are of different types: {error}"
-MEND = "write JSON lines (--format jsonl), which take any record"
+FIX = "write JSON lines (--format jsonl), which take any record"
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -41,7 +41,7 @@ class GatherSchema:
             for batch in _batches(path):
                 schema = pyarrow.unify_schemas([schema, pyarrow.Table.from_pylist(_all_keys(batch)).schema], promote_options="permissive")
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise DataError(WHY.format(error=error), where=str(path), mend=MEND) from error
+            raise DataError(WHY.format(error=error), where=str(path), fix=FIX) from error
         folder = Path(self.schemas)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{rank:05d}.schema").write_bytes(schema.serialize().to_pybytes())
@@ -78,4 +78,4 @@ class WriteParquet:
                 for batch in _batches(path):
                     writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-            raise DataError(WHY.format(error=error), where=str(path), mend=MEND) from error
+            raise DataError(WHY.format(error=error), where=str(path), fix=FIX) from error

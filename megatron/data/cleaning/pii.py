@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document, look_up
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import StageStats
 
 PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{1,10000}?-----END [A-Z ]*PRIVATE KEY-----"
 KEYS = "|".join(
@@ -132,19 +132,19 @@ class MaskPII:
     code: Code | None = None
     name: str = "pii"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Keeps every document."""
 
         def judge(document: Document) -> None:
             if self.code is not None and self.code.holds(document.record):
-                book.change(self.name, "left alone: code")
+                stage_stats.change(self.name, "left alone: code")
                 return
             counts: Counter[str] = Counter()
             document.text = mask_text(document.text, counts)
             for name, count in counts.items():
-                book.change(self.name, name, count)
+                stage_stats.change(self.name, name, count)
             if counts:
-                book.change(self.name, "documents")
-                book.show_change(self.name, document)
+                stage_stats.change(self.name, "documents")
+                stage_stats.show_change(self.name, document)
 
         return judge

@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.data.cleaning.backend import trove
-from megatron.data.cleaning.blocklist import Block, read_blocklist
+from megatron.data.cleaning.backend import datatrove
+from megatron.data.cleaning.blocklist import BlockListed, read_blocklist
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.exact import RANGES, FindSame, Fingerprint
 from megatron.data.cleaning.language import FUNCTION_WORDS, ByFastText, ByFunctionWords
-from megatron.data.cleaning.near import ChooseNear
+from megatron.data.cleaning.minhash_dedup import ChooseNear
 from megatron.data.cleaning.normalise import Normalise
 from megatron.data.cleaning.parquet import GatherSchema, WriteParquet
 from megatron.data.cleaning.pii import MaskPII
+from megatron.data.cleaning.pipeline import DocumentSource, Segment, Store, Stored, WriteLines
 from megatron.data.cleaning.publish import Publish
 from megatron.data.cleaning.quality import Quality
-from megatron.data.cleaning.segment import Segment, Source, Store, Stored, WriteLines
-from megatron.data.cleaning.settings import Form, Identify, Settings
+from megatron.data.cleaning.settings import CleaningSettings, Form, Identify
 from megatron.data.cleaning.similarity import StoreShingles
 from megatron.data.cleaning.sources import Reader
-from megatron.data.cleaning.stage import Stage
+from megatron.data.cleaning.stage import DocumentStage
 from megatron.errors import ConfigError
 
 Step = Callable[[Any, int, int], Any]
@@ -38,10 +38,10 @@ class Job:
     tasks: int
 
 
-def plan(settings: Settings, reader: Reader, work: Path, output: Path, said: dict[str, Any]) -> list[Job]:
+def plan(settings: CleaningSettings, reader: Reader, work: Path, output: Path, said: dict[str, Any]) -> list[Job]:
     """The jobs of a run; all they write lies in `work` until the last one renames it to `output`. said: goes into the report"""
     planner = _Planner(settings, work, reader)
-    first: list[Stage] = [Normalise(settings.ftfy)] if settings.normalise else []
+    first: list[DocumentStage] = [Normalise(settings.ftfy)] if settings.normalise else []
     first += _language(settings)
     planner.stages += first
     if settings.url_key is not None:
@@ -55,27 +55,27 @@ def plan(settings: Settings, reader: Reader, work: Path, output: Path, said: dic
     extra = planner.last_stages()
     planner.write()
     said = settings.contents() | extra | said
-    planner.jobs.append(Job("publish", (Publish(str(work), str(output), said, tuple(planner.books)),), 1))
+    planner.jobs.append(Job("publish", (Publish(str(work), str(output), said, tuple(planner.stats_folders)),), 1))
     return planner.jobs
 
 
-def _language(settings: Settings) -> list[Stage]:
+def _language(settings: CleaningSettings) -> list[DocumentStage]:
     if not settings.languages:
         return []
     if settings.identify is Identify.FASTTEXT:
-        trove().language_filter(list(settings.languages), settings.language_threshold)  # says now what is missing
+        datatrove().language_filter(list(settings.languages), settings.language_threshold)  # says now what is missing
         return [ByFastText(settings.languages, settings.language_threshold)]
     unknown = set(settings.languages) - set(FUNCTION_WORDS)
     if unknown:
         raise ConfigError(
             f"the word lists do not know the language {', '.join(sorted(unknown))}",
             where="--lang",
-            mend=f"known: {', '.join(FUNCTION_WORDS)}; --lang-backend fasttext knows 176",
+            fix=f"known: {', '.join(FUNCTION_WORDS)}; --lang-backend fasttext knows 176",
         )
     return [ByFunctionWords(settings.languages)]
 
 
-def _stop_words(settings: Settings) -> tuple[str, ...] | None:
+def _stop_words(settings: CleaningSettings) -> tuple[str, ...] | None:
     """None: Gopher's own, for English. Of a language whose words are not known none are asked for."""
     if not settings.languages or settings.languages == ("en",):
         return None
@@ -83,24 +83,24 @@ def _stop_words(settings: Settings) -> tuple[str, ...] | None:
 
 
 class _Planner:
-    """Collects stages into a segment, and ends it at every barrier. books: folders with counts, in the order of the stages"""
+    """Collects stages into a segment, and ends it at every barrier. stats_folders: folders with counts, in the order of the stages"""
 
-    def __init__(self, settings: Settings, work: Path, reader: Reader) -> None:
+    def __init__(self, settings: CleaningSettings, work: Path, reader: Reader) -> None:
         self.settings = settings
         self.work = work
-        self.source: Source = reader
-        self.stages: list[Stage] = []
+        self.source: DocumentSource = reader
+        self.stages: list[DocumentStage] = []
         self.jobs: list[Job] = []
-        self.books: list[str] = []
+        self.stats_folders: list[str] = []
 
-    def _book(self) -> str:
-        book = str(self.work / "books" / str(len(self.books)))
-        self.books.append(book)
-        return book
+    def _stats_folder(self) -> str:
+        stage_stats = str(self.work / "books" / str(len(self.stats_folders)))
+        self.stats_folders.append(stage_stats)
+        return stage_stats
 
     def _segment(self) -> Segment:
-        book = self._book()
-        segment = Segment(self.source, tuple(self.stages), book, self.settings.pii)
+        stage_stats = self._stats_folder()
+        segment = Segment(self.source, tuple(self.stages), stage_stats, self.settings.pii)
         self.stages = []
         return segment
 
@@ -118,7 +118,7 @@ class _Planner:
         assert near is not None
         folder = self.work / "near"
         stored, signatures, pairs, removed = (str(folder / part) for part in ("documents", "signatures", "pairs", "removed"))
-        backend = trove()
+        backend = datatrove()
         minhash = backend.MinHash(near.ngram, near.bands, near.rows, self.settings.seed)
         self._add("near-sign", self._segment(), Store(stored), backend.Signatures(signatures, minhash))
         self.jobs.append(Job("near-pair", (backend.Buckets(signatures, pairs, minhash),), near.bands))
@@ -143,7 +143,7 @@ class _Planner:
             said["evaluation"] = {"tasks": gathered.tasks, "texts": gathered.texts, "too short to be found": gathered.short}
         if settings.blocklist is not None:
             entries = read_blocklist(Path(settings.blocklist))
-            self.stages.append(Block(settings.blocklist, entries.sha256))
+            self.stages.append(BlockListed(settings.blocklist, entries.sha256))
             said["blocklist"] = {"file": settings.blocklist, "sha256": entries.sha256, "entries": entries.entries}
         return said
 
@@ -152,13 +152,13 @@ class _Planner:
         form = self.settings.form
         output, lines = str(self.work / "output"), str(self.work / "lines")
         key = self.settings.text_key
-        segment, book = self._segment(), self._book()
+        segment, stage_stats = self._segment(), self._stats_folder()
         if form is not Form.PARQUET:
-            self._add("write", segment, WriteLines(output, key, book, form is Form.JSONL_GZ))
+            self._add("write", segment, WriteLines(output, key, stage_stats, form is Form.JSONL_GZ))
             return
         # One schema for all shards: it is known once every record was seen.
         schemas = str(self.work / "schemas")
-        self._add("write", segment, WriteLines(lines, key, book))
+        self._add("write", segment, WriteLines(lines, key, stage_stats))
         self._add("schema", GatherSchema(lines, schemas))
         self._add("parquet", WriteParquet(lines, schemas, output))
 

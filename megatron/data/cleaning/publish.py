@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from megatron.data.cleaning.book import Book, merged
-from megatron.data.cleaning.segment import OUTPUT
+from megatron.data.cleaning.pipeline import OUTPUT
 from megatron.data.cleaning.sources import STAGE as READ
+from megatron.data.cleaning.stage_stats import StageStats, merged
 
 REPORT = "report.json"
 VERSION = 1
@@ -20,24 +20,26 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Publish:
-    """Step of one task. said: settings and what else the report repeats; books: folders with counts, in the order of the stages"""
+    """Step of one task. said: settings and what else the report repeats; stats_folders: folders with counts, in the order of the stages"""
 
     work: str
     output: str
     said: dict[str, Any]
-    books: tuple[str, ...]
+    stats_folders: tuple[str, ...]
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         """Shards without a document go, the folder is renamed whole."""
         output = Path(self.work) / "output"
         if not output.exists():
             return  # a run that was killed after this step's rename, before it was marked complete
-        book = merged(path for folder in self.books for path in sorted(Path(folder).glob("*.json")))
+        stage_stats = merged(path for folder in self.stats_folders for path in sorted(Path(folder).glob("*.json")))
         shards = sorted(output.glob("part-*"))
         kept = [shard for shard in shards if shard.stat().st_size and not _empty_gzip(shard)] or shards[:1]
         for shard in set(shards) - set(kept):
             shard.unlink()
-        (output / REPORT).write_bytes(orjson.dumps(report(book, self.said, kept), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        (output / REPORT).write_bytes(
+            orjson.dumps(report(stage_stats, self.said, kept), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        )
         os.replace(output, self.output)
 
 
@@ -49,31 +51,31 @@ def _empty_gzip(shard: Path) -> bool:
         return file.read() == bytes(4)  # FORMAT: a gzip file ends with the length of its contents modulo 2**32
 
 
-def report(book: Book, said: dict[str, Any], shards: list[Path]) -> dict[str, Any]:
+def report(stage_stats: StageStats, said: dict[str, Any], shards: list[Path]) -> dict[str, Any]:
     """What became of the documents. The same input and settings give the same report."""
-    counted = dict(book.stages)
+    counted = dict(stage_stats.stages)
     came = counted.pop(READ, {"documents": 0, "characters": 0})
     left = counted.pop(OUTPUT, {"documents": 0, "characters": 0})
     stages = []
     for name, counts in counted.items():
-        rules = {key.split("/", 1)[1]: entry for key, entry in book.dropped.items() if key.startswith(f"{name}/")}
+        rules = {key.split("/", 1)[1]: entry for key, entry in stage_stats.dropped.items() if key.startswith(f"{name}/")}
         dropped = sum(entry["count"] for entry in rules.values())
         stages.append(
             {
                 "stage": name,
                 "documents_in": counts["documents"],
                 "documents_out": counts["documents"] - dropped,
-                "changed": dict(sorted(book.changed.get(name, {}).items())),
+                "changed": dict(sorted(stage_stats.changed.get(name, {}).items())),
                 "dropped": {rule: rules[rule] for rule in sorted(rules)},
-                "examples": book.examples.get(name, []),
+                "examples": stage_stats.examples.get(name, []),
             }
         )
-    bad = book.dropped.get(f"{READ}/bad record", {"count": 0, "examples": []})
+    bad = stage_stats.dropped.get(f"{READ}/bad record", {"count": 0, "examples": []})
     return {
         "version": VERSION,
         "input": {**said["input"], "documents": came["documents"], "bad_records": bad},
         "output": {**left, "files": [shard.name for shard in shards]},
-        "dropped": {key: entry["count"] for key, entry in sorted(book.dropped.items())},
+        "dropped": {key: entry["count"] for key, entry in sorted(stage_stats.dropped.items())},
         "stages": stages,
         "settings": {name: value for name, value in said.items() if name != "input"},
     }

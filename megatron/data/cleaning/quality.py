@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from megatron.data.cleaning.backend import trove
-from megatron.data.cleaning.book import Book
+from megatron.data.cleaning.backend import datatrove
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage import Judge
+from megatron.data.cleaning.stage_stats import StageStats
 
 
 class Filter(Enum):
@@ -34,9 +34,9 @@ class Quality:
     stop_words: tuple[str, ...] | None = None
     name: str = "quality"
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """The rules' names come from datatrove."""
-        rules = trove().quality_filters([one.value for one in Filter if one in self.filters], self.stop_words)
+        rules = datatrove().quality_filters([one.value for one in Filter if one in self.filters], self.stop_words)
 
         def judge(document: Document) -> str | None:
             before = document.text
@@ -48,7 +48,7 @@ class Quality:
                     document.text = before
                     return f"{name}: {reason}" if reason else name
             if document.text != before:
-                book.change(self.name, "documents with lines cut by c4")
+                stage_stats.change(self.name, "documents with lines cut by c4")
             return None
 
         return judge

@@ -16,11 +16,11 @@ from typing import Any
 import orjson
 import xxhash
 
-from megatron.data.cleaning.backend import trove
+from megatron.data.cleaning.backend import datatrove
 from megatron.data.cleaning.blocklist import read_blocklist
 from megatron.data.cleaning.plan import Job, plan
 from megatron.data.cleaning.publish import REPORT
-from megatron.data.cleaning.settings import Settings
+from megatron.data.cleaning.settings import CleaningSettings
 from megatron.data.cleaning.sources import Reader, divide, find_inputs
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -36,19 +36,19 @@ Runner = Callable[[list[Job], Path], bool]
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalTasks:
     """On this machine, `workers` tasks at a time."""
 
     workers: int
 
     def __call__(self, jobs: list[Job], work: Path) -> bool:
         """True: all is done."""
-        with trove().processes(self.workers) as pool:
+        with datatrove().processes(self.workers) as pool:
             for number, job in enumerate(jobs):
                 began = time.monotonic()
                 logs = work / "logs" / f"{number}-{job.name}"
                 said = began
-                for left in trove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool):
+                for left in datatrove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool):
                     if left and time.monotonic() - said >= SAY_EVERY_S:
                         said = time.monotonic()
                         log.info(f"{job.name}: {left} of {job.tasks} tasks left")
@@ -58,7 +58,7 @@ class Local:
 
 @dataclass(frozen=True)
 class OnSlurm:
-    """As array jobs, each after the one before. slurm: a trove.Slurm"""
+    """As array jobs, each after the one before. slurm: a datatrove.Slurm"""
 
     slurm: Any
 
@@ -68,18 +68,18 @@ class OnSlurm:
         for number, job in enumerate(jobs):
             logs = work / "logs" / f"{number}-{job.name}"
             logs.mkdir(parents=True, exist_ok=True)
-            last = trove().slurm_executor(job.steps, name=f"clean.{job.name}", tasks=job.tasks, logs=logs, slurm=self.slurm, after=last)
-        number_of_last = trove().submit(last, work / "submit.log")
+            last = datatrove().slurm_executor(job.steps, name=f"clean.{job.name}", tasks=job.tasks, logs=logs, slurm=self.slurm, after=last)
+        number_of_last = datatrove().submit(last, work / "submit.log")
         log.info(f"{len(jobs)} jobs submitted, the last one is {number_of_last or 'done already'}; logs: {work / 'logs'}")
         return False
 
 
-def clean(inputs: Sequence[str], output: Path, settings: Settings, run: Runner) -> dict[str, Any] | None:
+def clean(inputs: Sequence[str], output: Path, settings: CleaningSettings, run: Runner) -> dict[str, Any] | None:
     """Clean files into the folder `output`, which appears whole or not at all. Returns its report; None when jobs were only submitted.
 
     An output of the same settings and inputs is not made again. Raises DataError when it is of others, or another run is making it.
     """
-    trove()
+    datatrove()
     output = output.absolute()
     files = find_inputs(inputs)
     reader = Reader(tuple(tuple(part) for part in divide(files, settings.tasks)), settings.text_key, settings.skip_bad)
@@ -90,7 +90,7 @@ def clean(inputs: Sequence[str], output: Path, settings: Settings, run: Runner) 
         report = _report(output)
         if report is None or report.get("settings", {}).get("key") != key:
             raise DataError(
-                f"{output} exists and is of other inputs or settings", where=str(output), mend="remove it, or name another folder"
+                f"{output} exists and is of other inputs or settings", where=str(output), fix="remove it, or name another folder"
             )
         shutil.rmtree(work, ignore_errors=True)
         log.info(f"{output} is there already, of the same inputs and settings")
@@ -106,13 +106,13 @@ def clean(inputs: Sequence[str], output: Path, settings: Settings, run: Runner) 
             raise DataError(
                 f"there is no room for the run's work: {error.strerror}",
                 where=str(work),
-                mend="make room and start again: it goes on where it was",
+                fix="make room and start again: it goes on where it was",
             ) from error
         if not done:
             return None
     report = _report(output)
     if report is None:
-        raise DataError("the run left no report", where=str(work), mend=f"read {work / 'logs'}")
+        raise DataError("the run left no report", where=str(work), fix=f"read {work / 'logs'}")
     shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -123,7 +123,7 @@ def _report(output: Path) -> dict[str, Any] | None:
     return found
 
 
-def _key(settings: Settings, reader: Reader) -> str:
+def _key(settings: CleaningSettings, reader: Reader) -> str:
     """What two runs must share for one to continue the other."""
     files = sorted({piece.path for part in reader.pieces for piece in part})
     stamps = [(name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns) for name in (*files, *_task_files(settings))]
@@ -132,7 +132,7 @@ def _key(settings: Settings, reader: Reader) -> str:
     return xxhash.xxh128_hexdigest(orjson.dumps(told))
 
 
-def _task_files(settings: Settings) -> Iterator[str]:
+def _task_files(settings: CleaningSettings) -> Iterator[str]:
     for name in settings.decontaminate:
         path = Path(name)
         yield from (str(file) for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file())
@@ -146,7 +146,7 @@ def _alone(work: Path) -> Iterator[None]:
             # A record lock, unlike one of flock, does not live on in a process forked from this one.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError("another run is making this output", where=str(work), mend="wait for it to end") from error
+            raise DataError("another run is making this output", where=str(work), fix="wait for it to end") from error
         yield
 
 

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from megatron.data.cleaning.near import Keep
+from megatron.data.cleaning.minhash_dedup import Keep
 from megatron.data.cleaning.pii import Code
 from megatron.data.cleaning.quality import Filter
 from megatron.errors import ConfigError
@@ -48,14 +48,14 @@ class NearSettings:
             raise ConfigError(
                 f"ngram {self.ngram}, bands {self.bands}, rows {self.rows} cannot be",
                 where="command line",
-                mend=f"1 or more each, and at most {MOST_HASHES} bands x rows",
+                fix=f"1 or more each, and at most {MOST_HASHES} bands x rows",
             )
         if self.jaccard is not None and not 0 < self.jaccard <= 1:
-            raise ConfigError(f"--jaccard {self.jaccard} is no similarity", where="command line", mend="a number above 0, at most 1")
+            raise ConfigError(f"--jaccard {self.jaccard} is no similarity", where="command line", fix="a number above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CleaningSettings:
     """Stages, by name; None, False and () are stages that are off.
 
     languages: codes to keep; url_key: field with the address; code: documents that `pii` leaves alone, None to mask them; blocklist: file
@@ -83,9 +83,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.tasks <= MOST_TASKS:
-            raise ConfigError(f"--tasks {self.tasks} cannot be", where="command line", mend=f"1 to {MOST_TASKS}")
+            raise ConfigError(f"--tasks {self.tasks} cannot be", where="command line", fix=f"1 to {MOST_TASKS}")
         if not 0 <= self.seed < 1 << 32:
-            raise ConfigError(f"--seed {self.seed} cannot be", where="command line", mend="0 to 2**32 - 1")
+            raise ConfigError(f"--seed {self.seed} cannot be", where="command line", fix="0 to 2**32 - 1")
 
     def contents(self) -> dict[str, Any]:
         """All of it, as JSON takes it."""

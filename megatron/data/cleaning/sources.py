@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import orjson
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.errors import DataError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -28,7 +28,7 @@ STAGE = "read"
 
 
 @dataclass(frozen=True)
-class Piece:
+class ByteRange:
     """Bytes [start, end) of a file; end None: to its end. A line belongs to the piece its first byte lies in."""
 
     path: str
@@ -59,20 +59,20 @@ def find_inputs(given: Sequence[str]) -> list[Path]:
             files = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
         if not files:
             raise DataError(
-                f"{name} gives no input file", where=name, mend="name .jsonl (.gz, .zst, .xz) or .parquet files, or their folder"
+                f"{name} gives no input file", where=name, fix="name .jsonl (.gz, .zst, .xz) or .parquet files, or their folder"
             )
         for file in files:
             if not _known(file):
-                raise DataError(f"{file} is of no known kind", where=str(file), mend="known: .jsonl (.gz, .zst, .xz), .parquet")
+                raise DataError(f"{file} is of no known kind", where=str(file), fix="known: .jsonl (.gz, .zst, .xz), .parquet")
             found.setdefault(file)
     return list(found)
 
 
-def divide(files: Sequence[Path], tasks: int) -> list[list[Piece]]:
+def divide(files: Sequence[Path], tasks: int) -> list[list[ByteRange]]:
     """`tasks` lists of neighbouring pieces of about the same number of bytes; some are empty when there is too little to divide."""
     sizes = [file.stat().st_size for file in files]
     share = max(sum(sizes) / tasks, 1)
-    parts: list[list[Piece]] = [[] for _ in range(tasks)]
+    parts: list[list[ByteRange]] = [[] for _ in range(tasks)]
     before = 0
     for file, size in zip(files, sizes, strict=True):
         if file.suffix in JSON_LINES:
@@ -80,13 +80,13 @@ def divide(files: Sequence[Path], tasks: int) -> list[list[Piece]]:
             while start < size or size == 0:
                 task = min(int((before + start) / share), tasks - 1)
                 limit = size if task == tasks - 1 else min(size, max(start + 1, round((task + 1) * share) - before))
-                parts[task].append(Piece(str(file), start, limit))
+                parts[task].append(ByteRange(str(file), start, limit))
                 start = limit
                 if size == 0:
                     break
         else:
             # Compressed files and Parquet are read whole, by the task their middle falls to.
-            parts[min(int((before + size / 2) / share), tasks - 1)].append(Piece(str(file)))
+            parts[min(int((before + size / 2) / share), tasks - 1)].append(ByteRange(str(file)))
         before += size
     return parts
 
@@ -98,27 +98,27 @@ class Reader:
     pieces: per task; text_key: the field that holds the text; skip_bad: so many lines that are no records are dropped, one more is an error
     """
 
-    pieces: tuple[tuple[Piece, ...], ...]
+    pieces: tuple[tuple[ByteRange, ...], ...]
     text_key: str
     skip_bad: int
 
-    def read(self, rank: int, book: Book) -> Iterator[Document]:
+    def read(self, rank: int, stage_stats: StageStats) -> Iterator[Document]:
         """Documents in order. Records that cannot be used are dropped and counted."""
         bad = 0
         for piece in self.pieces[rank]:
             for at, size, record in records(piece):
-                book.entered(STAGE, size)
+                stage_stats.entered(STAGE, size)
                 reason, document = self._document(record, at)
                 if document is not None:
                     yield document
                     continue
-                book.drop(STAGE, "bad record", Document("", at), reason)
+                stage_stats.drop(STAGE, "bad record", Document("", at), reason)
                 bad += 1
                 if bad > self.skip_bad:
                     raise DataError(
                         f"a record cannot be used: {reason}",
                         where=at,
-                        mend="mend the file, or allow some with --skip-bad N (they are counted)",
+                        fix="fix the file, or allow some with --skip-bad N (they are counted)",
                     )
 
     def _document(self, record: dict[str, Any] | str, at: str) -> tuple[str, Document | None]:
@@ -137,7 +137,7 @@ class Reader:
         return [[asdict(piece) for piece in part] for part in self.pieces]
 
 
-def records(piece: Piece) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
+def records(piece: ByteRange) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
     """(file:line, bytes, record), or in place of the record what is wrong with it."""
     path = Path(piece.path)
     if is_parquet(path):
@@ -151,7 +151,7 @@ def records(piece: Piece) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
                 yield f"{path}:{number}", len(line), _parse(line)
         except (EOFError, OSError, lzma.LZMAError) as error:
             raise DataError(
-                f"{path} cannot be read to its end: {error}", where=str(path), mend="the file is damaged: get it again"
+                f"{path} cannot be read to its end: {error}", where=str(path), fix="the file is damaged: get it again"
             ) from error
 
 
@@ -163,7 +163,7 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     return record if isinstance(record, dict) else f"not a JSON object but a {type(record).__name__}"
 
 
-def _lines(file: IO[bytes], piece: Piece) -> Iterator[tuple[int, bytes]]:
+def _lines(file: IO[bytes], piece: ByteRange) -> Iterator[tuple[int, bytes]]:
     number = 1
     if piece.start:
         # Lines before the piece are counted for the examples' sake. A line that began before it belongs to the piece before.
@@ -209,7 +209,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, int, dict[str, Any] | st
                     row += 1
                     yield f"{path}:{row}", 0, _plain(record)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}", where=str(path), mend="the file is damaged: get it again") from error
+        raise DataError(f"{path} cannot be read: {error}", where=str(path), fix="the file is damaged: get it again") from error
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any] | str:

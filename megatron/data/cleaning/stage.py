@@ -6,19 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.document import Document
+from megatron.data.cleaning.stage_stats import StageStats
 
 Judge = Callable[[Document], str | tuple[str, str] | None]
 """None keeps the document, whose text may have been changed. Otherwise the rule that refused it, or (rule, what it met)."""
 
 
-class Stage(Protocol):
+class DocumentStage(Protocol):
     """A stage that looks at one document at a time."""
 
     @property
     def name(self) -> str:
         """As the report calls it."""
 
-    def open(self, book: Book) -> Judge:
+    def open(self, stage_stats: StageStats) -> Judge:
         """Load what is needed, in the process that does the work."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from megatron.data.making.blocks import Block, Position, RecordBlock
-from megatron.data.making.inputs import InputFile, Kind
-from megatron.data.making.sources import BLOCK_RECORDS, BOM, Files
+from megatron.data.preprocess.blocks import BlockStart, RecordBlock, SourceBlock
+from megatron.data.preprocess.inputs import FileKind, InputFile
+from megatron.data.preprocess.sources import BLOCK_RECORDS, BOM, Files
 from megatron.errors import DataError
 
 LOOKED_AT = 4096
@@ -33,7 +33,7 @@ class Arrays:
         """Path, size and digest of every file."""
         return Files(self.files).facts()
 
-    def blocks(self, start: Position) -> Iterator[Block]:
+    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """BLOCK_RECORDS records each. Raises DataError for what is no array of objects."""
         for number in range(start.file, len(self.files)):
             path = self.files[number].path
@@ -46,14 +46,14 @@ class Arrays:
                     where=str(path),
                     first=first + 1,
                     source_bytes=size * end // len(records) - size * first // len(records),
-                    after=Position(number, end, end),
+                    after=BlockStart(number, end, end),
                     payload=part,
                 )
 
 
 def is_array(file: InputFile) -> bool:
     """Whether a file of JSON lines begins with a bracket, and so holds an array."""
-    if file.kind is not Kind.LINES or file.compression:
+    if file.kind is not FileKind.LINES or file.compression:
         return False
     with file.path.open("rb") as content:
         return content.read(LOOKED_AT).removeprefix(BOM).lstrip().startswith(b"[")
@@ -63,7 +63,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     try:
         records = orjson.loads(path.read_bytes().removeprefix(BOM))
     except (OSError, orjson.JSONDecodeError) as error:
-        raise DataError(f"the JSON array cannot be read: {error}", where=str(path), mend="mend the file, or write JSON lines") from error
+        raise DataError(f"the JSON array cannot be read: {error}", where=str(path), fix="fix the file, or write JSON lines") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise DataError("not an array of JSON objects", where=str(path), mend="one object per record is wanted")
+        raise DataError("not an array of JSON objects", where=str(path), fix="one object per record is wanted")
     return records

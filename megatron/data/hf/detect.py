@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from megatron.data.hf.wish import As, Columns
+from megatron.data.hf.request import As, Columns
 from megatron.errors import DataError
 
 TURNS = ("messages", "conversations", "conversation")
@@ -42,30 +42,32 @@ class Found:
         return tuple(dict.fromkeys(column for _, column in self.columns))
 
 
-def detect(records: Sequence[Mapping[str, Any]], wish: Columns) -> Found:
+def detect(records: Sequence[Mapping[str, Any]], request: Columns) -> Found:
     """What these first records are. Raises DataError listing the columns when they are not what is wanted, or nothing known."""
     values: dict[str, list[Any]] = {}
     for record in records:
         for name, value in record.items():
             values.setdefault(name, []).append(value)
     table = _Table({name: [value for value in held if value is not None] for name, held in values.items()})
-    if wish.join_columns:
-        return _joined(table, wish.join_columns)
-    if wish.text_column is not None:
-        return _one_column(table, wish, wish.text_column)
-    if wish.wanted is As.PAIRS:
+    if request.join_columns:
+        return _joined(table, request.join_columns)
+    if request.text_column is not None:
+        return _one_column(table, request, request.text_column)
+    if request.wanted is As.PAIRS:
         return _wanted(_pairs(table), table, "pairs need the columns chosen and rejected")
-    if wish.wanted is As.KTO:
+    if request.wanted is As.KTO:
         return _wanted(_judged(table, any_turns=True), table, "KTO needs completion (or turns), and label (true or false)")
-    if wish.wanted is As.CHAT:
-        return _wanted(_turns(table, wish) or _answers(table), table, f"there are no turns ({', '.join(TURNS)}, or prompt and completion)")
+    if request.wanted is As.CHAT:
+        return _wanted(
+            _turns(table, request) or _answers(table), table, f"there are no turns ({', '.join(TURNS)}, or prompt and completion)"
+        )
     return _wanted(
-        _text(table, wish, some=True)
-        or _plain_turns(table, wish)
-        or _turns(table, wish)
+        _text(table, request, some=True)
+        or _plain_turns(table, request)
+        or _turns(table, request)
         or _pairs(table)
         or _judged(table, any_turns=False)
-        or _text(table, wish, some=False),
+        or _text(table, request, some=False),
         table,
         "no column is text or turns",
     )
@@ -101,13 +103,13 @@ def _wanted(found: Found | None, table: _Table, what: str) -> Found:
         raise DataError(
             f"{what}; the columns are {', '.join(table.columns) or 'none'}",
             where="columns",
-            mend="name one with --text-column, several with --join-columns, or say what they are with --as",
+            fix="name one with --text-column, several with --join-columns, or say what they are with --as",
         )
     return found
 
 
 def _missing(name: str, table: _Table, flag: str) -> DataError:
-    return DataError(f"no column {name}; the columns are {', '.join(table.columns) or 'none'}", where=flag, mend="name another")
+    return DataError(f"no column {name}; the columns are {', '.join(table.columns) or 'none'}", where=flag, fix="name another")
 
 
 def _joined(table: _Table, names: Sequence[str]) -> Found:
@@ -116,46 +118,46 @@ def _joined(table: _Table, names: Sequence[str]) -> Found:
         raise DataError(
             f"no column {', '.join(missing)}; the columns are {', '.join(table.columns) or 'none'}",
             where="--join-columns",
-            mend="name others",
+            fix="name others",
         )
     return Found(How.JOINED, tuple(("text", name) for name in names))
 
 
-def _one_column(table: _Table, wish: Columns, name: str) -> Found:
+def _one_column(table: _Table, request: Columns, name: str) -> Found:
     if name not in table.columns:
         raise _missing(name, table, "--text-column")
-    if table.is_text(name) and wish.wanted in (None, As.PRETRAIN, As.MIDTRAIN) and not wish.as_written:
+    if table.is_text(name) and request.wanted in (None, As.PRETRAIN, As.MIDTRAIN) and not request.as_written:
         return Found(How.TEXT, (("text", name),))
     if not table.is_turns(name):
         held = type(next(iter(table.columns[name]), None)).__name__
-        raise DataError(f"the column {name} holds {held}, not what is wanted of it", where="--text-column", mend="name another")
-    if wish.wanted is As.KTO:
+        raise DataError(f"the column {name} holds {held}, not what is wanted of it", where="--text-column", fix="name another")
+    if request.wanted is As.KTO:
         return Found(How.JUDGED, (("messages", name), *table.some("prompt", "tools", "label")))
-    if plain := _plain_of(table, name, wish):
+    if plain := _plain_of(table, name, request):
         return plain
     return Found(How.TURNS, (("messages", name), *table.some("tools")))
 
 
-def _text(table: _Table, wish: Columns, *, some: bool) -> Found | None:
+def _text(table: _Table, request: Columns, *, some: bool) -> Found | None:
     # --skip-chat-template asks for turns; a column `text` wins otherwise, as users know it, unless nothing is in it.
-    usable = table.is_text("text") and not wish.as_written and (not some or bool(table.columns["text"]))
+    usable = table.is_text("text") and not request.as_written and (not some or bool(table.columns["text"]))
     return Found(How.TEXT, (("text", "text"),)) if usable else None
 
 
-def _plain_of(table: _Table, name: str, wish: Columns) -> Found | None:
-    if wish.as_written:
+def _plain_of(table: _Table, name: str, request: Columns) -> Found | None:
+    if request.as_written:
         return Found(How.WRITTEN, (("text", name),))
-    if wish.wanted is As.MIDTRAIN:
+    if request.wanted is As.MIDTRAIN:
         return Found(How.CONTENTS, (("text", name),))
-    return Found(How.RENDERED, (("messages", name), *table.some("tools"))) if wish.wanted is As.PRETRAIN else None
+    return Found(How.RENDERED, (("messages", name), *table.some("tools"))) if request.wanted is As.PRETRAIN else None
 
 
-def _plain_turns(table: _Table, wish: Columns) -> Found | None:
-    return next((plain for name in TURNS if table.is_turns(name) and (plain := _plain_of(table, name, wish))), None)
+def _plain_turns(table: _Table, request: Columns) -> Found | None:
+    return next((plain for name in TURNS if table.is_turns(name) and (plain := _plain_of(table, name, request))), None)
 
 
-def _turns(table: _Table, wish: Columns) -> Found | None:
-    if wish.wanted not in (None, As.CHAT):
+def _turns(table: _Table, request: Columns) -> Found | None:
+    if request.wanted not in (None, As.CHAT):
         return None
     name = next((name for name in TURNS if table.is_turns(name)), None)
     return Found(How.TURNS, (("messages", name), *table.some("tools"))) if name else None

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.hf.shapes import Shape
-from megatron.data.making.encoders import UNTRAINED, Batch, Dropped, Encoder, EncoderSource, Fault, Ragged, Stream
+from megatron.data.hf.record_adapters import RecordAdapter
+from megatron.data.preprocess.encoders import UNTRAINED, Dropped, EncodedRecords, Encoder, EncoderSource, Fault, Ragged, StreamFormat
 
 LENGTHS = "lengths"
 
@@ -20,7 +20,7 @@ LENGTHS = "lengths"
 class ShapedSource:
     """Records through `shape`, then through `inner`."""
 
-    shape: Shape
+    shape: RecordAdapter
     inner: EncoderSource
 
     def open(self) -> ShapedEncoder:
@@ -31,13 +31,13 @@ class ShapedSource:
 class ShapedEncoder:
     """See ShapedSource."""
 
-    def __init__(self, shape: Shape, inner: Encoder) -> None:
+    def __init__(self, shape: RecordAdapter, inner: Encoder) -> None:
         self.shape = shape.open()
         self.inner = inner
         self.tokenizer = getattr(inner, "tokenizer", None)
-        self.streams: Mapping[str, Stream] = inner.streams
+        self.streams: Mapping[str, StreamFormat] = inner.streams
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """The inner encoder's batch of the records that could be shaped; numbers are those of `records`."""
         numbers, good = [], []
         dropped, faults = [], []
@@ -76,13 +76,13 @@ class LimitedEncoder:
         self.inner = inner
         self.max_length = max_length
         self.tokenizer = getattr(inner, "tokenizer", None)
-        self.streams: Mapping[str, Stream] = inner.streams
+        self.streams: Mapping[str, StreamFormat] = inner.streams
         self.labels = [name for name in inner.streams if name.endswith("_label")]
         self.mains = [name.removesuffix("_label") for name in self.labels] or list(inner.streams)
         self.long = f"documents longer than {max_length} tokens"
         self.lost = f"nothing to train within {max_length} tokens"
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """The inner batch without the documents that lose all they train."""
         batch = self.inner(records)
         longest = np.max([batch.streams[name].sizes for name in self.mains], axis=0)
@@ -97,7 +97,7 @@ class LimitedEncoder:
             self._drop(batch, keep, len(records))
         return batch
 
-    def _drop(self, batch: Batch, keep: NDArray[np.bool_], records: int) -> None:
+    def _drop(self, batch: EncodedRecords, keep: NDArray[np.bool_], records: int) -> None:
         gone = {number for number, _ in (*batch.faults, *batch.droppings)}
         kept = [number for number in range(records) if number not in gone]
         lost = [number for number, stays in zip(kept, keep.tolist(), strict=True) if not stays]

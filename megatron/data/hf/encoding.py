@@ -14,13 +14,13 @@ from megatron.data.chat.pairs import PairSource
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format
 from megatron.data.hf.detect import Found, How
 from megatron.data.hf.encoders import LimitedSource, ShapedSource
-from megatron.data.hf.shapes import Shape
-from megatron.data.hf.wish import Tokens
-from megatron.data.making.blocks import Position
-from megatron.data.making.encoders import EncoderSource, TextSource
-from megatron.data.making.flags import choose
-from megatron.data.making.reading import FIRST_RECORDS
-from megatron.data.making.sources import Source
+from megatron.data.hf.record_adapters import RecordAdapter
+from megatron.data.hf.request import Tokens
+from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.encoders import EncoderSource, TextSource
+from megatron.data.preprocess.flags import choose
+from megatron.data.preprocess.reading import FIRST_RECORDS
+from megatron.data.preprocess.sources import RecordSource
 from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 
@@ -41,7 +41,7 @@ class Opened:
         return open_tokenizer(replace(self.ids, backend=TokenizerBackend.HF)).digest if self.ids else None
 
 
-def open_tokens(wish: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str]) -> Opened:
+def open_tokens(request: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str]) -> Opened:
     """Tokenizer and template as far as they are needed: `ids`, or templates. fetch: name on the Hub -> folder
 
     Raises ConfigError when one is needed and not given, or when the ids of one are wanted with the template of another.
@@ -49,25 +49,25 @@ def open_tokens(wish: Tokens, how: How, *, ids: bool, fetch: Callable[[str], str
     templated = how in TEMPLATED
     if not ids and not templated:
         return Opened(None, None)
-    name = wish.tokenizer or wish.template_of
+    name = request.tokenizer or request.template_of
     if name is None:
         raise ConfigError(
             "no tokenizer is given",
             where="--tokenizer",
-            mend="add --tokenizer PATH_OR_HUB_NAME, or leave it to later with --skip-count --skip-tokenize (plain text only)",
+            fix="add --tokenizer PATH_OR_HUB_NAME, or leave it to later with --skip-count --skip-tokenize (plain text only)",
         )
     path = _here(name, fetch)
     if not templated:
-        return Opened(TokenizerSource(TokenizerKind.HF, path, backend=wish.backend), None)
-    speaker = _here(wish.template_of, fetch) if wish.template_of and wish.template_of != name else path
+        return Opened(TokenizerSource(TokenizerKind.HF, path, backend=request.backend), None)
+    speaker = _here(request.template_of, fetch) if request.template_of and request.template_of != name else path
     source, other = (TokenizerSource(TokenizerKind.HF, one) for one in (path, speaker))
     if speaker != path and open_tokenizer(source).digest != open_tokenizer(other).digest:
         raise ConfigError(
-            f"{name} and {wish.template_of} are different tokenizers: the template of one would be written with ids of the other",
+            f"{name} and {request.template_of} are different tokenizers: the template of one would be written with ids of the other",
             where="--vocab-file and --hf-tokenizer",
-            mend="give one of them as --tokenizer, with --chat-template FILE where it has no template of its own",
+            fix="give one of them as --tokenizer, with --chat-template FILE where it has no template of its own",
         )
-    return Opened(replace(other, backend=wish.backend), chat_format(speaker, wish.template))
+    return Opened(replace(other, backend=request.backend), chat_format(speaker, request.template))
 
 
 def _here(name: str, fetch: Callable[[str], str]) -> str:
@@ -75,22 +75,22 @@ def _here(name: str, fetch: Callable[[str], str]) -> str:
     if path.exists():
         return str(path)
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"there is no {name}", where="--tokenizer", mend="check the path; a name on the Hub is ORG/NAME")
+        raise ConfigError(f"there is no {name}", where="--tokenizer", fix="check the path; a name on the Hub is ORG/NAME")
     return fetch(name)
 
 
 def encoding_of(
-    source: Source, found: Found, opened: Opened, *, max_length: int | None, workers: int
+    source: RecordSource, found: Found, opened: Opened, *, max_length: int | None, workers: int
 ) -> tuple[EncoderSource, dict[str, Any]]:
     """The encoder, and what the metadata says of it. The tokenizer's back end is settled on the first records of the source."""
     assert opened.ids is not None  # asked for
-    shape = Shape(found, opened.template)
+    shape = RecordAdapter(found, opened.template)
     inner: EncoderSource
     about = opened.template.about() if opened.template else {}
     if opened.template is not None and found.how is How.RENDERED:
         # The encoder of conversations sees whether the template has ended the document already.
         renamed = tuple(("text" if role == "messages" else role, column) for role, column in found.columns)
-        shape = Shape(Found(How.TURNS, renamed))
+        shape = RecordAdapter(Found(How.TURNS, renamed))
         inner = ChatSource(opened.template, ("text",), Masking(labels=False), tools_key="tools")
     elif opened.template is not None:
         inner = _labelled(found, opened.template)
@@ -113,8 +113,8 @@ def _labelled(found: Found, form: ChatFormat) -> EncoderSource:
     return ChatSource(form, ("messages",), tools_key=tools, prompt_key=prompt)
 
 
-def _first_texts(source: Source, shape: Shape) -> list[str]:
+def _first_texts(source: RecordSource, shape: RecordAdapter) -> list[str]:
     """The texts of the first records."""
     make = shape.open()
-    shaped = (make(record) for block in source.blocks(Position()) for record in block.read().records)
+    shaped = (make(record) for block in source.blocks(BlockStart()) for record in block.read().records)
     return [str(record["text"]) for record in islice(shaped, FIRST_RECORDS) if isinstance(record, dict) and "text" in record]

@@ -5,24 +5,20 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron.data.hf.patience import hidden, patiently
+from megatron.data.hf.request import Data
 from megatron.data.hf.rows import tables
-from megatron.data.hf.wish import Data
-from megatron.data.making.blocks import ArrowBlock, Block, Position
-from megatron.data.making.sources import BLOCK_BYTES
-from megatron.errors import DataError, NeoXError
-from megatron.log import get_logger
+from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
+from megatron.data.preprocess.sources import BLOCK_BYTES
+from megatron.errors import DataError
+from megatron.hub.client import DATASET_FIX, ask_hub, dataset_commit, snapshot
+from megatron.hub.retry import Sleep
 
-log = get_logger(__name__)
-T = TypeVar("T")
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
 TOKENIZER_FILES += ["additional_chat_templates/*"]
-Wait = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class HubRows:
     commit: str | None
     batch_rows: int = 10_000
     workers: int = 1
-    wait: Wait = time.sleep
+    wait: Sleep = time.sleep
     columns: tuple[str, ...] | None = None
     _loaded: list[Any] = field(default_factory=list, compare=False, repr=False)
 
@@ -72,7 +68,7 @@ class HubRows:
             }
         ]
 
-    def blocks(self, start: Position) -> Iterator[Block]:
+    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """About BLOCK_BYTES each."""
         import pyarrow as pa
 
@@ -89,29 +85,21 @@ class HubRows:
                     where=f"{self.data.dataset}/{self.data.split}",
                     first=row + 1,
                     source_bytes=part.nbytes,
-                    after=Position(0, row + part.num_rows, row + part.num_rows),
+                    after=BlockStart(0, row + part.num_rows, row + part.num_rows),
                     payload=sink.getvalue(),
                 )
 
 
-def find(data: Data, *, batch_rows: int = 10_000, workers: int = 1, wait: Wait = time.sleep) -> HubRows:
+def find(data: Data, *, batch_rows: int = 10_000, workers: int = 1, wait: Sleep = time.sleep) -> HubRows:
     """The dataset on the Hub, nothing downloaded yet. Raises DataError where there is none."""
-    from huggingface_hub import HfApi, constants
-
-    commit = None
-    if not constants.HF_HUB_OFFLINE:
-        info = _asked(lambda: HfApi().dataset_info(data.dataset, revision=data.revision), data.dataset, wait)
-        commit = info.sha
-    return HubRows(data, commit, batch_rows, workers, wait)
+    return HubRows(data, dataset_commit(data.dataset, data.revision, sleep=wait), batch_rows, workers, wait)
 
 
-def tokenizer_folder(name: str, wait: Wait) -> str:
+def tokenizer_folder(name: str, wait: Sleep) -> str:
     """A folder with the tokenizer of that name on the Hub."""
-    from huggingface_hub import snapshot_download
-
-    folder = _asked(lambda: snapshot_download(name, allow_patterns=TOKENIZER_FILES), name, wait)
-    if not (Path(folder) / "tokenizer.json").exists():
-        raise DataError(f"{name} has no tokenizer.json", where="--tokenizer", mend="choose another, or make the file with transformers")
+    folder = snapshot(name, TOKENIZER_FILES, folders=True, sleep=wait)
+    if not (folder / "tokenizer.json").exists():
+        raise DataError(f"{name} has no tokenizer.json", where="--tokenizer", fix="choose another, or make the file with transformers")
     return str(folder)
 
 
@@ -131,21 +119,7 @@ def _load(source: HubRows) -> Any:
             download_config=datasets.DownloadConfig(num_proc=source.workers if source.workers > 1 else None),
         )
 
-    rows = _asked(load, data.dataset, source.wait)
+    rows = ask_hub(load, data.dataset, fix=DATASET_FIX, sleep=source.wait)
     if len(rows) == 0:
-        raise DataError("the dataset has no rows", where=f"{data.dataset}, split {data.split}", mend="choose another split or subset")
+        raise DataError("the dataset has no rows", where=f"{data.dataset}, split {data.split}", fix="choose another split or subset")
     return rows
-
-
-def _asked(action: Callable[[], T], name: str, wait: Wait) -> T:
-    try:
-        return patiently(action, name, wait=wait)
-    except NeoXError:
-        raise
-    except Exception as error:  # `datasets` and its readers raise whatever their libraries raise
-        lines = [line for line in hidden(str(error)).splitlines() if line.strip()]
-        raise DataError(
-            f"{type(error).__name__}: {' '.join(lines[:3])[:400]}",
-            where=name,
-            mend="check name, subset, split and revision; private and gated ones need HF_TOKEN; a local path is read without the network",
-        ) from error

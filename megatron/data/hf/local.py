@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.data.hf.arrays import Arrays, is_array
-from megatron.data.hf.wish import Data
-from megatron.data.making.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, InputFile, Kind, find
-from megatron.data.making.sources import Files
+from megatron.data.hf.request import Data
+from megatron.data.preprocess.inputs import KNOWN, SAVED_DATASET, SAVED_SPLITS, FileKind, InputFile, find
+from megatron.data.preprocess.sources import Files
 from megatron.errors import DataError
 from megatron.log import get_logger
 
@@ -32,7 +32,7 @@ def local_source(data: Data) -> Files | Arrays | None:
         raise DataError(
             f"{arrays[0].path.name} is a JSON array, and {other} is not",
             where=data.dataset,
-            mend="name files of one kind with --data-files",
+            fix="name files of one kind with --data-files",
         )
     return Arrays(files) if arrays else Files(files)
 
@@ -48,7 +48,7 @@ def _files(data: Data) -> list[InputFile] | None:
         log.info("reading %s on this machine, not from the Hub", ", ".join(data.data_files))
         return find(list(data.data_files))
     if looks_local(data.dataset):
-        raise DataError(f"there is no {data.dataset}", where="--dataset", mend="check the path; a name on the Hub is ORG/NAME")
+        raise DataError(f"there is no {data.dataset}", where="--dataset", fix="check the path; a name on the Hub is ORG/NAME")
     return None
 
 
@@ -73,14 +73,14 @@ def _of_split(folder: Path, split: str) -> list[InputFile]:
         return find(folder, split=split if (folder / SAVED_SPLITS).is_file() else None)
     files = [file for file in find(folder) if not ABOUT.match(file.path.name)]
     # Of a dataset's repository the texts beside its tables are descriptions.
-    files = [file for file in files if file.kind is not Kind.TEXT] or files
+    files = [file for file in files if file.kind is not FileKind.TEXT] or files
     named = {file.path: split_of(file.path.relative_to(folder).parts) for file in files}
     if not any(named.values()):
         return files
     chosen = [file for file in files if named[file.path] == canonical(split)]
     if not chosen:
         found = sorted({name for name in named.values() if name})
-        raise DataError(f"no file of the split {split!r}", where=str(folder), mend=f"--split {' or '.join(found)}, or --data-files")
+        raise DataError(f"no file of the split {split!r}", where=str(folder), fix=f"--split {' or '.join(found)}, or --data-files")
     return chosen
 
 

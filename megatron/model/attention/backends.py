@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron.errors import BackendError
 from megatron.fused_kernels import available
 from megatron.model.attention import flash, varlen
+from megatron.model.attention.inputs import AttentionInputs
 from megatron.model.attention.masks import allowed, needs_no_mask
-from megatron.model.attention.view import View
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.random import drop_by_head, seeded
 
@@ -21,10 +21,10 @@ from megatron.mpu.random import drop_by_head, seeded
 class Attend(Protocol):
     """q [b, s, n, d], k and v [b, t, g, d] (t > s with a cache) -> [b, s, n, d]. Vaswani et al., arXiv 1706.03762, eq. 1."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor: ...
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def eager(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """The reference: scores, mask, softmax, product. Shapes as in `Attend`."""
     s, t, n, repeat = q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
@@ -40,7 +40,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     return torch.einsum("bnst,btnd->bsnd", probs, v)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """torch's scaled_dot_product_attention; packed documents are computed one by one. Shapes as in `Attend`."""
     if view.dropout > 0.0:
         # The kernel draws by itself, one stream for all heads: ranks of a tensor group must not draw alike.
@@ -49,7 +49,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     return _sdpa_documents(q, k, v, view)
 
 
-def _sdpa_documents(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def _sdpa_documents(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     if view.documents is None:
         return _sdpa_rows(q, k, v, view)
     # A document never meets its neighbours, so nothing of them can reach it; and there is no mask of s * s.
@@ -59,7 +59,7 @@ def _sdpa_documents(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     return out.view(q.shape)
 
 
-def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """Rows of one document each."""
     s = q.shape[1]
     if s == 1 and view.window is not None and k.shape[1] > view.window + 1:
@@ -112,7 +112,7 @@ def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropo
     reason = refuses(name, spec, device, dtype)
     if reason is not None:
         raise BackendError(
-            f"attention_backend {name.value} was asked for, but {reason}", where="attention_backend", mend="use attention_backend: auto"
+            f"attention_backend {name.value} was asked for, but {reason}", where="attention_backend", fix="use attention_backend: auto"
         )
     table: dict[BackendName, Attend] = {
         BackendName.EAGER: eager,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import AttentionInputs
 from megatron.model.spec import AttentionSpec
 from megatron.mpu.random import seeded
 
@@ -24,7 +24,7 @@ def refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """q [b, s, n, d], k and v [b, t, g, d] -> [b, s, n, d]."""
     if view.dropout > 0.0:
         with seeded(view.seeds[0], q.device):  # the kernel draws by itself, and ranks of a tensor group must not draw alike
@@ -32,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     return _attend(q, k, v, view)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     behind = -1 if view.window is None else view.window

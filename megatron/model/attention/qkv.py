@@ -80,7 +80,7 @@ def layout(spec: AttentionSpec, tp_size: int = 1) -> QKVLayout:
         raise ConfigError(
             f"num_kv_heads {spec.num_kv_heads} does not divide num_attention_heads {spec.num_heads}",
             where="num_kv_heads",
-            mend="every key head serves the same number of query heads",
+            fix="every key head serves the same number of query heads",
         )
     return QKVLayout(
         heads=local_size(spec.num_heads, tp_size, "num_attention_heads"),

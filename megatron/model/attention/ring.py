@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.model.attention.sight import Sight
-from megatron.model.attention.view import View
+from megatron.model.attention.block_mask import BlockMask
+from megatron.model.attention.inputs import AttentionInputs
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.ring import Shift, shift
@@ -35,21 +35,21 @@ def refuses(spec: AttentionSpec) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View, plan: ContextPlan) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan) -> Tensor:
     """This rank's queries against the keys of all ranks, own rows as in `plan.rows`.
 
     q [b, s / cp, n, d], k and v [b, s / cp, g, d], view of whole rows -> [b, s / cp, n, d]
     Every rank of plan.group calls this at the same time, also in the backward pass.
     """
     # The view's divisor keeps 16-bit scores in range; here there are none.
-    walk = Walk(plan, Sight.of(view.documents, view.window, q.device), q.shape[1] * plan.size, view.scale)
+    walk = Walk(plan, BlockMask.of(view.documents, view.window, q.device), q.shape[1] * plan.size, view.scale)
     out: Tensor = _Ring.apply(q, k, v, walk)
     return out
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Own queries and visiting keys that meet, as slices of what a rank holds; mask as in `Sight.mask`."""
+class RingTile:
+    """Own queries and visiting keys that meet, as slices of what a rank holds; mask as in `BlockMask.mask`."""
 
     queries: slice
     keys: slice
@@ -61,11 +61,11 @@ class Walk:
     """The whole way round. length: of whole rows; scale: factor on q k."""
 
     plan: ContextPlan
-    sight: Sight
+    block_mask: BlockMask
     length: int
     scale: float
 
-    def pieces(self, step: int, rows: int) -> Iterator[Piece]:
+    def pieces(self, step: int, rows: int) -> Iterator[RingTile]:
         """What is to be computed when the keys have gone `step` ranks; rows: of scores for each query, over the batch."""
         group = self.plan.group
         visitors = self.plan.runs(self.length, (group.rank - step) % group.size)
@@ -77,13 +77,13 @@ class Walk:
                 yield from self._against(slice(at + start, at + start + len(queries)), queries, visitors)
             at += len(run)
 
-    def _against(self, own: slice, queries: range, visitors: tuple[range, ...]) -> Iterator[Piece]:
+    def _against(self, own: slice, queries: range, visitors: tuple[range, ...]) -> Iterator[RingTile]:
         at = 0
         for run in visitors:
-            keys = self.sight.seen(queries, run)
+            keys = self.block_mask.seen(queries, run)
             if keys:
                 begin = at + keys.start - run.start
-                yield Piece(own, slice(begin, begin + len(keys)), self.sight.mask(queries, keys))
+                yield RingTile(own, slice(begin, begin + len(keys)), self.block_mask.mask(queries, keys))
             at += len(run)
 
 
@@ -147,7 +147,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(a.to(exact), b.to(exact))
 
 
-def _scores(q: Tensor, k: Tensor, piece: Piece, walk: Walk, shape: _Shape) -> Tensor:
+def _scores(q: Tensor, k: Tensor, piece: RingTile, walk: Walk, shape: _Shape) -> Tensor:
     """Scaled scores of a piece, -inf where nothing is seen; [b g, rows, keys]."""
     scores = _product(q, k.mT, q.dtype).mul_(walk.scale)
     if piece.mask is not None:

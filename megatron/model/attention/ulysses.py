@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron.errors import BackendError
 from megatron.model.attention.backends import Attend
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import AttentionInputs
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View, plan: ContextPlan, inner: Attend) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan, inner: Attend) -> Tensor:
     """Whole rows of an n / cp-th of the heads on each rank, by the back end `inner`.
 
     q [b, s / cp, n, d], k and v [b, s / cp, g, d], view of whole rows and all n heads -> [b, s / cp, n, d]
@@ -32,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, plan: ContextPlan, inner
         raise BackendError(
             "Ulysses attention needs DeepSpeed's collectives, and deepspeed.init_distributed has not been called",
             where="context_parallel_size",
-            mend="start the processes through train.py or deepy.py",
+            fix="start the processes through train.py or deepy.py",
         )
     mine = partial(inner, view=own_heads(view, q.shape[2], plan.group))
     exchange = DistributedAttention(mine, plan.group.handle, scatter_idx=2, gather_idx=1)
@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, plan: ContextPlan, inner
     return out
 
 
-def own_heads(view: View, heads: int, group: Group) -> View:
+def own_heads(view: AttentionInputs, heads: int, group: Group) -> AttentionInputs:
     """The view of this rank's part of `heads` heads: slopes, bias and seeds are per head, all else is common."""
     each = heads // group.size
     mine = slice(group.rank * each, (group.rank + 1) * each)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import AttentionInputs
 from megatron.model.spec import AttentionSpec
 
 
@@ -28,7 +28,7 @@ def boundaries(rows: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """q [b, s, n, d], k and v [b, t, g, d] -> [b, s, n, d]."""
     from torch.nn.attention.varlen import varlen_attn
 

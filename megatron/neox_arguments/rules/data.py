@@ -26,7 +26,7 @@ def _one_source(v: Values) -> Iterable[Problem]:
             if v["data_path"] is not None and v[key]:
                 yield Problem(
                     f"data_path and {key} are two ways to name the data",
-                    mend=f"keep data_path with split, or {key} and its like",
+                    fix=f"keep data_path with split, or {key} and its like",
                     keys=(key, "data_path"),
                 )
 
@@ -37,7 +37,7 @@ def _empty(v: Values) -> Iterable[Problem]:
             for role in ("", "_label", "_reward"):
                 key = f"{side}{split}{role}_data_paths"
                 if v.get(key) == []:
-                    yield Problem(f"{key} is an empty list", mend="name at least one prefix, or leave the key out", keys=(key,))
+                    yield Problem(f"{key} is an empty list", fix="name at least one prefix, or leave the key out", keys=(key,))
 
 
 def _train_first(v: Values) -> Iterable[Problem]:
@@ -45,7 +45,7 @@ def _train_first(v: Values) -> Iterable[Problem]:
         for split in ("valid", "test"):
             key, train = f"{side}{split}_data_paths", f"{side}train_data_paths"
             if v[key] and not v[train] and v["train_iters"] != 0 and v["dataset_impl"] != "online":
-                yield Problem(f"{key} is set, but {train} is not", mend=f"add {train}", keys=(key, train))
+                yield Problem(f"{key} is set, but {train} is not", fix=f"add {train}", keys=(key, train))
 
 
 def _aligned(v: Values) -> Iterable[Problem]:
@@ -56,7 +56,7 @@ def _aligned(v: Values) -> Iterable[Problem]:
             for role in ("_label", "_reward"):
                 other, key, base = _paths(v, side, split, role), f"{side}{split}{role}_data_paths", f"{side}{split}_data_paths"
                 if other and data is None:
-                    yield Problem(f"{key} is set, but {base} is not", mend=f"add {base}, one prefix per entry of {key}", keys=(key, base))
+                    yield Problem(f"{key} is set, but {base} is not", fix=f"add {base}, one prefix per entry of {key}", keys=(key, base))
                 elif other and data and len(other) != len(data):
                     yield _counts(key, len(other), base, len(data))
 
@@ -68,7 +68,7 @@ def _pairs(v: Values) -> Iterable[Problem]:
             yield _counts(pos, len(v[pos]), neg, len(v[neg]))
         elif bool(v[pos]) != bool(v[neg]):
             there, missing = (pos, neg) if v[pos] else (neg, pos)
-            yield Problem(f"{there} is set, but {missing} is not", mend=f"add {missing}: pairs need both halves", keys=(there, missing))
+            yield Problem(f"{there} is set, but {missing} is not", fix=f"add {missing}: pairs need both halves", keys=(there, missing))
 
 
 def _labels_everywhere(v: Values) -> Iterable[Problem]:
@@ -80,7 +80,7 @@ def _labels_everywhere(v: Values) -> Iterable[Problem]:
                 if key in v and v[train] and _paths(v, side, split) and not v[key] and v["eval_iters"] > 0:
                     yield Problem(
                         f"{train} is set, but {side}{split}_data_paths has no {key}",
-                        mend=f"add {key}, or leave {side}{split}_data_paths out",
+                        fix=f"add {key}, or leave {side}{split}_data_paths out",
                         keys=(key, train),
                     )
 
@@ -94,18 +94,18 @@ def _weights(v: Values) -> Iterable[Problem]:
         base = f"{split}_data_paths" if v[f"{split}_data_paths"] else f"pos_{split}_data_paths"
         paths = v[base]
         if not paths:
-            yield Problem(f"{key} is set, but {split}_data_paths is not", mend=f"add {split}_data_paths, or remove {key}", keys=(key,))
+            yield Problem(f"{key} is set, but {split}_data_paths is not", fix=f"add {split}_data_paths, or remove {key}", keys=(key,))
         elif len(weights) != len(paths):
             yield _counts(key, len(weights), base, len(paths))
         elif min(weights) < 0 or sum(weights) <= 0:
-            yield Problem(f"{key} is {shown(weights)}", allowed="numbers >= 0, not all 0", mend="give each prefix its share", keys=(key,))
+            yield Problem(f"{key} is {shown(weights)}", allowed="numbers >= 0, not all 0", fix="give each prefix its share", keys=(key,))
 
 
 def _counts(key: str, count: int, base: str, expected: int) -> Problem:
     return Problem(
         f"{key} has {count} entries, {base} has {expected}",
         allowed=f"{expected} entries",
-        mend="give one entry per prefix",
+        fix="give one entry per prefix",
         keys=(key, base),
     )
 
@@ -115,7 +115,7 @@ def _split(v: Values) -> Iterable[Problem]:
         yield Problem(
             f"split is {shown(v['split'])}",
             allowed='up to three numbers >= 0, such as "969, 30, 1"',
-            mend="correct the numbers",
+            fix="correct the numbers",
             keys=("split",),
         )
 
@@ -131,7 +131,7 @@ def _epochs(v: Values) -> Iterable[Problem]:
     if v["weight_by_num_documents"]:
         reasons.append(("weight_by_num_documents", "weight_by_num_documents is on"))
     for key, reason in reasons:
-        yield Problem(f"train_epochs counts passes over all data, but {reason}", mend="use train_iters", keys=("train_epochs", key))
+        yield Problem(f"train_epochs counts passes over all data, but {reason}", fix="use train_iters", keys=("train_epochs", key))
 
 
 def _objective(v: Values) -> Iterable[Problem]:
@@ -141,28 +141,28 @@ def _objective(v: Values) -> Iterable[Problem]:
         yield Problem(
             f"train_impl {v['train_impl']} learns from {wanted} data, dataset_impl is {v['dataset_impl']}",
             allowed=f"dataset_impl {wanted}",
-            mend=f"set dataset_impl: {wanted}",
+            fix=f"set dataset_impl: {wanted}",
             keys=("dataset_impl", "train_impl"),
         )
     if v["dataset_impl"] == "pairwise" and v["pack_impl"] == "packed":
         yield Problem(
             "pairs cannot be packed",
             allowed="unpacked or pack_until_overflow",
-            mend="set pack_impl: unpacked",
+            fix="set pack_impl: unpacked",
             keys=("pack_impl", "dataset_impl"),
         )
     if v["dataset_impl"] == "pairwise" and not v["pos_train_data_paths"] and v["train_iters"] != 0:
-        mend = "add pos_train_data_paths and neg_train_data_paths"
-        yield Problem("dataset_impl pairwise has no pairs to train on", mend=mend, keys=("dataset_impl", "pos_train_data_paths"))
+        fix = "add pos_train_data_paths and neg_train_data_paths"
+        yield Problem("dataset_impl pairwise has no pairs to train on", fix=fix, keys=("dataset_impl", "pos_train_data_paths"))
     if wanted != "pairwise" and v["dataset_impl"] != "pairwise" and v["pos_train_data_paths"]:
         yield Problem(
             f"pos_train_data_paths are pairs, dataset_impl is {v['dataset_impl']}",
-            mend="set dataset_impl: pairwise and pack_impl: unpacked",
+            fix="set dataset_impl: pairwise and pack_impl: unpacked",
             keys=("pos_train_data_paths", "dataset_impl"),
         )
     if v["train_reward_data_paths"] and v["pack_impl"] != "unpacked":
         yield Problem(
-            f"rewards belong to whole documents, pack_impl is {v['pack_impl']}", allowed="unpacked", mend="set pack_impl: unpacked",
+            f"rewards belong to whole documents, pack_impl is {v['pack_impl']}", allowed="unpacked", fix="set pack_impl: unpacked",
             keys=("pack_impl", "train_reward_data_paths"),
         )  # fmt: skip
 
@@ -171,11 +171,11 @@ def _kto(v: Values) -> Iterable[Problem]:
     if v["train_impl"] != "kto":
         return
     if not v["train_reward_data_paths"]:
-        yield Problem("train_impl kto needs rewards", mend="add train_reward_data_paths", keys=("train_reward_data_paths", "train_impl"))
+        yield Problem("train_impl kto needs rewards", fix="add train_reward_data_paths", keys=("train_reward_data_paths", "train_impl"))
     if v["train_micro_batch_size_per_gpu"] < 2:
         yield Problem(
             "train_impl kto compares the samples of a micro batch, which has 1", allowed="a whole number >= 2",
-            mend="raise train_micro_batch_size_per_gpu", keys=("train_micro_batch_size_per_gpu", "train_impl"),
+            fix="raise train_micro_batch_size_per_gpu", keys=("train_micro_batch_size_per_gpu", "train_impl"),
         )  # fmt: skip
 
 
@@ -185,13 +185,13 @@ def _unlearning(v: Values) -> Iterable[Problem]:
     if v["ga_mode"] == "interval":
         for key in ("ga_interval", "ga_iters"):
             if v[key] is None:
-                yield Problem(f"ga_mode interval needs {key}", allowed="a whole number >= 1", mend=f"add {key}", keys=(key,))
+                yield Problem(f"ga_mode interval needs {key}", allowed="a whole number >= 1", fix=f"add {key}", keys=(key,))
 
 
 def _difference(v: Values) -> Iterable[Problem]:
     for key in ("ga_dataset", "gd_retain_dataset"):
         if v["gd_mode"] and v[key] is None:
-            yield Problem(f"gd_mode needs {key}", mend=f"add {key}, or remove gd_mode", keys=(key, "gd_mode"))
+            yield Problem(f"gd_mode needs {key}", fix=f"add {key}, or remove gd_mode", keys=(key, "gd_mode"))
 
 
 def _servers(v: Values) -> Iterable[Problem]:
@@ -199,7 +199,7 @@ def _servers(v: Values) -> Iterable[Problem]:
     if isinstance(hosts, list) != isinstance(ports, list) or (isinstance(hosts, list) and len(hosts) != len(ports)):
         yield Problem(
             f"online_dataserver_ips is {shown(hosts)}, online_dataserver_ports {shown(ports)}",
-            mend="give both as single values, or one port per host",
+            fix="give both as single values, or one port per host",
             keys=("online_dataserver_ips", "online_dataserver_ports"),
         )
 

@@ -33,7 +33,7 @@ def _required(v: Values) -> Iterable[Problem]:
     for key in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
         if v[key] is None:
             other = " (or seq_length)" if key == "max_position_embeddings" else ""
-            yield Problem(f"{key} is not set{other}", allowed="a whole number >= 1", mend=f"add `{key}: N` to a config file", keys=(key,))
+            yield Problem(f"{key} is not set{other}", allowed="a whole number >= 1", fix=f"add `{key}: N` to a config file", keys=(key,))
 
 
 def _kv_layers(v: Values) -> Iterable[Problem]:
@@ -44,7 +44,7 @@ def _kv_layers(v: Values) -> Iterable[Problem]:
         yield Problem(
             f"grouped key/value heads (num_kv_heads {v['num_kv_heads']}) do not work with {', '.join(wrong) or 'sparsity_config'}",
             allowed="layer types global and flash",
-            mend="leave num_kv_heads out, or use global or flash layers",
+            fix="leave num_kv_heads out, or use global or flash layers",
             keys=("num_kv_heads", "attention_config"),
         )
 
@@ -58,7 +58,7 @@ def _rotary(v: Values) -> Iterable[Problem]:
         yield Problem(
             f"rotary_pct {plain(v['rotary_pct'])} rotates {rotated} of {head} features per head; they are rotated in pairs",
             allowed="a fraction that gives an even number >= 2",
-            mend=f"set rotary_pct to {max(2, 2 * round(rotated / 2)) / head:g}" if head >= 2 else "use larger heads",
+            fix=f"set rotary_pct to {max(2, 2 * round(rotated / 2)) / head:g}" if head >= 2 else "use larger heads",
             keys=("rotary_pct", "num_attention_heads", "hidden_size"),
         )
 
@@ -77,26 +77,26 @@ def _rope_scaling(v: Values) -> Iterable[Problem]:
     if v["pos_emb"] != "rotary":
         yield Problem(
             f"rope_scaling works on rotary positions, pos_emb is {v['pos_emb']}",
-            mend="set pos_emb: rotary",
+            fix="set pos_emb: rotary",
             keys=("rope_scaling", "pos_emb"),
         )
     kind = block.get("rope_type", block.get("type"))
     if block.get("rope_type") and block.get("type") and block["rope_type"] != block["type"]:
         yield Problem(
             "rope_scaling.rope_type and rope_scaling.type differ",
-            mend="keep rope_type",
+            fix="keep rope_type",
             keys=("rope_scaling.rope_type", "rope_scaling.type"),
         )
     elif kind is None:
         names = ", ".join(_ROPE_NEEDS)
-        yield Problem("rope_scaling lacks `rope_type`", allowed=f"one of {names}", mend="add rope_type", keys=("rope_scaling",))
+        yield Problem("rope_scaling lacks `rope_type`", allowed=f"one of {names}", fix="add rope_type", keys=("rope_scaling",))
     else:
         missing = ", ".join(name for name in _ROPE_NEEDS.get(kind, ()) if block.get(name) is None)
         if missing:
-            yield Problem(f"rope_scaling of type {kind} lacks {missing}", mend=f"add {missing}", keys=("rope_scaling",))
+            yield Problem(f"rope_scaling of type {kind} lacks {missing}", fix=f"add {missing}", keys=("rope_scaling",))
     if block.get("factor") is not None and block["factor"] < 1:
         yield Problem(
-            f"rope_scaling.factor is {plain(block['factor'])}", allowed="a number >= 1", mend="give the ratio of new to old length",
+            f"rope_scaling.factor is {plain(block['factor'])}", allowed="a number >= 1", fix="give the ratio of new to old length",
             keys=("rope_scaling.factor",),
         )  # fmt: skip
 
@@ -107,7 +107,7 @@ def _window_pattern(v: Values) -> Iterable[Problem]:
         yield Problem(
             f"sliding_window_pattern is {shown(pattern)}",
             allowed="at least one entry, each a whole number >= 1 or null",
-            mend="write for instance [4095, 4095, 4095, null]",
+            fix="write for instance [4095, 4095, 4095, null]",
             keys=("sliding_window_pattern",),
         )
 

@@ -39,7 +39,7 @@ def _chunks(v: Values) -> Iterable[Problem]:
         yield Problem(
             f"seq_length {length} cannot be cut into equal parts for context_parallel_size {context}{form}{shared}",
             allowed=f"a multiple of {multiple}",
-            mend=f"set seq_length to {max(1, round(length / multiple)) * multiple}",
+            fix=f"set seq_length to {max(1, round(length / multiple)) * multiple}",
             keys=("seq_length", "context_parallel_size"),
         )
 
@@ -58,7 +58,7 @@ def _ring(v: Values) -> Iterable[Problem]:
         if what is not None:
             yield Problem(
                 f"the heads of a tensor rank cannot be divided over context_parallel_size {context}, and ring attention has {what}",
-                mend="choose a context_parallel_size that divides the heads and key heads of each tensor rank, or 1",
+                fix="choose a context_parallel_size that divides the heads and key heads of each tensor rank, or 1",
                 keys=("context_parallel_size", key),
             )
 
@@ -79,7 +79,7 @@ def _mlp_width(v: Values) -> Iterable[Problem]:
         key = "expansion_factor" if v["intermediate_size"] is None else "intermediate_size"
         yield Problem(
             f"model_parallel_size {tensor} does not divide the width of the MLP, {widths[0]}",
-            mend=f"set mlp_multiple_of to a multiple of {tensor}, or {key} so that the width is one",
+            fix=f"set mlp_multiple_of to a multiple of {tensor}, or {key} so that the width is one",
             keys=("model_parallel_size", key),
         )
 
@@ -100,7 +100,7 @@ def _cuts(v: Values) -> Iterable[Problem]:
             f"pipe_partition_method is {v['pipe_partition_method']!r}"
             + (f", which finds {count} layers for {stages} stages" if kind == "type" else ""),
             allowed=f"uniform, parameters, or type:REGEX on the class names {', '.join(LAYER_CLASSES)}",
-            mend="write type:transformer",
+            fix="write type:transformer",
             keys=("pipe_partition_method", "pipe_parallel_size"),
         )
 

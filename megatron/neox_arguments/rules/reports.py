@@ -32,7 +32,7 @@ def _whole_gradients(v: Values) -> Iterable[Problem]:
         yield Problem(
             "log_gradient_noise_scale needs the gradient of a micro batch on one rank, where stages and context ranks have parts of it"
             f" ({', '.join(f'{k} {n}' for k, n in sizes.items())})",
-            mend="remove it, or set these sizes to 1",
+            fix="remove it, or set these sizes to 1",
             keys=("log_gradient_noise_scale", *sizes),
         )
 
@@ -42,7 +42,7 @@ def _gradients_in_sight(v: Values) -> Iterable[Problem]:
     if keys and v["pipe_parallel_size"] >= 1 and not _plain(v):
         yield Problem(
             f"{', '.join(keys)}: DeepSpeed's pipeline engine updates the weights under ZeRO or in half precision without showing gradients",
-            mend="set pipe_parallel_size: 0, or remove these keys",
+            fix="set pipe_parallel_size: 0, or remove these keys",
             keys=(*keys, "pipe_parallel_size"),
         )
 
@@ -52,7 +52,7 @@ def _states_in_sight(v: Values) -> Iterable[Problem]:
     if v["log_optimizer_states"] and _stage(v) == 0 and (v["precision"] == "fp16" or sums_in_half):
         yield Problem(
             f"log_optimizer_states: without ZeRO, DeepSpeed keeps the state of a {v['precision']} optimizer without regard to parameters",
-            mend="set zero_optimization.stage: 1, or remove log_optimizer_states",
+            fix="set zero_optimization.stage: 1, or remove log_optimizer_states",
             keys=("log_optimizer_states", "zero_optimization.stage"),
         )
 
@@ -63,7 +63,7 @@ def _several_gradients(v: Values) -> Iterable[Problem]:
     if v["log_gradient_noise_scale"] and parts < 2:
         yield Problem(
             "log_gradient_noise_scale compares the gradients of several micro batches, and a step has only one",
-            mend="set gradient_accumulation_steps to 2 or more, or use more data ranks",
+            fix="set gradient_accumulation_steps to 2 or more, or use more data ranks",
             keys=("log_gradient_noise_scale", "gradient_accumulation_steps"),
         )
 

@@ -30,10 +30,10 @@ def simple(
     needs: tuple[str, ...],
     broken: Callable[[Values], bool],
     what: str | Callable[[Values], str],
-    mend: str,
+    fix: str,
     about: tuple[str, ...] = (),
 ) -> Rule:
-    """A rule with one outcome. `what` and `mend` may use the values: "{hidden_size} features".
+    """A rule with one outcome. `what` and `fix` may use the values: "{hidden_size} features".
 
     about: the keys it is about, `needs` unless given
     """
@@ -41,7 +41,7 @@ def simple(
     def check(v: Values) -> Iterable[Problem]:
         if broken(v):
             text = what(v) if callable(what) else what.format_map(v)
-            yield Problem(text, mend=mend.format_map(v), keys=about or needs)
+            yield Problem(text, fix=fix.format_map(v), keys=about or needs)
 
     return Rule(name, needs, check)
 
@@ -57,7 +57,7 @@ def divides(name: str, part: str, whole: str, when: Callable[[Values], bool] = l
             yield Problem(
                 f"{part} {count} does not divide {whole} {size}",
                 allowed=f"{part} that divides {size}, such as {', '.join(map(str, near))}",
-                mend=f"set {part} to {min(near, key=lambda n: abs(n - count))}, or {whole} to a multiple of {count}",
+                fix=f"set {part} to {min(near, key=lambda n: abs(n - count))}, or {whole} to a multiple of {count}",
                 keys=(part, whole),
             )
 

@@ -24,7 +24,7 @@ def _stage_range(v: Values) -> Iterable[Problem]:
     stage = v["zero_optimization"].get("stage")
     if not _autotuned(v) and (isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3):
         yield Problem(
-            f"zero_optimization.stage is {shown(stage)}", allowed="0, 1, 2 or 3", mend="choose a stage", keys=("zero_optimization.stage",)
+            f"zero_optimization.stage is {shown(stage)}", allowed="0, 1, 2 or 3", fix="choose a stage", keys=("zero_optimization.stage",)
         )
 
 
@@ -35,7 +35,7 @@ def _offload(v: Values) -> Iterable[Problem]:
         if isinstance(part, dict) and part.get("device", "none") != "none" and _stage(v) < least:
             yield Problem(
                 f"zero_optimization.{name} needs ZeRO stage {least}{' or more' if least < 3 else ''}, stage is {_stage(v)}",
-                mend=f"set stage: {least}, or remove {name}",
+                fix=f"set stage: {least}, or remove {name}",
                 keys=(f"zero_optimization.{name}", "zero_optimization.stage"),
             )
 
@@ -48,13 +48,13 @@ def _superoffload(v: Values) -> Iterable[Problem]:
     if _stage(v) != 3 or part.get("device") != "cpu":
         yield Problem(
             f"{key} works with ZeRO stage 3 and offload_optimizer.device cpu, not with stage {_stage(v)} and {part.get('device')}",
-            mend="set stage: 3 and device: cpu, or remove super_offload",
+            fix="set stage: 3 and device: cpu, or remove super_offload",
             keys=(key, "zero_optimization.stage"),
         )
     if v["optimizer_type"] not in ("adam", "adamw", "cpu_adam"):
         yield Problem(
             f"{key} has an Adam of its own on the host, so optimizer {v['optimizer_type']} would not be used",
-            mend="set optimizer.type: adam, or remove super_offload",
+            fix="set optimizer.type: adam, or remove super_offload",
             keys=(key, "optimizer.type"),
         )
 
@@ -62,12 +62,12 @@ def _superoffload(v: Values) -> Iterable[Problem]:
 def _iterations(v: Values) -> Iterable[Problem]:
     if v["train_iters"] is None and v["train_epochs"] is None:
         yield Problem(
-            "the length of training is not set", mend="add train_iters: N (or train_epochs: N)", keys=("train_iters", "train_epochs")
+            "the length of training is not set", fix="add train_iters: N (or train_epochs: N)", keys=("train_iters", "train_epochs")
         )
     if v["train_iters"] is not None and v["train_epochs"] is not None:
         yield Problem(
             f"train_iters {v['train_iters']} and train_epochs {v['train_epochs']} both set the length of training",
-            mend="keep one of the two",
+            fix="keep one of the two",
             keys=("train_iters", "train_epochs"),
         )
 
@@ -76,7 +76,7 @@ def _checkpoint_factor(v: Values) -> Iterable[Problem]:
     factor = v["checkpoint_factor"]
     if v["save"] is not None and factor is None and not v["extra_save_iters"]:
         yield Problem(
-            f"save is {shown(v['save'])}, but nothing says when to save", mend="add checkpoint_factor or extra_save_iters",
+            f"save is {shown(v['save'])}, but nothing says when to save", fix="add checkpoint_factor or extra_save_iters",
             keys=("save", "checkpoint_factor"),
         )  # fmt: skip
     if factor is None:
@@ -84,12 +84,12 @@ def _checkpoint_factor(v: Values) -> Iterable[Problem]:
     if v["checkpoint_scale"] == "linear" and (factor < 1 or factor != int(factor)):
         yield Problem(
             f"checkpoint_factor is {plain(factor)} with checkpoint_scale linear", allowed="a whole number >= 1",
-            mend="give the number of steps between two checkpoints", keys=("checkpoint_factor",),
+            fix="give the number of steps between two checkpoints", keys=("checkpoint_factor",),
         )  # fmt: skip
     if v["checkpoint_scale"] == "log" and factor <= 1:
         yield Problem(
             f"checkpoint_factor is {plain(factor)} with checkpoint_scale log", allowed="a number > 1",
-            mend="give the ratio of the steps of two checkpoints, such as 2", keys=("checkpoint_factor", "checkpoint_scale"),
+            fix="give the ratio of the steps of two checkpoints, such as 2", keys=("checkpoint_factor", "checkpoint_scale"),
         )  # fmt: skip
 
 
@@ -98,15 +98,15 @@ def _rollback(v: Values) -> Iterable[Problem]:
         if v[key] != "rollback":
             continue
         if v["save"] is None:
-            yield Problem(f"{key} rollback goes back to a checkpoint of the run, but save is not set", mend="set save", keys=(key, "save"))
+            yield Problem(f"{key} rollback goes back to a checkpoint of the run, but save is not set", fix="set save", keys=(key, "save"))
         if v["no_save_optim"]:
             yield Problem(
-                f"{key} rollback needs the optimizer's state, which no_save_optim leaves out", mend="remove no_save_optim",
+                f"{key} rollback needs the optimizer's state, which no_save_optim leaves out", fix="remove no_save_optim",
                 keys=(key, "no_save_optim"),
             )  # fmt: skip
         if v["train_epochs"] is not None:
             yield Problem(
-                f"{key} rollback makes up for the samples left out, for which train_epochs leaves none", mend="use train_iters",
+                f"{key} rollback makes up for the samples left out, for which train_epochs leaves none", fix="use train_iters",
                 keys=(key, "train_epochs"),
             )  # fmt: skip
 
@@ -115,14 +115,14 @@ def _spikes(v: Values) -> Iterable[Problem]:
     if v["loss_spike_factor"] is None and v["loss_spike_policy"] != "warn":
         yield Problem(
             f"loss_spike_policy {v['loss_spike_policy']} does nothing: loss_spike_factor is not set", allowed="a number > 1",
-            mend="add loss_spike_factor: 4, for instance, or remove loss_spike_policy", keys=("loss_spike_policy", "loss_spike_factor"),
+            fix="add loss_spike_factor: 4, for instance, or remove loss_spike_policy", keys=("loss_spike_policy", "loss_spike_factor"),
         )  # fmt: skip
 
 
 def _extra_saves(v: Values) -> Iterable[Problem]:
     if any(step < 0 for step in v["extra_save_iters"]):
         yield Problem(
-            f"extra_save_iters is {shown(v['extra_save_iters'])}", allowed="whole numbers >= 0", mend="remove negative steps",
+            f"extra_save_iters is {shown(v['extra_save_iters'])}", allowed="whole numbers >= 0", fix="remove negative steps",
             keys=("extra_save_iters",),
         )  # fmt: skip
 
@@ -132,7 +132,7 @@ def _extra_args(v: Values) -> Iterable[Problem]:
         if name in v and v[name] is not None and v[name] != value:
             yield Problem(
                 f"deepspeed_extra_args.{name} is {shown(value)}, but {name} is {shown(v[name])}",
-                mend=f"set {name} only, outside of deepspeed_extra_args",
+                fix=f"set {name} only, outside of deepspeed_extra_args",
                 keys=(f"deepspeed_extra_args.{name}", name),
             )
 
@@ -142,7 +142,7 @@ def _extra_args(v: Values) -> Iterable[Problem]:
         if value and (not entry or (isinstance(value, dict) and value.get(entry))):
             yield Problem(
                 f"deepspeed_extra_args.{name} does nothing: recomputation is not DeepSpeed's here",
-                mend="set checkpoint_activations and the keys beside it at the top level",
+                fix="set checkpoint_activations and the keys beside it at the top level",
                 keys=(f"deepspeed_extra_args.{name}",),
             )
 
@@ -156,7 +156,7 @@ def _selective_inputs(v: Values) -> Iterable[Problem]:
     if keys and _selective(v):
         yield Problem(
             f"{', '.join(keys)} would move only the input of each span, which is little of what checkpoint_granularity: selective keeps",
-            mend=f"set checkpoint_granularity: full, or remove {', '.join(keys)}",
+            fix=f"set checkpoint_granularity: full, or remove {', '.join(keys)}",
             keys=(*keys, "checkpoint_granularity"),
         )
 
@@ -175,7 +175,7 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
         ("keep_every",),
         lambda v: v["keep_last_n_checkpoints"] is None,
         "keep_every {keep_every} says what is not deleted, and nothing is: keep_last_n_checkpoints is not set",
-        mend="set keep_last_n_checkpoints, or remove keep_every",
+        fix="set keep_last_n_checkpoints, or remove keep_every",
         about=("keep_every", "keep_last_n_checkpoints"),
     ),
     Rule("extra-args", ("deepspeed_extra_args",), _extra_args),

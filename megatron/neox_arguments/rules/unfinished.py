@@ -27,7 +27,7 @@ class Unfinished:
         return Problem(
             f"{self.key} asks for {self.feature}, which this version does not have yet",
             where=str(args.origin(self.key)),
-            mend=f"remove {self.key}, or use a version that has {self.feature}",
+            fix=f"remove {self.key}, or use a version that has {self.feature}",
             keys=(self.key,),
         )
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint.build import Source, Take, choose_source, own_folder
-from megatron.checkpoint.lock import LOCK
-from megatron.checkpoint.steps import saved_steps, write_latest
+from megatron.checkpoint.build import CheckpointSource, Take, choose_source, own_folder
+from megatron.checkpoint.steps.run_lock import LOCK
+from megatron.checkpoint.steps.step_dirs import saved_steps, write_latest
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
@@ -36,9 +36,9 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_run_resumes_itself(run: Path) -> None:
     """Also where the folder is spelled in two ways."""
-    assert choose_source(args(run, save=f"{run}/../run/")) == Source(Take.EVERYTHING, run, "global_step10")
+    assert choose_source(args(run, save=f"{run}/../run/")) == CheckpointSource(Take.EVERYTHING, run, "global_step10")
     assert saved_steps(run) == [5, 10]
-    assert choose_source(args(run, iteration=5, no_load_optim=True)) == Source(Take.WEIGHTS_AND_POSITION, run, "global_step5")
+    assert choose_source(args(run, iteration=5, no_load_optim=True)) == CheckpointSource(Take.WEIGHTS_AND_POSITION, run, "global_step5")
     assert saved_steps(run) == [5]
 
 
@@ -52,7 +52,7 @@ def test_nothing_is_passed_over_for_others(run: Path, changes: dict[str, Any]) -
 
 
 def test_a_start_from_nothing(tmp_path: Path) -> None:
-    assert choose_source(args(tmp_path / "run")) == choose_source(args(tmp_path, load=None)) == Source(Take.NOTHING)
+    assert choose_source(args(tmp_path / "run")) == choose_source(args(tmp_path, load=None)) == CheckpointSource(Take.NOTHING)
     with pytest.raises(CheckpointError, match="no checkpoint found"):
         choose_source(args(tmp_path / "run", save=str(tmp_path / "other")))
     (tmp_path / "run" / "global_step5.corrupt").mkdir(parents=True)

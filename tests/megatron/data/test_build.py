@@ -12,7 +12,7 @@ import pytest
 
 from megatron.data.build import build_data
 from megatron.data.indexed_dataset import IndexedDatasetBuilder
-from megatron.data.loader import Split
+from megatron.data.loader import DataSplit
 from megatron.data.streams import Item
 from megatron.errors import ConfigError, DataError
 from megatron.neox_arguments import NeoXArgs
@@ -70,7 +70,7 @@ def test_micro_batches_of_the_reference(run: str, tmp_path: Path, monkeypatch: p
         np.testing.assert_array_equal(text[:, 1:][trained], recorded["labels"][i][trained])
         if run == "sft_unpacked":
             # Each of these documents is longer than a row: no room for the token that leaks.
-            assert (batch["segments"] == 0).all()
+            assert (batch["segment_ids"] == 0).all()
         np.testing.assert_array_equal(text[:, :-1], recorded_tokens)
 
 
@@ -108,7 +108,7 @@ def test_resume_equals_uninterrupted_and_workers_change_nothing(tmp_path: Path) 
             np.testing.assert_array_equal([item["text"] for item in taken(train, 12 - start // 2, start)], whole[start // 2 :])
 
 
-def taken(split: Split, count: int, start: int) -> list[Item]:
+def taken(split: DataSplit, count: int, start: int) -> list[Item]:
     batches = split.batches(stacked, start_sample=start)
     return [next(batches) for _ in range(count)]  # type: ignore[misc]
 
@@ -146,7 +146,7 @@ def test_a_share_of_data_path_stays_in_its_range(tmp_path: Path) -> None:
         assert seen == {"train": set(range(10)), "valid": set(range(10, 15)), "test": set(range(15, 20))}
 
 
-def tokens(split: Split) -> set[int]:
+def tokens(split: DataSplit) -> set[int]:
     length = min(len(split), 400)
     items = [split.dataset[i] for i in range(length)]
     return {int(token) for item in items for token in item["text"][item["label"] >= 0 if "label" in item else slice(None)]}
@@ -156,7 +156,7 @@ def test_paths_that_do_not_go_together(tmp_path: Path) -> None:
     path = numbered(tmp_path / "numbers", 10)
     with pytest.raises(DataError, match="does not exist") as missing:
         build_data(flat(data_path=str(tmp_path / "nmbers")), streams=("text",))
-    assert "numbers" in str(missing.value.mend)
+    assert "numbers" in str(missing.value.fix)
     with pytest.raises(ConfigError, match="holds one text"):
         build_data(flat(data_path=path), streams=("pos", "neg"))
     with pytest.raises(ConfigError, match="stream reward"):
@@ -197,4 +197,4 @@ def test_pairs_with_rewards_and_reference_log_probs(tmp_path: Path) -> None:
         assert item["reward"].tolist() == [number - 4] * 12 + [0] * 5
         assert item["ref"].tolist() == [-number / 2] * 12 + [0] * 5
         assert item["label"].tolist() == [number] * 12 + [-100] * 5
-        assert item["segments"].tolist() == [0] * 12 + [1] * 5
+        assert item["segment_ids"].tolist() == [0] * 12 + [1] * 5

@@ -8,8 +8,8 @@ import doctest
 import numpy as np
 
 from megatron.data import blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights
-from megatron.data.finished import inspecting, lengths, merging
-from megatron.data.making import blocks, encoders, inputs
+from megatron.data.inspect import inspecting, lengths, merging
+from megatron.data.preprocess import blocks, encoders, inputs
 
 MODULES = (
     *(blend, build, cache, index_map, indexed_dataset, sampler, skipping, streams, weights),

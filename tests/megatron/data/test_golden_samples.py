@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.opening import Amount, Recipe, open_dataset, open_mixture
+from megatron.data.dataset_builder import Amount, Recipe, open_dataset, open_mixture
 from megatron.data.streams import StreamDataset
 from megatron.data.weights import by_num_documents, normalise, samples_per_member, split_bounds
 

@@ -83,7 +83,7 @@ def test_values_that_do_not_fit_are_refused_and_nothing_is_left_behind(tmp_path:
     assert list(tmp_path.iterdir()) == [] and not exists(tmp_path / "x")
 
 
-def test_damaged_files_name_the_file_and_the_mend(tmp_path: Path) -> None:
+def test_damaged_files_name_the_file_and_the_fix(tmp_path: Path) -> None:
     prefix = write(tmp_path / "x", [[1, 2, 3], [4]])
     index, data = index_file(prefix).read_bytes(), data_file(prefix).read_bytes()
     assert infer_impl(prefix) == "mmap"
@@ -104,16 +104,16 @@ def test_damaged_files_name_the_file_and_the_mend(tmp_path: Path) -> None:
         data_file(prefix).write_bytes(bad_data)
         with pytest.raises(DataError, match=message) as error:
             IndexedDataset(prefix)
-        assert str(tmp_path / "x.") in str(error.value.where) and error.value.mend
+        assert str(tmp_path / "x.") in str(error.value.where) and error.value.fix
     data_file(prefix).unlink()
     with pytest.raises(DataError, match="does not exist"):
         IndexedDataset(prefix)
     with pytest.raises(DataError, match="does not exist") as error:
         IndexedDataset(f"{prefix}.bin")
-    assert "without .bin" in str(error.value.mend)
+    assert "without .bin" in str(error.value.fix)
 
 
-def test_an_old_merge_without_document_marks_is_mended(tmp_path: Path) -> None:
+def test_an_old_merge_without_document_marks_is_repaired(tmp_path: Path) -> None:
     """A library of old wrote [0] for the marks of merged files; merging such a file counts its sequences."""
     prefix = write(tmp_path / "x", [[1], [2]])
     index = index_file(prefix).read_bytes()

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import build_data
 from megatron.data.indexed_dataset import IndexedDatasetBuilder
 from megatron.neox_arguments import NeoXArgs
@@ -26,8 +29,15 @@ def stream(path: Path, workers: int, start: int, count: int, *, micro: int = 2, 
     rest = {"tokenizer_type": "CharLevelTokenizer", "num_workers": workers, "optimizer": {"type": "Adam", "params": {"lr": 0.001}}}
     args = NeoXArgs.from_dict({**common, **run, **paths, **rest})
     data = build_data(args, streams=("text",), rank=rank, size=size)
-    batches: Any = data.train.batches(lambda samples: [sample["text"].tobytes() for sample in samples], start_sample=start)  # type: ignore[arg-type,return-value]
-    return [row for batch in islice(batches, count // micro) for row in batch]
+    found = list(islice(data.train.batches(counting_samples(rows_of), start_sample=start), count // micro))
+    assert all(batch.num_samples == micro for batch in found)
+    return [row.numpy().tobytes() for batch in found for row in batch.tokens[: batch.num_samples]]
+
+
+def rows_of(samples: Sequence[Any]) -> Batch:
+    """Two rows for each sample, as a pair has: it counts as one sample all the same."""
+    rows = torch.from_numpy(np.stack([sample["text"] for sample in samples])).repeat(2, 1)
+    return Batch(tokens=rows, labels=rows, loss_weight=rows.float(), segment_ids=rows.int())
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data.loader import Split
+from megatron.data.loader import DataSplit
 from megatron.data.skipping import Skipped
 
 ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8)).map(lambda pair: (pair[0], pair[0] + pair[1])), max_size=5)
@@ -31,7 +31,7 @@ def test_a_split_leaves_them_out_whatever_the_ranks_are() -> None:
     skipped = Skipped(((6, 10), (20, 21)))
 
     def read(start: int, count: int, size: int, micro: int) -> list[int]:
-        splits = [Split(name="train", dataset=numbers, micro_batch_size=micro, rank=rank, size=size) for rank in range(size)]
+        splits = [DataSplit(name="train", dataset=numbers, micro_batch_size=micro, rank=rank, size=size) for rank in range(size)]
         streams = [split.batches(list, start_sample=start, skipped=skipped) for split in splits]  # type: ignore[arg-type]
         rows = zip(*(islice(stream, count // (size * micro)) for stream in streams), strict=True)
         return [number for row in rows for batch in row for number in batch]  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ CHAT = {f"{split}{label}_data_paths": [f"data/chat{label}_document"] for split i
 
 def losses_of(rank: int, world: int, folder: str, layout: dict[str, Any]) -> list[float]:
     """Losses of three steps of this rank's engine."""
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.data.build import build_data
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
@@ -43,7 +43,7 @@ def losses_of(rank: int, world: int, folder: str, layout: dict[str, Any]) -> lis
     groups, device = join_job(args)
     objective = build_objective(args, eod=0)
     data = build_data(args, streams=objective.streams, rank=groups.dp.rank, size=groups.dp.size)
-    engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+    engine, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     batches = data.train.batches(objective.collate, start_sample=0)
     results = [engine.train_step(objective, [next(batches) for _ in range(args.run.gradient_accumulation_steps)]) for _ in range(3)]
     return [result.metrics["lm_loss"] for result in results] + [result.grad_norm or 0.0 for result in results]
@@ -53,7 +53,7 @@ def resumed_and_whole(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Weights after four steps with dropout, in one run and in two; and this rank's random state at the start of other resumed runs."""
     import torch
 
-    from megatron.checkpoint.neox_store import read_weights
+    from megatron.checkpoint.formats.neox_files import read_weights
     from megatron.neox_arguments import NeoXArgs
     from megatron.training import pretrain
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the runner mends in DeepSpeed's optimizers."""
+"""What the runner fixes in DeepSpeed's optimizers."""
 
 from __future__ import annotations
 

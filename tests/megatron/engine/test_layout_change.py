@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.dist import run_distributed
-from support.respread import LAYOUTS, changes
+from support.reshard import LAYOUTS, changes
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(500)]
 

@@ -62,7 +62,7 @@ def test_weights_go_from_tensor_ranks_to_stages(tmp_path: Path) -> None:
 
 def losses_by_partition(rank: int, world: int, folder: str) -> dict[str, list[float]]:
     """Losses of two steps of a model of three blocks, cut by every method."""
-    from megatron.checkpoint.build import Source, Take
+    from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.data.build import build_data
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
@@ -76,7 +76,7 @@ def losses_by_partition(rank: int, world: int, folder: str) -> dict[str, list[fl
         groups, device = join_job(args)
         objective = build_objective(args, eod=0)
         batches = build_data(args, streams=objective.streams).train.batches(objective.collate, start_sample=0)
-        engine, _ = build_engine(args, Source(Take.NOTHING), groups, device)
+        engine, _ = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
         found[method] = [engine.train_step(objective, [next(batches) for _ in range(4)]).metrics["lm_loss"] for _ in range(2)]
         found[f"layers {method}"] = [float(sum(p.numel() for p in engine.module().parameters()))]
     return found

@@ -29,7 +29,7 @@ def split_in_two(source: Path, target: Path, spec: Any) -> None:
     """The same weights as two tensor ranks would have written them."""
     import torch
 
-    from megatron.checkpoint.neox_store import read_weights
+    from megatron.checkpoint.formats.neox_files import read_weights
     from megatron.model.transformer import Transformer
     from megatron.mpu.groups import Group, Groups
     from megatron.mpu.sharding import sharding_of, split

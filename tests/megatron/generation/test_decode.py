@@ -18,10 +18,10 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 def run(prompts: list[list[int]], longest: int = 32, **options: Any) -> tuple[Any, Counting]:
     import torch
 
-    from megatron.generation.decode import Settings, decode
+    from megatron.generation.decode import DecodeSettings, decode
 
     scorer = Counting(longest=longest)
-    return decode(scorer, torch.tensor(prompts), Settings(**options), [torch.Generator()] * len(prompts)), scorer
+    return decode(scorer, torch.tensor(prompts), DecodeSettings(**options), [torch.Generator()] * len(prompts)), scorer
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,9 +43,9 @@ def test_stop_sequences_are_left_out_and_rows_end_apart() -> None:
     heard: list[tuple[int, int]] = []
     import torch
 
-    from megatron.generation.decode import Settings, decode
+    from megatron.generation.decode import DecodeSettings, decode
 
-    rules = Settings(eod=0, maximum_tokens=None, stop=((6, 7), (12,)), keep_logits=True)
+    rules = DecodeSettings(eod=0, maximum_tokens=None, stop=((6, 7), (12,)), keep_logits=True)
     done = decode(Counting(), torch.tensor([[2, 3], [9, 10], [13, 14]]), rules, [], lambda row, token: heard.append((row, token)))
     assert [completion.ids for completion in done] == [[4, 5], [11], [15]]
     assert all(completion.finished for completion in done)
@@ -69,14 +69,14 @@ def loaded(style: str, **overrides: Any) -> Any:
 def test_cache_changes_nothing_and_neighbours_neither() -> None:
     import torch
 
-    from megatron.generation.decode import Settings, decode
+    from megatron.generation.decode import DecodeSettings, decode
     from megatron.generation.sampling import Sampling
 
     prompts = torch.randint(2, 512, (3, 9), generator=torch.Generator().manual_seed(0))
 
     def texts(scorer: Any, rows: torch.Tensor, first: int = 0, **options: Any) -> list[Any]:
         seeds = [torch.Generator().manual_seed(first + row) for row in range(len(rows))]
-        return decode(scorer, rows, Settings(eod=0, keep_logits=True, maximum_tokens=None, **options), seeds)
+        return decode(scorer, rows, DecodeSettings(eod=0, keep_logits=True, maximum_tokens=None, **options), seeds)
 
     for style in ("neox", "gpt2", "llama"):
         scorer = loaded(style)
@@ -98,7 +98,7 @@ def test_greedy_equals_hugging_face() -> None:
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from megatron.generation.decode import Settings, decode
+    from megatron.generation.decode import DecodeSettings, decode
 
     scorer = loaded("neox")
     config = GPTNeoXConfig(
@@ -128,6 +128,6 @@ def test_greedy_equals_hugging_face() -> None:
     assert not surplus and all("rotary" in name or "attention.bias" in name or "masked_bias" in name for name in missing)
     prompts = torch.randint(2, 512, (2, 7), generator=torch.Generator().manual_seed(3))
     reference = theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, do_sample=False, pad_token_id=1)
-    for row, completion in enumerate(decode(scorer, prompts, Settings(eod=0, maximum_tokens=40), [])):
+    for row, completion in enumerate(decode(scorer, prompts, DecodeSettings(eod=0, maximum_tokens=40), [])):
         new = reference[row, 7:].tolist()
         assert completion.ids == (new[: new.index(0)] if 0 in new else new)

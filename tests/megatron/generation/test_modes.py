@@ -16,11 +16,11 @@ KEYS = ["context", "text", "length", "finished", "message", "duration_seconds"]
 
 
 def writer(longest: int = 64, **options: Any) -> Any:
-    from megatron.generation.decode import Settings
+    from megatron.generation.decode import DecodeSettings
     from megatron.generation.modes import Writer
     from megatron.tokenizer.others import CharLevelTokenizer
 
-    return Writer(Counting(longest=longest, vocab_size=512), CharLevelTokenizer(), Settings(eod=ord("h"), **options))
+    return Writer(Counting(longest=longest, vocab_size=512), CharLevelTokenizer(), DecodeSettings(eod=ord("h"), **options))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def test_input_file_keeps_order_and_reports_what_did_not_fit(tmp_path: Path) -> 
 def test_unconditional_starts_after_an_eod_and_the_seed_repeats_it(tmp_path: Path) -> None:
     import torch
 
-    from megatron.generation.decode import Settings
+    from megatron.generation.decode import DecodeSettings
     from megatron.generation.modes import Writer, unconditional
     from megatron.generation.sampling import Sampling
     from megatron.tokenizer.others import CharLevelTokenizer
@@ -77,7 +77,7 @@ def test_unconditional_starts_after_an_eod_and_the_seed_repeats_it(tmp_path: Pat
         def next_logits(self, tokens: Any, cache: Any) -> Any:
             return torch.zeros(len(tokens), 512)
 
-    rules = Settings(eod=0, sampling=Sampling(temperature=1.0), maximum_tokens=8)
+    rules = DecodeSettings(eod=0, sampling=Sampling(temperature=1.0), maximum_tokens=8)
     first, second, other = (Writer(Even(), CharLevelTokenizer(), rules, seed).write(["a"] * 4) for seed in (1, 1, 2))
     texts = [[record["text"] for record in records] for records in (first, second, other)]
     assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) == 4

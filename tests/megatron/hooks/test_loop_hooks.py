@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from megatron.errors import ConfigError, TrainingError
 from megatron.hooks import checkpointing
 from megatron.hooks.base import BaseHook, TrainState, Verdict
-from megatron.hooks.build import RunParts, assemble, tracker_ids
+from megatron.hooks.build import RunParts, assemble
 from megatron.hooks.checkpointing import CheckpointHook, SavePlan, is_save_iteration
 from megatron.hooks.profiling import ProfilingHook
-from megatron.hooks.stopping import StopHook, StopRequest
+from megatron.hooks.stopping import Limits, StopHook, StopRequest, WallClock
+from megatron.hooks.trackers.build import tracker_ids
 from megatron.hooks.validation import ValidationHook
-from megatron.hooks.wall_clock import Limits, WallClock
 from megatron.launch.signals import noting_signals
 from megatron.log import setup_logging
 from megatron.progress import parse_evaluation, parse_exit

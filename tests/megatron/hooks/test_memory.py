@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.hooks.memory import MemoryHook
+from megatron.hooks.profiling import MemoryHook
 from support.fake_engine import FakeEngine, drive, result
 
 

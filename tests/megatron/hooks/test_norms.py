@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import TrainingError
-from megatron.hooks.noise import noise_terms
+from megatron.hooks.gradient_noise_scale import noise_terms
 from support.dist import run_distributed
 from support.fake_engine import drive, result
 from support.measuring import by_plain_torch, measured
@@ -85,15 +85,15 @@ def test_only_what_is_asked_for_is_done() -> None:
     from support.tiny import tiny
 
     assert measures(NeoXArgs.from_dict(tiny()), lambda values, row: None) == []
-    from megatron.engine.pieces import WholePieces
+    from megatron.engine.shards import WholeShards
     from support.fake_engine import FakeEngine
 
     class Shows(FakeEngine):
         def module(self) -> torch.nn.Module:
             return torch.nn.Linear(2, 2)
 
-        def pieces(self) -> WholePieces:
-            return WholePieces({}, lambda: 1.0, {})
+        def local_shards(self) -> WholeShards:
+            return WholeShards({}, lambda: 1.0, {})
 
     sent: list[Any] = []
     hook = NormsHook(plan=NormsPlan(parameters=True), send=lambda values, row: sent.append((values, row)))

@@ -8,8 +8,7 @@ import logging
 import pytest
 
 from megatron.errors import ConfigError, NoTimeError
-from megatron.hooks.stopping import StopRequest
-from megatron.hooks.wall_clock import Limits, WallClock, job_end
+from megatron.hooks.stopping import Limits, StopRequest, WallClock, job_end
 
 
 class Time:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from megatron.launch.environment import Seat, handed_on, machine_environment, mask, scrub
+from megatron.launch.environment import Seat, handed_on, machine_environment
+from megatron.secrets import mask, redact
 
 
 def test_programs_travel_and_machines_do_not() -> None:
@@ -19,10 +20,10 @@ def test_programs_travel_and_machines_do_not() -> None:
     assert handed_on({**kept, **left, "NEOX_FAILURE_FILE": "f", "NEOX_LAUNCH_SECRET": "s"}) == kept
 
 
-def test_secrets_are_masked_by_name_and_scrubbed_by_value() -> None:
+def test_secrets_are_masked_by_name_and_redacted_by_value() -> None:
     assert mask("MY_API_KEY", "x") == mask("HF_TOKEN", "x") == mask("AWS_SECRET_ACCESS_KEY", "x") == "***"
     assert mask("TOKENIZERS_PARALLELISM", "false") == "false"
-    assert scrub("token abcdefg, short ab", {"HF_TOKEN": "abcdefg", "MY_PASSWORD": "ab", "NAME": "token"}) == "token ***, short ab"
+    assert redact("token abcdefg, short ab", {"HF_TOKEN": "abcdefg", "MY_PASSWORD": "ab", "NAME": "token"}) == "token ***, short ab"
 
 
 def test_a_rank_is_told_its_seat_and_its_share_of_the_machine() -> None:

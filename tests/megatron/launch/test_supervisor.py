@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from megatron.launch import supervisor
-from megatron.launch.records import Event
+from megatron.launch.rank_events import Event
 from megatron.launch.supervisor import Rank, Supervisor
 
 DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); open('deaf{}', 'w').close(); time.sleep(100)"
 # Tells, starts a helper that would outlive it, and fails.
 FAILS = """\
 import os, subprocess, sys, time
-from megatron.launch.records import leave
+from megatron.launch.rank_events import leave
 while not os.path.exists("deaf0"):
     time.sleep(0.01)
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megatron.model.block import TransformerBlock, unused_stored_prefixes
+from megatron.model.layer_state import LayerState
 from megatron.model.spec import MLPSpec, Residual
-from megatron.model.stream import Stream
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Group
 from support.specs import HIDDEN, model_spec
@@ -22,18 +22,18 @@ def build(residual: Residual, *, bias: bool = True, dropout: float = 0.0) -> Tra
     return model.blocks[0]
 
 
-def stream() -> Stream:
+def stream() -> LayerState:
     torch.manual_seed(1)
-    return Stream(torch.randn(2, 5, HIDDEN), torch.zeros(2, 5, dtype=torch.int32))
+    return LayerState(torch.randn(2, 5, HIDDEN), torch.zeros(2, 5, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("bias", [True, False])  # the reference loses the attention term where the MLP has no bias
 @pytest.mark.parametrize("residual", list(Residual))
 def test_formula(residual: Residual, bias: bool):
     block = build(residual, bias=bias)
-    x, segments = stream()
+    x, segment_ids = stream()
     ln1, ln2 = getattr(block, "input_layernorm", None), getattr(block, "post_attention_layernorm", None)
-    attend = lambda hidden: block.attention(hidden, segments)  # noqa: E731
+    attend = lambda hidden: block.attention(hidden, segment_ids)  # noqa: E731
     if residual is Residual.SEQUENTIAL:
         middle = x + attend(ln1(x))
         expected = middle + block.mlp(ln2(middle))
@@ -44,19 +44,19 @@ def test_formula(residual: Residual, bias: bool):
     else:
         middle = x + ln2(attend(x))
         expected = middle + block.post_feedforward_layernorm(block.mlp(middle))
-    torch.testing.assert_close(block(Stream(x, segments)).hidden, expected)
+    torch.testing.assert_close(block(LayerState(x, segment_ids)).hidden, expected)
 
 
 @pytest.mark.parametrize("residual", list(Residual))
 def test_dropout_hits_both_sublayers(residual: Residual):
-    block, (x, segments) = build(residual, dropout=0.5), stream()
+    block, (x, segment_ids) = build(residual, dropout=0.5), stream()
     torch.manual_seed(0)
-    first = block(Stream(x, segments)).hidden
-    assert not torch.equal(first, block(Stream(x, segments)).hidden)
-    assert torch.equal(block.eval()(Stream(x, segments)).hidden, block(Stream(x, segments)).hidden)
+    first = block(LayerState(x, segment_ids)).hidden
+    assert not torch.equal(first, block(LayerState(x, segment_ids)).hidden)
+    assert torch.equal(block.eval()(LayerState(x, segment_ids)).hidden, block(LayerState(x, segment_ids)).hidden)
     # with everything dropped the stream passes unchanged
     block.dropout = 1.0
-    assert torch.equal(block.train()(Stream(x, segments)).hidden, x)
+    assert torch.equal(block.train()(LayerState(x, segment_ids)).hidden, x)
 
 
 @pytest.mark.parametrize(

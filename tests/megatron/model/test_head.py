@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.model.head import FinalNorm, LMHead, Logits, tied_logits
+from megatron.model.layer_state import LayerState
 from megatron.model.spec import HeadSpec, NormKind, NormSpec
-from megatron.model.stream import Stream
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import VocabEmbedding
 
@@ -16,7 +16,7 @@ from megatron.mpu.layers import VocabEmbedding
 def test_readings_agree_and_parameters_have_their_names() -> None:
     torch.manual_seed(0)
     tp = Group.single()
-    stream = Stream(torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.int32))
+    stream = LayerState(torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.int32))
     labels, weights = torch.randint(0, 12, (2, 5)), torch.rand(2, 5)
     norm = FinalNorm(NormSpec(kind=NormKind.RMSNORM, size=8, eps=1e-6), tp=tp)
     spec = HeadSpec(hidden_size=8, vocab_size=12, block_rows=3, multiplier=0.5)

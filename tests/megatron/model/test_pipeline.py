@@ -32,8 +32,8 @@ def loss_of(handle: Any, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
 def micro_batches() -> list[Any]:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(0, VOCAB, (ROWS, LENGTH), generator=generator) for _ in range(ACCUMULATE)]
-    segments = torch.tensor([[0] * 7 + [1] * 5, [0] * 12], dtype=torch.int32)
-    return [((row, segments), (row.roll(-1, 1), torch.ones(ROWS, LENGTH))) for row in ids]
+    segment_ids = torch.tensor([[0] * 7 + [1] * 5, [0] * 12], dtype=torch.int32)
+    return [((row, segment_ids), (row.roll(-1, 1), torch.ones(ROWS, LENGTH))) for row in ids]
 
 
 def test_class_names_match_the_partition_method():
@@ -68,8 +68,8 @@ def train(rank: int, world: int, folder: str) -> list[float]:
         for _ in range(2):
             losses.append(float(engine.train_batch(iter(micro_batches())).detach()))
             total = 0.0
-            for (ids, segments), targets in micro_batches():
-                loss = plain(ids, segments, read=lambda handle, targets=targets: loss_of(handle, targets)) / ACCUMULATE
+            for (ids, segment_ids), targets in micro_batches():
+                loss = plain(ids, segment_ids, read=lambda handle, targets=targets: loss_of(handle, targets)) / ACCUMULATE
                 loss.backward()
                 total += float(loss.detach())
             optimizer.step()

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-from megatron.model.recompute import Granularity, Kept, Recompute, bring_back, draws, keeps, put_away
+from megatron.model.recompute import Granularity, Offloaded, Recompute, draws, keeps, offload, reload
 from megatron.model.spec import MLPSpec, ModelSpec, NormKind, Positions, Residual
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Group, Groups
@@ -73,9 +73,9 @@ class Operations(TorchDispatchMode):
 
 def gradients(model: Transformer) -> tuple[list[torch.Tensor], Counter[str]]:
     """Gradients of all parameters, the random state afterwards, and what the backward pass ran."""
-    ids, segments = batch()
+    ids, segment_ids = batch()
     torch.manual_seed(9)
-    loss = model(ids, segments, read=lambda logits: logits.nll(ids.roll(-1, 1), torch.ones(ids.shape), ids.numel()))
+    loss = model(ids, segment_ids, read=lambda logits: logits.nll(ids.roll(-1, 1), torch.ones(ids.shape), ids.numel()))
     with Operations() as seen:
         found = torch.autograd.grad(loss, list(model.parameters()))
     return [*found, torch.get_rng_state()], seen.count
@@ -148,7 +148,7 @@ def test_less_is_kept_the_more_is_recomputed() -> None:
 
 
 def test_a_kernel_that_draws_is_run_again() -> None:
-    """Kept, it would not draw in the recomputation, and the masks that follow would differ."""
+    """Offloaded, it would not draw in the recomputation, and the masks that follow would differ."""
     aten = torch.ops.aten
     x = torch.zeros(1)
     assert not draws(aten._scaled_dot_product_flash_attention.default, (x, x, x), {})
@@ -165,13 +165,13 @@ def test_a_kernel_that_draws_is_run_again() -> None:
 
 def test_compiled_blocks_are_recomputed_too() -> None:
     spec = spec_of("llama", 0.0, 0.0)
-    ids, segments = batch()
+    ids, segment_ids = batch()
     truth, _ = gradients(Transformer(spec))
     for how in (Recompute(num_layers=2), Recompute(on_host=True)):
         model = Transformer(spec, recompute=how)
         for block in model.blocks:
             block.compile(backend="aot_eager")
-        loss = model(ids, segments, read=lambda logits: logits.nll(ids.roll(-1, 1), torch.ones(ids.shape), ids.numel()))
+        loss = model(ids, segment_ids, read=lambda logits: logits.nll(ids.roll(-1, 1), torch.ones(ids.shape), ids.numel()))
         for ours, kept in zip(torch.autograd.grad(loss, list(model.parameters())), truth[:-1], strict=True):
             torch.testing.assert_close(ours, kept, rtol=1e-4, atol=1e-6)
 
@@ -179,9 +179,9 @@ def test_compiled_blocks_are_recomputed_too() -> None:
 @pytest.mark.gpu
 def test_inputs_wait_in_pinned_memory() -> None:
     x = torch.randn(2, 3, 4, device="cuda")
-    kept = put_away(x, group=Group.single(), on_host=True)
-    assert isinstance(kept, Kept) and kept.data.is_pinned() and kept.device == x.device
-    assert torch.equal(bring_back(kept, group=Group.single()), x)
+    kept = offload(x, group=Group.single(), on_host=True)
+    assert isinstance(kept, Offloaded) and kept.data.is_pinned() and kept.device == x.device
+    assert torch.equal(reload(kept, group=Group.single()), x)
 
 
 COLLECTIVES = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter")
@@ -202,9 +202,9 @@ def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
             right[form, name] = equal(ours, truth)
             calls[form, name] = sum(number for op, number in seen.items() if any(kind in op for kind in COLLECTIVES))
     x = torch.arange(15.0).view(1, 3, 5)
-    kept, numbers = (put_away(x, group=groups.tp, on_host=False) for x in (x, x.int()))
-    assert isinstance(kept, Kept)
-    back = bring_back(kept, group=groups.tp)
+    kept, numbers = (offload(x, group=groups.tp, on_host=False) for x in (x, x.int()))
+    assert isinstance(kept, Offloaded)
+    back = reload(kept, group=groups.tp)
     bytes_ = kept.data.untyped_storage().nbytes()
     return {"right": right, "calls": calls, "bytes": bytes_, "back": torch.equal(back, x), "numbers": type(numbers) is torch.Tensor}
 
@@ -242,8 +242,11 @@ def staged(rank: int, world: int) -> list[list[torch.Tensor]]:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
-    ids, segments = batch()
-    step = [((ids, segments), (ids.roll(-1, 1), torch.ones(ids.shape))), ((ids.flip(1), segments), (ids.roll(1, 1), torch.ones(ids.shape)))]
+    ids, segment_ids = batch()
+    step = [
+        ((ids, segment_ids), (ids.roll(-1, 1), torch.ones(ids.shape))),
+        ((ids.flip(1), segment_ids), (ids.roll(1, 1), torch.ones(ids.shape))),
+    ]
     config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "steps_per_print": 1000}
     results = []
     run_span, lengths = recompute.run_span, []

@@ -32,9 +32,9 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 def loss_and_gradients(
-    model: Transformer, ids: torch.Tensor, segments: torch.Tensor | None = None
+    model: Transformer, ids: torch.Tensor, segment_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    loss = model(ids, segments, read=lambda logits: logits.nll(ids.roll(-1, 1), torch.ones(ids.shape), ids.numel()))
+    loss = model(ids, segment_ids, read=lambda logits: logits.nll(ids.roll(-1, 1), torch.ones(ids.shape), ids.numel()))
     return loss, list(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -105,7 +105,7 @@ def test_documents_of_a_row_do_not_touch(backend: BackendName):
 def check_documents(form: str, model: Transformer) -> None:
     ids = tokens(1, DOCUMENTS[-1])
     spans = list(zip(DOCUMENTS, DOCUMENTS[1:], strict=False))
-    segments = torch.tensor([[number for number, (start, stop) in enumerate(spans) for _ in range(start, stop)]], dtype=torch.int32)
+    segment_ids = torch.tensor([[number for number, (start, stop) in enumerate(spans) for _ in range(start, stop)]], dtype=torch.int32)
 
     def of(row: torch.Tensor, marks: torch.Tensor | None, start: int, stop: int) -> list[torch.Tensor]:
         """Logits of a document's tokens and every parameter's gradient of its loss."""
@@ -115,13 +115,13 @@ def check_documents(form: str, model: Transformer) -> None:
         return [handle.full()[:, start:stop], *torch.autograd.grad(loss, list(model.parameters()))]
 
     for start, stop in spans:
-        packed = of(ids, segments, start, stop)
+        packed = of(ids, segment_ids, start, stop)
         # The last token's label is the next document's first; alone it must be the same.
         alone_row = ids[:, start:stop]
         other = (ids + 1 + torch.arange(ids.shape[1]) % 5) % VOCAB
         other[:, start:stop] = alone_row
         other[:, stop % ids.shape[1]] = ids[:, stop % ids.shape[1]]
-        for before, after in zip(packed, of(other, segments, start, stop), strict=True):
+        for before, after in zip(packed, of(other, segment_ids, start, stop), strict=True):
             assert torch.equal(before, after), f"{form}: document {start}:{stop} knows its neighbours"
         longer = torch.cat((alone_row, ids[:, stop % ids.shape[1]][:, None]), dim=1)
         alone = of(longer, torch.tensor([[0] * (stop - start) + [1]], dtype=torch.int32), 0, stop - start)
@@ -136,7 +136,7 @@ def test_packed_documents_equal_separate_rows():
         ids = tokens(1, DOCUMENTS[-1])
         spans = list(zip(DOCUMENTS, DOCUMENTS[1:], strict=False))
         lengths = [stop - start for start, stop in spans]
-        segments = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))[None].int()
+        segment_ids = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(lengths))[None].int()
         rows, labels, weights, marks = (
             torch.zeros(len(spans), max(lengths), dtype=kind) for kind in (torch.int64, torch.int64, torch.float32, torch.int32)
         )
@@ -147,7 +147,7 @@ def test_packed_documents_equal_separate_rows():
             labels[number, : stop - start - 1] = ids[0, start + 1 : stop]
             weights[number, : stop - start - 1] = 1.0
             marks[number, stop - start :] = 1
-        packed = model(ids, segments).nll(ids.roll(-1, 1), wanted, wanted.sum())
+        packed = model(ids, segment_ids).nll(ids.roll(-1, 1), wanted, wanted.sum())
         separate = model(rows, marks).nll(labels, weights, weights.sum())
         torch.testing.assert_close(packed, separate)
         for a, b in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (packed, separate)), strict=True):
@@ -155,11 +155,11 @@ def test_packed_documents_equal_separate_rows():
 
 
 def test_recomputation_changes_nothing():
-    ids, segments = tokens(2, 12), torch.tensor([[0] * 7 + [1] * 5, [0] * 12], dtype=torch.int32)
+    ids, segment_ids = tokens(2, 12), torch.tensor([[0] * 7 + [1] * 5, [0] * 12], dtype=torch.int32)
     for spec in FORMS.values():
-        kept = loss_and_gradients(Transformer(spec), ids, segments)
+        kept = loss_and_gradients(Transformer(spec), ids, segment_ids)
         for size in (1, 2, 5):
-            again = loss_and_gradients(Transformer(spec, recompute=size and Recompute(num_layers=size)), ids, segments)
+            again = loss_and_gradients(Transformer(spec, recompute=size and Recompute(num_layers=size)), ids, segment_ids)
             assert torch.equal(kept[0], again[0])
             assert all(torch.equal(a, b) for a, b in zip(kept[1], again[1], strict=True))
 

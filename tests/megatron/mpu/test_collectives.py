@@ -20,7 +20,7 @@ def bad(kind: type[Exception], rank: int) -> int:
 
 
 def refuse(rank: int) -> int:
-    raise CheckpointError(f"rank {rank} cannot", where="there", mend="do")
+    raise CheckpointError(f"rank {rank} cannot", where="there", fix="do")
 
 
 def outcomes(rank: int, world: int, folder: str) -> list[object]:
@@ -33,7 +33,7 @@ def outcomes(rank: int, world: int, folder: str) -> list[object]:
         try:
             return how(call, group)  # type: ignore[operator]
         except Exception as error:
-            return type(error).__name__, str(error), getattr(error, "mend", None)
+            return type(error).__name__, str(error), getattr(error, "fix", None)
 
     return [
         attempt(on_first_rank, lambda: (rank, (Path(folder) / f"{rank}").write_text("called"))),
@@ -48,7 +48,7 @@ def outcomes(rank: int, world: int, folder: str) -> list[object]:
 @pytest.mark.timeout(100)
 def test_every_rank_gets_the_same(tmp_path: Path) -> None:
     first, second = run_distributed(outcomes, world=2, timeout_s=80, folder=str(tmp_path))
-    refused = ("CheckpointError", "rank {} cannot\n  where: there\n  mend:  do", "do")
+    refused = ("CheckpointError", "rank {} cannot\n  where: there\n  fix:   do", "do")
     assert first[0] == second[0] == (0, 6) and os.listdir(tmp_path) == ["0"]
     assert first[1] == second[1] == (refused[0], refused[1].format(0), "do")
     assert first[2] == ("OSError", "rank 0 cannot", None) and second[2] == (LostRankError.__name__, "rank 0 failed: rank 0 cannot", None)

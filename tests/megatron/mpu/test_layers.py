@@ -60,7 +60,7 @@ def on_two_ranks(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str,
     out = results(tp, weights)
     x = torch.arange(4.0).view(1, 4).requires_grad_()
     whole = comm.gather(comm.scatter(x, tp), tp)
-    spread = comm.spread(comm.reduce_scatter(x * (rank + 1), tp, dim=1), tp, dim=1)
+    spread = comm.gather_sequence(comm.reduce_scatter(x * (rank + 1), tp, dim=1), tp, dim=1)
     (whole.sum() + (spread * (rank + 1)).sum()).backward()
     out |= {"round trip": whole.detach(), "summed": spread.detach(), "grad x": x.grad}
     torch.manual_seed(3)

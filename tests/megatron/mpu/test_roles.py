@@ -24,7 +24,7 @@ def test_roles_of_a_model(tied: bool, positions: Positions) -> None:
     attention = {"qk_norm": norm_spec(size=HIDDEN // 4), "num_kv_heads": 4}
     roles = by_name(Transformer(model_spec(layers=1, tied=tied, positions=positions, mlp=mlp, attention=attention)))
     hidden = {name for name, role in roles.items() if role is Role.HIDDEN}
-    tables = {name for name, role in roles.items() if role is Role.TABLE}
+    tables = {name for name, role in roles.items() if role is Role.EMBEDDING}
     assert hidden == {f"sequential.2.{n}.weight" for n in ("attention.query_key_value", "attention.dense", "mlp.linear1", "mlp.linear2")}
     expected = {"sequential.0.word_embeddings.weight"} | ({"sequential.5.final_linear.weight"} if not tied else set())
     expected |= {"sequential.0.position_embeddings.weight"} if positions is Positions.LEARNED else set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs that must be refused: one report with file:line, reason and mend, exit status 77."""
+"""Configs that must be refused: one report with file:line, reason and fix, exit status 77."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Bad(NamedTuple):
     text: str
     line: int
     says: str
-    mend: str
+    fix: str
 
 
 CASES = (
@@ -429,7 +429,7 @@ def test_the_base_is_good(tmp_path):
     assert NeoXArgs.from_ymls(write(tmp_path, "log_interval: 1")).run.train_batch_size == 4
 
 
-def test_every_bad_config_is_refused_with_place_and_mend(tmp_path):
+def test_every_bad_config_is_refused_with_place_and_fix(tmp_path):
     for number, case in enumerate(CASES):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -439,7 +439,7 @@ def test_every_bad_config_is_refused_with_place_and_mend(tmp_path):
         assert caught.value.exit_code == 77, case.name
         assert len(caught.value.problems) == 1, f"{case.name}: one fault, one problem\n{report}"
         assert case.says in re.sub(r" +", " ", report), f"{case.name}:\n{report}"
-        assert case.mend in caught.value.problems[0].mend, f"{case.name}:\n{report}"
+        assert case.fix in caught.value.problems[0].fix, f"{case.name}:\n{report}"
         place = f"bad.yml:{case.line}" if case.line else "bad.yml"
         assert re.search(re.escape(place) + r"(?!\d)", caught.value.problems[0].where), f"{case.name}:\n{report}"
         assert "pydantic" not in report and "Traceback" not in report and "type=" not in report, case.name
@@ -456,7 +456,7 @@ def test_the_launcher_refuses_them_before_it_starts_anything(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout) == (77, ""), case.name
         assert f"bad.yml:{case.line}" in done.stderr and case.says in re.sub(r" +", " ", done.stderr), done.stderr
-        assert "mend:" in done.stderr and "Traceback" not in done.stderr
+        assert "fix:" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "started").exists()
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron.errors import ConfigError, LostRankError
-from megatron.neox_arguments import payload
+from megatron.neox_arguments import worker_payload
 from megatron.neox_arguments.cli import consume_deepy_args, consume_neox_args, rank_count, run_face
 from megatron.neox_arguments.flags import sort_words
 
@@ -176,19 +176,19 @@ JSON = st.recursive(
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
 @given(st.dictionaries(st.text(alphabet="abcdefgh_-", max_size=8), JSON, max_size=6))
 def test_encoding_is_undone_by_decoding(values: dict[str, Any]) -> None:
-    text = payload.encode(values)
-    assert payload.decode(text, "--x") == values
+    text = worker_payload.encode(values)
+    assert worker_payload.decode(text, "--x") == values
     assert set(text) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_=")
 
 
 def test_long_configs_are_compressed_and_broken_ones_named() -> None:
     values = {"train_data_paths": [f"data/part_{index:06d}/text_document" for index in range(20000)]}
-    text = payload.encode(values)
+    text = worker_payload.encode(values)
     assert len(text) < 128 * 1024
-    assert payload.decode(text, "--x") == values
+    assert worker_payload.decode(text, "--x") == values
     for broken in ("???", "e30", "bm90IGpzb24=", "WzFd"):
         with pytest.raises(ConfigError, match="--x"):
-            payload.decode(broken, "--x")
+            worker_payload.decode(broken, "--x")
 
 
 def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,10 +197,10 @@ def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFix
     monkeypatch.setattr(time, "sleep", waits.append)
 
     def fails(argv: list[str]) -> None:
-        raise ConfigError("it is wrong", where="a.yml:1", mend="do right")
+        raise ConfigError("it is wrong", where="a.yml:1", fix="do right")
 
     assert run_face(fails, [], usage="u", about="a") == 77
-    assert capsys.readouterr().err == "[rank 3] it is wrong\n  where: a.yml:1\n  mend:  do right\n"
+    assert capsys.readouterr().err == "[rank 3] it is wrong\n  where: a.yml:1\n  fix:   do right\n"
     assert run_face(fails, ["--debug"], usage="u", about="a") == 77
     assert "Traceback" in capsys.readouterr().err
     assert len(waits) == 2  # rank 0 speaks first

@@ -12,7 +12,7 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed import deepspeed_config
-from megatron.neox_arguments.payload import encode
+from megatron.neox_arguments.worker_payload import encode
 
 BASE: dict[str, Any] = {
     "num_layers": 4,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launch.plan import Plan
+from megatron.launch.plan import LaunchPlan
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.launch import is_here, plan_launch
 
@@ -36,7 +36,7 @@ def hosts(tmp_path: Path) -> str:
     return str(path)
 
 
-def plan(environ: dict[str, str] | None = None, script: str = SCRIPT, **keys: object) -> Plan:
+def plan(environ: dict[str, str] | None = None, script: str = SCRIPT, **keys: object) -> LaunchPlan:
     args = NeoXArgs.from_ymls([QUICKSTART], overwrites=keys)
     return plan_launch(args, script, ["--x", "a b"], ENVIRON if environ is None else environ)
 

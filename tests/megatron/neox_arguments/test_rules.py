@@ -92,7 +92,7 @@ def test_unbuilt_features_parse_and_are_named(extra, key):
     assert key in {row.key for row in UNFINISHED}, f"{key} is built by now: delete its case here"
     found = unfinished(NeoXArgs.from_dict({**TINY, **extra}))
     assert [problem.keys for problem in found] == [(key,)]
-    assert found[0].where == "from_dict" and found[0].mend
+    assert found[0].where == "from_dict" and found[0].fix
 
 
 def test_a_plain_model_asks_for_nothing_unbuilt():

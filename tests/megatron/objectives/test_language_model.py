@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from megatron.errors import ConfigError, DataError
 from megatron.objectives import language_model
+from megatron.objectives.build import objective_class
+from megatron.objectives.context import LossContext
 from megatron.objectives.language_model import LanguageModel
-from megatron.objectives.logprobs import sequence_logps, token_logps
-from megatron.objectives.registry import objective_class
 
 EOD = 0
 
@@ -32,13 +32,13 @@ class DenseLogits:
     def token_logps(self, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         return F.log_softmax(self.full.float(), -1).gather(-1, targets[..., None]).squeeze(-1)
 
-    def nll(self, labels: Tensor, weights: Tensor, denominator: Tensor) -> Tensor:
+    def nll(self, labels: Tensor, weights: Tensor, denominator: float) -> Tensor:
         return (weights * -self.token_logps(labels)).sum() / denominator
 
 
 def by_hand(text: list[int], label: list[int] | None, isolated: bool, eod_mask: bool) -> tuple[list[int], list[int], list[float]]:
-    """Labels, segments and weights, one position at a time."""
-    labels, segments, weights, document = [], [], [], 0
+    """Labels, segment_ids and weights, one position at a time."""
+    labels, segment_ids, weights, document = [], [], [], 0
     for i in range(len(text) - 1):
         here, following = text[i], text[i + 1]
         trained = here >= 0 and following >= 0
@@ -49,11 +49,11 @@ def by_hand(text: list[int], label: list[int] | None, isolated: bool, eod_mask: 
         if here == EOD and (isolated or eod_mask):
             trained = False
         labels.append(max(target, 0))
-        segments.append(document if isolated else 0)
+        segment_ids.append(document if isolated else 0)
         weights.append(float(trained))
         if here == EOD:
             document += 1
-    return labels, segments, weights
+    return labels, segment_ids, weights
 
 
 @st.composite
@@ -75,21 +75,22 @@ def test_collate_equals_a_loop(data: tuple[list[list[int]], list[list[int]] | No
     samples = [{"text": np.array(t)} | ({"label": np.array(label[i])} if label else {}) for i, t in enumerate(text)]
     batch = objective.collate(samples)
     for i, row in enumerate(text):
-        labels, segments, weights = by_hand(row, label[i] if label else None, isolated, eod_mask)
+        labels, segment_ids, weights = by_hand(row, label[i] if label else None, isolated, eod_mask)
         assert batch.tokens[i].tolist() == [max(t, 0) for t in row[:-1]]
-        assert (batch.labels[i].tolist(), batch.segments[i].tolist(), batch.loss_weight[i].tolist()) == (labels, segments, weights)
+        assert (batch.labels[i].tolist(), batch.segment_ids[i].tolist(), batch.loss_weight[i].tolist()) == (labels, segment_ids, weights)
     assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
-    assert (batch.loss_weight.dtype, batch.segments.dtype) == (torch.float32, torch.int32)
-    assert objective.denominator(batch) == batch.loss_weight.sum().item()
+    assert (batch.loss_weight.dtype, batch.segment_ids.dtype) == (torch.float32, torch.int32)
+    assert objective.denominators(batch) == {"tokens": batch.loss_weight.sum().item()}
+    assert batch.padding == sum(t < 0 for row in text for t in row[:-1])
 
 
 def test_document_numbers_of_the_data_win_over_end_tokens() -> None:
     # An end token inside a document does not split it, and a document without one ends all the same.
-    row = {"text": np.array([5, EOD, 6, 7, 8, 0]), "segments": np.array([0, 0, 0, 1, 1, 2]), "label": np.array([5, EOD, 6, 7, 8, -100])}
+    row = {"text": np.array([5, EOD, 6, 7, 8, 0]), "segment_ids": np.array([0, 0, 0, 1, 1, 2]), "label": np.array([5, EOD, 6, 7, 8, -100])}
     batch = LanguageModel(eod=EOD, isolated=True).collate([row])
-    assert batch.segments.tolist() == [[0, 0, 0, 1, 1]]
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 1, 1]]
     assert batch.loss_weight.tolist() == [[1.0, 1.0, 0.0, 1.0, 0.0]]
-    assert LanguageModel(eod=EOD).collate([row]).segments.tolist() == [[0] * 5]
+    assert LanguageModel(eod=EOD).collate([row]).segment_ids.tolist() == [[0] * 5]
 
 
 def test_doctests() -> None:
@@ -109,13 +110,16 @@ def test_loss_does_not_depend_on_the_split_into_micro_batches() -> None:
 
     def run(parts: list[list[int]]) -> tuple[float, Tensor]:
         batches = [objective.collate([samples[i] for i in part]) for part in parts]
-        denominator = torch.tensor(sum(objective.denominator(b) for b in batches))
+        trained = torch.tensor(sum(objective.denominators(b)["tokens"] for b in batches))
+        denominators = {"tokens": trained.clamp(min=1)}
         weight.grad, total = None, 0.0
         for b in batches:
-            targets = {"labels": b.labels, "loss_weight": b.loss_weight, "segments": b.segments}
-            terms = objective.loss(DenseLogits(weight[b.tokens]), targets, denominator)  # type: ignore[arg-type]
+            targets = {"labels": b.labels, "loss_weight": b.loss_weight, "segment_ids": b.segment_ids}
+            context = LossContext(segment_ids=b.segment_ids, num_documents=b.num_documents, denominators=denominators)
+            terms = objective.loss(DenseLogits(weight[b.tokens]), targets, context)  # type: ignore[arg-type]
             terms.loss.backward()
-            total += terms.metrics["lm_loss"].item()
+            assert terms.metrics["lm_loss"].over == "tokens"
+            total += (terms.metrics["lm_loss"].value / denominators["tokens"]).item()
         assert weight.grad is not None
         return total, weight.grad.clone()
 
@@ -126,18 +130,6 @@ def test_loss_does_not_depend_on_the_split_into_micro_batches() -> None:
         torch.testing.assert_close(other, grad, rtol=1e-5, atol=1e-7)
     nothing, zero = run([[3]])
     assert nothing == 0.0 and not zero.any()
-
-
-def test_log_probabilities_of_rows() -> None:
-    torch.manual_seed(0)
-    full, labels = torch.randn(2, 3, 5), torch.tensor([[1, 2, 3], [4, 0, 1]])
-    weights = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    each = -F.cross_entropy(full.flatten(0, 1), labels.flatten(), reduction="none").view(2, 3)
-    logits = DenseLogits(full)
-    torch.testing.assert_close(token_logps(logits, labels, weights), each * weights)  # type: ignore[arg-type]
-    torch.testing.assert_close(sequence_logps(logits, labels, weights), (each * weights).sum(-1))  # type: ignore[arg-type]
-    average = sequence_logps(logits, labels, weights, average=True)  # type: ignore[arg-type]
-    torch.testing.assert_close(average, torch.stack([(each * weights)[0].sum() / 2, torch.tensor(0.0)]))
 
 
 def test_problems_are_named() -> None:

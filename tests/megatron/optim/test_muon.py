@@ -97,7 +97,7 @@ def test_groups_follow_roles() -> None:
     roles = roles_of(model)
     groups = muon_groups(model, 0.1, matrix_mult=20.0)
     kinds = [({roles[id(p)] for p in group["params"]}, group["use_muon"], group["weight_decay"], group["lr_mult"]) for group in groups]
-    assert kinds == [({Role.TABLE}, False, 0.1, 1.0), ({Role.VECTOR}, False, 0.0, 1.0), ({Role.HIDDEN}, True, 0.1, 20.0)]
+    assert kinds == [({Role.EMBEDDING}, False, 0.1, 1.0), ({Role.VECTOR}, False, 0.0, 1.0), ({Role.HIDDEN}, True, 0.1, 20.0)]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 

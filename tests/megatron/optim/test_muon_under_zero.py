@@ -25,7 +25,7 @@ def compared(rank: int, world: int, folder: str) -> dict[str, Any]:
     """Layout -> losses of four steps, the same of a run in two halves, and how what was learned lies beside what our own Muon learns."""
     import torch
 
-    from megatron.checkpoint.neox_store import read_weights
+    from megatron.checkpoint.formats.neox_files import read_weights
     from megatron.neox_arguments import NeoXArgs
     from megatron.training import pretrain
 

@@ -20,8 +20,8 @@ from support.tiny import tiny
 
 
 def test_laws_of_table_8() -> None:
-    assert mup_rates("adam", 4.0) == {Role.HIDDEN: 0.25, Role.TABLE: 1.0, Role.VECTOR: 1.0}
-    assert mup_rates("sgd", 4.0) == {Role.HIDDEN: 1.0, Role.TABLE: 4.0, Role.VECTOR: 4.0}
+    assert mup_rates("adam", 4.0) == {Role.HIDDEN: 0.25, Role.EMBEDDING: 1.0, Role.VECTOR: 1.0}
+    assert mup_rates("sgd", 4.0) == {Role.HIDDEN: 1.0, Role.EMBEDDING: 4.0, Role.VECTOR: 4.0}
     assert mup_rates("muon", 4.0) == EVEN
     with pytest.raises(ConfigError, match="no muP law for optimizer 'madgrad_wd'"):
         mup_rates("madgrad_wd", 4.0)
@@ -33,7 +33,7 @@ def test_groups_follow_roles(optimizer: str) -> None:
     roles = roles_of(model)
     groups = groups_by_role(model, 0.1, mup_rates(optimizer, 4.0))
     assert [{roles[id(p)] for p in group["params"]} for group in groups] == (
-        [{Role.TABLE}, {Role.VECTOR}, {Role.HIDDEN}] if optimizer == "adam" else [{Role.HIDDEN}, {Role.TABLE}, {Role.VECTOR}]
+        [{Role.EMBEDDING}, {Role.VECTOR}, {Role.HIDDEN}] if optimizer == "adam" else [{Role.HIDDEN}, {Role.EMBEDDING}, {Role.VECTOR}]
     )
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert groups[0]["lr_mult"] == 1.0, "the first group's rate is reported"

@@ -164,12 +164,12 @@ def test_every_failure_says_what_to_do(tmp_path: Path) -> None:
         (lambda: open_gpt2_bpe(str(tmp_path / "empty.json"), str(tmp_path / "empty.json")), "are not a BPE vocabulary", "download"),
         (lambda: open_gpt2_bpe(str(tmp_path / "empty.json"), None), "needs `merge_file`", "merges.txt"),
         (lambda: open_hf_gpt2(str(merges)), "holds neither", "folder"),
-        (lambda: open_hf_gpt2("no-such-user/no-such-tokenizer"), "neither a folder nor", "offline"),
+        (lambda: open_hf_gpt2("no-such-user/no-such-tokenizer"), "no folder no-such-user/no-such-tokenizer", "offline"),
     ]
-    for call, what, mend in cases:
+    for call, what, fix in cases:
         with pytest.raises(DataError) as caught:
             call()
-        assert what in caught.value.what and mend in (caught.value.mend or ""), caught.value.report()
+        assert what in caught.value.what and fix in (caught.value.fix or ""), caught.value.report()
 
 
 def test_a_folder_without_padding_token_gets_one(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_tiktoken_offline_and_unknown(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with pytest.raises(DataError, match="no encoding 'nothing'") as caught:
         TiktokenTokenizer("nothing")
-    assert "cl100k_base" in (caught.value.mend or "")
+    assert "cl100k_base" in (caught.value.fix or "")
     with pytest.raises(DataError, match="needs `vocab_file`"):
         TiktokenTokenizer(None)
 
@@ -70,7 +70,7 @@ def test_tiktoken_offline_and_unknown(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
     with pytest.raises(DataError, match="could not be fetched: ConnectionError") as caught:
         TiktokenTokenizer("gpt2")
-    assert "TIKTOKEN_CACHE_DIR" in (caught.value.mend or "")
+    assert "TIKTOKEN_CACHE_DIR" in (caught.value.fix or "")
     # A small encoding of our own: bytes, one merge, and the end of text after a gap.
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
     small = tiktoken.Encoding("small", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
@@ -100,7 +100,7 @@ def test_a_document_cannot_spell_the_end() -> None:
 
 def test_opening_a_tokenizer_imports_no_torch() -> None:
     code = (
-        "import sys, megatron.tokenizer, megatron.data.fetching.prepare; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        "import sys, megatron.tokenizer, megatron.data.hf.prepare_corpus; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3], timeout=60

@@ -39,5 +39,5 @@ def test_digest_sees_content_and_order(tmp_path: Path) -> None:
 
 def test_missing_file_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        existing(tmp_path / "x", "vocab_file", kind="K", mend="do this")
-    assert caught.value.where == "vocab_file" and caught.value.mend == "do this"
+        existing(tmp_path / "x", "vocab_file", kind="K", fix="do this")
+    assert caught.value.where == "vocab_file" and caught.value.fix == "do this"

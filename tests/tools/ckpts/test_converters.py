@@ -104,7 +104,7 @@ def test_conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_error(tmp_path: Path) -> None:
-    """A report, no traceback, and the status of an input that must be mended."""
+    """A report, no traceback, and the status of an input that must be fixed."""
     words = [sys.executable, str(ROOT / "tools" / "ckpts" / "convert_neox_to_hf.py"), "--input_dir", "none", "--output_dir", "out"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == CheckpointError.exit_code and "Traceback" not in done.stderr and "no checkpoint found" in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.steps import saved_steps
+from megatron.checkpoint.steps.step_dirs import saved_steps
 from megatron.errors import CheckpointError, ConfigError
 from support.checkpoints import KINDS, flip, step_folder
 from support.tree import ROOT

@@ -112,9 +112,9 @@ def test_texts_are_measured_as_they_would_be_written(tmp_path: Path, capsys: pyt
 def test_pairs_are_measured_as_they_would_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from megatron.data.chat.pairs import PairSource
     from megatron.data.chat.sources import chat_format
-    from megatron.data.making.inputs import find
-    from megatron.data.making.sources import Files
-    from megatron.data.making.writer import write as write_set
+    from megatron.data.preprocess.inputs import find
+    from megatron.data.preprocess.sources import Files
+    from megatron.data.preprocess.writer import write as write_set
 
     for name in ("tokenizer.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZER / name, tmp_path)

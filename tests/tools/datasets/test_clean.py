@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron.data.cleaning.run import clean
-from megatron.data.cleaning.settings import Settings
+from megatron.data.cleaning.settings import CleaningSettings
 from megatron.errors import BackendError, ConfigError, DataError, NeoXError
 from support.cleaning import nonsense, prose, read_output, sentence, write_lines
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_said(tmp_path):
 
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match="no room"):
-        clean([str(tmp_path / "in.jsonl")], tmp_path / "out", Settings(), fill)
+        clean([str(tmp_path / "in.jsonl")], tmp_path / "out", CleaningSettings(), fill)
 
 
 def test_two_runs_at_once_are_refused(tool, tmp_path):
@@ -289,4 +289,4 @@ def test_nonsense_is_refused(tool, tmp_path):
     ):
         with pytest.raises(NeoXError) as error:
             tool(tmp_path / "in.jsonl", "--output", tmp_path / "out", *flags)
-        assert error.value.mend, flags
+        assert error.value.fix, flags

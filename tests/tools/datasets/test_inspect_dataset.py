@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron.data.finished.inspecting import compare, labels_beside, statistics
 from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.data.inspect.inspecting import compare, labels_beside, statistics
 from support.tree import ROOT
 
 sys.path.insert(0, str(ROOT / "tools" / "datasets"))
@@ -40,7 +40,7 @@ def test_statistics_are_those_of_plain_python(tmp_path: Path, documents: list[li
     tokens = IndexedDataset(write(tmp_path / "t", [[token for token, _ in document] for document in documents]))
     labels = IndexedDataset(write(tmp_path / "l", [[token if on else -100 for token, on in document] for document in documents]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron.data.finished.inspecting.BLOCK_VALUES", 5)
+        patch.setattr("megatron.data.inspect.inspecting.BLOCK_VALUES", 5)
         found = statistics(tokens, labels, vocab_size=30, eod=7)
         assert compare(tokens, labels).ok
     flat = [pair for document in documents for pair in document]
@@ -73,7 +73,7 @@ def test_every_wrong_label_is_found(tmp_path: Path, documents: list[list[tuple[i
         for document, row in enumerate(documents)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron.data.finished.inspecting.BLOCK_VALUES", 5)
+        patch.setattr("megatron.data.inspect.inspecting.BLOCK_VALUES", 5)
         found = compare(IndexedDataset(tokens), IndexedDataset(write(tmp_path / "l", labels)), show=3)
     assert found.differing == len(spoilt) and found.ok == (not spoilt)
     assert [(place.document, place.position) for place in found.first] == sorted(spoilt)[:3]

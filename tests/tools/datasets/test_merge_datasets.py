@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.data.finished.legacy import LegacyDataset
-from megatron.data.finished.merging import merge as library_merge
 from megatron.data.indexed_dataset import HEADER, MAGIC, VERSION, IndexedDataset, IndexedDatasetBuilder, data_file
+from megatron.data.inspect.legacy import LegacyDataset
+from megatron.data.inspect.merging import merge as library_merge
 from megatron.errors import DataError
 from megatron.tokenizer import TokenizerKind, TokenizerSource, open_tokenizer
 from support.tree import ROOT
@@ -139,8 +139,8 @@ def test_blocks_smaller_than_a_part_give_the_same_bytes(tmp_path: Path, monkeypa
     for name, dtype in (("a", np.uint16), ("b", np.int32)):
         write(tmp_path / "in" / name, [rng.integers(0, 60000, size).tolist() for size in rng.integers(0, 30, 50)], dtype)
     assert merge(tmp_path / "in", tmp_path / "whole") == 0
-    monkeypatch.setattr("megatron.data.finished.merging.BLOCK", 7)
-    monkeypatch.setattr("megatron.data.finished.merging.COPY_BYTES", 64)
+    monkeypatch.setattr("megatron.data.inspect.merging.BLOCK", 7)
+    monkeypatch.setattr("megatron.data.inspect.merging.COPY_BYTES", 64)
     assert merge(tmp_path / "in", tmp_path / "blocks") == 0
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"whole{suffix}").read_bytes() == (tmp_path / f"blocks{suffix}").read_bytes()
@@ -233,10 +233,10 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:  # filled by somebody else meanwhile
-        patch.setattr("megatron.data.finished.merging.shutil.copyfileobj", full)
+        patch.setattr("megatron.data.inspect.merging.shutil.copyfileobj", full)
         assert merge(tmp_path / "in", tmp_path / "out" / "m") == 77 and "No space left" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("megatron.data.finished.merging.shutil.disk_usage", lambda _: usage._replace(free=20))
+    monkeypatch.setattr("megatron.data.inspect.merging.shutil.disk_usage", lambda _: usage._replace(free=20))
     assert merge(tmp_path / "in", tmp_path / "out" / "m") == 77 and "are free" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 

@@ -11,14 +11,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.conversion import comparing
+from megatron.checkpoint.conversion import logit_compare
 from megatron.checkpoint.conversion.build import describe_step, rewrite, to_hf, to_neox
+from megatron.checkpoint.conversion.exporting.hf_export import family_for
 from megatron.checkpoint.conversion.requests import Rewrite, ToHF, ToNeoX
 from megatron.checkpoint.conversion.reward import ENDING, SCORED, scoring
-from megatron.checkpoint.exporting.hf_export import family_for
-from megatron.checkpoint.families.registry import FAMILIES, family_named
-from megatron.checkpoint.hf_store import read_state
-from megatron.checkpoint.neox_store import read_weights
+from megatron.checkpoint.formats.hf_files import read_state
+from megatron.checkpoint.formats.neox_files import read_weights
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_named
 from megatron.errors import CheckpointError, ConfigError, NeoXError
 from support.foreign import check_same, make_hf
 from support.tree import ROOT
@@ -60,10 +60,10 @@ def test_recorded_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     _, described = describe_step(RM / "global_step0")
     save_file({**tensors, "score.weight": tensors["score.weight"] * 1.01}, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
-    for bound in (comparing.WHOLE_UP_TO, 0):
-        monkeypatch.setattr(comparing, "WHOLE_UP_TO", bound)
+    for bound in (logit_compare.WHOLE_UP_TO, 0):
+        monkeypatch.setattr(logit_compare, "WHOLE_UP_TO", bound)
         with pytest.raises(CheckpointError, match="not the same model: scores"):
-            comparing.verify(RM / "global_step0", tmp_path / "hf", described, None, asked=None)
+            logit_compare.verify(RM / "global_step0", tmp_path / "hf", described, None, asked=None)
     assert "scores of a few layers differ" in export(RM, tmp_path / "again")
 
 

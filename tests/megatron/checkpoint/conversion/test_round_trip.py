@@ -13,13 +13,13 @@ from megatron.checkpoint.conversion.build import describe_step, rewrite, to_hf, 
 from megatron.checkpoint.conversion.model import Precision
 from megatron.checkpoint.conversion.requests import Rewrite, ToHF, ToNeoX
 from megatron.checkpoint.conversion.weights import Whole
-from megatron.checkpoint.convert import hf_config
-from megatron.checkpoint.families.meta_llama import META_LLAMA
-from megatron.checkpoint.hf_store import read_state
-from megatron.checkpoint.mapping import from_canonical
-from megatron.checkpoint.neox_store import read_weights
-from megatron.checkpoint.verifying import Verify, look_at
-from megatron.checkpoint.whole import shapes_of
+from megatron.checkpoint.formats.hf_files import read_state
+from megatron.checkpoint.formats.neox_files import read_weights
+from megatron.checkpoint.loading.merge_tp import shapes_of
+from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
+from megatron.checkpoint.mapping.hf_config import hf_config
+from megatron.checkpoint.mapping.rows import from_canonical
+from megatron.checkpoint.steps.verify import Verify, look_at
 from megatron.model.build import build_spec
 from megatron.neox_arguments import NeoXArgs
 from support.foreign import CONFIGS, check_same, make_hf

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron.data.chat.masks import Masking
 from megatron.data.chat.pairs import LENGTHS, PROMPTS_DIFFER, SAME, PairEncoder, PairSource
 from megatron.data.chat.sources import NOTHING, ChatSource, chat_format
-from megatron.data.making.encoders import UNTRAINED
+from megatron.data.preprocess.encoders import UNTRAINED
 from tests.support.chat import STYLES, chat_folder, turns
 
 NAMES = ["chatml", "llama3", "mistral", "olmo", "gemma", "deepseek", "marked", "qwen3"]

@@ -7,7 +7,7 @@ import doctest
 
 from megatron.data.chat import records
 from megatron.data.chat import turns as room
-from megatron.data.chat.records import answered, common_turns, mended, talk_of
+from megatron.data.chat.records import answered, common_turns, fixed, talk_of
 from tests.support.chat import turns
 
 
@@ -31,9 +31,9 @@ def test_what_is_the_prompt() -> None:
         assert (found.talk.turns, found.first) == (whole, first)
 
 
-def test_contents_are_mended() -> None:
+def test_contents_are_fixed() -> None:
     talk = talk_of({"talk": [*turns("a"), {"role": "assistant", "content": [{"text": "b"}]}]}, "talk")
-    assert [turn["content"] for turn in mended(talk, str.upper).turns] == ["A", [{"text": "b"}]]
+    assert [turn["content"] for turn in fixed(talk, str.upper).turns] == ["A", [{"text": "b"}]]
 
 
 def test_common_turns() -> None:

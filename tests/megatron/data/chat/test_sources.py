@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from megatron.data.chat.masks import Borders, Masking
 from megatron.data.chat.sources import CROSSING, CUT, ENDLESS, NOTHING, ChatEncoder, ChatSource, chat_format
-from megatron.data.making.encoders import UNTRAINED, Batch
+from megatron.data.preprocess.encoders import UNTRAINED, EncodedRecords
 from tests.support.chat import GOLDEN, STYLES, chat_folder, turns
 
 STABLE = [name for name in STYLES if name != "qwen3"]
@@ -31,7 +31,7 @@ def encoder(name: str, **how: Any) -> ChatEncoder:
         return ChatSource(chat_format(str(chat_folder(Path(folder), name))), keys=("talk",), masking=Masking(**how)).open()
 
 
-def encoded(batch: Batch) -> Iterator[dict[str, np.ndarray]]:
+def encoded(batch: EncodedRecords) -> Iterator[dict[str, np.ndarray]]:
     """Stream -> values of each document."""
     for number in range(batch.documents):
         one = {}
@@ -215,7 +215,7 @@ def test_rewards(tmp_path: Path) -> None:
     assert signs.streams["talk_reward"].values.dtype == np.int32
 
 
-def test_ftfy_mends_contents(tmp_path: Path) -> None:
+def test_ftfy_fixes_contents(tmp_path: Path) -> None:
     source = ChatSource(chat_format(str(chat_folder(tmp_path, "chatml"))), ("talk",), ftfy=True)
     ids = source.open()([{"talk": turns("a", "\u00e2\u0153\u201d No problems")}]).streams["talk"].values
     assert "\u2714 No problems" in source.open().tokenizer.decode(ids)

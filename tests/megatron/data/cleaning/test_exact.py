@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.exact import FindSame, Fingerprint
-from megatron.data.cleaning.segment import removed_of
+from megatron.data.cleaning.pipeline import removed_of
 from support.cleaning import run
 
 TEXTS = st.text(alphabet="aA b\n", max_size=6)

@@ -15,15 +15,15 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.sources import Reader, divide, find_inputs
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.errors import DataError
 
 
 def read_all(files, tasks, skip_bad=0):
     """Documents of each task."""
     reader = Reader(tuple(tuple(part) for part in divide(files, tasks)), "text", skip_bad)
-    return [list(reader.read(rank, Book())) for rank in range(tasks)]
+    return [list(reader.read(rank, StageStats())) for rank in range(tasks)]
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.cleaning.backend import trove
+from megatron.data.cleaning.backend import datatrove
 from megatron.data.cleaning.blocklist import read_blocklist
-from megatron.data.cleaning.book import Book
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.language import ByFunctionWords
 from megatron.data.cleaning.normalise import Normalise
 from megatron.data.cleaning.quality import Filter, Quality
+from megatron.data.cleaning.stage_stats import StageStats
 from megatron.errors import BackendError, DataError
 from support.cleaning import nonsense, prose, run, sentence, write_lines
 
@@ -26,7 +26,7 @@ from support.cleaning import nonsense, prose, run, sentence, write_lines
 def judged(stage, text):
     """(verdict, text afterwards)"""
     document = Document(text, "here:1")
-    return stage.open(Book())(document), document.text
+    return stage.open(StageStats())(document), document.text
 
 
 NORMAL = {
@@ -123,13 +123,13 @@ def test_unknown_languages_are_dropped():
 
 def test_fasttext_says_what_to_install():
     with pytest.raises(BackendError, match="fasttext"):
-        trove().language_filter(["en"], 0.65)
+        datatrove().language_filter(["en"], 0.65)
 
 
 def test_without_datatrove_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datatrove", None)
     with pytest.raises(BackendError, match="clean"):
-        trove()
+        datatrove()
 
 
 QUESTION = "Which of the seven largest lakes on the northern continent was first mapped by a woman from the old harbour town"

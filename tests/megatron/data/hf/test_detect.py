@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.data.hf.detect import How, detect
-from megatron.data.hf.wish import As, Columns
+from megatron.data.hf.request import As, Columns
 from megatron.errors import DataError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -42,9 +42,9 @@ CASES: list[tuple[dict[str, Any], Columns, How, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("record", "wish", "how", "columns"), CASES)
-def test_columns_are_told_by_what_they_hold(record: dict[str, Any], wish: Columns, how: How, columns: tuple[str, ...]) -> None:
-    found = detect([record, record], wish)
+@pytest.mark.parametrize(("record", "choice", "how", "columns"), CASES)
+def test_columns_are_told_by_what_they_hold(record: dict[str, Any], choice: Columns, how: How, columns: tuple[str, ...]) -> None:
+    found = detect([record, record], choice)
     assert (found.how, found.names) == (how, columns)
 
 
@@ -58,9 +58,9 @@ def test_what_cannot_be_told_lists_the_columns() -> None:
         ({"a": "x", "id": 2}, Columns(join_columns=("a", "b"))),
         ({"a": "x", "id": 2}, Columns(text_column="text")),
     ]
-    for record, wish in wrong:
+    for record, choice in wrong:
         with pytest.raises(DataError, match=f"the columns are {', '.join(record)}"):
-            detect([record], wish)
+            detect([record], choice)
     with pytest.raises(DataError, match="the column id holds int"):
         detect([{"id": 3}], Columns(text_column="id"))
     with pytest.raises(DataError, match="the columns are none"):

@@ -7,11 +7,11 @@ import doctest
 
 import numpy as np
 
-from megatron.data.hf import encoders, local, patience, shapes, wish
-from megatron.data.making.encoders import Ragged
+from megatron.data.hf import encoders, local, record_adapters, request
+from megatron.data.preprocess.encoders import Ragged
 
 
 def test_examples_in_docstrings() -> None:
-    for module in (encoders, local, patience, shapes, wish):
+    for module in (encoders, local, record_adapters, request):
         found = doctest.testmod(module, extraglobs={"np": np, "Ragged": Ragged})
         assert found.failed == 0 and found.attempted > 0, module.__name__

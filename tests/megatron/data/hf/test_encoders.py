@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from megatron.data.hf.detect import Found, How
 from megatron.data.hf.encoders import LimitedSource, ShapedSource
-from megatron.data.hf.shapes import Shape
-from megatron.data.making.encoders import UNTRAINED, Batch, Dropped, Fault, Stream, gather
+from megatron.data.hf.record_adapters import RecordAdapter
+from megatron.data.preprocess.encoders import UNTRAINED, Dropped, EncodedRecords, Fault, StreamFormat, gather
 
-STREAMS = {"messages": Stream(np.dtype("<i4")), "messages_label": Stream(np.dtype("<i4"))}
+STREAMS = {"messages": StreamFormat(np.dtype("<i4")), "messages_label": StreamFormat(np.dtype("<i4"))}
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Given:
         return self
 
     @property
-    def streams(self) -> Mapping[str, Stream]:
+    def streams(self) -> Mapping[str, StreamFormat]:
         return STREAMS
 
-    def __call__(self, records: Sequence[Any]) -> Batch:
+    def __call__(self, records: Sequence[Any]) -> EncodedRecords:
         outcomes = []
         for record in records:
             labels = record["messages"] if isinstance(record, dict) else record
@@ -63,14 +63,14 @@ def test_a_limit_drops_what_trains_nothing_within_it(records: list[list[int] | N
 
 
 def test_numbers_of_shaped_records_are_those_of_the_input() -> None:
-    shape = Shape(Found(How.TEXT, (("text", "x"),)))
+    shape = RecordAdapter(Found(How.TEXT, (("text", "x"),)))
 
     @dataclass(frozen=True)
     class Lengths(Given):
         def open(self) -> Lengths:
             return self
 
-        def __call__(self, records: Sequence[Any]) -> Batch:
+        def __call__(self, records: Sequence[Any]) -> EncodedRecords:
             return super().__call__([[3] * len(record["text"]) if record["text"] != "bad" else None for record in records])
 
     records = [{"x": None}, {"x": "ab"}, {"y": 1}, {"x": ""}, {"x": "bad"}, {"x": "c"}, {"x": None}]

@@ -10,8 +10,8 @@ import pytest
 
 from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.local import local_source
-from megatron.data.hf.wish import Data, default_folder
-from megatron.data.making.blocks import Position
+from megatron.data.hf.request import Data, default_folder
+from megatron.data.preprocess.blocks import BlockStart
 from megatron.errors import DataError
 
 
@@ -37,7 +37,7 @@ def test_files_of_the_split(tmp_path: Path) -> None:
     assert names(Data(dataset=repo, data_dir="data", data_files=("test*",))) == ["test-0.jsonl"]
     with pytest.raises(DataError, match="no file of the split 'validation'") as caught:
         local_source(Data(dataset=repo, split="validation"))
-    assert "test or train" in str(caught.value.mend)
+    assert "test or train" in str(caught.value.fix)
     by_folder = str(touch(tmp_path / "folders", "dev/a.jsonl", "train/a.jsonl"))
     assert names(Data(dataset=by_folder, split="validation")) == ["a.jsonl"]
     loose = str(touch(tmp_path / "loose", "contest.jsonl", "latest.jsonl"))
@@ -66,7 +66,7 @@ def test_json_arrays_are_read_from_any_position(tmp_path: Path) -> None:
         (tmp_path / f"{number}.json").write_text(json.dumps(records[300 * number : 300 * (number + 1)], indent=1), encoding="utf-8")
     source = local_source(Data(dataset=str(tmp_path)))
     assert isinstance(source, Arrays)
-    blocks = list(source.blocks(Position()))
+    blocks = list(source.blocks(BlockStart()))
     assert [record for block in blocks for record in block.read().records] == records
     assert sum(block.source_bytes for block in blocks) == source.total_bytes
     for number, block in enumerate(blocks):
@@ -79,4 +79,4 @@ def test_json_arrays_are_read_from_any_position(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("[1, 2]", encoding="utf-8")
     bad = local_source(Data(dataset=str(tmp_path / "bad.json")))
     with pytest.raises(DataError, match="not an array of JSON objects"):
-        list(bad.blocks(Position()))  # type: ignore[union-attr]
+        list(bad.blocks(BlockStart()))  # type: ignore[union-attr]

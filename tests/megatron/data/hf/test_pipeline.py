@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron.data.hf.pipeline import prepare
-from megatron.data.hf.wish import As, Columns, Data, Tokens, Wish
+from megatron.data.hf.request import As, Columns, Data, PrepareRequest, Tokens
 from megatron.data.indexed_dataset import IndexedDataset
-from megatron.data.making.encoders import UNTRAINED
+from megatron.data.preprocess.encoders import UNTRAINED
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 from tests.support.chat import chat_folder, turns
@@ -41,9 +41,11 @@ def lines(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def wish(root: Path, records: list[dict[str, Any]], columns: Columns = Columns(), **more: Any) -> Wish:  # noqa: B008
+def request(root: Path, records: list[dict[str, Any]], columns: Columns = Columns(), **more: Any) -> PrepareRequest:  # noqa: B008
     tokens = Tokens(tokenizer=str(root / "tokenizer"), backend=TokenizerBackend.HF)
-    return Wish(data=Data(dataset=lines(root / "in.jsonl", records)), columns=columns, **{"tokens": tokens, "folder": root / "out", **more})
+    return PrepareRequest(
+        data=Data(dataset=lines(root / "in.jsonl", records)), columns=columns, **{"tokens": tokens, "folder": root / "out", **more}
+    )
 
 
 class Streams:
@@ -62,7 +64,7 @@ class Streams:
 
 
 def test_text_is_written_with_its_end_always(folder: Path) -> None:
-    done = prepare(wish(folder, [{"text": "one", "id": 1}, {"text": ""}, {"text": "two \u00e9"}], count=False))
+    done = prepare(request(folder, [{"text": "one", "id": 1}, {"text": ""}, {"text": "two \u00e9"}], count=False))
     assert Streams(folder).texts("text") == ["one" + EOD, "two \u00e9" + EOD]
     assert (folder / "out" / "dataset.jsonl").read_text(encoding="utf-8") == '{"text":"one"}\n{"text":"two \u00e9"}\n'
     results = done.results
@@ -78,7 +80,7 @@ def test_text_is_written_with_its_end_always(folder: Path) -> None:
 
 
 def test_chats_have_masks(folder: Path) -> None:
-    done = prepare(wish(folder, [{"messages": talk, "id": 1} for talk in TALKS]))
+    done = prepare(request(folder, [{"messages": talk, "id": 1} for talk in TALKS]))
     streams = Streams(folder)
     assert streams.texts("messages") == [HEAD + answer + END for answer in ANSWERS]
     assert streams.texts("messages_label") == [answer + END for answer in ANSWERS]
@@ -93,24 +95,24 @@ def test_chats_have_masks(folder: Path) -> None:
 
 def test_chats_as_text(folder: Path) -> None:
     records = [{"messages": talk} for talk in TALKS]
-    prepare(wish(folder, records, Columns(wanted=As.MIDTRAIN), folder=folder / "mid"))
+    prepare(request(folder, records, Columns(wanted=As.MIDTRAIN), folder=folder / "mid"))
     middle = Streams(folder, name="mid").texts("text")
     assert middle == [f"question?\n\n{answer}" + EOD for answer in ANSWERS]
-    prepare(wish(folder, records, Columns(wanted=As.PRETRAIN), folder=folder / "pre"))
+    prepare(request(folder, records, Columns(wanted=As.PRETRAIN), folder=folder / "pre"))
     assert Streams(folder, name="pre").texts("text") == [HEAD + answer + END for answer in ANSWERS]
-    prepare(wish(folder, records, Columns(as_written=True), folder=folder / "raw"))
+    prepare(request(folder, records, Columns(as_written=True), folder=folder / "raw"))
     assert Streams(folder, name="raw").texts("text")[0] == str(TALKS[0]) + EOD
 
 
 def test_a_template_that_ends_the_document_is_not_ended_twice(folder: Path) -> None:
     tokens = Tokens(tokenizer=str(chat_folder(folder / "tokenizer", "olmo")))
-    prepare(wish(folder, [{"messages": talk} for talk in TALKS], Columns(wanted=As.PRETRAIN), tokens=tokens))
+    prepare(request(folder, [{"messages": talk} for talk in TALKS], Columns(wanted=As.PRETRAIN), tokens=tokens))
     assert all(text.count("<|endoftext|>") == 2 and text.endswith("<|endoftext|>") for text in Streams(folder).texts("text"))
 
 
 def test_pairs_and_judged_answers(folder: Path) -> None:
     pairs = [{"prompt": "question?", "chosen": answer, "rejected": answer[::-1]} for answer in ANSWERS]
-    done = prepare(wish(folder, pairs, folder=folder / "pairs"))
+    done = prepare(request(folder, pairs, folder=folder / "pairs"))
     streams = Streams(folder, name="pairs")
     assert streams.texts("rejected_label") == [answer[::-1] + END for answer in ANSWERS]
     assert streams.texts("chosen") == [HEAD + answer + END for answer in ANSWERS]
@@ -119,7 +121,7 @@ def test_pairs_and_judged_answers(folder: Path) -> None:
     assert sum(map(sum, sizes)) == done.results["token_count"]
     assert len(done.results["paths"]) == 4
     judged = [{"prompt": "question?", "completion": answer, "label": number % 3 == 0} for number, answer in enumerate(ANSWERS)]
-    done = prepare(wish(folder, judged, folder=folder / "kto"))
+    done = prepare(request(folder, judged, folder=folder / "kto"))
     streams = Streams(folder, name="kto")
     assert streams.texts("messages_label") == [answer + END for answer in ANSWERS]
     assert streams.ids("messages_reward") == [[1 if number % 3 == 0 else -1] for number in range(9)]
@@ -127,7 +129,7 @@ def test_pairs_and_judged_answers(folder: Path) -> None:
 
 
 def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(folder: Path) -> None:
-    asked = wish(folder, [{"messages": talk} for talk in TALKS])
+    asked = request(folder, [{"messages": talk} for talk in TALKS])
     assert prepare(asked).fresh == ("LOAD", "DETECT", "EXPORT", "TOKENIZE")
     stamps = {path.name: path.stat().st_mtime_ns for path in (folder / "out").iterdir() if path.suffix in (".bin", ".idx", ".jsonl")}
     again = prepare(asked)
@@ -139,7 +141,7 @@ def test_a_second_run_does_nothing_and_a_changed_one_only_what_depends(folder: P
     assert prepare(longer).fresh == ("EXPORT",)
     (folder / "out" / "out_messages_label_document.bin").unlink()
     assert prepare(longer).fresh == ("TOKENIZE",)
-    assert prepare(wish(folder, [{"messages": talk} for talk in TALKS[1:]], tokens=longer.tokens)).fresh == (
+    assert prepare(request(folder, [{"messages": talk} for talk in TALKS[1:]], tokens=longer.tokens)).fresh == (
         "LOAD", "DETECT", "EXPORT", "TOKENIZE",
     )  # fmt: skip
     midtrain = replace(longer, columns=Columns(wanted=As.MIDTRAIN))
@@ -151,7 +153,7 @@ def test_a_template_that_tells_the_day_tells_that_of_the_first_run(folder: Path)
     content = json.loads(config.read_text(encoding="utf-8"))
     content["chat_template"] = "{{ '<|im_start|>' + strftime_now('%H:%M:%S.%f') + '\\n' }}" + content["chat_template"]
     config.write_text(json.dumps(content), encoding="utf-8")
-    asked = wish(folder, [{"messages": talk} for talk in TALKS])
+    asked = request(folder, [{"messages": talk} for talk in TALKS])
     first = prepare(asked)
     assert prepare(asked).fresh == ()
     (folder / "out" / "dataset.jsonl").unlink()
@@ -162,7 +164,7 @@ def test_a_template_that_tells_the_day_tells_that_of_the_first_run(folder: Path)
 
 def test_counting_writes_nothing_and_counts_what_would_be_written(folder: Path) -> None:
     for records in ([{"text": answer} for answer in ANSWERS], [{"messages": talk} for talk in TALKS]):
-        asked = wish(folder, records, count_only=True)
+        asked = request(folder, records, count_only=True)
         before = sorted(folder.rglob("*"))
         counted = prepare(asked).results
         assert sorted(folder.rglob("*")) == before
@@ -178,7 +180,7 @@ def test_limits_of_length(folder: Path) -> None:
     long = turns("question? " * 30, "yes")
     tokens = Tokens(tokenizer=str(folder / "tokenizer"), max_length=40)
     results = prepare(
-        wish(folder, [{"messages": long}, {"messages": TALKS[0]}, {"messages": turns("hi", "word " * 60)}], tokens=tokens)
+        request(folder, [{"messages": long}, {"messages": TALKS[0]}, {"messages": turns("hi", "word " * 60)}], tokens=tokens)
     ).results
     assert results["dropped"] == {"nothing to train within 40 tokens": 1} and results["num_documents"] == 2
     assert results["notes"] == {"documents longer than 40 tokens": 1}
@@ -186,7 +188,7 @@ def test_limits_of_length(folder: Path) -> None:
 
 def test_failures_are_named_and_recorded(folder: Path) -> None:
     bad = [{"messages": TALKS[0]}, {"messages": turns("q", "a", system=None)[:1] + [{"role": "assistant"}]}]
-    asked = wish(folder, bad)
+    asked = request(folder, bad)
     with pytest.raises(DataError, match="has no content") as caught:
         prepare(asked)
     assert "in.jsonl:2" in str(caught.value)
@@ -203,12 +205,12 @@ def test_failures_are_named_and_recorded(folder: Path) -> None:
     (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ConfigError, match="different tokenizers"):
         prepare(replace(asked, tokens=Tokens(tokenizer=str(folder / "tokenizer"), template_of=str(other))))
-    text = wish(folder, [{"text": "a"}], tokens=Tokens(), tokenize=False, count=False)
+    text = request(folder, [{"text": "a"}], tokens=Tokens(), tokenize=False, count=False)
     assert prepare(text).results["num_documents"] == 1, "exporting text needs no tokenizer"
 
 
 def test_tables_and_many_workers_give_the_same_bytes(folder: Path) -> None:
-    asked = wish(folder, [{"messages": talk, "id": number} for number, talk in enumerate(TALKS)])
+    asked = request(folder, [{"messages": talk, "id": number} for number, talk in enumerate(TALKS)])
     prepare(asked)
     (folder / "repo").mkdir()
     pq.write_table(pa.Table.from_pylist([{"messages": talk, "id": 0} for talk in TALKS]), folder / "repo" / "train-0.parquet")

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron.errors import BackendError
 from megatron.model.attention import flash, varlen
 from megatron.model.attention.backends import eager, pick, refuses, sdpa
-from megatron.model.attention.masks import Documents
-from megatron.model.attention.view import View
+from megatron.model.attention.inputs import AttentionInputs
+from megatron.model.attention.masks import PackedSequences
 from megatron.model.positions import distances
 from megatron.model.spec import AttentionSpec, BackendName, RpeSpec
 
@@ -32,10 +32,10 @@ SEGMENTS = [[0] * 4 + [1] * 5, [3] + [2] * 6 + [3] * 2]
 
 @pytest.mark.parametrize("case", ["rows", "cached", "packed"])
 def test_sdpa_equals_eager_with_gradients(case: str) -> None:
-    documents = Documents.of(torch.tensor(SEGMENTS, dtype=torch.int32)) if case == "packed" else None
+    documents = PackedSequences.of(torch.tensor(SEGMENTS, dtype=torch.int32)) if case == "packed" else None
     keys = 14 if case == "cached" else 9
     for kv_heads, window, bias in product((4, 2, 1), (None, 0, 3, 100), (None, ramp)):
-        view = View(documents=documents, window=window, scale=0.4, divisor=1.0 if bias else 3.0, bias=bias)
+        view = AttentionInputs(documents=documents, window=window, scale=0.4, divisor=1.0 if bias else 3.0, bias=bias)
         found = []
         for attend in (eager, sdpa):
             torch.manual_seed(1)
@@ -51,7 +51,7 @@ def test_decoding_one_token() -> None:
     torch.manual_seed(0)
     for kv_heads, window, bias in product((4, 2, 1), (None, 0, 2, 20), (None, ramp)):
         q, k, v = (torch.randn(2, s, n, 4) for s, n in ((1, 4), (9, kv_heads), (9, kv_heads)))
-        view = View(window=window, scale=0.5, bias=bias)
+        view = AttentionInputs(window=window, scale=0.5, bias=bias)
         torch.testing.assert_close(sdpa(q, k, v, view), eager(q, k, v, view), rtol=1e-5, atol=1e-6)
 
 
@@ -59,7 +59,7 @@ def test_dropout_keeps_the_mean() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
     for attend in (eager, sdpa):
-        views = [View(scale=0.5, dropout=0.3, seeds=tuple(range(2 * at, 2 * at + q.shape[2]))) for at in range(600)]
+        views = [AttentionInputs(scale=0.5, dropout=0.3, seeds=tuple(range(2 * at, 2 * at + q.shape[2]))) for at in range(600)]
         outs = torch.stack([attend(q, k, v, view) for view in views])
         assert outs.std(0).max() > 0.1
         assert (outs.mean(0) - 1).abs().max() < 0.12

@@ -58,7 +58,7 @@ def hidden(b: int = 2, s: int = 12) -> Tensor:
     return torch.randn(b, s, 32, generator=torch.Generator().manual_seed(2))
 
 
-def segments() -> Tensor:
+def segment_ids() -> Tensor:
     return torch.tensor([[0] * 5 + [1] * 4 + [2] * 3, [0] * 12], dtype=torch.int32)
 
 
@@ -69,7 +69,7 @@ def test_back_ends_agree_and_a_packed_document_is_alone() -> None:
 
 def check_back_ends(kind: str) -> None:
     fast, reference = build(kind), build(kind, backend=BackendName.EAGER)
-    for marks in (None, segments()):
+    for marks in (None, segment_ids()):
         outs = [layer(hidden(), marks) for layer in (fast, reference)]
         torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
         grads = [
@@ -77,10 +77,10 @@ def check_back_ends(kind: str) -> None:
         ]
         for ours, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    packed = fast(hidden(), segments())
+    packed = fast(hidden(), segment_ids())
     torch.testing.assert_close(packed[:1, 5:9], fast(hidden()[:1, 5:9]), rtol=1e-5, atol=1e-5)
     joined = build(kind, isolated=False)
-    assert torch.equal(joined(hidden(), segments()), joined(hidden()))
+    assert torch.equal(joined(hidden(), segment_ids()), joined(hidden()))
 
 
 def test_replacing_the_neighbours_changes_nothing() -> None:
@@ -97,7 +97,7 @@ def check_isolation(kind: str) -> None:
             x[0, :5] += neighbours
             x[0, 9:] -= neighbours
             x.requires_grad_()
-            out = layer(x, segments())[0, 5:9]
+            out = layer(x, segment_ids())[0, 5:9]
             out.square().mean().backward()
             assert (x.grad[0, :5] == 0).all() and (x.grad[0, 9:] == 0).all()
             results.append([out, x.grad[0, 5:9], *(parameter.grad for parameter in layer.parameters())])
@@ -129,7 +129,7 @@ def shares(tp: Group) -> dict[str, Any]:
         for defer in (False, True):
             layer = build(kind, tp) if not defer else deferred(kind, tp)
             x = hidden().requires_grad_()
-            y = layer(x, segments())
+            y = layer(x, segment_ids())
             y = comm.reduce(y, tp) if defer else y
             y.square().mean().backward()
             out[f"{kind} {defer}"] = {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions, documents and visibility follow from segments; checked against a double loop."""
+"""Positions, documents and visibility follow from segment_ids; checked against a double loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.model.attention.masks import Documents, allowed, document_positions, needs_no_mask
+from megatron.model.attention.masks import PackedSequences, allowed, document_positions, needs_no_mask
 
 rows = st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=3)
 
@@ -15,24 +15,24 @@ rows = st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1,
 @settings(max_examples=60, deadline=None)
 @given(rows=rows, window=st.none() | st.integers(0, 4))
 def test_against_a_loop(rows: list[list[int]], window: int | None) -> None:
-    segments = torch.tensor(rows, dtype=torch.int32)
+    segment_ids = torch.tensor(rows, dtype=torch.int32)
     starts = [[max(j for j in range(i + 1) if j == 0 or row[j] != row[j - 1]) for i in range(6)] for row in rows]
-    assert document_positions(segments).tolist() == [[i - start[i] for i in range(6)] for start in starts]
-    documents = Documents.of(segments)
+    assert document_positions(segment_ids).tolist() == [[i - start[i] for i in range(6)] for start in starts]
+    documents = PackedSequences.of(segment_ids)
     if documents is None:
         assert all(len(set(row)) == 1 for row in rows)
         assert needs_no_mask(6, 6, window) == (window is None or window >= 5)
         return
     assert list(documents.lengths) == [start.count(first) for start in starts for first in sorted(set(start))]
     assert documents.cu_seqlens.diff().tolist() == list(documents.lengths) and documents.longest == max(documents.lengths)
-    see = allowed(6, 6, window, segments.device, documents)
+    see = allowed(6, 6, window, segment_ids.device, documents)
     reach = 6 if window is None else window
     expected = [[[[j >= start[i] and 0 <= i - j <= reach for j in range(6)] for i in range(6)]] for start in starts]
     assert see.tolist() == expected
 
 
 def test_a_cache_moves_the_queries() -> None:
-    segments = torch.zeros(1, 2, dtype=torch.int32)
-    assert document_positions(segments, before=3).tolist() == [[3, 4]]
-    assert allowed(2, 5, 1, segments.device).tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
+    segment_ids = torch.zeros(1, 2, dtype=torch.int32)
+    assert document_positions(segment_ids, before=3).tolist() == [[3, 4]]
+    assert allowed(2, 5, 1, segment_ids.device).tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
     assert not needs_no_mask(2, 5, None) and needs_no_mask(5, 5, 4) and not needs_no_mask(5, 5, 3)

@@ -13,16 +13,16 @@ from torch import Tensor
 from megatron.errors import ConfigError
 from megatron.model.attention import ring
 from megatron.model.attention.backends import eager
+from megatron.model.attention.inputs import AttentionInputs
 from megatron.model.attention.layer import SelfAttention
-from megatron.model.attention.masks import Documents
-from megatron.model.attention.view import View
+from megatron.model.attention.masks import PackedSequences
 from megatron.model.cache import KVCache
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RotarySpec, RpeSpec
 from megatron.mpu import comm
 from megatron.mpu.context import ContextKind, ContextPlan
 from megatron.mpu.groups import Group
 from megatron.mpu.topology import Topology
-from support.context import WHOLE, Case, S, all_results, error, errors, put_together, segments
+from support.context import WHOLE, Case, S, all_results, error, errors, put_together, segment_ids
 from support.dist import run_distributed
 
 MHA = AttentionSpec(hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8, rotary=RotarySpec(dim=8))
@@ -59,8 +59,8 @@ def exact(plan: ContextPlan, heads: int, window: int | None, case: Case, kind: s
     draw = torch.Generator().manual_seed(3)
     shapes = ((case.rows, S, 4, 8), (case.rows, S, heads, 8), (case.rows, S, heads, 8), (case.rows, S, 4, 8))
     *qkv, weights = (plan.own(torch.randn(shape, generator=draw, dtype=torch.float64)) for shape in shapes)
-    marks = segments(case)
-    view = View(documents=None if marks is None else Documents.of(marks), window=window, scale=0.4, fp32=False)
+    marks = segment_ids(case)
+    view = AttentionInputs(documents=None if marks is None else PackedSequences.of(marks), window=window, scale=0.4, fp32=False)
     for x in qkv:
         x.requires_grad_()
     out = ring.attend(*qkv, view, plan) if kind == "ring" else eager(*qkv, view)

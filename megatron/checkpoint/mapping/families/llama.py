@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LlamaForCausalLM: rows of names and rows of config fields, and the parts that its relatives share."""
+
+from __future__ import annotations
+
+from megatron.checkpoint.mapping.config_rows import Act, ConfigRow, FieldPair, Fixed, Heads, Length, Not, Theirs, Width
+from megatron.checkpoint.mapping.families.common import (
+    COMMON,
+    GATED_ACTIVATIONS,
+    NO_WINDOWS,
+    ONE_ATTENTION_BIAS,
+    PLAIN_NORMS,
+    attention_bias,
+    mlp_bias,
+    untied,
+)
+from megatron.checkpoint.mapping.ops import Concat, FuseQKV, PadVocab
+from megatron.checkpoint.mapping.position_rows import Rope
+from megatron.checkpoint.mapping.rows import Family, Row
+
+B = "{slot}."
+L = "model.layers.{layer}."
+
+EMBEDDING_ROWS = (Row("0.word_embeddings.weight", "model.embed_tokens.weight", PadVocab()),)
+
+ATTENTION_ROWS = (
+    Row(
+        B + "attention.query_key_value.weight",
+        (L + "self_attn.q_proj.weight", L + "self_attn.k_proj.weight", L + "self_attn.v_proj.weight"),
+        FuseQKV(),
+    ),
+    Row(B + "attention.dense.weight", L + "self_attn.o_proj.weight"),
+)
+
+# linear1 is [value; gate], and theirs calls the value `up`.
+MLP_ROWS = (
+    Row(B + "mlp.linear1.weight", (L + "mlp.up_proj.weight", L + "mlp.gate_proj.weight"), Concat(0, 2)),
+    Row(B + "mlp.linear2.weight", L + "mlp.down_proj.weight"),
+)
+
+PRE_NORM_ROWS = (
+    Row(B + "input_layernorm.scale", L + "input_layernorm.weight"),
+    Row(B + "post_attention_layernorm.scale", L + "post_attention_layernorm.weight"),
+)
+
+HEAD_ROWS = (
+    Row("{norm}.norm.scale", "model.norm.weight"),
+    Row("{head}.final_linear.weight", "lm_head.weight", PadVocab(), when=untied),
+)
+
+QKV_BIAS_ROWS = (
+    Row(
+        B + "attention.query_key_value.bias",
+        (L + "self_attn.q_proj.bias", L + "self_attn.k_proj.bias", L + "self_attn.v_proj.bias"),
+        FuseQKV(),
+        when=attention_bias,
+    ),
+)
+
+ATTENTION_BIAS_ROWS = (*QKV_BIAS_ROWS, Row(B + "attention.dense.bias", L + "self_attn.o_proj.bias", when=attention_bias))
+
+MLP_BIAS_ROWS = (
+    Row(B + "mlp.linear1.bias", (L + "mlp.up_proj.bias", L + "mlp.gate_proj.bias"), Concat(0, 2), when=mlp_bias),
+    Row(B + "mlp.linear2.bias", L + "mlp.down_proj.bias", when=mlp_bias),
+)
+
+IGNORED = (r"rotary_emb\.inv_freq$",)
+
+
+def decoder_config(
+    architecture: str, *, kv_heads: int | None = None, epsilon: float = 1e-6, head_dim: int | None = None
+) -> tuple[ConfigRow, ...]:
+    """What LLaMA and its relatives say alike, but for rotary positions. The last three: what an absent field means there."""
+    return (
+        *COMMON,
+        FieldPair("hidden_size", "hidden_size"),
+        FieldPair("num_layers", "num_hidden_layers"),
+        FieldPair("num_attention_heads", "num_attention_heads"),
+        FieldPair("num_kv_heads", "num_key_value_heads", kv_heads),
+        FieldPair("padded_vocab_size", "vocab_size"),
+        Length(),
+        Heads(default=head_dim),
+        Width(),
+        Act(GATED_ACTIVATIONS),
+        Fixed("norm", "rmsnorm", "layernorm"),
+        FieldPair("rms_norm_epsilon", "rms_norm_eps", epsilon, 1e-8),
+        Fixed("use_bias_in_norms", False, True),
+        Fixed("gpt_j_residual", False, False),
+        Not("no_weight_tying", "tie_word_embeddings", False, False),
+        Fixed("hidden_dropout", 0.0, 0.0),
+        FieldPair("attention_dropout", "attention_dropout", 0.0, 0.0),
+        Theirs("architectures", [architecture], [architecture], written=True),
+    )
+
+
+# Whether all four projections of attention have biases.
+ATTENTION_BIAS_CONFIG: tuple[ConfigRow, ...] = (FieldPair("use_bias_in_attn_linear", "attention_bias", False, True), ONE_ATTENTION_BIAS)
+NO_MLP_BIAS = Fixed("use_bias_in_mlp", False, True)
+
+LLAMA = Family(
+    name="llama",
+    hf="LlamaForCausalLM",
+    model_type="llama",
+    prefix="model.",
+    ignored=IGNORED,
+    tied_alias="lm_head.weight",
+    rows=(*EMBEDDING_ROWS, *PRE_NORM_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *ATTENTION_BIAS_ROWS, *MLP_BIAS_ROWS, *HEAD_ROWS),
+    config=(
+        *decoder_config("LlamaForCausalLM"),
+        *PLAIN_NORMS,
+        *NO_WINDOWS,
+        Rope(),
+        *ATTENTION_BIAS_CONFIG,
+        FieldPair("use_bias_in_mlp", "mlp_bias", False, True),
+    ),
+)

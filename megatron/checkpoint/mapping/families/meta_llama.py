@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaMA's weights as Meta published them: consolidated.NN.pth and params.json. Rows of names and of that file's fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.checkpoint.mapping.config_rows import Config, FieldPair, Fixed, Heads, Theirs
+from megatron.checkpoint.mapping.families.common import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS
+from megatron.checkpoint.mapping.ops import Chain, Concat, FuseQKV, PadVocab, RotaryPairs
+from megatron.checkpoint.mapping.rows import Family, Row
+from megatron.errors import ConfigError
+from megatron.model.spec import ModelSpec, RopeScaling
+
+B = "{slot}."
+L = "layers.{layer}."
+SCALED_LENGTH, STRETCHED_LENGTH = 8192, 131072
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """The MLP's width, which their file says as 2/3 of 4 h, times ffn_dim_multiplier, filled up to a multiple."""
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """An explicit literal width."""
+        width = int(8 * hf["dim"] / 3)
+        if hf.get("ffn_dim_multiplier") is not None:
+            width = int(hf["ffn_dim_multiplier"] * width)
+        multiple = hf.get("multiple_of", 256)
+        return {"intermediate_size": -(-width // multiple) * multiple, "intermediate_size_convention": "literal"}
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Fields that give our width."""
+        width, base = spec.blocks[0].mlp.width, int(8 * spec.hidden_size / 3)
+        # Half a feature less, so that rounding cannot lead past the width; filling up makes it whole.
+        return {"multiple_of": 256 if width % 256 == 0 else width, "ffn_dim_multiplier": (width - 0.5) / base}
+
+
+@dataclass(frozen=True)
+class MetaRope:
+    """Rotary base and LLaMA 3's scaling, of which their file says only that it is used; and the length, which follows."""
+
+    def to_neox(self, hf: Config) -> dict[str, Any]:
+        """Our keys."""
+        base = hf.get("rope_theta") or 10000.0
+        base = int(base) if float(base).is_integer() else base
+        length = hf.get("max_seq_len") or self._length(hf)
+        keys = {"pos_emb": "rotary", "rotary_emb_base": base, "max_position_embeddings": length, "seq_length": length}
+        if not hf.get("use_scaled_rope", False):
+            return keys
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(hf.get("rope_scaling_factor") or 8.0),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": float(hf.get("rope_high_freq_factor") or 4.0),
+            "original_max_position_embeddings": SCALED_LENGTH,
+        }
+        return {**keys, "rope_scaling": scaling}
+
+    def _length(self, hf: Config) -> int:
+        """The length that the generation of a file was trained with: they are told apart by what else it says."""
+        if hf.get("use_scaled_rope", False):
+            return STRETCHED_LENGTH
+        if (hf.get("rope_theta") or 10000.0) > 10000.0:
+            return SCALED_LENGTH if hf["rope_theta"] <= 500000.0 else 2 * SCALED_LENGTH  # LLaMA 3; Code LLaMA
+        return 2048 if hf.get("norm_eps", 1e-5) < 1e-5 else 4096  # LLaMA 1; 2
+
+    def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
+        """Their fields."""
+        attention = spec.blocks[0].attention
+        if attention.rotary is None or attention.rotary.dim != attention.head_dim:
+            where = "pos_emb" if attention.rotary is None else "rotary_pct"
+            raise ConfigError("this architecture rotates whole heads", where=where, fix="choose another architecture")
+        fields = {"rope_theta": attention.rotary.base, "max_seq_len": neox["max_position_embeddings"]}
+        scaling = attention.rotary.scaling
+        if scaling is None:
+            return fields
+        known = RopeScaling(
+            kind="llama3",
+            factor=scaling.factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=SCALED_LENGTH,
+        )
+        if scaling != known:
+            fix = f"only llama3 with low_freq_factor 1 and original_max_position_embeddings {SCALED_LENGTH} can be said"
+            raise ConfigError("this architecture cannot express this 'rope_scaling'", where="rope_scaling", fix=fix)
+        factors = {"rope_scaling_factor": scaling.factor, "rope_high_freq_factor": scaling.high_freq_factor}
+        return {**fields, "use_scaled_rope": True, **factors}
+
+
+META_LLAMA = Family(
+    name="meta_llama",
+    hf="Meta's LLaMA",
+    model_type="meta_llama",
+    ignored=(r"^rope\.freqs$", r"\.inner_attention\.rope\.freqs$"),
+    rows=(
+        Row("0.word_embeddings.weight", "tok_embeddings.weight", PadVocab()),
+        Row(B + "input_layernorm.scale", L + "attention_norm.weight"),
+        Row(B + "post_attention_layernorm.scale", L + "ffn_norm.weight"),
+        Row(
+            B + "attention.query_key_value.weight",
+            (L + "attention.wq.weight", L + "attention.wk.weight", L + "attention.wv.weight"),
+            Chain((RotaryPairs(), FuseQKV())),
+        ),
+        Row(B + "attention.dense.weight", L + "attention.wo.weight"),
+        # w3 is the value, w1 the gate
+        Row(B + "mlp.linear1.weight", (L + "feed_forward.w3.weight", L + "feed_forward.w1.weight"), Concat(0, 2)),
+        Row(B + "mlp.linear2.weight", L + "feed_forward.w2.weight"),
+        Row("{norm}.norm.scale", "norm.weight"),
+        Row("{head}.final_linear.weight", "output.weight", PadVocab()),
+    ),
+    config=(
+        *COMMON,
+        *PLAIN_NORMS,
+        *NO_WINDOWS,
+        FieldPair("hidden_size", "dim"),
+        FieldPair("num_layers", "n_layers"),
+        FieldPair("num_attention_heads", "n_heads"),
+        FieldPair("num_kv_heads", "n_kv_heads"),
+        FieldPair("padded_vocab_size", "vocab_size"),
+        Heads("dim", "n_heads", free=False),
+        Multiples(),
+        MetaRope(),
+        Fixed("activation", "swiglu", "gelu"),
+        Fixed("norm", "rmsnorm", "layernorm"),
+        FieldPair("rms_norm_epsilon", "norm_eps", 1e-5, 1e-8),
+        Fixed("use_bias_in_norms", False, True),
+        Fixed("use_bias_in_attn_linear", False, True),
+        ONE_ATTENTION_BIAS,
+        Fixed("use_bias_in_mlp", False, True),
+        Fixed("gpt_j_residual", False, False),
+        Fixed("no_weight_tying", True, False),
+        Fixed("hidden_dropout", 0.0, 0.0),
+        Fixed("attention_dropout", 0.0, 0.0),
+        Theirs("moe_args", None, None),
+        Theirs("quantization_args", None, None),
+        Theirs("lora_args", None, None),
+        Theirs("vision_chunk_size", None, None),
+    ),
+)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of names and layouts, applied in both directions. Knows no ranks, no files and no particular family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from megatron.checkpoint.formats.state import LazyState, summary
+from megatron.checkpoint.mapping.config_rows import ConfigRow
+from megatron.checkpoint.mapping.ops import Op, OpContext, Same
+from megatron.errors import CheckpointError
+from megatron.model.block import UNUSED_NORM
+from megatron.model.spec import ModelSpec
+
+Condition = Callable[[ModelSpec], bool]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our tensors and what it is on the other side.
+
+    ours, theirs: names; `{slot}` and `{layer}` stand for a block's, `{norm}` and `{head}` for our last two slots
+    when:         the row holds only for such models
+    """
+
+    ours: str
+    theirs: str | tuple[str, ...]
+    op: Op = field(default_factory=Same)
+    when: Condition | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the row stands for one tensor per block."""
+        return "{slot}" in self.ours
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A row for one layer of one model."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    op: Op
+    place: OpContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything that is special about one foreign architecture.
+
+    name:       short name, as in `--architecture`
+    hf:         class name in transformers; model_type: its config's
+    rows:       of tensors; config: of configuration fields
+    ignored:    patterns of foreign names that carry no weights
+    prefix:     of foreign names; files saved from the bare base model lack it
+    tied_alias: foreign name that repeats the embedding when embeddings are tied
+    renamed:    (other, name): a name that other versions of transformers give to a tensor of ours
+    same:       patterns of names that no row speaks of and that are alike on both sides
+    """
+
+    name: str
+    hf: str
+    model_type: str
+    rows: tuple[Row, ...]
+    config: tuple[ConfigRow, ...]
+    ignored: tuple[str, ...] = ()
+    prefix: str = ""
+    tied_alias: str | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+    same: tuple[str, ...] = ()
+
+
+def bound_rows(family: Family, spec: ModelSpec, vocab_size: int) -> Iterator[Bound]:
+    """Every row for every layer it stands for, in order of our slots."""
+    count = spec.num_layers
+    fixed = {"norm": count + 3, "head": count + 4}
+    for row in family.rows:
+        if row.when is not None and not row.when(spec):
+            continue
+        theirs = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
+        for layer in range(count) if row.per_layer else (0,):
+            names = {**fixed, "layer": layer, "slot": layer + 2}
+            place = OpContext(spec=spec, layer=layer, vocab_size=vocab_size)
+            yield Bound(row.ours.format(**names), tuple(name.format(**names) for name in theirs), row.op, place)
+
+
+def to_canonical(family: Family, source: Mapping[str, Tensor], spec: ModelSpec) -> LazyState:
+    """The other side's tensors under our names, made one at a time on access.
+
+    Raises CheckpointError, before any tensor is read, when a name is missing or nobody claims it.
+    """
+    rows = list(bound_rows(family, spec, spec.vocab_size))
+    wanted = {name for row in rows for name in row.theirs}
+    source = usual_names(family, source, wanted)
+    alike = [name for name in source if name not in wanted and matches(name, family.same)]
+    taken = wanted.union(alike)
+    surplus = [name for name in source if name not in taken and not matches(name, family.ignored)]
+    if spec.tied and family.tied_alias in surplus:
+        surplus.remove(family.tied_alias)
+    check_names(family.hf, missing=sorted(wanted - set(source)), surplus=sorted(surplus))
+    makers = {name: partial(source.__getitem__, name) for name in alike}
+    return LazyState({**makers, **{row.ours: partial(packed, row, source) for row in rows}})
+
+
+def from_canonical(family: Family, state: Mapping[str, Tensor], spec: ModelSpec, *, vocab_size: int | None = None) -> LazyState:
+    """Our tensors under the other side's names, made one at a time on access.
+
+    vocab_size: rows to keep of the vocabulary matrices; None = all, the padded ones too
+    Raises CheckpointError, before any tensor is read, when a name is missing or nobody claims it.
+    """
+    rows = list(bound_rows(family, spec, spec.vocab_size if vocab_size is None else vocab_size))
+    ours = {row.ours for row in rows}
+    alike = [name for name in state if name not in ours and matches(name, family.same)]
+    taken = ours.union(alike)
+    idle = tuple(f"{slot}.{UNUSED_NORM[block.residual]}." for slot, block in enumerate(spec.blocks, 2) if block.residual in UNUSED_NORM)
+    surplus = [name for name in state if name not in taken and not name.startswith(idle) and not name.endswith("rotary_emb.inv_freq")]
+    check_names("the model", missing=sorted(ours - set(state)), surplus=sorted(surplus))
+    makers = {name: partial(state.__getitem__, name) for name in alike}
+    return LazyState({**makers, **{name: partial(unpacked, row, index, state) for row in rows for index, name in enumerate(row.theirs)}})
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns is found in a name."""
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def packed(row: Bound, source: Mapping[str, Tensor]) -> Tensor:
+    """Our tensor of a row."""
+    (whole,) = row.op.pack([source[name] for name in row.theirs], row.place)
+    return whole
+
+
+def unpacked(row: Bound, index: int, state: Mapping[str, Tensor]) -> Tensor:
+    """The other side's tensor number `index` of a row."""
+    return row.op.unpack([state[row.ours]], row.place)[index]
+
+
+def usual_names(family: Family, source: Mapping[str, Tensor], wanted: set[str]) -> Mapping[str, Tensor]:
+    """The source under the names its rows use, where it was saved from the bare base model or by another version."""
+    others = {other: name for other, name in family.renamed if name not in source}
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in source)
+
+    def usual(name: str) -> str:
+        if bare and family.prefix + name in wanted:
+            return family.prefix + name
+        return others.get(name, name)
+
+    names = {usual(name): name for name in source}
+    return LazyState({new: partial(source.__getitem__, old) for new, old in names.items()})
+
+
+def check_names(where: str, *, missing: list[str], surplus: list[str]) -> None:
+    """Raise CheckpointError unless both lists are empty."""
+    if missing or surplus:
+        raise CheckpointError(
+            f"tensor names do not fit: missing {summary(missing)}; claimed by no row {summary(surplus)}",
+            where=where,
+            fix="check that the configuration describes this checkpoint",
+        )

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a checkpoint of any layout, optimizer included, into an engine of any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron import deepspeed_private as private
+from megatron.checkpoint.formats.neox_files import Gather, bookkeeping, copy_weights, model_ranks, tensor_ranks
+from megatron.checkpoint.formats.optimizer_files import read_optimizer, recorded
+from megatron.checkpoint.formats.partitions import LAYOUT_FIX, OptimizerShard
+from megatron.checkpoint.formats.state import LazyState, canonical_name
+from megatron.checkpoint.loading.merge_tp import Shard, Spreading, read_shards, width_over
+from megatron.engine.deepspeed_mpu import whole_while_written
+from megatron.errors import CheckpointError
+from megatron.log import get_logger
+from megatron.model.spec import ModelSpec
+from megatron.mpu.groups import Groups
+
+log = get_logger(__name__)
+
+BOUND = frozenset({"SM3", "MuonWithAuxAdam"})
+"""Optimizers whose state is that of one layout: their sums are not entry by entry, or they treat a part of a matrix as a whole one."""
+
+ALIKE = ({"Adam", "AdamW", "DeepSpeedCPUAdam"},)
+"""Optimizers that go on from each other's state."""
+
+
+def stored_stages(folder: Path) -> int:
+    """How many pipeline stages wrote a folder; 1 without a pipeline."""
+    return model_ranks(folder) // max(1, tensor_ranks(folder))
+
+
+def stored_state(folder: Path, groups: Groups) -> dict[str, Any]:
+    """The bookkeeping that this rank goes on from: of its own pipeline stage where there were as many, else of the first."""
+    rank = groups.pp.rank * tensor_ranks(folder) if stored_stages(folder) == groups.pp.size else 0
+    return bookkeeping(folder, deepspeed_types=True, rank=rank)
+
+
+def load_resharded(engine: Any, groups: Groups, folder: Path, spec: ModelSpec) -> dict[str, Any]:
+    """Read weights and optimizer of `folder` into a fresh DeepSpeed engine; returns the bookkeeping. All ranks call it.
+
+    Tensors are read one at a time. The learning-rate schedule is left to the caller.
+    Raises CheckpointError where the optimizer's state is bound to a layout, or not that of this run's optimizer.
+    """
+    inner = private.inner_optimizer(engine.optimizer)
+    refuse_other_optimizer(type(inner).__name__, recorded(folder, 0).get("kind"))
+    optimizers, shards = read_optimizer(folder), read_shards(folder)
+    refuse_other_numbers(inner.param_groups, optimizers[0].groups)
+    spreading = Spreading(spec, len(shards), groups.tp, rows=width_over(shards, "word_embeddings.weight", 0))
+    masters = spreading.weights([one.masters for one in optimizers])
+    if missing := sorted({name for name, _ in trained_parameters(engine.module)} - set(masters)):
+        raise CheckpointError(
+            f"the checkpoint's optimizer does not have {', '.join(missing[:6])}", where=str(folder), fix="set `no_load_optim: true`"
+        )
+    slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
+    weights = _over(masters, spreading.weights(shards))
+    copy_weights(weights, engine.module, folder, elsewhere=slots, gather=_gather(engine))
+    own = OptimizerShard(masters=masters, states=optimizers[0].states, scalars=optimizers[0].scalars, scaling=optimizers[0].scaling)
+    adopt(engine, own, partial(_slice, optimizers, spreading), groups.replicas.rank)
+    say_changed_numbers(optimizers[0].groups, inner.param_groups)
+    state = stored_state(folder, groups)
+    private.set_counters(engine, state)
+    return state
+
+
+def _slice(optimizers: Sequence[OptimizerShard], spreading: Spreading, key: str) -> Mapping[str, Tensor]:
+    return spreading.states([one.states[key] for one in optimizers], key)
+
+
+def _over(masters: Shard, weights: Shard) -> Shard:
+    """The masters, and what is not trained as the weights have it."""
+    return LazyState({name: partial((masters if name in masters else weights).__getitem__, name) for name in {**dict.fromkeys(weights)}})
+
+
+def _gather(engine: Any) -> Gather | None:
+    return _whole if engine.zero_optimization_stage() == 3 else None
+
+
+def _whole(tensors: Any) -> AbstractContextManager[Any]:
+    return whole_while_written([tensor for tensor in tensors if private.is_partitioned(tensor)])
+
+
+class Places(Protocol):
+    """Where a parameter's entries are kept on this rank."""
+
+    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Write the entries that this rank keeps. master, states: of the whole parameter."""
+
+
+class WholePlaces:
+    """Every data rank keeps everything. copies: float32 copies of 16-bit parameters; the rest is its own master"""
+
+    def __init__(self, state: Any, copies: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        self._state = state
+        self._copies = copies
+
+    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Write the entries that this rank keeps."""
+        kept = self._copies.get(parameter, parameter)
+        kept.data.copy_(master)
+        own = self._state[kept]
+        for key, whole in states.items():
+            own[key] = torch.empty_like(kept, dtype=whole.dtype, memory_format=torch.contiguous_format).copy_(whole).detach()
+        _put_scalars(own, scalars)
+
+
+class FragmentPlaces:
+    """One flat float32 buffer per group, cut over the data ranks wherever it falls (ZeRO 1 and 2, bfloat16 with float32 sums)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Write the entries that this rank keeps."""
+        part = private.fragment_of(parameter)
+        if part is None:
+            return
+        flat = self._optimizer.param_groups[part.group]["params"][0]
+        flat.data.narrow(0, part.start, part.size).copy_(master.flatten().narrow(0, part.first, part.size))
+        own = self._optimizer.state[flat]
+        for key, whole in states.items():
+            buffer = _buffer(own, key, flat, whole.dtype)
+            buffer.narrow(0, part.start, part.size).copy_(whole.flatten().narrow(0, part.first, part.size))
+        _put_scalars(own, scalars)
+
+
+class PartitionPlaces:
+    """Every parameter cut over the data ranks into equal parts, the last one padded (ZeRO 3).
+
+    outer: DeepSpeed's optimizer; rank: within the data-parallel group
+    """
+
+    def __init__(self, outer: Any, state: Any, rank: int) -> None:
+        self._outer = outer
+        self._state = state
+        self._rank = rank
+
+    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Write the entries that this rank keeps."""
+        flat, start, count = private.partition_of(self._outer, parameter)
+        self._part(flat.data, start, master, count)
+        own = self._state[flat]
+        for key, whole in states.items():
+            self._part(_buffer(own, key, flat, whole.dtype), start, whole, count)
+        _put_scalars(own, scalars)
+
+    def _part(self, buffer: Tensor, start: int, whole: Tensor, count: int) -> None:
+        flat = whole.flatten()
+        first = min(self._rank * count, flat.numel())
+        taken = min(count, flat.numel() - first)
+        buffer.narrow(0, start, taken).copy_(flat.narrow(0, first, taken))
+
+
+def _buffer(own: Any, key: str, flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """The flat state `key`, made as the optimizer would make it at its first step."""
+    if key not in own:
+        own[key] = torch.zeros_like(flat, dtype=dtype).detach()
+    buffer: Tensor = own[key]
+    return buffer
+
+
+def _put_scalars(own: Any, scalars: Mapping[str, Any]) -> None:
+    for key, value in scalars.items():
+        own[key] = value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def places_of(engine: Any, rank: int) -> Places:
+    """Where a DeepSpeed engine keeps its parameters' entries. rank: within the data parallel group
+
+    Raises CheckpointError where they are not in memory.
+    """
+    outer = engine.optimizer
+    inner = private.inner_optimizer(outer)
+    if private.is_on_nvme(outer):
+        raise CheckpointError("a checkpoint of another layout is not read into an optimizer kept on NVMe", fix=LAYOUT_FIX)
+    if engine.zero_optimization_stage() == 3:
+        return PartitionPlaces(outer, inner.state, rank)
+    if private.has_fragments(engine.module):
+        return FragmentPlaces(inner)
+    return WholePlaces(inner.state, private.copies_of(outer))
+
+
+def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, each once, by canonical name."""
+    return ((canonical_name(name), parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def adopt(engine: Any, optimizer: OptimizerShard, states_of: Callable[[str], Mapping[str, Tensor]], rank: int) -> None:
+    """Write an optimizer into a fresh engine whose weights are there already.
+
+    optimizer: its masters, scalars and numbers for this rank's tensor slice
+    states_of: name of a state -> parameter -> this tensor rank's slice
+    """
+    places = places_of(engine, rank)
+    states = {key: states_of(key) for key in optimizer.states}
+    with torch.no_grad():
+        for name, parameter in trained_parameters(engine.module):
+            own = {key: whole[name] for key, whole in states.items() if name in whole}
+            places.put(parameter, optimizer.masters[name], own, optimizer.scalars.get(name, {}))
+    _adopt_scaling(engine.optimizer, optimizer.scaling)
+
+
+def _adopt_scaling(outer: Any, scaling: Mapping[str, Any]) -> None:
+    """The state of the dynamic fp16 loss scaler, wherever this optimizer keeps its own."""
+    scaler = private.loss_scaler_of(outer)
+    for key, value in scaling.items():
+        if scaler is not None and hasattr(scaler, key):
+            setattr(scaler, key, value)
+
+
+def refuse_other_optimizer(kind: str, stored: str | None) -> None:
+    """Raise CheckpointError where an optimizer cannot go on from a checkpoint of another layout.
+
+    kind, stored: class names of this run's optimizer and of the checkpoint's, where it tells
+    """
+    if kind in BOUND or stored in BOUND:
+        bound = kind if kind in BOUND else stored
+        raise CheckpointError(f"the optimizer {bound} goes on at the layout it was written at alone", fix=LAYOUT_FIX)
+    if stored not in (None, kind) and not any({stored, kind} <= alike for alike in ALIKE):
+        raise CheckpointError(f"the checkpoint is of another optimizer: {stored}, and this run's is {kind}", fix=OTHER_FIX)
+
+
+def refuse_other_numbers(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise CheckpointError where this run's optimizer has a number of NUMBERS that the checkpoint's has not."""
+    lacking = [key for key in NUMBERS if any(key in group for group in ours) and not any(key in group for group in theirs)]
+    if theirs and lacking:
+        raise CheckpointError(f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}", fix=OTHER_FIX)
+
+
+def say_changed_numbers(stored: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """One line per number that is not what it was in any group of the checkpoint."""
+    for key in NUMBERS:
+        before, now = ({_plain(group[key]) for group in some if key in group} for some in (stored, groups))
+        if before and now and before != now:
+            log.warning("optimizer %s was %s in the checkpoint and is %s now", key, *(sorted(values, key=str) for values in (before, now)))
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+NUMBERS = ("weight_decay", "betas", "eps", "momentum")
+"""Optimizer numbers that a configuration gives."""
+
+OTHER_FIX = "set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`"

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes up a run's whole state from a checkpoint folder (checkpointer.py wrote it), also of a run that goes back to one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.formats.neox_files import bookkeeping
+from megatron.checkpoint.loading.resume_state import compare_args, restore_rng
+from megatron.checkpoint.steps.discovery import Search, find, set_aside_after
+from megatron.checkpoint.steps.step_dirs import saved_steps
+from megatron.checkpoint.steps.verify import Verify
+from megatron.engine.base import Engine
+from megatron.engine.distributed import seed_everything
+from megatron.engine.reshard import stored_stages, stored_state
+from megatron.errors import CheckpointError, DivergenceError
+from megatron.log import get_logger
+from megatron.model.spec import ModelSpec
+from megatron.mpu.collectives import on_first_rank
+from megatron.mpu.groups import Groups
+
+log = get_logger(__name__)
+
+OURS = "run_state"
+"""Key of what this project keeps beside the reference's client state."""
+
+RNG = "rng_of_data_ranks"
+"""Under OURS: the random states of every data-parallel rank, where there are several. The reference keeps those of the first alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPosition:
+    """How far a run is: optimizer steps, and samples and tokens consumed over all data ranks."""
+
+    iteration: int = 0
+    samples: int = 0
+    tokens: int = 0
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resume_everything(
+    engine: Engine, folder: Path, spec: ModelSpec, *, compared: Mapping[str, Any], batch_size: int, rng: bool
+) -> TrainPosition:
+    """Load weights, optimizer, schedule, position and (rng) random states, whatever layout wrote them. All ranks call it."""
+    stored = bookkeeping(folder, deepspeed_types=True)
+    compare_args(compared, stored.get("args"), folder)
+    if (stored.get(OURS) or {}).get("optimizer") is False:
+        raise CheckpointError(
+            "the checkpoint was written without the optimizer's state (no_save_optim)",
+            where=str(folder),
+            fix="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
+        )
+    client_state = engine.load(folder.parent, folder.name, spec)
+    if rng:
+        take_up_rng(client_state, engine.groups, folder)
+    return _position(client_state, folder, batch_size)
+
+
+def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> TrainPosition:
+    """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
+    client_state = stored_state(folder, engine.groups)
+    compare_args(compared, client_state.get("args"), folder)
+    if rng:
+        take_up_rng(client_state, engine.groups, folder)
+    position = _position(client_state, folder, batch_size)
+    engine.set_schedule_step(position.iteration, client_state.get("lr_scheduler"))
+    return position
+
+
+def take_up_rng(client_state: Mapping[str, Any], groups: Groups, folder: Path) -> None:
+    """Set this rank's random states to what they were.
+
+    Where the checkpoint knows the states of one rank only, or of another number of ranks or stages, the others start streams of
+    their own from it: two ranks with one state would drop the same activations.
+    """
+    dp = groups.replicas
+    stage = groups.pp.rank if stored_stages(folder) != groups.pp.size else 0
+    states = (client_state.get(OURS) or {}).get(RNG) or []
+    known = len(states) == dp.size
+    restore_rng(states[dp.rank] if known else client_state, folder)
+    if stage > 0 or (dp.rank > 0 and not known):
+        seed_everything(int(torch.randint(2**62, ())) + stage * dp.size + dp.rank)
+
+
+def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) -> TrainPosition:
+    iteration = int(client_state.get("iteration", client_state.get("total_iters", client_state.get("global_steps", 0))))
+    ours = client_state.get(OURS) or {}
+    log.info("Loading checkpoint and starting from iteration %d", iteration)
+    samples = int(ours.get("samples", iteration * batch_size))
+    if samples != iteration * batch_size:
+        log.warning(
+            "%d iterations took %d samples so far, %g each, and take %d each now: the data goes on behind the last sample",
+            *(iteration, samples, samples / iteration, batch_size),
+        )
+    return TrainPosition(iteration=iteration, samples=samples, tokens=int(ours.get("tokens", 0)), kept=dict(ours.get("kept", {})))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Goes back. Call on every rank.
+
+    directory:  `save`
+    compared:   what a load compares
+    batch_size: samples per step
+    rng:        also take the random states
+    verify:     how closely a checkpoint is looked at
+    """
+
+    engine: Engine
+    spec: ModelSpec
+    directory: Path
+    compared: Mapping[str, Any]
+    batch_size: int
+    rng: bool = True
+    verify: Verify = Verify.FULL
+
+    def to(self, before: int) -> TrainPosition:
+        """Take up the newest whole checkpoint of step `before` or an earlier one; later ones are set aside.
+
+        Raises DivergenceError where there is none, CheckpointError where all are damaged.
+        """
+        world = self.engine.groups.world
+        if not on_first_rank(partial(self._clear_way, before), world):
+            raise DivergenceError(
+                f"there is no checkpoint of step {before} or before to go back to",
+                where=str(self.directory),
+                fix="save more often (checkpoint_factor), and before the first step: extra_save_iters: [0]",
+            )
+        tag = find(Search(directory=self.directory, own=True, verify=self.verify), world)
+        folder = self.directory / tag
+        return resume_everything(self.engine, folder, self.spec, compared=self.compared, batch_size=self.batch_size, rng=self.rng)
+
+    def _clear_way(self, before: int) -> bool:
+        steps = [step for step in saved_steps(self.directory) if step <= before]
+        if steps:
+            set_aside_after(self.directory, max(steps))
+        return bool(steps)

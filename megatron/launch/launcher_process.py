@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a launcher program to its end: passes its output on, picks the events out, and hands signals and orders to its agents."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron.errors import BackendError
+from megatron.launch.control_channel import Wires
+from megatron.launch.plan import LaunchPlan
+from megatron.launch.rank_events import MARK, Event, Lines, RankEvents
+from megatron.launch.ssh_agent import FOLDER, ORDERS_FILE, PLAN_FILE
+from megatron.launch.supervisor import GRACE_S, LAST_S, PATIENCE, PATIENT_LAST_S, POLL_S, dying_with_parent
+
+# Agents have this much longer than ranks of this machine to end what is theirs before the launcher is told to.
+AGENT_GRACE_S = GRACE_S + 1.0
+# From a launcher's SIGTERM to its SIGKILL.
+LAUNCHER_LAST_S = 3.0
+# After the launcher's end, what it left in the pipes is read for no longer.
+DRAIN_S = 2.0
+# MPICH 4.0's Hydra does not hand on the last variable of its environment: this one may be lost.
+HYDRA_END = "NEOX_LAUNCH_END"
+INSTALL = {
+    "pdsh": "install pdsh (with its exec module: pdsh-rcmd-exec on Red Hat)",
+    "openmpi": "install Open MPI, or load its module",
+    "mpich": "install MPICH, or load its module",
+    "slurm": "load SLURM's commands into PATH",
+}
+
+
+class Launched:
+    """One launcher program and the agents behind it.
+
+    rank_events:   takes the events
+    received: signals to this process, appended to by their handler
+    """
+
+    def __init__(self, plan: LaunchPlan, environ: Mapping[str, str], rank_events: RankEvents, received: list[int]) -> None:
+        self.plan = plan
+        self.rank_events = rank_events
+        self.received = received
+        self.environ = {**environ, **plan.env}
+        self.folder = Path(tempfile.mkdtemp(prefix="neox-launch-")) if plan.launcher == "pdsh" else None
+        self.wires = Wires(rank_events.note) if plan.launcher in ("openmpi", "mpich", "slurm") else None
+        self._lines = Lines()
+        self._partial: dict[int, bytes] = {}
+        self._handled = 0
+        self._stop_at: float | None = None
+        self._end_at: float | None = None
+        self._endings = [signal.SIGTERM, signal.SIGKILL]
+
+    def run(self) -> int:
+        """To the launcher's end; its exit status as subprocess gives it."""
+        try:
+            if self.folder:
+                _write_plan(self.plan, self.folder)
+                self.environ[FOLDER] = str(self.folder)
+            if self.wires:
+                self.environ |= self.wires.environment([host.name for host in self.plan.hosts])
+            if self.plan.launcher == "mpich":
+                self.environ |= {HYDRA_END: "1"}
+            return self._attend(self._start())
+        finally:
+            if self.folder:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.wires:
+                self.wires.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                self.plan.argv,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                # A session of its own: a Ctrl-C at the terminal reaches the ranks once, through us.
+                start_new_session=True,
+                preexec_fn=dying_with_parent(signal.SIGTERM),
+            )
+        except FileNotFoundError:
+            fix = INSTALL.get(self.plan.launcher, "install it")
+            raise BackendError(f"{self.plan.argv[0]} is not installed here", where="launcher", fix=fix) from None
+
+    def _attend(self, process: subprocess.Popen[bytes]) -> int:
+        ended_at: float | None = None
+        outs = {process.stdout: sys.stdout.buffer, process.stderr: sys.stderr.buffer}
+        with selectors.DefaultSelector() as selector:
+            for stream in outs:
+                if stream is not None:
+                    selector.register(stream, selectors.EVENT_READ)
+            if self.wires:
+                self.wires.register(selector)
+            while True:
+                for key, _ in selector.select(POLL_S):
+                    if key.fileobj not in outs:
+                        if self.wires:
+                            self.wires.serve(selector, key.data)
+                        continue
+                    data = os.read(key.fd, 1 << 16)
+                    self._pass_on(key.fd, data, outs[key.fileobj])
+                    if not data:
+                        selector.unregister(key.fileobj)
+                open_streams = any(stream in selector.get_map() for stream in outs)
+                if not open_streams and not self.wires:
+                    time.sleep(POLL_S)
+                now = time.monotonic()
+                self._direct(process, now)
+                if process.poll() is not None:
+                    # A process that it left behind may hold the pipes open.
+                    ended_at = ended_at or now
+                    if now > ended_at + DRAIN_S or not open_streams:
+                        return process.wait()
+
+    def _direct(self, process: subprocess.Popen[bytes], now: float) -> None:
+        """Hand on new signals; after a failure, have everything end in time."""
+        for signum in self.received[self._handled :]:
+            self._handled += 1
+            self._order(process, f"signal {int(signum)}")
+            if self._handled > PATIENCE:
+                self._end_at = now
+        if self._stop_at is None and (failures := self.rank_events.failures()):
+            # Of a lost host nothing more will be heard.
+            self._stop_at = now + (AGENT_GRACE_S if failures[0].what == "failed" else 0.0)
+        if self._stop_at is not None and self._end_at is None and now >= self._stop_at:
+            self._end_at = now + (PATIENT_LAST_S if self._handled else LAST_S) + 1.0
+            self._order(process, "stop")
+        if self._end_at is not None and now >= self._end_at and self._endings:
+            _signal_group(process, self._endings.pop(0))
+            self._end_at = now + LAUNCHER_LAST_S
+
+    def _order(self, process: subprocess.Popen[bytes], line: str) -> None:
+        """Tell the agents; a launcher without agents of ours gets SIGTERM, whatever the order."""
+        if self.folder:
+            with open(self.folder / ORDERS_FILE, "a", encoding="utf-8") as orders:
+                orders.write(line + "\n")
+        elif self.wires and self.wires.order(line):
+            return
+        elif process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+
+    def _pass_on(self, fd: int, data: bytes, out: BinaryIO) -> None:
+        """Whole lines to `out`, events to `rank_events`. data: empty at the end of the stream"""
+        *whole, rest = (self._partial.get(fd, b"") + data).split(b"\n")
+        pieces = [line + b"\n" for line in whole]
+        # A progress bar ends its lines with \r; at the end of the stream, what is left is a line too.
+        cut = rest.rfind(b"\r") + 1 if data else len(rest)
+        if cut and not (data and MARK.encode() in rest):
+            pieces.append(rest[:cut])
+            rest = rest[cut:]
+        self._partial[fd] = rest
+        for line in pieces:
+            # A progress bar may stand before an event on the same line.
+            mark = line.find(MARK.encode())
+            before = line.rfind(b"\r", 0, mark) + 1 if mark > 0 else 0
+            out.write(line[:before])
+            piece = line[before:]
+            taken = self._lines.take(piece.decode(errors="replace"))
+            if isinstance(taken, Event):
+                self.rank_events.note(taken)
+            elif taken is not None:
+                out.write(piece)
+        out.flush()
+
+
+def _write_plan(plan: LaunchPlan, folder: Path) -> None:
+    """What `reach` tells each host's agent; secret values stay in the environment."""
+    shared = {
+        "argv": plan.worker,
+        "environment": dict(plan.handed_on) | {name: value for name, value in plan.env.items() if name not in plan.secrets},
+        "folder": os.getcwd(),
+        "world_size": plan.world_size,
+        "master_addr": plan.master_addr,
+        "master_port": plan.master_port,
+        "nodes": len(plan.hosts),
+    }
+    hosts = {
+        host.name: {
+            "first_rank": host.first,
+            "local_size": len(host.slots),
+            "node": index,
+            "devices": host.slots if plan.set_devices else None,
+        }
+        for index, host in enumerate(plan.hosts)
+    }
+    (folder / PLAN_FILE).write_text(json.dumps({"all": shared, "hosts": hosts, "secrets": plan.secrets}), encoding="utf-8")
+
+
+def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
+    try:
+        os.killpg(process.pid, signum)
+    except ProcessLookupError:
+        return

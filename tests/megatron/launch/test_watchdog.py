@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heartbeat files, and when a watch ends a process: one that stands still, and not one that is slow, suspended or kept waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.launch import heartbeat, watchdog
+from megatron.launch.heartbeat import Heartbeat
+from megatron.launch.progress_reporter import SAVE, Pulse
+from megatron.launch.watchdog import Watch, WatchPlan, watching
+
+INTERVAL_S, LIMIT_S = 0.1, 1.2
+
+
+class Ended:
+    """Stands for the end of the process."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.happened = threading.Event()
+
+    def __call__(self, status: int) -> None:
+        self.status = status
+        self.happened.set()
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "AFTER_S", 0.0)
+    monkeypatch.setattr(watchdog, "LATE_AT_LEAST_S", 0.6)
+
+
+def plan(tmp_path: Path, **changes: Any) -> WatchPlan:
+    values = {"rank": 0, "world": 1, "folder": tmp_path / "heartbeat", "interval_s": INTERVAL_S, "limit_s": LIMIT_S}
+    return WatchPlan(**{**values, "note": str(tmp_path / "note"), **changes})  # type: ignore[arg-type]
+
+
+def other(**changes: Any) -> Heartbeat:
+    values = {"rank": 1, "host": "b", "pid": 1, "step": 5, "phase": "step", "moves": 7, "idle_s": 0.0, "limit_s": LIMIT_S, "time": 0.0}
+    return Heartbeat(**{**values, **changes})
+
+
+def warm() -> Pulse:
+    pulse = Pulse()
+    pulse.begin_step(1)
+    pulse.end_step()
+    pulse.begin_step(2)
+    return pulse
+
+
+def record(tmp_path: Path, rank: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((tmp_path / "heartbeat" / f"rank_{rank}.json").read_text())
+    return found
+
+
+def test_a_file_follows_the_run_and_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    with watching(plan(tmp_path, limit_s=None)) as pulse:
+        pulse.begin_step(3)
+        with pulse.during(SAVE):
+            time.sleep(3 * INTERVAL_S)
+            first = record(tmp_path)
+    assert (first["rank"], first["step"], first["phase"], first["pid"]) == (0, 3, "save", os.getpid())
+    assert record(tmp_path)["phase"] == "ended" and abs(record(tmp_path)["time"] - time.time()) < 60
+    assert not list((tmp_path / "heartbeat").glob("*.tmp*"))
+    with pytest.raises(ValueError, match="on purpose"), watching(plan(tmp_path)):
+        raise ValueError("on purpose")
+    assert record(tmp_path)["phase"] == "failed"
+    assert "verysecret" not in (tmp_path / "heartbeat" / "rank_0.json").read_text()
+
+
+def test_without_folder_and_limit_there_is_no_thread() -> None:
+    before = threading.active_count()
+    with watching(WatchPlan(rank=0, world=1, folder=None)):
+        assert threading.active_count() == before
+
+
+def test_who_stands_still_is_ended_with_its_stack(tmp_path: Path) -> None:
+    ended, pulse = Ended(), warm()
+    guard = Watch(plan(tmp_path), pulse, end=ended)
+    guard.start()
+    began = time.monotonic()
+    assert ended.happened.wait(20)  # this line is the one that hangs
+    assert LIMIT_S / 2 < time.monotonic() - began < 15
+    guard.stop()
+    note = json.loads((tmp_path / "note").read_text())
+    assert note["consequence"] is False and "stuck: rank 0 on" in note["text"] and "step 2, phase step" in note["text"]
+    assert "ended.happened.wait(20)" in note["text"] and ended.status == 1
+
+
+@pytest.mark.parametrize("sign", ["moves", "setup", "another rank"])
+def test_who_is_slow_goes_on(tmp_path: Path, sign: str) -> None:
+    """Moves within the limit; a first step, which may take three times as long; a rank that works while this one waits for it."""
+    ended, pulse = Ended(), Pulse() if sign == "setup" else warm()
+    guard = Watch(plan(tmp_path, world=2 if sign == "another rank" else 1), pulse, end=ended)
+    (tmp_path / "heartbeat").mkdir()
+    guard.start()
+    # Long enough for a watch that errs to have compared notes and ended it.
+    for _ in range(8):
+        if sign == "moves":
+            pulse.beat()
+        if sign == "another rank":
+            heartbeat.write(tmp_path / "heartbeat", other())
+        assert not ended.happened.wait(LIMIT_S / 4)
+    guard.stop()
+
+
+def test_a_rank_that_is_not_heard_of_is_told_of_by_another(tmp_path: Path) -> None:
+    (tmp_path / "heartbeat").mkdir()
+    heartbeat.write(tmp_path / "heartbeat", other())
+    past = time.time() - 100
+    os.utime(tmp_path / "heartbeat" / "rank_1.json", (past, past))
+    ended, pulse = Ended(), warm()
+    guard = Watch(plan(tmp_path, world=2), pulse, end=ended)
+    guard.start()
+    assert ended.happened.wait(20)
+    guard.stop()
+    note = json.loads((tmp_path / "note").read_text())
+    assert (note["consequence"], note["about"]) == (False, 1)
+    assert note["text"].startswith("stuck: rank 1 on b has not been heard of for 10") and "step 5, phase step" in note["text"]
+
+
+def test_while_files_are_written_bytes_are_progress(tmp_path: Path) -> None:
+    if not Path("/proc/self/io").exists():
+        pytest.skip("needs /proc/self/io of Linux")
+    guard = Watch(plan(tmp_path), warm(), end=Ended())
+    guard._look(1.0)
+    for phase, idle in (("save", 0.0), ("step", 1.0)):
+        guard.pulse.phase = phase
+        (tmp_path / "large").write_bytes(bytes(2 << 20))
+        guard._look(1.0)
+        assert guard._idle_s == idle
