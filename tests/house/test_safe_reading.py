@@ -110,4 +110,4 @@ def test_nothing_is_read_without_care() -> None:
 def test_deepspeed_reads_through_us() -> None:
     """The engine's files are read by our reader, which is put in before anything is loaded."""
     source = (ROOT / "megatron" / "engine" / "deepspeed_runner.py").read_text()
-    assert "self.deepspeed.checkpoint_engine = SafeCheckpointEngine(" in source
+    assert "private.set_checkpoint_engine(self.deepspeed, make)" in source and "make = partial(SafeCheckpointEngine" in source
