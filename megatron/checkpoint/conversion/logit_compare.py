@@ -88,7 +88,7 @@ def hf_logits(directory: Path, tokens: Tensor, rounded: torch.dtype | None = Non
     logging.set_verbosity_error()
     try:
         model, found = opener.from_pretrained(
-            directory, torch_dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
+            directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot open the model: {error}", where=str(directory)) from error

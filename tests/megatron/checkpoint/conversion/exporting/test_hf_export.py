@@ -56,7 +56,7 @@ def test_every_layout_gives_the_checkpoints_logits(tmp_path: Path) -> None:
             assert (theirs(tokens).logits - ours(tokens).full()).abs().max() < 1e-5, name
         assert AutoTokenizer.from_pretrained(tmp_path / name).encode("import os") != []
     export_of(args, spec=ours.spec, dtype=torch.bfloat16, rows=500, fields={"eos_token_id": 7}).write(step_of(name), tmp_path / name)
-    cut = AutoModelForCausalLM.from_pretrained(tmp_path / name, torch_dtype="auto")
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto")
     assert cut.dtype == torch.bfloat16 and cut.config.vocab_size == 500 == cut.lm_head.weight.shape[0] and cut.config.eos_token_id == 7
     assert all(tensor.dtype == torch.bfloat16 for tensor in read_state(tmp_path / name).values())
     assert not list(tmp_path.glob("*.*")), "nothing is left beside the folders"
