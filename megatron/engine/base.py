@@ -66,7 +66,7 @@ class LocalShards(Protocol):
         """Summed over micro batches and data ranks, not clipped; only inside `Engine.before_update`. None = it took no part."""
 
     def states(self, parameter: torch.nn.Parameter) -> Mapping[str, torch.Tensor]:
-        """Name of the optimizer's state (exp_avg, ...) -> piece; after the first update."""
+        """Name of the optimizer's state (exp_avg, ...) -> shard; after the first update."""
 
 
 class Engine(Protocol):

@@ -21,8 +21,8 @@ from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses
 from megatron.model.build import build_pipeline, build_transformer, parameter_dtype
-from megatron.model.plan import context_plan
-from megatron.model.spec import BackendName, ModelSpec
+from megatron.model.slots import context_plan
+from megatron.model.spec import AttentionSpec, BackendName, ModelSpec
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
@@ -119,7 +119,8 @@ def total_parameters(model: torch.nn.Module, groups: Groups, device: torch.devic
 
 def say_what_serves_flash(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
     """One line where `flash` in attention_config is served without the flash-attn package."""
-    asked = next((block.attention for block in spec.blocks if block.attention.flash), None)
+    mixers = [block.mixer for block in spec.blocks]
+    asked = next((mixer for mixer in mixers if isinstance(mixer, AttentionSpec) and mixer.flash), None)
     if asked is None or asked.backend is not BackendName.AUTO:
         return
     reason = refuses(BackendName.FLASH_ATTN, asked, device, dtype)

@@ -36,7 +36,7 @@ Rendezvous = Rendezvous
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSizes:
-    """How processes share the work: sizes of the axes beside data parallelism, and whether tensor ranks spread the sequence."""
+    """How processes share the work: sizes of the axes beside data parallelism, and whether tensor ranks split the sequence."""
 
     pipe: int = 1
     tensor: int = 1

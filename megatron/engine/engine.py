@@ -52,7 +52,7 @@ class ComputePath(Protocol):
 class TrainEngine:
     """An `Engine` (see engine/base.py) on DeepSpeed.
 
-    context: how a batch's sequences are spread over ranks
+    context: how a batch's sequences are cut over ranks
     """
 
     def __init__(

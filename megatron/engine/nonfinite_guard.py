@@ -54,7 +54,7 @@ class UpdateGuard:
         self.refused = ", ".join(f"{name} on rank {self._world.size - int(number)}" for name, number in names if number)
 
     def _norms(self, parameters: Sequence[Parameter], shards: LocalShards, device: torch.device) -> Tensor:
-        """L2 norm of this rank's piece of every gradient, and of all of them. [number of shards + 1]"""
+        """L2 norm of this rank's shard of every gradient, and of all of them. [number of shards + 1]"""
         found = [grad for p in parameters if (grad := shards.gradient(p)) is not None and grad.numel()]
         if not found:
             return torch.zeros(1, device=device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes up a run's whole state from a checkpoint folder (checkpointer.py wrote it), also of a run that goes back to one of its own."""
+"""Restores a run's whole state from a checkpoint folder (checkpointer.py wrote it), also of a run that goes back to one of its own."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def resume_everything(
 
 
 def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> TrainPosition:
-    """Take up position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts anew."""
+    """Restore position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts afresh."""
     client_state = stored_state(folder, engine.groups)
     compare_args(compared, client_state.get("args"), folder)
     if rng:
@@ -121,7 +121,7 @@ class Rollback:
     verify: Verify = Verify.FULL
 
     def to(self, before: int) -> TrainPosition:
-        """Take up the newest whole checkpoint of step `before` or an earlier one; later ones are set aside.
+        """Restore the newest whole checkpoint of step `before` or an earlier one; later ones are set aside.
 
         Raises DivergenceError where there is none, CheckpointError where all are damaged.
         """

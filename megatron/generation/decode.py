@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.generation.sampling import Sampling, choose
-from megatron.model.cache import KVCache
+from megatron.model.cache import ModelCache
 from megatron.model.head import Logits
 from megatron.model.transformer import Transformer
 
@@ -24,11 +24,11 @@ class Scorer(Protocol):
     longest: int
     vocab_size: int
 
-    def allocate(self, rows: int, length: int) -> KVCache:
+    def allocate(self, rows: int, length: int) -> ModelCache:
         """An empty cache for `rows` rows of up to `length` tokens."""
         ...
 
-    def next_logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: ModelCache | None) -> Tensor:
         """tokens [b, s], which follow those in the cache -> logits of the token after them, [b, v] float32."""
         ...
 
@@ -44,13 +44,11 @@ class ModelScorer:
         some = next(model.parameters())
         self.device, self.dtype = some.device, some.dtype
 
-    def allocate(self, rows: int, length: int) -> KVCache:
+    def allocate(self, rows: int, length: int) -> ModelCache:
         """An empty cache for `rows` rows of up to `length` tokens."""
-        attention = self.model.spec.blocks[0].attention
-        heads = attention.num_kv_heads // self.model.groups.tp.size
-        return KVCache.allocate(self.model.spec.num_layers, rows, length, heads, attention.head_dim, self.dtype, self.device)
+        return self.model.allocate_cache(rows, length, self.dtype)
 
-    def next_logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: ModelCache | None) -> Tensor:
         """tokens [b, s] -> [b, v] float32; only the last position meets the head."""
         logits: Tensor = self.model(tokens.to(self.device), cache=cache, read=_last)
         # Rows that pad the embedding are no tokens and must never be drawn.

@@ -124,14 +124,14 @@ def build_hooks(
     run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
     uploader = build_uploader(args, rank=world.rank)
     exporter = build_exporter(args, spec, rank=world.rank, started_from=position.kept.get(STARTED_FROM) or {})
-    told = [part.published for part in (uploader, exporter) if part is not None]
+    listeners = [part.published for part in (uploader, exporter) if part is not None]
     recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
         hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
         model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
         devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, lambda: {**position.kept, KEPT: ids, RUN_ID: run_id, **record.kept()}, told),
+        checkpoints=_checkpoints(args, engine, spec, lambda: {**position.kept, KEPT: ids, RUN_ID: run_id, **record.kept()}, listeners),
         uploader=uploader,
         exporter=exporter,
         evaluate=evaluate,
@@ -162,7 +162,7 @@ def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool
 
 
 def _checkpoints(
-    args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], told: Sequence[Callable[[Path], None]]
+    args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], listeners: Sequence[Callable[[Path], None]]
 ) -> Checkpointer | None:
     """What writes the checkpoints of this run; None without `save`."""
     section = args.checkpoint
@@ -180,7 +180,7 @@ def _checkpoints(
         keep_last=section.keep_last_n_checkpoints,
         keep_every=section.keep_every,
         protected=frozenset(section.extra_save_iters or ()),
-        published=lambda folder: _tell(told, folder),
+        published=lambda folder: _notify(listeners, folder),
         run_id=str(kept()[RUN_ID]),
         layout=_layout(args, engine.groups),
         code_version=code_version(),
@@ -192,13 +192,13 @@ def _checkpoints(
     )
 
 
-def _tell(told: Sequence[Callable[[Path], None]], folder: Path) -> None:
-    for tell in told:
-        tell(folder)
+def _notify(listeners: Sequence[Callable[[Path], None]], folder: Path) -> None:
+    for listener in listeners:
+        listener(folder)
 
 
 def _layout(args: NeoXArgs, groups: Groups) -> dict[str, int | str | bool]:
-    """How files are spread over ranks, for the manifest."""
+    """How files are sharded over ranks, for the manifest."""
     return {
         "pipe": groups.pp.size,
         "tensor": groups.tp.size,
@@ -267,12 +267,12 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
 def _workers(parts: RunParts, report: Send) -> list[BaseHook]:
     """What exports and uploads the checkpoints, in this order."""
     hooks: list[BaseHook] = []
-    told = parts.stop.told
+    hurried = parts.stop.told_to_stop
     if parts.exporter is not None:
-        drain = partial(parts.exporter.drain, hurried=told, early_s=EARLY_S)
+        drain = partial(parts.exporter.drain, hurried=hurried, early_s=EARLY_S)
         hooks.append(WorkerHook(parts.exporter, "export", report=report, drain=drain))
     if parts.uploader is not None:
-        drain = partial(parts.uploader.drain, patience_s=PATIENCE_S, hurried=told, early_s=EARLY_S)
+        drain = partial(parts.uploader.drain, patience_s=PATIENCE_S, hurried=hurried, early_s=EARLY_S)
         hooks.append(WorkerHook(parts.uploader, "upload", report=report, drain=drain))
     return hooks
 

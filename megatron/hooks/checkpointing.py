@@ -72,7 +72,7 @@ class CheckpointHook(BaseHook):
     """Saves by plan, and at the end what was not saved yet.
 
     report: takes numbers for the trackers and for a step's row
-    took:   is told how many seconds the last checkpoint took, again and again
+    took:   receives how many seconds the last checkpoint took, at every step
     """
 
     def __init__(

@@ -88,5 +88,5 @@ def phase_of(hook: Hook) -> str:
 
 
 def watched(hooks: Sequence[Hook], pulse: Pulse) -> list[Hook]:
-    """The same hooks; what they do is told to the watch."""
+    """The same hooks; the watchdog is told what they do."""
     return [FirstHook(pulse), *(Phased(hook, pulse, phase_of(hook)) for hook in hooks), LastHook(pulse)]

@@ -179,31 +179,6 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows that count, by iteration: of repeated iterations the last attempt; a torn last line is left out."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = _parse(line)
-        if row is None:
-            continue
-        while rows and _superseded(rows[-1], row):
-            rows.pop()
-        rows.append(row)
-    return rows
-
-
-def _superseded(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether `new`, which stands later in the file, takes the place of `old`. A step's training row stands before its others."""
-    if old["iteration"] != new["iteration"]:
-        return bool(old["iteration"] > new["iteration"])
-    return _kind(new) in ("train", _kind(old))
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    """train, valid or test."""
-    return next((kind for kind in ("valid", "test") if any(name.startswith(f"{kind}_") for name in row)), "train")
-
-
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)

@@ -163,7 +163,7 @@ class NumbersHook(BaseHook):
     def after_rollback(self, state: TrainState, engine: Engine) -> None:
         """The steps of a streak are undone."""
         self._streak = []
-        left_out = told(self.record.skipped.ranges)
+        left_out = describe_ranges(self.record.skipped.ranges)
         self._tell(
             engine, f"went back to step {state.iteration} (rollback {self.record.rollbacks}); samples left out from now on: {left_out}"
         )
@@ -175,7 +175,7 @@ class NumbersHook(BaseHook):
 
     def _not_finite(self, policy: Policy, state: TrainState, what: str, samples: Ranges) -> str:
         """Decide; gives a line for the log."""
-        where = f"iteration {state.iteration}, samples {told(samples)}"
+        where = f"iteration {state.iteration}, samples {describe_ranges(samples)}"
         if policy is Policy.ROLLBACK:
             return self._go_back(f"not finite: {what}", where, state.iteration - 1, samples)
         record = self.record
@@ -206,7 +206,7 @@ class NumbersHook(BaseHook):
         all_samples = [pair for _, pairs in self._streak for pair in pairs]
         first = self._streak[0][0]
         what = f"loss spike: {loss:.4g} where {usual:.4g} is usual (loss_spike_factor: {factor:g})"
-        where = f"iterations {first} to {state.iteration}, samples {told(all_samples)}"
+        where = f"iterations {first} to {state.iteration}, samples {describe_ranges(all_samples)}"
         if self.plan.spike is Policy.ROLLBACK:
             return self._go_back(what, where, first - 1, all_samples)
         if self.plan.spike is Policy.STOP:
@@ -241,10 +241,10 @@ def not_finite(loss: float, grad_norm: float | None) -> str:
     return ", ".join(f"{name} = {value}" for name, value in watched.items() if not math.isfinite(value))
 
 
-def told(ranges: Ranges) -> str:
-    """Ranges of samples for people.
+def describe_ranges(ranges: Ranges) -> str:
+    """Ranges of samples as text.
 
-    >>> told([(4, 8), (8, 12), (20, 24)])
+    >>> describe_ranges([(4, 8), (8, 12), (20, 24)])
     '[4, 12), [20, 24)'
     """
     return ", ".join(f"[{start}, {end})" for start, end in Skipped().with_ranges(ranges).ranges)

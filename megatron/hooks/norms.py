@@ -106,7 +106,7 @@ class NormsHook(BaseHook):
         found = {name: shards.states(p) for name, p in self._parameters.items()}
         kinds = sorted({kind for states in found.values() for kind in states})
         none = torch.zeros(0)
-        # Every rank measures the same list: a rank with no piece of a parameter adds 0.
+        # Every rank measures the same list: a rank with no shard of a parameter adds 0.
         return {(f"{STATES}/{kind}", name): square(found[name].get(kind, none)) for kind in kinds for name in found}
 
     def _total(self, sums: Mapping[tuple[str, str], Tensor], sharded: bool, engine: Engine) -> dict[tuple[str, str], float]:
@@ -157,7 +157,7 @@ class Census:
     """How the parameters of the whole model lie over tensor and pipeline ranks.
 
     entries: of every parameter of all stages, whole
-    counted: parameters of which this rank's piece enters a sum over tensor ranks
+    counted: parameters of which this rank's shard enters a sum over tensor ranks
     summed:  parameters of which each tensor rank has a share, all alike: the sum of them is the parameter
     again:   parameters that an earlier stage has, too
     """

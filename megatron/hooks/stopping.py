@@ -48,7 +48,7 @@ class StopRequest:
                 self._interrupted = self._any_rank(signal.SIGINT in self._received)
         return self.reason is not None
 
-    def told(self) -> bool:
+    def told_to_stop(self) -> bool:
         """Whether the run stops early, or this process was told to since; no other rank is asked."""
         return self.reason is not None or self._own_reason() is not None
 

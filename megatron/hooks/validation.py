@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the model is evaluated on the validation and test data, and how the result is printed. How, is told by a callable."""
+"""When the model is evaluated on the validation and test data, and how the result is printed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ValidationHook(BaseHook):
     """Evaluates every `interval` steps, and after the last step on both splits.
 
     interval: steps between passes; 0 = only at the end
-    at_start: also before the first step of a fresh run, so that a run's gain can be told
+    at_start: also before the first step of a fresh run, so that a run's gain can be seen
     report:   who else wants the results (split, state, metrics)
     """
 

@@ -199,8 +199,8 @@ def build_spec(args: NeoXArgs, *, mlp_convention: str | None = None) -> ModelSpe
         embedding=embedding_spec(args, sizes),
         blocks=tuple(
             BlockSpec(
-                attention=attention_spec(args, sizes, index),
-                mlp=mlp,
+                mixer=attention_spec(args, sizes, index),
+                ffn=mlp,
                 norm=norm,
                 residual=residual,
                 hidden_dropout=args.model.hidden_dropout,

@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.neox_arguments.deepspeed import deepspeed_config
-from megatron.optim.groups import groups_by_role, parameter_groups, slow_shares
+from megatron.optim.groups import groups_by_role, mup_rates, parameter_groups, slow_shares
 from megatron.optim.muon import muon_groups
 from megatron.optim.optimizers import make_optimizer
-from megatron.optim.rates import mup_rates
 from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
 
 if TYPE_CHECKING:

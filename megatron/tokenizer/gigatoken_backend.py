@@ -21,6 +21,8 @@ AT_A_TIME = 2**23
 # same text, so that a share of 1/4000 is 1 % of the time.
 FREE_CHARACTERS = 2**15
 CHECKED_SHARE = 1 / 4000
+# Characters after which a new library object is made: it keeps every distinct word for ever.
+RENEWED_AFTER = 12_000_000
 HF_INSTEAD = "use the backend hf: --tokenizer-backend hf"
 
 # Characters that only one of the libraries knows, their tables being of different editions of Unicode: letters, marks and symbols of
@@ -62,6 +64,7 @@ class GigatokenTokenizer:
     def __init__(self, engine: EngineTokenizer) -> None:
         self._engine = engine
         self._library = _load(engine)
+        self._encoded = 0
         self._before, self._behind = (np.array(ids, dtype=np.uint32) for ids in engine.affixes())
         self._newer = newer_characters()
         self._calls = 0
@@ -126,6 +129,9 @@ class GigatokenTokenizer:
         parallel = False if os.environ.get("RAYON_NUM_THREADS") == "1" else None
         ids, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
         for first, last in spans(texts, AT_A_TIME):
+            if self._encoded > RENEWED_AFTER:
+                self._library, self._encoded = _load(self._engine), 0
+            self._encoded += sum(map(len, texts[first:last]))
             rows = self._library.encode_batch(list(texts[first:last]), parallel=parallel).layout
             ends = np.asarray(rows.offsets.data)
             ids.append(np.asarray(rows.content.data)[ends[0] : ends[-1]])

@@ -15,7 +15,7 @@ LAYERS, WIDTH = 30, 12_000
 def spec_of_large() -> Any:
     """Many blocks with a wide layer each."""
     spec = model_spec(layers=LAYERS)
-    return replace(spec, blocks=tuple(replace(block, mlp=replace(block.mlp, width=WIDTH)) for block in spec.blocks))
+    return replace(spec, blocks=tuple(replace(block, ffn=replace(block.mlp, width=WIDTH)) for block in spec.blocks))
 
 
 def write_large(folder: Path) -> int:

@@ -109,7 +109,7 @@ def _texts(paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
-    for at, _, record in records(ByteRange(str(file))):
+    for at, record in records(ByteRange(str(file))):
         if isinstance(record, str):
             raise DataError(f"an evaluation record cannot be read: {record}", where=at, fix="fix the file")
         yield record

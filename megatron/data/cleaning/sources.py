@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input files of a cleaning run, their division into tasks, and their records one at a time. Knows no stage.
+"""Input files of a cleaning run, their division into tasks, and their records one at a time.
 
-JSON lines (plain, .gz, .zst, .xz) and Parquet. Tasks get neighbouring files, and parts of large plain files, so that the tasks' outputs one
-after the other are in the order of the input.
+JSON lines, compressed or not, and Parquet, read by the reader of the data tools. Tasks get neighbouring files, and parts of large plain
+files, so that the tasks' outputs one after the other are in the order of the input.
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
-import lzma
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage_stats import StageStats
+from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
+from megatron.data.preprocess.compressed import open_compressed
+from megatron.data.preprocess.inputs import FileKind, InputFile, kind_of
+from megatron.data.preprocess.sources import Files, line_blocks
 from megatron.errors import DataError
 
-JSON_LINES = (".jsonl", ".json", ".ndjson")
-COMPRESSED = (".gz", ".zst", ".xz")
-BLOCK_BYTES = 1 << 22
+READABLE = ".jsonl, .json, .ndjson (also .gz, .zst, .xz, .bz2) and .parquet"
 STAGE = "read"
 
 
@@ -34,16 +36,6 @@ class ByteRange:
     path: str
     start: int = 0
     end: int | None = None
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether a file is read as Parquet."""
-    return path.suffix in (".parquet", ".pq")
-
-
-def _known(path: Path) -> bool:
-    inner = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    return inner in JSON_LINES or is_parquet(path)
 
 
 def find_inputs(given: Sequence[str]) -> list[Path]:
@@ -58,35 +50,40 @@ def find_inputs(given: Sequence[str]) -> list[Path]:
         else:
             files = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
         if not files:
-            raise DataError(
-                f"{name} gives no input file", where=name, fix="name .jsonl (.gz, .zst, .xz) or .parquet files, or their folder"
-            )
+            raise DataError(f"{name} gives no input file", where=name, fix=f"name {READABLE} files, or their folder")
         for file in files:
             if not _known(file):
-                raise DataError(f"{file} is of no known kind", where=str(file), fix="known: .jsonl (.gz, .zst, .xz), .parquet")
+                raise DataError(f"{file} is of no known kind", where=str(file), fix=f"known: {READABLE}")
             found.setdefault(file)
     return list(found)
 
 
+def _known(path: Path) -> bool:
+    kind = kind_of(path.name)
+    return kind is not None and kind[0] in (FileKind.LINES, FileKind.PARQUET)
+
+
 def divide(files: Sequence[Path], tasks: int) -> list[list[ByteRange]]:
-    """`tasks` lists of neighbouring pieces of about the same number of bytes; some are empty when there is too little to divide."""
+    """`tasks` lists of neighbouring pieces of about the same number of bytes; some are empty when there is too little to divide.
+
+    >>> divide([], 2)
+    [[], []]
+    """
     sizes = [file.stat().st_size for file in files]
-    share = max(sum(sizes) / tasks, 1)
+    total = sum(sizes)
+    borders = [total * task // tasks for task in range(tasks + 1)]
     parts: list[list[ByteRange]] = [[] for _ in range(tasks)]
     before = 0
     for file, size in zip(files, sizes, strict=True):
-        if file.suffix in JSON_LINES:
-            start = 0
-            while start < size or size == 0:
-                task = min(int((before + start) / share), tasks - 1)
-                limit = size if task == tasks - 1 else min(size, max(start + 1, round((task + 1) * share) - before))
-                parts[task].append(ByteRange(str(file), start, limit))
-                start = limit
-                if size == 0:
-                    break
+        if kind_of(file.name) == (FileKind.LINES, ""):
+            for task, (low, high) in enumerate(pairwise(borders)):
+                start, end = max(low - before, 0), min(high - before, size)
+                if start < end:
+                    parts[task].append(ByteRange(str(file), start, end))
         else:
             # Compressed files and Parquet are read whole, by the task their middle falls to.
-            parts[min(int((before + size / 2) / share), tasks - 1)].append(ByteRange(str(file)))
+            middle = before + size / 2
+            parts[min(max(bisect_right(borders, middle) - 1, 0), tasks - 1)].append(ByteRange(str(file)))
         before += size
     return parts
 
@@ -106,9 +103,9 @@ class Reader:
         """Documents in order. Records that cannot be used are dropped and counted."""
         bad = 0
         for piece in self.pieces[rank]:
-            for at, size, record in records(piece):
-                stage_stats.entered(STAGE, size)
+            for at, record in records(piece):
                 reason, document = self._document(record, at)
+                stage_stats.entered(STAGE, len(document.text) if document is not None else 0)
                 if document is not None:
                     yield document
                     continue
@@ -137,79 +134,36 @@ class Reader:
         return [[asdict(piece) for piece in part] for part in self.pieces]
 
 
-def records(piece: ByteRange) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
-    """(file:line, bytes, record), or in place of the record what is wrong with it."""
+def records(piece: ByteRange) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """(file:line, record), or in place of the record what is wrong with it; each byte of the file is read once.
+
+    Lines of a piece that does not begin with its file are counted from there, and their place is shown as "file from byte N:line".
+    """
+    for block in _blocks(piece):
+        read = block.read()
+        found: list[tuple[int, dict[str, Any] | str]] = [*zip(read.numbers, read.records, strict=True), *read.faults]
+        for number, record in sorted(found, key=lambda one: one[0]):
+            if isinstance(block, ArrowBlock) and isinstance(record, dict):
+                record = _plain(record)
+            yield block.label(number), record
+
+
+def _blocks(piece: ByteRange) -> Iterator[SourceBlock]:
     path = Path(piece.path)
-    if is_parquet(path):
-        yield from _parquet_records(path)
+    kind = kind_of(path.name)
+    if kind is None:
+        raise DataError(f"{path} is of no known kind", where=str(path), fix=f"known: {READABLE}")
+    if piece.end is None:
+        yield from Files([InputFile(path, *kind)]).blocks(BlockStart())
         return
-    with _open(path) as lines:
-        try:
-            for number, line in _lines(lines, piece):
-                if not line.strip():
-                    continue
-                yield f"{path}:{number}", len(line), _parse(line)
-        except (EOFError, OSError, lzma.LZMAError) as error:
-            raise DataError(
-                f"{path} cannot be read to its end: {error}", where=str(path), fix="the file is damaged: get it again"
-            ) from error
-
-
-def _parse(line: bytes) -> dict[str, Any] | str:
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"not JSON: {error}"
-    return record if isinstance(record, dict) else f"not a JSON object but a {type(record).__name__}"
-
-
-def _lines(file: IO[bytes], piece: ByteRange) -> Iterator[tuple[int, bytes]]:
-    number = 1
-    if piece.start:
-        # Lines before the piece are counted for the examples' sake. A line that began before it belongs to the piece before.
-        left = piece.start - 1
-        while left and (block := file.read(min(left, BLOCK_BYTES))):
-            number += block.count(b"\n")
-            left -= len(block)
-        file.readline()
-        number += 1
-    position = file.tell() if piece.end is not None else 0
-    while piece.end is None or position < piece.end:
-        line = file.readline()
-        if not line:
-            return
-        yield number, line
-        number += 1
-        position += len(line)
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".zst":
-        import io
-
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True))
-    return path.open("rb")
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, int, dict[str, Any] | str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        row = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path}:{row}", 0, _plain(record)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}", where=str(path), fix="the file is damaged: get it again") from error
+    with path.open("rb") as file:
+        # A line that began before the piece belongs to the piece before.
+        file.seek(max(piece.start - 1, 0))
+        start = piece.start - 1 + len(file.readline()) if piece.start else 0
+    if start >= piece.end:
+        return
+    where = f"{path} from byte {start}" if start else path
+    yield from line_blocks(open_compressed(path, ""), where, BlockStart(0, start, 0), raw=None, stop=piece.end)
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any] | str:

@@ -158,10 +158,11 @@ Opened = tuple[IO[bytes], IO[bytes]]
 """The content, and the file as it lies on disk."""
 
 
-def line_blocks(opened: Opened, path: Path | str, begin: BlockStart, *, raw: int | None) -> Iterator[SourceBlock]:
+def line_blocks(opened: Opened, path: Path | str, begin: BlockStart, *, raw: int | None, stop: int | None = None) -> Iterator[SourceBlock]:
     """Blocks of whole lines.
 
-    raw: bytes of the input that the whole content took, where the file on disk does not say (a member of an archive)
+    raw:  bytes of the input that the whole content took, where the file on disk does not say (a member of an archive)
+    stop: the last line is the one that holds the byte before this one; None = to the end
     """
     content, disk = opened
     file, offset, line = begin
@@ -169,7 +170,9 @@ def line_blocks(opened: Opened, path: Path | str, begin: BlockStart, *, raw: int
         _skip(content, disk, offset)
         rest, told = b"", disk.tell() if raw is None and offset else 0
         while True:
-            chunk = content.read(BLOCK_BYTES)
+            left = BLOCK_BYTES if stop is None else stop - offset - len(rest)
+            # Behind `stop`, what is missing of its line is all that is read.
+            chunk = content.read(min(left, BLOCK_BYTES)) if left > 0 else content.readline() if rest else b""
             if offset == 0 and not rest and chunk.startswith(BOM):
                 chunk, offset = chunk[len(BOM) :], len(BOM)
             data = rest + chunk

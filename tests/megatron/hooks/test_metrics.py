@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import BackendError
-from megatron.hooks.metrics import ClosingHook, MetricsFile, MetricsHook, read_metrics, step_values
+from megatron.hooks.metrics import ClosingHook, MetricsFile, MetricsHook, step_values
 from megatron.hooks.throughput import StepFlops
 from megatron.hooks.trackers.sinks import (
     CometSink,
@@ -88,12 +88,11 @@ def test_a_resumed_run_continues_the_file(tmp_path: Path) -> None:
         crash(path, ListSink())
     whole = path.read_text()
     path.write_text(whole + '{"iteration": 6, "lm_lo')  # torn by the crash
-    assert [row["iteration"] for row in read_metrics(path) if "lm_loss" in row] == [1, 2, 3, 4, 5]
     metrics = MetricsHook(log_interval=1, flops=FLOPS, file=MetricsFile(path))
     drive([metrics, ClosingHook(metrics)], [result(7.0)] * 2, start=3)  # the last checkpoint was that of iteration 3
     assert path.read_text().startswith(whole) and all(json.loads(line) for line in path.read_text().splitlines())
-    rows = [row for row in read_metrics(path) if "lm_loss" in row]
-    assert [(row["iteration"], row["lm_loss"]) for row in rows] == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 7.0), (5, 7.0)]
+    rows = [json.loads(line) for line in path.read_text().removeprefix(whole).splitlines()]
+    assert [(row["iteration"], row["lm_loss"]) for row in rows] == [(4, 7.0), (5, 7.0)]
     # A last line that only lacks its newline is kept.
     path.write_text('{"iteration": 1, "lm_loss": 1.0}')
     MetricsFile(path).close()

@@ -183,3 +183,16 @@ def test_a_forked_process_can_encode() -> None:
     child.start()
     child.join(timeout=30)
     assert child.exitcode == 0 and queue.get() == here.ids.sum(dtype=np.int64)
+
+
+def test_the_library_is_made_anew_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps every distinct word for ever; a new object forgets them, and gives the same ids."""
+    from megatron.tokenizer import gigatoken_backend
+
+    trusted, made, load = engine("golden"), [], gigatoken_backend._load
+    monkeypatch.setattr(gigatoken_backend, "RENEWED_AFTER", 2000)
+    monkeypatch.setattr(gigatoken_backend, "_load", lambda engine: made.append(engine) or load(engine))
+    fast = GigatokenTokenizer(trusted)
+    for text in corpus()[:40]:
+        assert fast.encode_batch([text]) == trusted.encode_batch([text])
+    assert len(made) > 3

@@ -179,6 +179,6 @@ def of_rank(spec: ModelSpec, ranks: int) -> ModelSpec:
     def part(block: BlockSpec) -> BlockSpec:
         heads = local_size(block.attention.num_heads, ranks, "num_attention_heads")
         kv_heads = local_size(block.attention.num_kv_heads, ranks, "num_kv_heads")
-        return replace(block, attention=replace(block.attention, num_heads=heads, num_kv_heads=kv_heads))
+        return replace(block, mixer=replace(block.attention, num_heads=heads, num_kv_heads=kv_heads))
 
     return spec if ranks == 1 else replace(spec, blocks=tuple(map(part, spec.blocks)))

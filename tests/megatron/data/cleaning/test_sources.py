@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -38,7 +39,39 @@ def test_every_line_belongs_to_one_task(sizes, tasks, ended, tmp_path_factory):
         files.append(path)
         truth += [("x" * length, f"{path}:{at + 1}") for at, length in enumerate(lengths)]
     parts = read_all(files, tasks)
-    assert [(document.text, document.at) for part in parts for document in part] == truth
+    found = [(document.text, document.at) for part in parts for document in part]
+    assert [text for text, _ in found] == [text for text, _ in truth]
+    # A place is a line of the file, or of the part of it that begins at a byte.
+    for (_, at), (_, line) in zip(found, truth, strict=True):
+        name, _, number = at.rpartition(":")
+        path, _, start = name.partition(" from byte ")
+        before = Path(path).read_bytes()[: int(start or 0)]
+        assert f"{path}:{before.count(10) + int(number)}" == line and (not before or before.endswith(b"\n"))
+
+
+def test_no_piece_is_too_small_and_each_byte_is_in_one(tmp_path):
+    """Sizes and numbers of tasks at which shares are no whole numbers."""
+    for size, tasks in ((1000, 7), (997, 13), (101, 100), (10_000, 64)):
+        path = tmp_path / f"{size}.jsonl"
+        path.write_bytes(b"x" * size)
+        pieces = [piece for part in divide([path], tasks) for piece in part]
+        assert [piece.start for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])] and pieces[-1].end == size
+        assert min(piece.end - piece.start for piece in pieces) >= size // tasks
+
+
+def test_a_plain_file_is_read_once(tmp_path):
+    """Whatever the number of tasks: what the process read, as the kernel counts it."""
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": "y" * 900}) + "\n" for _ in range(4000)))
+
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+    for tasks in (1, 32):
+        before = read_bytes()
+        assert sum(map(len, read_all([path], tasks))) == 4000
+        # A task reads to the end of its last line; what it reads to find its first one is one buffer.
+        assert read_bytes() - before < path.stat().st_size * 1.1 + tasks * 40_000
 
 
 def test_tasks_get_about_the_same(tmp_path):
@@ -69,16 +102,28 @@ def test_kinds(tmp_path):
             path.write_bytes(pack(LINES))
         first, second = read_all([path], 2)
         found = first + second
-        assert [document.at for document in found] == [f"{path}:1", f"{path}:2"]
+        assert [document.at for document in read_all([path], 1)[0]] == [f"{path}:1", f"{path}:2"]
         assert [document.record | {"text": document.text} for document in found] == RECORDS
         assert list(found[0].record) == ["id", "text", "meta"]
 
 
 def test_damaged_file_is_named(tmp_path):
-    path = tmp_path / "in.jsonl.gz"
-    path.write_bytes(gzip.compress(LINES * 100)[:-20])
-    with pytest.raises(DataError, match="in.jsonl.gz cannot be read to its end"):
-        read_all([path], 1)
+    """Also one that is only cut short, in every form: no record is lost without a word."""
+    noise = "".join(json.dumps({"text": str(hash(str(n)) * n)}) + "\n" for n in range(3000)).encode()
+    for name, pack in {**KINDS, "in.jsonl.bz2": bz2.compress}.items():
+        path = tmp_path / name
+        if pack is bytes:
+            continue
+        if pack is None:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS * 100), path)
+        else:
+            path.write_bytes(zstandard.compress(noise) if name.endswith(".zst") else pack(noise))
+        whole = path.read_bytes()
+        for cut in (len(whole) // 2, len(whole) - 20, len(whole) - 1):
+            path.write_bytes(whole[:cut])
+            with pytest.raises(DataError, match="damaged") as caught:
+                read_all([path], 1)
+            assert caught.value.where == str(path), name
 
 
 BAD = ['{"text": "a"', "[1]", '{"txt": "a"}', '{"text": 7}', '{"text": "\\ud800"}', "\xff"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.model.attention.block_mask import BlockMask
-from megatron.model.attention.masks import PackedSequences, allowed
+from megatron.model.attention.inputs import PackedSequences, allowed
 
 S = 8
 rows = st.lists(st.lists(st.integers(0, 1), min_size=S, max_size=S), min_size=1, max_size=3)
