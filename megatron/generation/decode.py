@@ -48,7 +48,7 @@ class ModelScorer:
         """An empty cache for `rows` rows of up to `length` tokens."""
         attention = self.model.spec.blocks[0].attention
         heads = attention.num_kv_heads // self.model.groups.tp.size
-        return KVCache.allocate(self.model.spec.num_layers, rows, length, heads, attention.head_dim, self.dtype, self.device)
+        return KVCache.allocate(len(self.model.blocks), rows, length, heads, attention.head_dim, self.dtype, self.device)
 
     def next_logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
         """tokens [b, s] -> [b, v] float32; only the last position meets the head."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Gather, Initialiser
 from megatron.model.layer_state import LayerState
-from megatron.model.plan import Builder, context_plan, layer_plan, share_position_bias
+from megatron.model.plan import Builder, Slot, context_plan, layer_plan, share_position_bias
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         self.context = context_plan(spec, self.groups) if spec.blocks else ContextPlan()
         builder = Builder(initialiser=law, tp=self.groups.tp, context=self.context, device=where, dtype=dtype)
         self.plan = layer_plan(spec)
-        made = {slot.number: builder.build(slot) for slot in self.plan if slot.layer is not None and slot.head is None}
+        made = {slot.number: builder.build(slot) for slot in self.slots_here() if slot.layer is not None and slot.head is None}
         share_position_bias(list(made.values()))
         self.sequential = nn.ModuleDict({str(number): module for number, module in made.items()})
 
@@ -72,12 +72,25 @@ class Transformer(nn.Module):
         cache:    keys and values of earlier tokens; the new ones are appended
         read:     runs inside the head's forward (where ZeRO-3 has the head's weight whole); its result is returned
         """
-        if segment_ids is None:
-            segment_ids = tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
+        segment_ids = self.one_document(tokens) if segment_ids is None else segment_ids
+        return self.finish(self.run_stack(self.embed(LayerState(tokens, segment_ids), cache), cache), read)
+
+    def slots_here(self) -> list[Slot]:
+        """The slots whose modules are built in this process."""
+        return self.plan
+
+    def one_document(self, tokens: Tensor) -> Tensor:
+        """segment_ids of rows that are one document each; tokens [b, s] are this rank's part of them."""
+        return tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
+
+    def embed(self, stream: LayerState, cache: KVCache | None = None) -> LayerState:
+        """The first slot: token ids become hidden states."""
+        embedded: LayerState = self.sequential[str(self.plan[0].number)](stream, None if cache is None else cache.layer(0))
+        return embedded
+
+    def finish(self, stream: LayerState, read: Read | None = None) -> Any:
+        """Final norm and head -> Logits, or what `read` makes of them."""
         first, last = self.plan[0], self.plan[-1]
-        stream = LayerState(tokens, segment_ids)
-        stream = self.sequential[str(first.number)](stream, None if cache is None else cache.layer(0))
-        stream = self._run_blocks(stream, cache)
         stream = self.sequential[str(self.plan[-2].number)](stream)
         if last.head is not None:
             return self.sequential[str(first.number)](stream, head=partial(last.head, read=read))
@@ -88,7 +101,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile()
 
-    def _run_blocks(self, stream: LayerState, cache: KVCache | None) -> LayerState:
+    def run_stack(self, stream: LayerState, cache: KVCache | None = None) -> LayerState:
+        """The blocks, one after the other."""
         blocks = self.blocks
         if not blocks:
             return stream
