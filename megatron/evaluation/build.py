@@ -73,10 +73,10 @@ def _evaluate(args: NeoXArgs, received: Sequence[int], groups: Groups, device: t
         evaluation = Evaluation(objective, device)
         try:
             _read(loaded.model, evaluation, seen, device)
-        except StoppedError as told:
+        except StoppedError:
             if not results:
                 raise
-            stopped = {"stopped_by": told.signal}
+            stopped = {"stopped_by": first_signal(received, groups.world) or 0}
             break
         metrics = evaluation.metrics(groups)
         if args.run.char_level_ppl:
