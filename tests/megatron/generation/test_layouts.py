@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,9 @@ def results(rank: int, world: int, *, folder: str, keys: dict[str, Any]) -> dict
     """What one rank makes: logits in a file, greedy and sampled texts in files, and how many parameters it held."""
     import numpy as np
 
-    from megatron.generation.build import generate, joined, load_model, whole_rows
+    from megatron.generation.build import build_writer, joined, load_model, whole_rows
     from megatron.generation.logits import write_logits
+    from megatron.generation.modes import input_file
     from megatron.neox_arguments import NeoXArgs
 
     def arguments(**more: Any) -> NeoXArgs:
@@ -49,9 +49,9 @@ def results(rank: int, world: int, *, folder: str, keys: dict[str, Any]) -> dict
         model = load_model(arguments(), whole_rows(groups), device).model
         told["parameters"] = sum(p.numel() for p in model.parameters())
         write_logits(model, here / "tokens.npy", here / "logits.npy", rows=2, write=rank == 0)
-    wanted = {"maximum_tokens": 6, "sample_input_file": str(prompts)}
-    for name, sampling in (("greedy", {}), ("again", {"recompute": True}), ("sampled", {"temperature": 1.0, "top_k": 20})):
-        generate(arguments(sample_output_file=str(here / f"{name}.jsonl"), **wanted, **sampling), io.StringIO(), io.StringIO())
+        for name, sampling in (("greedy", {}), ("again", {"recompute": True}), ("sampled", {"temperature": 1.0, "top_k": 20})):
+            writer = build_writer(arguments(maximum_tokens=6, **sampling), groups, device)
+            input_file(writer, prompts, "\n", here / f"{name}.jsonl")
     return told
 
 
