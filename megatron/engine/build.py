@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.build import CheckpointSource, opened
+from megatron.checkpoint.build import CheckpointSource, Weights, opened
 from megatron.checkpoint.formats.neox_files import copy_weights
 from megatron.deepspeed_private import entries_of
 from megatron.engine.deepspeed_mpu import Partitioning, counted_here, mark_split
@@ -79,17 +81,8 @@ def build_engine(args: NeoXArgs, source: CheckpointSource, groups: Groups, devic
     config = deepspeed_config(args)
     partitioning = Partitioning(config, groups)
     loss_of_step = LossOfStep()
-    model: torch.nn.Module
-    if pipelined:
-        model = build_pipeline(args, spec, loss_fn=loss_of_step, groups=groups).to(device)
-    else:
-        with partitioning.building():
-            model = build_transformer(args, spec, groups=groups, gather=partitioning.gather)
-        model = model if partitioning.active else model.to(device)
-    if weights is not None:
-        slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
-        report = copy_weights(weights.tensors, model, source.place, elsewhere=slots, gather=partitioning.gather, shapes=weights.shapes)
-        log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")
+    trainable = Trainable(partitioning, loss_of_step if pipelined else None)
+    model = build_model(args, spec, weights, groups, device, place=source.place, trainable=trainable)
     count = sum(entries_of(p) for p in model.parameters())
     log.info(" > number of parameters on model parallel rank %d: %d", groups.tp.rank, count)
     log.info(" > total params: %s", f"{total_parameters(model, groups, device):,}")
@@ -107,6 +100,50 @@ def build_engine(args: NeoXArgs, source: CheckpointSource, groups: Groups, devic
     timers = Timers(device, enabled=args.logs.wall_clock_breakdown)
     path = PipelinePath(runner, loss_of_step, device, timers) if pipelined else SequentialPath(runner, device, timers)
     return TrainEngine(runner, path, device, timers, context_plan(spec, groups)), spec
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What a model is built with when DeepSpeed will train it.
+
+    partitioning: ZeRO's
+    loss_of_step: given, the model is DeepSpeed's module of pipeline stages
+    """
+
+    partitioning: Partitioning
+    loss_of_step: LossOfStep | None = None
+
+
+def build_model(
+    args: NeoXArgs,
+    spec: ModelSpec,
+    weights: Weights | None,
+    groups: Groups,
+    device: torch.device,
+    *,
+    place: Path,
+    trainable: Trainable | None = None,
+) -> torch.nn.Module:
+    """The part of the model that this rank holds at the layout of `groups`, with its weights.
+
+    weights: of this tensor rank; None = initial ones. place: where they are from
+    trainable: None = a frozen model in evaluation mode: a Transformer, over several stages a StagedTransformer
+    """
+    gather = None if trainable is None else trainable.partitioning.gather
+    model: torch.nn.Module
+    if trainable is None:
+        model = build_transformer(args, spec, groups=groups, device=device).requires_grad_(False).eval()
+    elif trainable.loss_of_step is not None:
+        model = build_pipeline(args, spec, loss_fn=trainable.loss_of_step, groups=groups).to(device)
+    else:
+        with trainable.partitioning.building():
+            model = build_transformer(args, spec, groups=groups, gather=gather)
+        model = model if trainable.partitioning.active else model.to(device)
+    if weights is not None:
+        slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
+        report = copy_weights(weights.tensors, model, place, elsewhere=slots, gather=gather, shapes=weights.shapes)
+        log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")
+    return model
 
 
 def total_parameters(model: torch.nn.Module, groups: Groups, device: torch.device) -> int:

@@ -14,7 +14,7 @@ from megatron.model.cache import LayerCache, ModelCache
 from megatron.model.head import Read
 from megatron.model.init import Gather, Initialiser
 from megatron.model.layer_state import LayerState
-from megatron.model.plan import Builder, layer_plan, share_between
+from megatron.model.plan import Builder, Slot, layer_plan, share_between
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.slots import check_slots, context_plan
 from megatron.model.spec import ModelSpec
@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         self.context = context_plan(spec, self.groups)
         builder = Builder(initialiser=law, groups=self.groups, context=self.context, device=where, dtype=dtype)
         self.plan = layer_plan(spec)
-        made = {slot.number: builder.build(slot) for slot in self.plan if slot.layer is not None and slot.head is None}
+        made = {slot.number: builder.build(slot) for slot in self.slots_here() if slot.layer is not None and slot.head is None}
         share_between(made.values())
         self.sequential = nn.ModuleDict({str(number): module for number, module in made.items()})
 
@@ -68,12 +68,25 @@ class Transformer(nn.Module):
         cache:    what `allocate_cache` gave, with the tokens before; these are appended
         read:     runs inside the head's forward (where ZeRO-3 has the head's weight whole); its result is returned
         """
-        if segment_ids is None:
-            segment_ids = tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
+        segment_ids = self.one_document(tokens) if segment_ids is None else segment_ids
+        return self.finish(self.run_stack(self.embed(LayerState(tokens, segment_ids), cache), cache), read)
+
+    def slots_here(self) -> list[Slot]:
+        """The slots whose modules are built in this process."""
+        return self.plan
+
+    def one_document(self, tokens: Tensor) -> Tensor:
+        """segment_ids of rows that are one document each; tokens [b, s] are this rank's part of them."""
+        return tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
+
+    def embed(self, stream: LayerState, cache: ModelCache | None = None) -> LayerState:
+        """The first slot: token ids become hidden states."""
+        embedded: LayerState = self.sequential[str(self.plan[0].number)](stream, None if cache is None else cache[0])
+        return embedded
+
+    def finish(self, stream: LayerState, read: Read | None = None) -> Any:
+        """Final norm and head -> Logits, or what `read` makes of them."""
         first, last = self.plan[0], self.plan[-1]
-        stream = LayerState(tokens, segment_ids)
-        stream = self.sequential[str(first.number)](stream, None if cache is None else cache[0])
-        stream = self._run_blocks(stream, cache)
         stream = self.sequential[str(self.plan[-2].number)](stream)
         if last.head is not None:
             return self.sequential[str(first.number)](stream, head=partial(last.head, read=read))
@@ -93,7 +106,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile()
 
-    def _run_blocks(self, stream: LayerState, cache: ModelCache | None) -> LayerState:
+    def run_stack(self, stream: LayerState, cache: ModelCache | None = None) -> LayerState:
+        """The blocks, one after the other."""
         blocks = self.blocks
         if not blocks:
             return stream
