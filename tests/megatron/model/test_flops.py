@@ -41,7 +41,7 @@ def test_matmul_flops_are_those_that_torch_counts():
     length = 24
     for changes in ({}, {"num_kv_heads": 2}):
         mlp = MLPSpec(hidden_size=HIDDEN, width=40, activation="swiglu", bias=False)
-        spec = model_spec(mlp=mlp, attention={"bias": False, "backend": BackendName.EAGER, **changes})
+        spec = model_spec(ffn=mlp, attention={"bias": False, "backend": BackendName.EAGER, **changes})
         model = Transformer(spec)
         counter = FlopCounterMode(display=False)
         with counter:
