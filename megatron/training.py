@@ -14,8 +14,8 @@ import torch
 
 from megatron import fault_injection
 from megatron.checkpoint.build import choose_source, compared_args, own_folder
-from megatron.checkpoint.conversion.exporting.build import require_exportable
-from megatron.checkpoint.steps.verify import Verify
+from megatron.checkpoint.conversion.build import require_exportable
+from megatron.checkpoint.steps.manifest import Verify
 from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine, StepResult

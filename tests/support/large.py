@@ -24,7 +24,7 @@ def write_large(folder: Path) -> int:
 
     from megatron.checkpoint.formats.neox_files import model_file
     from megatron.checkpoint.formats.optimizer_files import RECORD
-    from megatron.checkpoint.formats.state import SEQUENTIAL, canonical_state
+    from megatron.checkpoint.formats.torch_file import SEQUENTIAL, canonical_state
     from megatron.model.transformer import Transformer
 
     folder.mkdir(parents=True)

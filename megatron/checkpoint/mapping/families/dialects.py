@@ -17,9 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.mapping.config_rows import Config
-from megatron.checkpoint.mapping.families.common import attention_bias, mlp_bias, output_bias
 from megatron.checkpoint.mapping.ops import Concat, GateFirst, GroupQKV
-from megatron.checkpoint.mapping.rows import Family, Row, to_canonical
+from megatron.checkpoint.mapping.rows import Family, Row, attention_bias, mlp_bias, output_bias, to_canonical
 from megatron.model.spec import BlockSpec, ModelSpec, NormKind, Residual
 from megatron.mpu.sharding import local_size
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from megatron.checkpoint.conversion.exporting.exporter import FOLDER, Exporter
-from megatron.checkpoint.conversion.exporting.hf_export import Export
-from megatron.checkpoint.steps.retention import EXPORTING, removable
+from megatron.checkpoint.conversion.export import FOLDER, Export, Exporter
+from megatron.checkpoint.steps.commit import EXPORTING, removable
 
 
 @dataclass

@@ -1,24 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion has read or written, tensor by tensor, with digests, and how far it is. Knows no names' meaning."""
+"""The folder a conversion writes: aside until it is complete, with neox_config.yml and a record of every tensor."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+import yaml
 from torch import Tensor
 
-from megatron.atomic_io import new_digest
+from megatron.atomic_io import new_digest, sync_folder
 from megatron.checkpoint.formats.hf_files import read_json, write_json
+from megatron.errors import CheckpointError
 from megatron.log import get_logger
 from megatron.provenance import code_version
 
 log = get_logger(__name__)
+
+PARTIAL = ".partial"
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError where something is at `out` that must not be replaced."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError("the output is not a folder", where=str(out), fix="choose another folder")
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise CheckpointError("the output folder is not empty", where=str(out), fix="choose another folder, or give --overwrite")
+
+
+@contextmanager
+def written_aside(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Within, fill the folder `<out>.partial`, which then gets its name; after an error it is removed, and `out` is as it was.
+
+    Raises CheckpointError where `out` holds something, unless `overwrite`.
+    """
+    check_free(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}{PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a conversion that was killed
+    aside.mkdir()
+    try:
+        yield aside
+        replace_folder(aside, out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def replace_folder(aside: Path, out: Path) -> None:
+    """Rename; what was there goes only afterwards."""
+    old = out.with_name(f"{out.name}.old.{uuid4().hex[:8]}")
+    replaces = out.exists()
+    if replaces:
+        out.rename(old)
+    try:
+        aside.rename(out)
+    except OSError:
+        if replaces:
+            old.rename(out)
+        raise
+    sync_folder(out.parent)
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+NAME = "neox_config.yml"
+USE = f"python deepy.py train.py {NAME} --data_path DATA --save FOLDER"
+
+# A start for fine-tuning; everything that a run cannot do without is there.
+TRAINING: dict[str, Any] = {
+    "train_iters": 1000,
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1.0e-5, "betas": [0.9, 0.95], "eps": 1.0e-8}},
+    "lr_decay_style": "cosine",
+    "warmup": 0.03,
+    "weight_decay": 0.1,
+    "gradient_clipping": 1.0,
+    "checkpoint_factor": 1000,
+    "eval_interval": 1000,
+    "eval_iters": 10,
+    "log_interval": 10,
+}
+
+
+def render(source: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """YAML with a heading over each section; tuples become lists.
+
+    >>> print(render("a model", {"Model": {"num_layers": 2}}).splitlines()[-1])
+    num_layers: 2
+    """
+    head = f"# SPDX-License-Identifier: Apache-2.0\n# Made of {source}.\n# Use: {USE}\n"
+    texts = {title: "".join(f"{key}: {_value(value)}\n" for key, value in keys.items()) for title, keys in sections.items() if keys}
+    return head + "".join(f"\n# {title}\n{text}" for title, text in texts.items())
+
+
+def _value(value: Any) -> str:
+    text: str = yaml.safe_dump(_plain(value), sort_keys=False, default_flow_style=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
 
 RECORD = "conversion.json"
 EVERY_S = 10.0

@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished step's folder -> a Hugging Face folder, a tensor in memory at a time. Knows not when, and no ranks."""
+"""Checkpoints of a run as Hugging Face models, written while it goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.checkpoint.conversion.folder import written_aside
+from megatron.atomic_io import write_durably
+from megatron.checkpoint.conversion.convert import planned, unpacked
 from megatron.checkpoint.conversion.model import Described
-from megatron.checkpoint.conversion.safetensors_file import write_shards
-from megatron.checkpoint.conversion.tensor_manifest import ByteProgress, Table, dtype_name
-from megatron.checkpoint.conversion.to_hf import planned, unpacked
+from megatron.checkpoint.conversion.output_folder import ByteProgress, Table, dtype_name, written_aside
 from megatron.checkpoint.conversion.tokenizer_files import save_tokenizer, write_generation_config
 from megatron.checkpoint.conversion.weights import Whole
-from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, write_json
+from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, write_json, write_shards
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.families.registry import FAMILIES
-from megatron.checkpoint.mapping.hf_config import hf_config
+from megatron.checkpoint.mapping.families.registry import FAMILIES, hf_config
 from megatron.checkpoint.mapping.rows import Family, bound_rows, from_canonical
+from megatron.checkpoint.steps.commit import EXPORTING, recover
+from megatron.checkpoint.steps.step_dirs import step_of
 from megatron.errors import ConfigError, NeoXError
+from megatron.hub.background_queue import BackgroundQueue
+from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
+
+log = get_logger(__name__)
 
 TOKENIZER = "tokenizer.json"
 
@@ -114,3 +120,88 @@ def refused(family: Family, keys: Mapping[str, Any], spec: ModelSpec) -> Sequenc
     except NeoXError as error:
         return [error]
     return []
+
+
+FOLDER = "hf"
+"""Beside the checkpoints; in it a folder for each exported one, under the same name."""
+
+PROGRESS_S = 15.0
+
+
+class Exporter:
+    """Exports published checkpoints of one run, in a thread of its own. The markers are its queue.
+
+    directory: `save`
+    every:     checkpoints whose step is a multiple of it; 1 = all
+    failures:  exports that were given up so far: they keep no checkpoint from being deleted
+    """
+
+    def __init__(self, directory: Path, export: Export, *, every: int = 1) -> None:
+        self.directory = directory
+        self.export = export
+        self.every = every
+        self.failures = 0
+        self._queue = BackgroundQueue("export", self._left, self._attempt)
+
+    def start(self) -> None:
+        """Begin; what an earlier start left is taken up."""
+        for line in recover(self.directory / FOLDER):
+            log.warning("%s: %s", self.directory / FOLDER, line)
+        self._queue.start()
+
+    def published(self, folder: Path) -> None:
+        """A checkpoint has got its name; returns at once."""
+        step = step_of(folder.name)
+        if step is None or step % self.every:
+            return
+        try:
+            marker = self.directory / EXPORTING / folder.name
+            marker.parent.mkdir(exist_ok=True)
+            write_durably(marker, "")
+        except OSError as error:  # a full disk, say: the checkpoint is there, and training goes on
+            self._failed(folder.name, error)
+            return
+        self._queue.wake()
+
+    def drain(self, *, hurried: Callable[[], bool] = lambda: False, early_s: float = 0.0) -> bool:
+        """Wait until everything is exported; returns whether it is. The thread has ended, or ends with the process.
+
+        hurried: whether the process was told to end; then it waits no longer than early_s from there
+        """
+        if self._queue.busy:
+            log.info("waiting for the export of %s", ", ".join(self._left()) or "nothing")
+        done = self._queue.drain(hurried=hurried, early_s=early_s, report=self._report, report_s=PROGRESS_S)
+        if not done:
+            log.error("not exported yet: %s; the next start of this run does it", ", ".join(self._left()))
+        return done
+
+    def stop(self) -> None:
+        """Begin no further one."""
+        self._queue.stop()
+
+    def _report(self) -> None:
+        log.info("  still exporting %s", ", ".join(self._left()))
+
+    def _left(self) -> list[str]:
+        place = self.directory / EXPORTING
+        names = [entry.name for entry in place.iterdir()] if place.is_dir() else []
+        return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
+
+    def _attempt(self, tag: str) -> None:
+        step, marker = self.directory / tag, self.directory / EXPORTING / tag
+        try:
+            if step.is_dir():
+                out, began = self.directory / FOLDER / tag, time.monotonic()
+                out.parent.mkdir(exist_ok=True)
+                self.export.write(step, out)
+                log.info("  exported %s as %s in %.1f s", out, self.export.family.hf, time.monotonic() - began)
+            else:
+                log.warning("%s was deleted before it was exported", step)
+        except Exception as error:  # whatever fails here must not end a training run
+            self._failed(tag, error)
+        with suppress(OSError):
+            marker.unlink(missing_ok=True)
+
+    def _failed(self, tag: str, error: Exception) -> None:
+        self.failures += 1
+        log.error("%s was not exported, and stays as it is: %s", tag, error)

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.checkpoint.steps import retention
-from megatron.checkpoint.steps.commit import recover
-from megatron.checkpoint.steps.retention import UPLOADING, outdated, prune, removable
+from megatron.checkpoint.steps.commit import UPLOADING, outdated, prune, recover, removable
 from megatron.checkpoint.steps.step_dirs import saved_steps
 from support.checkpoints import KINDS, flip, step_folder
 

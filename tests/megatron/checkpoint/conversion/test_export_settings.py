@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.conversion.exporting.build import require_exportable
-from megatron.checkpoint.conversion.exporting.hf_export import Export, family_for, tokenizer_file
+from megatron.checkpoint.conversion.build import require_exportable
+from megatron.checkpoint.conversion.export import Export, family_for, tokenizer_file
 from megatron.checkpoint.formats.hf_files import read_state
 from megatron.checkpoint.mapping.families.registry import family_named
 from megatron.errors import CheckpointError, ConfigError
