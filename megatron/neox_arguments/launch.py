@@ -13,10 +13,9 @@ from pathlib import Path
 
 from megatron.errors import ConfigError
 from megatron.launch import commands
+from megatron.launch.commands import Host, LaunchPlan
 from megatron.launch.control_channel import ADDRESSES, SECRET
-from megatron.launch.environment import environment_file, handed_on, python_path, visible_devices
-from megatron.launch.plan import Host, LaunchPlan
-from megatron.launch.rendezvous import LOOPBACK, expand, slurm_port
+from megatron.launch.environment import LOOPBACK, environment_file, expand, handed_on, python_path, slurm_port, visible_devices
 from megatron.secrets import is_secret
 
 from .hostfile import HostError, Hosts, find_hostfile, parse_filter, read_hosts

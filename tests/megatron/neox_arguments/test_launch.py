@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launch.plan import LaunchPlan
+from megatron.launch.commands import LaunchPlan
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.launch import is_here, plan_launch
 
