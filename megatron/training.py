@@ -29,8 +29,7 @@ from megatron.hooks.heartbeat import watched
 from megatron.hooks.nonfinite_and_spikes import Record
 from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import PER_CHARACTER, Characters, Evaluate
-from megatron.launch.heartbeat import FOLDER
-from megatron.launch.progress_reporter import LOAD, Pulse
+from megatron.launch.heartbeat import FOLDER, LOAD, Pulse
 from megatron.launch.rank_events import claimed
 from megatron.launch.signals import noting_signals
 from megatron.launch.watchdog import WatchPlan, watching
@@ -40,7 +39,7 @@ from megatron.mpu.collectives import any_rank, barrier
 from megatron.mpu.groups import Group, Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
-from megatron.neox_arguments.rules import refuse_unfinished
+from megatron.neox_arguments.unfinished import refuse_unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
 from megatron.resume import as_before, check_forward, make_place, take_up

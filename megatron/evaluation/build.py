@@ -29,6 +29,7 @@ from megatron.model.transformer import Transformer
 from megatron.mpu.collectives import barrier
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.unfinished import refuse_value
 from megatron.objectives.build import build_objective
 from megatron.optim.build import build_optimizer
 from megatron.optim.groups import rate_of
@@ -51,10 +52,7 @@ def evaluate(args: NeoXArgs) -> dict[str, Any]:
 
 
 def _evaluate(args: NeoXArgs, received: Sequence[int], groups: Groups, device: torch.device) -> dict[str, Any]:
-    if args.text.eval_tasks:
-        raise ConfigError(
-            "evaluation tasks are not built yet", where="eval_tasks", fix="remove eval_tasks: eval.py reports the validation and test loss"
-        )
+    refuse_value("eval_tasks", args.text.eval_tasks)
     tokenizer = build_tokenizer(args)
     loaded = load_model(args, groups, device)
     args = loaded.args

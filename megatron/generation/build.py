@@ -28,6 +28,7 @@ from megatron.log import get_logger
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Group, Groups
 from megatron.neox_arguments import NeoXArgs
+from megatron.neox_arguments.unfinished import refuse_value
 from megatron.tokenizer.build import build_tokenizer
 
 log = get_logger(__name__)
@@ -124,12 +125,8 @@ def mode_of(args: NeoXArgs) -> TextGenType:
     given = args.text.text_gen_type
     if given is None:
         return TextGenType.INPUT_FILE if args.text.sample_input_file else TextGenType.UNCONDITIONAL
-    mode = TextGenType(given)
-    if mode is TextGenType.PRECOMPUTE:
-        raise ConfigError(
-            "text_gen_type: precompute is not built yet", where="text_gen_type", fix="one of unconditional, input-file, interactive"
-        )
-    return mode
+    refuse_value("text_gen_type", given)
+    return TextGenType(given)
 
 
 def generate(args: NeoXArgs, source: TextIO, screen: TextIO) -> Path | None:

@@ -20,9 +20,8 @@ from typing import Any
 
 from megatron.errors import ConfigError
 from megatron.launch.control_channel import connect, tell
-from megatron.launch.environment import PRIVATE, Seat, machine_environment
+from megatron.launch.environment import PRIVATE, Seat, machine_environment, place_from
 from megatron.launch.rank_events import LEAVING, Event, lines_of, shell_status
-from megatron.launch.rendezvous import place_from
 from megatron.launch.supervisor import POLL_S, Rank, Supervisor
 
 TASK = "--task"

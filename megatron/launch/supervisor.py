@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts ranks on this machine, watches them, and ends all when one dies. Knows no other machine."""
+"""Starts ranks on this machine, watches them, and ends all when one dies."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeoXArgs: the whole configuration, resolved, checked and frozen. Knows no torch and starts nothing."""
+"""NeoXArgs: the whole configuration, resolved, checked and frozen."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from megatron.provenance import git_commit
 from . import yaml_loader as flat_files
 from .hostfile import visible_devices
 from .nested import check_block
-from .problems import DEFAULT, ConfigProblems, Origin, Problem
-from .pydantic_errors import unknown_key, value_problems
-from .resolution_state import ResolutionState
+from .problems import DEFAULT, ConfigProblems, Origin, Problem, unknown_key, value_problems
+from .resolve import ResolutionState
 from .resolvers import RESOLVERS, resolve_world
 from .rules import broken_rules
 from .sections import (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import CheckpointError, ConfigError
-from megatron.progress import parse_times
+from tests.support.log_lines import parse_times
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "train"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron.launch.hang_diagnosis import Seen, Standing, causes, standing_of
+from megatron.launch.heartbeat import Seen, Standing, causes, standing_of
 
 LOOP = FrameSummary("/x/megatron/training.py", 1, "train", lookup_line=False, line="result = engine.train_step()")
 SUM = FrameSummary(
