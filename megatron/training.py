@@ -128,11 +128,11 @@ def run(
         steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
         return engine.timers.over("batch generator", steps)
 
-    end = train(engine, steps_from, objective, watched(hooks, pulse), state, rewinding(args, engine, spec, record))
+    end = train(engine, steps_from, objective, watched(hooks, pulse), state, rolling_back(args, engine, spec, record))
     return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
-def rewinding(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -> Callable[[TrainState], TrainState]:
+def rolling_back(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -> Callable[[TrainState], TrainState]:
     """What takes the run from a state back to where `record` wants it to be."""
 
     def rewind(state: TrainState) -> TrainState:

@@ -18,7 +18,7 @@ from megatron.model.transformer import Transformer
 OnToken = Callable[[int, int], None]
 
 
-class Scorer(Protocol):
+class NextTokenScorer(Protocol):
     """What decoding needs of a model. longest: tokens it can see; vocab_size: ids that exist"""
 
     longest: int
@@ -34,7 +34,7 @@ class Scorer(Protocol):
 
 
 class ModelScorer:
-    """A Transformer as a Scorer."""
+    """A Transformer as a NextTokenScorer."""
 
     def __init__(self, model: Transformer, *, longest: int, vocab_size: int) -> None:
         """longest: `seq_length`; vocab_size: without the rows that only pad the embedding."""
@@ -103,7 +103,11 @@ class Completion:
 
 @torch.inference_mode()
 def decode(
-    scorer: Scorer, prompts: Tensor, settings: DecodeSettings, generators: Sequence[torch.Generator], on_token: OnToken | None = None
+    scorer: NextTokenScorer,
+    prompts: Tensor,
+    settings: DecodeSettings,
+    generators: Sequence[torch.Generator],
+    on_token: OnToken | None = None,
 ) -> list[Completion]:
     """Continue prompts of one length: [b, s] int64 with 1 <= s < scorer.longest -> b completions.
 
@@ -133,7 +137,7 @@ def decode(
 
 
 def _steps(
-    scorer: Scorer, prompts: Tensor, limit: int, settings: DecodeSettings, generators: Sequence[torch.Generator]
+    scorer: NextTokenScorer, prompts: Tensor, limit: int, settings: DecodeSettings, generators: Sequence[torch.Generator]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [b, v] and tokens [b], `limit` times at most."""
     if limit <= 0:

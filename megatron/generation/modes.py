@@ -20,7 +20,7 @@ import torch
 from megatron import fault_injection
 from megatron.atomic_io import atomic_write
 from megatron.errors import DataError, StoppedError
-from megatron.generation.decode import Completion, DecodeSettings, Scorer, decode
+from megatron.generation.decode import Completion, DecodeSettings, NextTokenScorer, decode
 from megatron.mpu.collectives import of_all_ranks, on_first_rank
 from megatron.mpu.groups import Group
 from megatron.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class Writer:
     world:    ranks that decode together: they stop together, and the first one reads and writes
     """
 
-    scorer: Scorer
+    scorer: NextTokenScorer
     tokenizer: Tokenizer
     settings: DecodeSettings
     seed: int = 1234

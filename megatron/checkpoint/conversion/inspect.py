@@ -242,7 +242,7 @@ def _plain_equal(first: Any, second: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class TensorSelection:
     """What of a checkpoint is looked at.
 
     pattern: only names in which this regular expression is found
@@ -263,7 +263,7 @@ class Wanted:
         return re.search(self.pattern, f"{file}/{name}") is not None
 
 
-def entries(files: Mapping[str, Path], wanted: Wanted) -> Iterator[tuple[str, str, Any]]:
+def entries(files: Mapping[str, Path], wanted: TensorSelection) -> Iterator[tuple[str, str, Any]]:
     """(file, name, value) of everything wanted, one file after the other."""
     for file, path in files.items():
         content = read(path)
@@ -272,7 +272,7 @@ def entries(files: Mapping[str, Path], wanted: Wanted) -> Iterator[tuple[str, st
                 yield file, name, value
 
 
-def differences(first: Mapping[str, Path], second: Mapping[str, Path], wanted: Wanted) -> Iterator[CheckpointDiff]:
+def differences(first: Mapping[str, Path], second: Mapping[str, Path], wanted: TensorSelection) -> Iterator[CheckpointDiff]:
     """Where two checkpoints differ; files of one name are compared, and two single files whatever their names."""
     if len(first) == len(second) == 1:
         second = dict(zip(first, second.values(), strict=True))

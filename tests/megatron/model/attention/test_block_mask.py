@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of attention put together see what whole rows see, and nothing is computed for nobody."""
+"""Tiles of attention put together see what whole rows see, and nothing is computed for nobody."""
 
 from __future__ import annotations
 
