@@ -16,7 +16,6 @@ from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
 
 if TYPE_CHECKING:
-    from megatron.model.attention.inputs import PackedSequences
     from megatron.model.cache import LayerCache
 
 
@@ -92,8 +91,10 @@ class Mixer(BlockSlot):
         """An empty cache for decoding `rows` rows of up to `max_len` tokens."""
         raise NotImplementedError
 
-    def forward(self, hidden: Tensor, segment_ids: Tensor | PackedSequences | None = None, cache: Any = None) -> SlotOutput:
-        """hidden [b, s, h], segment_ids [b, s] of whole rows -> [b, s, h]; a cache has the tokens before and takes these."""
+    def forward(self, hidden: Tensor, segment_ids: Any = None, cache: Any = None) -> SlotOutput:
+        """hidden [b, s, h], segment_ids [b, s] of whole rows, or the PackedSequences made of them -> [b, s, h].
+
+        cache: has the tokens before, and takes these"""
         raise NotImplementedError
 
 
