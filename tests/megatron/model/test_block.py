@@ -49,7 +49,7 @@ def test_formula(residual: Residual, bias: bool):
 
 @pytest.mark.parametrize("residual", list(Residual))
 def test_dropout_hits_both_sublayers(residual: Residual):
-    block, (x, segment_ids) = build(residual, dropout=0.5), stream()
+    block, (x, segment_ids, _) = build(residual, dropout=0.5), stream()
     torch.manual_seed(0)
     first = block(LayerState(x, segment_ids)).hidden
     assert not torch.equal(first, block(LayerState(x, segment_ids)).hidden)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.errors import TrainingError
 from megatron.model import chunked_cross_entropy
-from megatron.model.chunked_cross_entropy import Wanted, blockwise_nll, blockwise_stats
+from megatron.model.chunked_cross_entropy import KL, TokenStats, Wanted, blockwise_nll, blockwise_stats
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
 from megatron.mpu.sharding import Split, split
@@ -187,3 +187,90 @@ def test_two_ranks_equal_one() -> None:
             torch.testing.assert_close(found[name], loss.detach())
             torch.testing.assert_close(found[f"{name} x"], theirs[0].grad, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found[f"{name} w"], split(theirs[1].grad, Split(0), rank, 2), rtol=1e-5, atol=1e-6)
+
+
+TERMS = ("logp", "lse", "entropy", "kl")
+
+
+def plain_stats(hidden: Tensor, weight: Tensor, labels: Tensor, second: tuple[Tensor, Tensor], direction: KL) -> TokenStats:
+    """The same by torch's log_softmax over full logits."""
+    logits = F.linear(hidden, weight)
+    logp, logq = logits.log_softmax(-1), F.linear(*second).log_softmax(-1)
+    terms = logq.exp() * (logq - logp) if direction is KL.FORWARD else logp.exp() * (logp - logq)
+    picked = logp.gather(-1, labels[..., None])[..., 0]
+    return TokenStats(picked, logits.logsumexp(-1), -(logp.exp() * logp).sum(-1), terms.sum(-1), logits.argmax(-1))
+
+
+def second_head() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(7)
+    return torch.randn(3, 7, 5, generator=draw), torch.randn(20, 5, generator=draw)
+
+
+def weighted(stats: TokenStats, mask: Tensor, only: tuple[str, ...] = TERMS) -> Tensor:
+    """One number in which every position of every statistic counts differently."""
+    draw = torch.Generator().manual_seed(9)
+    factors = {name: torch.randn(3, 7, generator=draw) * mask for name in TERMS}
+    return sum((getattr(stats, name) * factors[name]).sum() for name in only)
+
+
+@pytest.mark.parametrize("direction", KL)
+@pytest.mark.parametrize("counted", [True, False], ids=["rows are counted", "all rows"])
+def test_statistics_and_their_gradients_equal_log_softmax(direction: KL, counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not counted:
+        monkeypatch.setattr(chunked_cross_entropy, "_active", lambda weights: None)
+    hidden, weight, labels, weights = inputs()
+    mask, second = weights != 0, second_head()
+    for block, only in ((4, TERMS), (0, TERMS), *((4, (name,)) for name in TERMS)):
+        wanted = Wanted(**{name: name in only for name in TERMS[:3]}, top1=True, kl=direction if "kl" in only else None, second=second)
+        ours, theirs = leaves(hidden, weight), leaves(hidden, weight)
+        found = blockwise_stats(*ours, wanted, ONE, targets=labels, mask=mask, block=block)
+        expected = plain_stats(*theirs, labels, second, direction)
+        assert torch.equal(found.top1, expected.top1 * mask)
+        for name in TERMS:
+            if name in only:
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name) * mask, rtol=1e-5, atol=1e-5)
+            else:
+                assert getattr(found, name) is None
+        weighted(found, mask, only).backward()
+        weighted(expected, mask, only).backward()
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_s_pass_gives_token_logps_too() -> None:
+    hidden, weight, labels, weights = inputs()
+    _, logps = blockwise_nll(hidden, weight, labels, weights, ONE, 4)
+    torch.testing.assert_close(logps, plain_logps(hidden, weight, labels) * (weights != 0))
+    assert not logps.requires_grad
+
+
+def statistics_on_two_ranks(rank: int, world: int) -> list[dict[str, Tensor]]:
+    tp = comm.open_groups(Topology(tensor=world), rank).tp
+    hidden, weight, labels, weights = inputs()
+    other, table = second_head()
+    out = []
+    for direction in KL:
+        x, w = leaves(hidden, split(weight, Split(0), rank, world))
+        second = (other, split(table, Split(0), rank, world))
+        wanted = Wanted(logp=True, lse=True, entropy=True, top1=True, kl=direction, second=second)
+        found = blockwise_stats(x, w, wanted, tp, targets=labels, mask=weights != 0, block=4)
+        weighted(found, weights != 0).backward()
+        out.append({name: getattr(found, name).detach() for name in (*TERMS, "top1")} | {"x": x.grad, "w": w.grad})
+    return out
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_statistics_on_two_ranks_equal_one() -> None:
+    hidden, weight, labels, weights = inputs()
+    mask = weights != 0
+    for rank, directions in enumerate(run_distributed(statistics_on_two_ranks, 2)):
+        for direction, found in zip(KL, directions, strict=True):
+            theirs = leaves(hidden, weight)
+            expected = plain_stats(*theirs, labels, second_head(), direction)
+            weighted(expected, mask).backward()
+            for name in TERMS:
+                torch.testing.assert_close(found[name], (getattr(expected, name) * mask).detach(), rtol=1e-5, atol=1e-5)
+            assert torch.equal(found["top1"], expected.top1 * mask)
+            torch.testing.assert_close(found["x"], theirs[0].grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found["w"], split(theirs[1].grad, Split(0), rank, 2), rtol=1e-4, atol=1e-5)
