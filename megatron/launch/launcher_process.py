@@ -14,16 +14,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron.errors import BackendError
 from megatron.launch.commands import LaunchPlan
 from megatron.launch.control_channel import Wires
-from megatron.launch.environment import PRIVATE, Seat, machine_environment
+from megatron.launch.environment import PRIVATE
 from megatron.launch.rank_events import MARK, SIGNALLED, Event, Lines, RankEvents, shell_status
 from megatron.launch.signals import noting_signals
 from megatron.launch.ssh_agent import FOLDER, ORDERS_FILE, PLAN_FILE
-from megatron.launch.supervisor import GRACE_S, LAST_S, PATIENCE, PATIENT_LAST_S, POLL_S, Rank, Supervisor, dying_with_parent
+from megatron.launch.supervisor import GRACE_S, LAST_S, PATIENCE, PATIENT_LAST_S, POLL_S, Supervisor, dying_with_parent, host_ranks
 
 # Agents have this much longer than ranks of this machine to end what is theirs before the launcher is told to.
 AGENT_GRACE_S = GRACE_S + 1.0
@@ -177,26 +177,24 @@ class Launched:
 
 
 def _write_plan(plan: LaunchPlan, folder: Path) -> None:
-    """What `reach` tells each host's agent; secret values stay in the environment."""
-    shared = {
-        "argv": plan.worker,
-        "environment": dict(plan.handed_on) | {name: value for name, value in plan.env.items() if name not in plan.secrets},
-        "folder": os.getcwd(),
-        "world_size": plan.world_size,
-        "master_addr": plan.master_addr,
-        "master_port": plan.master_port,
-        "nodes": len(plan.hosts),
-    }
-    hosts = {
-        host.name: {
-            "first_rank": host.first,
-            "local_size": len(host.slots),
-            "node": index,
-            "devices": host.slots if plan.set_devices else None,
-        }
-        for index, host in enumerate(plan.hosts)
-    }
+    """What `ssh_agent` tells each host's agent; secret values stay in the environment."""
+    environment = dict(plan.handed_on) | {name: value for name, value in plan.env.items() if name not in plan.secrets}
+    shared = {**_told_to_all(plan, environment), "folder": os.getcwd()}
+    hosts = {host.name: _told_to_host(plan, index) for index, host in enumerate(plan.hosts)}
     (folder / PLAN_FILE).write_text(json.dumps({"all": shared, "hosts": hosts, "secrets": plan.secrets}), encoding="utf-8")
+
+
+def _told_to_all(plan: LaunchPlan, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What `host_ranks` needs to know on every host."""
+    names = ("world_size", "master_addr", "master_port")
+    return {"argv": plan.worker, "environment": environment, "nodes": len(plan.hosts), **{name: getattr(plan, name) for name in names}}
+
+
+def _told_to_host(plan: LaunchPlan, node: int) -> dict[str, Any]:
+    """What it needs to know on one host, the `node`-th."""
+    host = plan.hosts[node]
+    devices = host.slots if plan.set_devices else None
+    return {"first_rank": host.first, "local_size": len(host.slots), "node": node, "devices": devices}
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
@@ -234,17 +232,7 @@ def run(plan: LaunchPlan, environ: Mapping[str, str], *, told: Callable[[str], o
 def _run_here(plan: LaunchPlan, environ: Mapping[str, str], rank_events: RankEvents, received: list[int]) -> int:
     """The ranks as our own children."""
     (host,) = plan.hosts
-    base = {**environ, **plan.env}
-    base |= machine_environment(base, plan.world_size)
-    if plan.set_devices:
-        base["CUDA_VISIBLE_DEVICES"] = ",".join(str(slot) for slot in host.slots)
-    size = plan.world_size
-    ranks = []
-    for rank in range(size):
-        seat = Seat(
-            rank=rank, local_rank=rank, world_size=size, local_size=size, master_addr=plan.master_addr, master_port=plan.master_port
-        )
-        ranks.append(Rank(number=rank, argv=plan.worker, environment={**base, **seat.environment()}))
+    ranks = host_ranks({**_told_to_all(plan, plan.env), **_told_to_host(plan, 0)}, environ)
     supervisor = Supervisor(host.name, rank_events.note)
     handled = 0
     try:

@@ -220,31 +220,28 @@ def _prepare_environment() -> None:
 def _split_own(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of the script's own flags, each with its value, and all other words."""
     flags = next((OWN_FLAGS[name] for word in argv if (name := Path(word).name) in OWN_FLAGS), ())
-    own: list[str] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in flags:
-            own += [word, next(words, "")]
-        else:
-            (own if word.partition("=")[0] in flags else rest).append(word)
-    return own, rest
+    own, rest = _take_flags(argv, flags)
+    return [f"{name}={value}" for name, value in own], rest
 
 
 def _split_encoded(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The encoded configs, and the other words without those that launchers add."""
-    encoded: dict[str, str] = {}
+    found, rest = _take_flags(argv, (MEGATRON_CONFIG, DEEPSPEED_CONFIG, *IGNORED))
+    return {name: value for name, value in found if name not in IGNORED}, rest
+
+
+def _take_flags(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The flags among the words, each with its value, and all other words."""
+    found: list[tuple[str, str]] = []
     rest: list[str] = []
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name in (MEGATRON_CONFIG, DEEPSPEED_CONFIG):
-            encoded[name] = value if equals else next(words, "")
-        elif name in IGNORED:
-            _ = value if equals else next(words, "")
+        if name in flags:
+            found.append((name, value if equals else next(words, "")))
         else:
             rest.append(word)
-    return encoded, rest
+    return found, rest
 
 
 def _overwrites(words: Words, confs: Sequence[str]) -> dict[str, Any]:
