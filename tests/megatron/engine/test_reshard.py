@@ -44,7 +44,8 @@ def test_a_checkpoint_of_gpt_neox_goes_on_at_another_layout(tmp_path: Path, capf
     own, other = _optimizer(folder), _optimizer(tmp_path / "other" / "global_step2")
     assert set(own.masters) == set(other.masters) and len(own.masters) == 28
     for name, weight in own.masters.items():
-        assert (weight - other.masters[name]).abs().max() < 1e-5
+        # Two steps at a rate of 1e-3: numbers of another parameter would be off by as much. Roundings differ by processor.
+        assert (weight - other.masters[name]).abs().max() < 3e-5
     # A file as GPT-NeoX writes it: the same numbers without names.
     path = folder / "mp_rank_00_model_states.pt"
     content = torch.load(path, weights_only=False)
