@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules every test obeys: one thread, a hard time limit, no silent skip. Knows nothing of what is tested."""
+"""Rules every test obeys: one thread, a hard time limit, no silent skip; and which tests run in a process of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import os
+import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +34,27 @@ import pytest  # noqa: E402
 GRACE_S = 15.0
 """The soft limit (pytest-timeout) raises inside the test; this much later the process is ended from outside Python."""
 
+SHARED = (
+    "configs",
+    "repo",
+    "megatron/data",
+    "megatron/hub",
+    "megatron/launch",
+    "megatron/neox_arguments",
+    "megatron/test_atomic_io.py",
+    "megatron/test_progress.py",
+    "megatron/test_tool_flags.py",
+)
+"""Rooms and files under tests/ that need no torch: their tests share the process that collects them. Every other test is forked."""
+
+FORK = pytest.mark.forked
+HERE = Path(__file__).resolve().parent
 WORTH_PRELOADING = 8
-"""Fewer tests than this start sooner when each imports what it needs."""
+"""Fewer forked tests than this start sooner when each imports what it needs."""
 
 STDERR_FD = pytest.StashKey[int]()
+PRELOADED = pytest.StashKey[bool]()
+BEFORE = pytest.StashKey[tuple[str, dict[str, str]]]()
 NO_REASON = ("", "Skipped", "Skipped: ", "unconditional skip")
 ISSUE = re.compile(r"#\d+")
 
@@ -48,17 +68,39 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR_FD] = os.dup(2)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Import once, before the forks, what most tests import: a forked test then starts in milliseconds, not in seconds.
+def _is_forked(item: pytest.Item) -> bool:
+    return item.get_closest_marker("forked") is not None or bool(getattr(item.config.option, "forked", False))
+
+
+def _shares_a_process(path: Path) -> bool:
+    if HERE not in path.parents:
+        return False
+    inside = path.relative_to(HERE).as_posix()
+    return any(inside == room or inside.startswith(f"{room}/") for room in SHARED)
+
+
+def _preload() -> None:
+    """Import once, before the first fork, what most tests import: a forked test then starts in milliseconds, not in seconds.
 
     Imports only: no tensor is touched, so no thread is started. Where CUDA may be opened, tests import for themselves.
     """
-    forks = getattr(session.config.option, "forked", False) and not getattr(session.config.option, "numprocesses", None)
-    if not forks or len(session.items) < WORTH_PRELOADING or os.environ.get("DS_ACCELERATOR") != "cpu":
-        return
-    for name in ("torch.fx.experimental.symbolic_shapes", "deepspeed", "transformers.models.gpt_neox.modeling_gpt_neox"):
+    for name in ("torch.fx.experimental.symbolic_shapes", "deepspeed", "transformers.models.gpt_neox.modeling_gpt_neox", "megatron"):
         importlib.import_module(name)
+    for module in pkgutil.walk_packages(importlib.import_module("megatron").__path__, "megatron."):
+        if not module.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):  # an optional package is not installed
+                importlib.import_module(module.name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    preloaded = item.config.stash.setdefault(PRELOADED, False)
+    if _is_forked(item) and not preloaded:
+        item.config.stash[PRELOADED] = True
+        forked = sum(map(_is_forked, item.session.items))
+        if forked >= WORTH_PRELOADING and os.environ.get("DS_ACCELERATOR") == "cpu":
+            _preload()
+    return (yield)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -85,6 +127,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") is None:
             item.add_marker("cpu")
+        if not _shares_a_process(item.path):
+            item.add_marker(FORK)
+    # First those that share a process, before anything heavy is imported into it.
+    items.sort(key=_is_forked)
     if not config.getoption("--full"):
         slow = [item for item in items if item.get_closest_marker("full")]
         if slow:
@@ -101,8 +147,9 @@ def _limit_s(item: pytest.Item) -> float:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    # Runs in the forked child. A watchdog thread in C: it also ends a test that hangs inside a library.
-    if getattr(item.config.option, "forked", False):
+    item.stash[BEFORE] = _shared_state()
+    # Runs in the forked child or in xdist's worker. A watchdog thread in C: it also ends a test that hangs inside a library.
+    if _is_forked(item) or "PYTEST_XDIST_WORKER" in os.environ:
         faulthandler.dump_traceback_later(_limit_s(item) + GRACE_S, exit=True, file=item.config.stash[STDERR_FD])
     yield
     # Only after pytest's own setup, without which its teardown fails on a test that is skipped.
@@ -113,9 +160,32 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     try:
-        return (yield)
+        result = yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+    if not _is_forked(item):
+        _check_left_behind(item)
+    return result
+
+
+def _shared_state() -> tuple[str, dict[str, str]]:
+    return os.getcwd(), {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def _check_left_behind(item: pytest.Item) -> None:
+    """A test that shares its process leaves it as it was: no torch, whose threads a fork does not survive, same folder and environment."""
+    if not item.config.stash[PRELOADED] and "torch" in sys.modules:
+        raise AssertionError(f"this test, or one before it, imports torch: take its file out of SHARED in {__file__}")
+    folder, environ = item.stash[BEFORE]
+    now_folder, now_environ = _shared_state()
+    if now_folder != folder:
+        os.chdir(folder)
+        raise AssertionError(f"this test leaves the process in another folder, {now_folder}: use monkeypatch.chdir")
+    changed = sorted(name for name in {*environ, *now_environ} if environ.get(name) != now_environ.get(name))
+    if changed:
+        os.environ.clear()
+        os.environ.update(environ)
+        raise AssertionError(f"this test leaves changed environment variables behind: {', '.join(changed)}: use monkeypatch")
 
 
 def _need_cuda() -> None:
