@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from megatron.launch.running import run
+from megatron.launch.launcher_process import run
 from megatron.log import get_logger
 from megatron.neox_arguments.cli import consume_deepy_args, run_face
 from megatron.neox_arguments.launch import plan_launch
-from megatron.neox_arguments.rules import refuse_unfinished
+from megatron.neox_arguments.unfinished import refuse_unfinished
 
 USAGE = "python deepy.py SCRIPT [-d DIR] CONF [CONF ...] [flags]"
 ABOUT = """\

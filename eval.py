@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
 
 from megatron.errors import StoppedError
-from megatron.generation.layout import ALONE
+from megatron.generation.layout import ALONE, READING
 from megatron.neox_arguments.cli import consume_neox_args, run_face
 
 USAGE = "python eval.py CONF [CONF ...] [flags]   (or: python deepy.py eval.py ...)"
@@ -17,15 +18,16 @@ ABOUT = "Evaluates the checkpoint that `load` names and writes [prefix_]eval_res
 
 def main(argv: list[str]) -> None:
     """Read the configuration, evaluate, write the results."""
-    batches = {key: ALONE[key] for key in ALONE if "batch" not in key and "accumulation" not in key}
-    args = consume_neox_args(argv, overwrites=batches)
+    alone = {key: ALONE[key] for key in ALONE if "batch" not in key and "accumulation" not in key}
+    args = consume_neox_args(argv, overwrites=READING if "WORLD_SIZE" in os.environ else alone)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
     from megatron.evaluation.build import evaluate, write_results
 
     prefix = f"{args.text.eval_results_prefix}_" if args.text.eval_results_prefix else ""
     path = Path(f"{prefix}eval_results_{datetime.now():%m-%d-%Y-%H-%M-%S}.json")
     found = evaluate(args)
-    print(f"wrote {write_results(found, path)}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"wrote {write_results(found, path)}")
     if "stopped_by" in found:
         raise StoppedError(found["stopped_by"], f" after {len(found['results'])} split", where=str(path))
 

@@ -12,7 +12,9 @@ usage: bash run_tests.sh [options] [pytest arguments]
 Runs the tests under tests/ (or those named) with `pytest --forked`, two at a time, on the CPU.
 
   --full        also the tests marked full (slow)
-  --no-setup    use .venv as it is
+  --oldest      with the oldest versions of the libraries, in .venv-oldest: the tests that read and write what
+                transformers, tokenizers, datasets and the Hub do, or those named
+  --no-setup    use .venv (.venv-oldest) as it is
   -h, --help    this text
 
 Everything else goes to pytest:  bash run_tests.sh tests/megatron/model -k rotary -x
@@ -20,13 +22,19 @@ Everything else goes to pytest:  bash run_tests.sh tests/megatron/model -k rotar
 TXT
 }
 
-setup=1
+# What --oldest runs: whatever meets transformers, tokenizers, datasets, huggingface-hub or datatrove.
+on_libraries=(tests/parity tests/megatron/checkpoint tests/megatron/data tests/megatron/tokenizer tests/megatron/generation
+    tests/megatron/model/test_positions.py tests/megatron/model/attention tests/megatron/engine/test_start_from_hf.py
+    tests/tools tests/test_prepare_hf_dataset.py)
+
+setup=1 oldest=0
 arguments=() named=0 workers=2
 previous=""
 for argument in "$@"; do
     case "$argument" in
         -h | --help) usage; exit 0 ;;
         --no-setup) setup=0 ;;
+        --oldest) oldest=1 ;;
         *)
             case "$argument" in
                 # One at a time where the order matters to the person, or the workers are chosen already.
@@ -42,11 +50,15 @@ for argument in "$@"; do
     esac
     previous=$argument
 done
-[ "$named" = 1 ] || arguments+=(tests)
+setup_arguments=() venv=${VENV_DIR:-.venv} targets=(tests)
+if [ "$oldest" = 1 ]; then
+    setup_arguments=(--oldest) venv=${VENV_DIR:-.venv-oldest} targets=("${on_libraries[@]}")
+fi
+[ "$named" = 1 ] || arguments+=("${targets[@]}")
 
-[ "$setup" = 0 ] || bash setup_uv_env.sh
-python=$PWD/${VENV_DIR:-.venv}/bin/python
-[ -x "$python" ] || { echo "run_tests: there is no ${VENV_DIR:-.venv}: run bash setup_uv_env.sh" >&2; exit 1; }
+[ "$setup" = 0 ] || bash setup_uv_env.sh ${setup_arguments[@]+"${setup_arguments[@]}"}
+python=$PWD/$venv/bin/python
+[ -x "$python" ] || { echo "run_tests: there is no $venv: run bash setup_uv_env.sh ${setup_arguments[*]:-}" >&2; exit 1; }
 
 # One thread per process (a fork of a threaded process can hang), no network, nothing written outside this folder.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

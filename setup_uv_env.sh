@@ -12,10 +12,11 @@ Creates .venv beside this script (or brings it up to date) with everything the p
 Nothing outside this folder is changed. Where uv is missing it is fetched with pip into .bootstrap/.
 
   --python PYTHON   interpreter, 3.10 to 3.13 (default: the first that runs of python3.11 3.12 3.10 3.13 python3)
-  --extra NAME      also install an extra of pyproject.toml: wandb comet eval s3 serve clean flash te fp8 (may be repeated)
+  --extra NAME      also install an extra of pyproject.toml: clean comet fast flash s3 wandb (may be repeated)
   --no-dev          leave out the test tools
   --cpu, --cuda     what to install for, instead of what is found on this machine
-  --latest          ignore requirements/constraints.txt: take the newest versions that pyproject.toml allows
+  --latest          ignore requirements/constraints.txt, but for torch: take the newest versions that pyproject.toml allows
+  --oldest          into .venv-oldest, the oldest versions that are supported: requirements/constraints-oldest.txt
   --prebuild-ops    compile DeepSpeed's CPU operators now (minutes; not needed: this project does not use them by default)
   --force           reinstall even if nothing changed
   -h, --help        this text
@@ -29,7 +30,7 @@ TXT
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { printf 'setup: error: %s\n' "$1" >&2; shift; for line in "$@"; do printf '  fix: %s\n' "$line" >&2; done; exit 1; }
 
-python="" device="" dev=1 latest=0 prebuild=0 force=0
+python="" device="" dev=1 latest=0 prebuild=0 force=0 folder=.venv constraints=requirements/constraints.txt
 extras=()
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -38,6 +39,7 @@ while [ $# -gt 0 ]; do
         --no-dev) dev=0 ;;
         --cpu | --cuda) device=${1#--} ;;
         --latest) latest=1 ;;
+        --oldest) constraints=requirements/constraints-oldest.txt folder=.venv-oldest ;;
         --prebuild-ops) prebuild=1 ;;
         --force) force=1 ;;
         -h | --help) usage; exit 0 ;;
@@ -45,7 +47,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-venv=${VENV_DIR:-.venv}
+venv=${VENV_DIR:-$folder}
 
 # --- what this machine is ---------------------------------------------------------------------------------------------
 has_nvidia() { [ -e /proc/driver/nvidia/version ] || { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }; }
@@ -54,7 +56,7 @@ if [ -z "$device" ]; then
 fi
 if [ "$device" = cpu ]; then
     for extra in ${extras[@]+"${extras[@]}"}; do
-        case "$extra" in flash | te | fp8) die "the extra $extra needs a GPU and none is visible here" "leave it out, or say --cuda" ;; esac
+        case "$extra" in flash) die "the extra $extra needs a GPU and none is visible here" "leave it out, or say --cuda" ;; esac
     done
 fi
 
@@ -73,7 +75,7 @@ fi
 digest() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; }
 stamp=$(
     {
-        cat pyproject.toml requirements/constraints.txt setup_uv_env.sh
+        cat pyproject.toml "$constraints" setup_uv_env.sh
         echo "$PWD $base $device $dev $latest ${extras[*]:-}"
     } | digest | cut -c1-64
 )
@@ -115,7 +117,6 @@ install() {
     export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}" UV_HTTP_RETRIES="${UV_HTTP_RETRIES:-5}" UV_NO_PROGRESS=1 UV_LINK_MODE="${UV_LINK_MODE:-hardlink}"
 
     args=(--compile-bytecode)
-    [ "$latest" = 1 ] || args+=(-c requirements/constraints.txt)
     if [ "$device" = cpu ] && [ "$(uname -s)" = Linux ] && ! has_local_torch; then
         say "no torch wheel for this Python in ${UV_FIND_LINKS:-any find-links folder}, using https://download.pytorch.org/whl/cpu"
         args+=(--torch-backend cpu)
@@ -124,6 +125,10 @@ install() {
     if [ "$force" = 1 ] || ! "$venv/bin/python" -c '' 2>/dev/null || ! same_version; then
         "$uv" venv --quiet --clear -p "$base" "$venv" >&2 || die "the environment $venv could not be created with $base" "try another --python"
     fi
+    if [ "$latest" = 1 ]; then
+        grep '^torch==' "$constraints" >"$venv/.neox-torch" && constraints=$venv/.neox-torch
+    fi
+    args+=(-c "$constraints")
     names=(${extras[@]+"${extras[@]}"})
     [ "$dev" = 0 ] || names+=(dev)
     case "$(uname -s)-$(uname -m)" in Linux-x86_64 | Linux-aarch64 | Darwin-arm64) names+=(fast) ;; esac # elsewhere it has no wheel
@@ -140,7 +145,7 @@ install() {
 # Whether a folder handed to uv holds a wheel of our torch version for this interpreter and machine.
 has_local_torch() {
     tag=$("$base" -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null || echo cp311)
-    want=$(sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' pyproject.toml)
+    want=$(sed -n 's/^torch==//p' "$constraints")
     IFS=, read -ra folders <<<"${UV_FIND_LINKS:-}"
     for folder in ${folders[@]+"${folders[@]}"}; do
         case "$folder" in http://* | https://*) return 0 ;; esac # a page of links: uv looks itself, the check at the end judges

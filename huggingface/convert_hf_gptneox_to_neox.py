@@ -43,9 +43,8 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--no-transformer-engine", dest="transformer_engine", action="store_false")
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_neox
-    from megatron.checkpoint.conversion.hub import local_folder
-    from megatron.checkpoint.conversion.model import Precision
-    from megatron.checkpoint.conversion.requests import ToNeoX
+    from megatron.checkpoint.conversion.flags import local_folder
+    from megatron.checkpoint.conversion.model import Precision, ToNeoX
 
     name = Path(given.hf_model).name.removeprefix("sfm-")
     request = ToNeoX(

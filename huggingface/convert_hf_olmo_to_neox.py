@@ -38,9 +38,8 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--save-tokenizer", action="store_true")
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_neox
-    from megatron.checkpoint.conversion.hub import local_folder
-    from megatron.checkpoint.conversion.model import Precision
-    from megatron.checkpoint.conversion.requests import ToNeoX
+    from megatron.checkpoint.conversion.flags import local_folder
+    from megatron.checkpoint.conversion.model import Precision, ToNeoX
 
     request = ToNeoX(
         source=local_folder(given.hf_model, given.revision),

@@ -34,9 +34,8 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--push-to-hub")
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_hf
-    from megatron.checkpoint.conversion.hub import local_folder
-    from megatron.checkpoint.conversion.model import Precision
-    from megatron.checkpoint.conversion.requests import ToHF
+    from megatron.checkpoint.conversion.flags import local_folder
+    from megatron.checkpoint.conversion.model import Precision, ToHF
     from megatron.hub.client import upload_folder
 
     reference = local_folder(given.hf_model, given.revision, weights=False)

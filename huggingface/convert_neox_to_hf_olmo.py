@@ -32,9 +32,8 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_hf
-    from megatron.checkpoint.conversion.hub import local_folder
-    from megatron.checkpoint.conversion.model import Precision
-    from megatron.checkpoint.conversion.requests import ToHF
+    from megatron.checkpoint.conversion.flags import local_folder
+    from megatron.checkpoint.conversion.model import Precision, ToHF
 
     reference = local_folder(given.reference_model, given.revision, weights=False)
     request = ToHF(

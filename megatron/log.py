@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank-aware logging: the only place that decides which rank speaks. Knows no torch."""
+"""Rank-aware logging: the only place that decides which rank speaks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""argparse whose complaints are those of the rest: a wrong flag is named, with the nearest right one. Knows no particular flag."""
+"""argparse whose complaints are those of the rest: a wrong flag is named, with the nearest right one."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import torch
 
 from megatron import fault_injection
 from megatron.checkpoint.build import choose_source, compared_args, own_folder
-from megatron.checkpoint.conversion.exporting.build import require_exportable
-from megatron.checkpoint.steps.verify import Verify
+from megatron.checkpoint.conversion.build import require_exportable
+from megatron.checkpoint.steps.manifest import Verify
 from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import DataSplits, build_data
 from megatron.engine.base import Engine, StepResult
@@ -29,8 +29,7 @@ from megatron.hooks.heartbeat import watched
 from megatron.hooks.nonfinite_and_spikes import Record
 from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import PER_CHARACTER, Characters, Evaluate
-from megatron.launch.heartbeat import FOLDER
-from megatron.launch.progress_reporter import LOAD, Pulse
+from megatron.launch.heartbeat import FOLDER, LOAD, Pulse
 from megatron.launch.rank_events import claimed
 from megatron.launch.signals import noting_signals
 from megatron.launch.watchdog import WatchPlan, watching
@@ -40,7 +39,7 @@ from megatron.mpu.collectives import any_rank, barrier
 from megatron.mpu.groups import Group, Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.document import argument_lines
-from megatron.neox_arguments.rules import refuse_unfinished
+from megatron.neox_arguments.unfinished import refuse_unfinished
 from megatron.objectives.base import Objective
 from megatron.objectives.build import build_objective
 from megatron.resume import as_before, check_forward, make_place, take_up
@@ -129,11 +128,11 @@ def run(
         steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
         return engine.timers.over("batch generator", steps)
 
-    end = train(engine, steps_from, objective, watched(hooks, pulse), state, rewinding(args, engine, spec, record))
+    end = train(engine, steps_from, objective, watched(hooks, pulse), state, rolling_back(args, engine, spec, record))
     return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 
-def rewinding(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -> Callable[[TrainState], TrainState]:
+def rolling_back(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record) -> Callable[[TrainState], TrainState]:
     """What takes the run from a state back to where `record` wants it to be."""
 
     def rewind(state: TrainState) -> TrainState:

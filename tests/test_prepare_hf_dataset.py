@@ -66,7 +66,9 @@ def test_from_the_hub_with_too_many_requests_and_again(tmp_path: Path) -> None:
         assert first.returncode == 0, first.stderr
         folder = tmp_path / "chats_train"
         assert f'"train_label_data_paths": ["{folder}/chats_train_messages_label_document"],' in first.stdout
-        assert first.stdout.count("too many requests") == 3 and "hf_secret" not in first.stdout + first.stderr
+        said = first.stdout + first.stderr
+        # For a file, some versions of huggingface-hub wait themselves.
+        assert first.stdout.count("too many requests") + said.count("[Retry ") == 3 and "hf_secret" not in said
         assert hub.tokens == {"Bearer hf_secret"}
         results = json.loads((folder / "pipeline_results.json").read_text(encoding="utf-8"))
         assert (results["num_documents"], results["rows"], results["status"]) == (300, 300, "completed")

@@ -66,14 +66,12 @@ def make_model(folder: Path, fields: dict[str, Any]) -> tuple[int, int]:
     """Random safetensors, a tensor at a time; returns bytes in all, and of the largest layer."""
     import torch
 
+    from megatron.checkpoint.conversion.convert import planned
     from megatron.checkpoint.conversion.model import Described
-    from megatron.checkpoint.conversion.safetensors_file import write_shards
-    from megatron.checkpoint.conversion.tensor_manifest import content_of
-    from megatron.checkpoint.conversion.to_hf import planned
-    from megatron.checkpoint.formats.hf_files import write_json
+    from megatron.checkpoint.conversion.output_folder import content_of
+    from megatron.checkpoint.formats.hf_files import write_json, write_shards
     from megatron.checkpoint.loading.merge_tp import shapes_of
-    from megatron.checkpoint.mapping.families.registry import family_of
-    from megatron.checkpoint.mapping.hf_config import neox_keys
+    from megatron.checkpoint.mapping.families.registry import family_of, neox_keys
     from megatron.checkpoint.mapping.rows import bound_rows
     from megatron.model.build import build_spec
     from megatron.neox_arguments import NeoXArgs
@@ -125,7 +123,7 @@ def work(kind: str, source: Path, out: Path, given: argparse.Namespace) -> dict[
     import torch._dynamo  # noqa: F401  what writing imports
 
     from megatron.checkpoint.conversion.build import to_hf, to_neox
-    from megatron.checkpoint.conversion.requests import ToHF, ToNeoX
+    from megatron.checkpoint.conversion.model import ToHF, ToNeoX
 
     if kind == "to_hf":
         return watched(lambda: to_hf(ToHF(source=source, out=out, verify=False, overwrite=True)))

@@ -102,7 +102,10 @@ def peer(options: argparse.Namespace) -> Callable[[int], float]:
 def ours(options: argparse.Namespace) -> Callable[[int], float]:
     """This project's engine, the one that trains: DeepSpeed, schedule, clipping, metrics."""
     from megatron.checkpoint.build import CheckpointSource, Take
-    from megatron.checkpoint.mapping.hf_config import load_hf
+    from megatron.checkpoint.formats.hf_files import read_config, read_state
+    from megatron.checkpoint.formats.torch_file import load_canonical
+    from megatron.checkpoint.mapping.families.registry import family_of
+    from megatron.checkpoint.mapping.rows import to_canonical
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs
     from megatron.objectives.language_model import LanguageModel
@@ -140,7 +143,8 @@ def ours(options: argparse.Namespace) -> Callable[[int], float]:
     groups, device = join_job(args)
     engine, spec = build_engine(args, CheckpointSource(Take.NOTHING), groups, device)
     if options.precision == "fp32":  # DeepSpeed's bf16 masters are copies made at start
-        load_hf(options.weights, engine.module(), spec)
+        weights = to_canonical(family_of(read_config(options.weights)), read_state(options.weights), spec)
+        load_canonical(engine.module(), weights)
     objective = LanguageModel(eod=VOCAB)
     rows = batches(options)
 

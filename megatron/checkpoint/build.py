@@ -22,9 +22,9 @@ from megatron.checkpoint.remote.s3 import Address, open_client, require_boto3
 from megatron.checkpoint.remote.upload import Uploader
 from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.discovery import Search, find, nothing_saved
+from megatron.checkpoint.steps.manifest import Verify
 from megatron.checkpoint.steps.run_lock import RunLock, held
 from megatron.checkpoint.steps.step_dirs import named_step
-from megatron.checkpoint.steps.verify import Verify
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec

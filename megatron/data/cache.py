@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays kept on disk under a name made of everything they depend on, so a stale one is never read. Knows no datasets."""
+"""Arrays kept on disk under a name made of everything they depend on, so a stale one is never read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.atomic_io import atomic_write
 from megatron.errors import DataError
 from megatron.log import get_logger
 
@@ -48,7 +46,7 @@ def cached_arrays(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, path in paths.items():
-            _write_aside(path, arrays[name])
+            _write(path, arrays[name])
     except OSError as error:
         raise DataError(
             f"the index map cannot be written: {error.strerror or error}",
@@ -74,15 +72,6 @@ def _read(path: Path) -> Array:
     return np.asarray(np.load(path, mmap_mode="r" if path.stat().st_size > MAPPED_BYTES else None, allow_pickle=False))
 
 
-def _write_aside(path: Path, values: Array) -> None:
-    # The host's name too: on a shared file system process numbers repeat.
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}.{socket.gethostname()}")
-    try:
-        with aside.open("wb") as file:
-            np.save(file, values, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        with suppress(FileNotFoundError):
-            aside.unlink()
+def _write(path: Path, values: Array) -> None:
+    with atomic_write(path, "wb") as file:
+        np.save(file, values, allow_pickle=False)

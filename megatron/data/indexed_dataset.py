@@ -23,9 +23,11 @@ import os
 import shutil
 import struct
 from array import array
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -47,6 +49,8 @@ DTYPES: dict[int, np.dtype] = {
     8: np.dtype("<u2"),
 }
 COPY_BYTES = 16 * 2**20
+INDEX_STEP = COPY_BYTES // 8
+"""Values of an index held in memory at once, where they are read from files."""
 
 
 def data_file(prefix: str | Path) -> Path:
@@ -96,6 +100,36 @@ def _missing_fix(prefix: str) -> str:
     folder = Path(prefix).parent
     found = sorted(path.stem for path in folder.glob("*.idx"))[:8] if folder.is_dir() else []
     return f"prefixes in {folder}: {', '.join(found)}" if found else "paths are relative to the working directory; tokenize the data first"
+
+
+def write_index(
+    file: IO[bytes],
+    dtype: np.dtype,
+    counts: tuple[int, int],
+    sizes: Callable[[], Iterable[NDArray[np.int32]]],
+    document_ends: Iterable[NDArray[np.int64]],
+) -> None:
+    """Write the `.idx` of values of `dtype`, in memory that does not grow with it.
+
+    counts:        number of sequences, number of documents
+    sizes:         gives values per sequence, in parts of any length; called twice
+    document_ends: sequences up to the end of each document, in parts of any length
+    """
+    sequences, documents = counts
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    file.write(HEADER.pack(MAGIC, VERSION, code, sequences, documents + 1))
+    for part in sizes():
+        file.write(part.astype("<i4", copy=False).tobytes())
+    start = 0
+    for part in sizes():
+        if len(part):
+            widths = part.astype(np.int64) * dtype.itemsize
+            ends = start + np.cumsum(widths)
+            file.write((ends - widths).astype("<i8", copy=False).tobytes())
+            start = int(ends[-1])
+    file.write(bytes(8))
+    for marks in document_ends:
+        file.write(marks.astype("<i8", copy=False).tobytes())
 
 
 class IndexedDataset:
@@ -210,12 +244,11 @@ class IndexedDatasetBuilder:
     def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next((code for code, known in DTYPES.items() if known == self.dtype), 0)
-        if not self._code:
+        if self.dtype not in DTYPES.values():
             raise DataError(
                 f"dtype {self.dtype} has no code in the .idx format", where=self.prefix, fix=f"one of {[str(d) for d in DTYPES.values()]}"
             )
-        self._sizes, self._marks = array("i"), array("q", [0])
+        self._sizes, self._marks = array("i"), array("q")
         suffix = f".tmp.{os.getpid()}"
         self._data_tmp, self._index_tmp = Path(f"{self.prefix}.bin{suffix}"), Path(f"{self.prefix}.idx{suffix}")
         try:
@@ -256,12 +289,9 @@ class IndexedDatasetBuilder:
     def finalize(self) -> None:
         """Write the index, then give both files their names."""
         sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.zeros(0, np.int32)
-        ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
+        ends = np.frombuffer(self._marks, dtype=np.int64) if self._marks else np.zeros(0, np.int64)
         with self._index_tmp.open("wb") as index:
-            index.write(HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(self._marks)))
-            index.write(sizes.astype("<i4").tobytes())
-            index.write((ends - sizes.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes())
-            index.write(np.frombuffer(self._marks, dtype=np.int64).astype("<i8").tobytes())
+            write_index(index, self.dtype, (len(sizes), len(ends)), lambda: [sizes], [ends])
             index.flush()
             os.fsync(index.fileno())
         self._file.flush()

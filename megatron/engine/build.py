@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.build import CheckpointSource, opened
+from megatron.checkpoint.build import CheckpointSource, Weights, opened
 from megatron.checkpoint.formats.neox_files import copy_weights
 from megatron.deepspeed_private import entries_of
 from megatron.engine.deepspeed_mpu import Partitioning, counted_here, mark_split
@@ -21,8 +23,8 @@ from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses
 from megatron.model.build import build_pipeline, build_transformer, parameter_dtype
-from megatron.model.plan import context_plan
-from megatron.model.spec import BackendName, ModelSpec
+from megatron.model.slots import context_plan
+from megatron.model.spec import AttentionSpec, BackendName, ModelSpec
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
@@ -79,17 +81,8 @@ def build_engine(args: NeoXArgs, source: CheckpointSource, groups: Groups, devic
     config = deepspeed_config(args)
     partitioning = Partitioning(config, groups)
     loss_of_step = LossOfStep()
-    model: torch.nn.Module
-    if pipelined:
-        model = build_pipeline(args, spec, loss_fn=loss_of_step, groups=groups).to(device)
-    else:
-        with partitioning.building():
-            model = build_transformer(args, spec, groups=groups, gather=partitioning.gather)
-        model = model if partitioning.active else model.to(device)
-    if weights is not None:
-        slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
-        report = copy_weights(weights.tensors, model, source.place, elsewhere=slots, gather=partitioning.gather, shapes=weights.shapes)
-        log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")
+    trainable = Trainable(partitioning, loss_of_step if pipelined else None)
+    model = build_model(args, spec, weights, groups, device, place=source.place, trainable=trainable)
     count = sum(entries_of(p) for p in model.parameters())
     log.info(" > number of parameters on model parallel rank %d: %d", groups.tp.rank, count)
     log.info(" > total params: %s", f"{total_parameters(model, groups, device):,}")
@@ -109,6 +102,50 @@ def build_engine(args: NeoXArgs, source: CheckpointSource, groups: Groups, devic
     return TrainEngine(runner, path, device, timers, context_plan(spec, groups)), spec
 
 
+@dataclass(frozen=True)
+class Trainable:
+    """What a model is built with when DeepSpeed will train it.
+
+    partitioning: ZeRO's
+    loss_of_step: given, the model is DeepSpeed's module of pipeline stages
+    """
+
+    partitioning: Partitioning
+    loss_of_step: LossOfStep | None = None
+
+
+def build_model(
+    args: NeoXArgs,
+    spec: ModelSpec,
+    weights: Weights | None,
+    groups: Groups,
+    device: torch.device,
+    *,
+    place: Path,
+    trainable: Trainable | None = None,
+) -> torch.nn.Module:
+    """The part of the model that this rank holds at the layout of `groups`, with its weights.
+
+    weights: of this tensor rank; None = initial ones. place: where they are from
+    trainable: None = a frozen model in evaluation mode: a Transformer, over several stages a StagedTransformer
+    """
+    gather = None if trainable is None else trainable.partitioning.gather
+    model: torch.nn.Module
+    if trainable is None:
+        model = build_transformer(args, spec, groups=groups, device=device).requires_grad_(False).eval()
+    elif trainable.loss_of_step is not None:
+        model = build_pipeline(args, spec, loss_fn=trainable.loss_of_step, groups=groups).to(device)
+    else:
+        with trainable.partitioning.building():
+            model = build_transformer(args, spec, groups=groups, gather=gather)
+        model = model if trainable.partitioning.active else model.to(device)
+    if weights is not None:
+        slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
+        report = copy_weights(weights.tensors, model, place, elsewhere=slots, gather=gather, shapes=weights.shapes)
+        log.info("  successfully loaded %s (%s parameters)", report.path, f"{report.parameters:,}")
+    return model
+
+
 def total_parameters(model: torch.nn.Module, groups: Groups, device: torch.device) -> int:
     """Number of the whole model's parameters; a collective call of all ranks."""
     mark_split(model)
@@ -119,7 +156,8 @@ def total_parameters(model: torch.nn.Module, groups: Groups, device: torch.devic
 
 def say_what_serves_flash(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
     """One line where `flash` in attention_config is served without the flash-attn package."""
-    asked = next((block.attention for block in spec.blocks if block.attention.flash), None)
+    mixers = [block.mixer for block in spec.blocks]
+    asked = next((mixer for mixer in mixers if isinstance(mixer, AttentionSpec) and mixer.flash), None)
     if asked is None or asked.backend is not BackendName.AUTO:
         return
     reason = refuses(BackendName.FLASH_ATTN, asked, device, dtype)

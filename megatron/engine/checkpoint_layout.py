@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# FORMAT: optimizer partitions have files of their own; a whole optimizer is beside the weights.
-_PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
-_MODEL = re.compile(r"^(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt$")
-_LAYER = re.compile(r"^layer_\d+-model_(\d+)-model_states\.pt$")
+from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION, matched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +38,15 @@ class CheckpointLayout:
 
 def stored_layout(folder: Path) -> CheckpointLayout:
     """The layout of the files in a step's folder."""
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    ranks = {int(match.group(1)) for name in names if (match := _PARTITION.match(name))}
-    models = len({int(match.group(1)) for name in names if (match := _MODEL.match(name))}) or 1
-    layers = {int(match.group(1)) for name in names if (match := _LAYER.match(name))}
+    # FORMAT: optimizer partitions have files of their own; a whole optimizer is beside the weights.
+    ranks = {match["data"] for _, match in matched(folder, PARTITION)}
+    written = [match for _, match in matched(folder, MODEL)]
+    models = len({match["model"] for match in written}) or 1
+    layers = {match["tensor"] for _, match in matched(folder, LAYER)}
     return CheckpointLayout(
         pipelined=bool(layers),
         partitions=len(ranks),
         model_ranks=models,
         tensor_ranks=len(layers) or models,
-        sharded=any(name.startswith("zero_pp_rank_") and _MODEL.match(name) for name in names),
+        sharded=any(match["data"] for match in written),
     )

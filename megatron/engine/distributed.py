@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron import deepspeed_private as private
 from megatron.errors import BackendError, ConfigError, LostRankError
-from megatron.launch.rendezvous import Rendezvous, place_from
+from megatron.launch.environment import Rendezvous, place_from
 from megatron.log import get_logger
 from megatron.mpu.comm import open_groups
 from megatron.mpu.groups import Groups

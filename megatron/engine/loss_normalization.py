@@ -18,7 +18,7 @@ from megatron.mpu.collectives import of_all_ranks, of_last_rank
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group, Groups
-from megatron.objectives.base import LossTerms, Metric, Objective, Targets
+from megatron.objectives.base import LossTerms, Metric, Objective, ReadAny, Targets
 from megatron.objectives.context import LossContext
 
 if TYPE_CHECKING:
@@ -104,6 +104,19 @@ def part_of(batch: Batch, plan: ContextPlan) -> Batch:
         loss_weight=own(batch.loss_weight),
         extras={name: cut(extra) for name, extra in batch.extras.items()},
     )
+
+
+def with_aux(objective: Objective, share: float) -> ReadAny[LossTerms]:
+    """The objective's loss, and what layers add to it (`Logits.aux`). share: 1 / micro batches of the step over all replicas"""
+
+    def loss(logits: Logits, targets: Targets, context: LossContext) -> LossTerms:
+        terms = objective.loss(logits, targets, context)
+        if logits.aux is None:
+            return terms
+        aux = context.sum_ranks(logits.aux) * share
+        return LossTerms(terms.loss + aux, {**terms.metrics, "aux_loss": Metric(aux, None)})
+
+    return loss
 
 
 LOSS = ""

@@ -16,7 +16,7 @@ from megatron import fault_injection
 from megatron.data.batch import Batch
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.fault_injection import disturbed
-from megatron.engine.loss_normalization import MakeContext, MetricSum, targets_of
+from megatron.engine.loss_normalization import MakeContext, MetricSum, targets_of, with_aux
 from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
 from megatron.objectives.base import Objective, ReadAny, Targets
@@ -69,9 +69,11 @@ class PipelinePath:
         # Undoes DeepSpeed's division by accumulation steps and data ranks.
         factor = float(len(micro_batches) * runner.groups.replicas.size)
 
+        loss_terms = with_aux(objective, 1.0 / factor)
+
         def loss_of(logits: Any, targets: Targets, context: LossContext) -> Tensor:
             fault_injection.point("micro_batch")
-            terms = disturbed(objective.loss(logits, targets, context))
+            terms = disturbed(loss_terms(logits, targets, context))
             runner.guard.see(terms.loss)
             meter.add(terms)
             loss = terms.loss * factor

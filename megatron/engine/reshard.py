@@ -16,7 +16,7 @@ from megatron import deepspeed_private as private
 from megatron.checkpoint.formats.neox_files import Gather, bookkeeping, copy_weights, model_ranks, tensor_ranks
 from megatron.checkpoint.formats.optimizer_files import read_optimizer, recorded
 from megatron.checkpoint.formats.partitions import LAYOUT_FIX, OptimizerShard
-from megatron.checkpoint.formats.state import LazyState, canonical_name
+from megatron.checkpoint.formats.torch_file import LazyState, canonical_name
 from megatron.checkpoint.loading.merge_tp import Shard, Spreading, read_shards, width_over
 from megatron.engine.deepspeed_mpu import whole_while_written
 from megatron.errors import CheckpointError

@@ -14,8 +14,8 @@ import torch
 from megatron.checkpoint.formats.neox_files import bookkeeping
 from megatron.checkpoint.loading.resume_state import compare_args, restore_rng
 from megatron.checkpoint.steps.discovery import Search, find, set_aside_after
+from megatron.checkpoint.steps.manifest import Verify
 from megatron.checkpoint.steps.step_dirs import saved_steps
-from megatron.checkpoint.steps.verify import Verify
 from megatron.engine.base import Engine
 from megatron.engine.distributed import seed_everything
 from megatron.engine.reshard import stored_stages, stored_state

@@ -12,7 +12,7 @@ from megatron import fault_injection
 from megatron.data.batch import Batch
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.fault_injection import disturbed
-from megatron.engine.loss_normalization import MakeContext, MetricSum, targets_of
+from megatron.engine.loss_normalization import MakeContext, MetricSum, targets_of, with_aux
 from megatron.engine.timers import Timers
 from megatron.objectives.base import Objective, ReadAny
 
@@ -31,11 +31,12 @@ class SequentialPath:
         """One optimizer step; adds the metrics of every micro batch to `meter`."""
         engine = self._runner.deepspeed
         self._runner.set_micro_batches(len(micro_batches))
+        loss = with_aux(objective, 1.0 / (len(micro_batches) * self._runner.groups.replicas.size))
         for number, batch in enumerate(micro_batches, start=1):
             fault_injection.point("micro_batch")
             engine.set_gradient_accumulation_boundary(number == len(micro_batches))
             with self._timers("forward"):
-                terms = disturbed(self._read(engine, batch, objective.loss, contexts))
+                terms = disturbed(self._read(engine, batch, loss, contexts))
                 meter.add(terms)
                 self._runner.guard.see(terms.loss)
             with self._timers("backward"):

@@ -11,30 +11,30 @@ import torch
 from torch import Tensor
 
 from megatron.generation.sampling import Sampling, choose
-from megatron.model.cache import KVCache
+from megatron.model.cache import ModelCache
 from megatron.model.head import Logits
 from megatron.model.transformer import Transformer
 
 OnToken = Callable[[int, int], None]
 
 
-class Scorer(Protocol):
+class NextTokenScorer(Protocol):
     """What decoding needs of a model. longest: tokens it can see; vocab_size: ids that exist"""
 
     longest: int
     vocab_size: int
 
-    def allocate(self, rows: int, length: int) -> KVCache:
+    def allocate(self, rows: int, length: int) -> ModelCache:
         """An empty cache for `rows` rows of up to `length` tokens."""
         ...
 
-    def next_logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: ModelCache | None) -> Tensor:
         """tokens [b, s], which follow those in the cache -> logits of the token after them, [b, v] float32."""
         ...
 
 
 class ModelScorer:
-    """A Transformer as a Scorer."""
+    """A Transformer as a NextTokenScorer."""
 
     def __init__(self, model: Transformer, *, longest: int, vocab_size: int) -> None:
         """longest: `seq_length`; vocab_size: without the rows that only pad the embedding."""
@@ -44,13 +44,11 @@ class ModelScorer:
         some = next(model.parameters())
         self.device, self.dtype = some.device, some.dtype
 
-    def allocate(self, rows: int, length: int) -> KVCache:
+    def allocate(self, rows: int, length: int) -> ModelCache:
         """An empty cache for `rows` rows of up to `length` tokens."""
-        attention = self.model.spec.blocks[0].attention
-        heads = attention.num_kv_heads // self.model.groups.tp.size
-        return KVCache.allocate(self.model.spec.num_layers, rows, length, heads, attention.head_dim, self.dtype, self.device)
+        return self.model.allocate_cache(rows, length, self.dtype)
 
-    def next_logits(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: ModelCache | None) -> Tensor:
         """tokens [b, s] -> [b, v] float32; only the last position meets the head."""
         logits: Tensor = self.model(tokens.to(self.device), cache=cache, read=_last)
         # Rows that pad the embedding are no tokens and must never be drawn.
@@ -105,7 +103,11 @@ class Completion:
 
 @torch.inference_mode()
 def decode(
-    scorer: Scorer, prompts: Tensor, settings: DecodeSettings, generators: Sequence[torch.Generator], on_token: OnToken | None = None
+    scorer: NextTokenScorer,
+    prompts: Tensor,
+    settings: DecodeSettings,
+    generators: Sequence[torch.Generator],
+    on_token: OnToken | None = None,
 ) -> list[Completion]:
     """Continue prompts of one length: [b, s] int64 with 1 <= s < scorer.longest -> b completions.
 
@@ -135,7 +137,7 @@ def decode(
 
 
 def _steps(
-    scorer: Scorer, prompts: Tensor, limit: int, settings: DecodeSettings, generators: Sequence[torch.Generator]
+    scorer: NextTokenScorer, prompts: Tensor, limit: int, settings: DecodeSettings, generators: Sequence[torch.Generator]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [b, v] and tokens [b], `limit` times at most."""
     if limit <= 0:

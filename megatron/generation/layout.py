@@ -13,6 +13,7 @@ ALONE: dict[str, Any] = {
     "global_num_gpus": 1,
     "pipe_parallel_size": 0,
     "model_parallel_size": 1,
+    "context_parallel_size": 1,
     "sequence_parallel": False,
     "train_batch_size": None,
     "train_micro_batch_size_per_gpu": 1,

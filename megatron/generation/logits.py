@@ -15,23 +15,29 @@ from megatron.model.transformer import Transformer
 
 
 @torch.inference_mode()
-def write_logits(model: Transformer, tokens_file: Path, output: Path, *, rows: int = 1) -> tuple[int, ...]:
+def write_logits(model: Transformer, tokens_file: Path, output: Path, *, rows: int = 1, write: bool = True) -> tuple[int, ...]:
     """tokens [b, s] integers (.npy) -> logits [b, s, v] float32 (.npy, aside and renamed); returns the shape.
 
-    v is the padded vocabulary. Raises DataError for tokens of another shape, dtype or range.
+    v is the padded vocabulary. All ranks that share the model call this; those with `write` False write nothing.
+    Raises DataError for tokens of another shape, dtype or range.
     """
     tokens = _tokens(tokens_file, model.spec.vocab_size)
     shape = (*tokens.shape, model.spec.vocab_size)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.tmp.{os.getpid()}")
     device = next(model.parameters()).device
-    logits = open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
+    aside = output.with_name(f"{output.name}.tmp.{os.getpid()}")
+    logits = None
+    if write:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        logits = open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
     for start in range(0, len(tokens), rows):
         part = torch.from_numpy(tokens[start : start + rows].astype(np.int64)).to(device)
-        logits[start : start + rows] = model(part).full().float().cpu().numpy()
-    logits.flush()
-    del logits  # closes the file before it gets its name
-    aside.replace(output)
+        found = model(part, read=lambda handle: handle.full().float())
+        if logits is not None:
+            logits[start : start + rows] = found.cpu().numpy()
+    if logits is not None:
+        logits.flush()
+        del logits  # closes the file before it gets its name
+        aside.replace(output)
     return shape
 
 

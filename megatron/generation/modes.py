@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,9 @@ import torch
 from megatron import fault_injection
 from megatron.atomic_io import atomic_write
 from megatron.errors import DataError, StoppedError
-from megatron.generation.decode import Completion, DecodeSettings, Scorer, decode
+from megatron.generation.decode import Completion, DecodeSettings, NextTokenScorer, decode
+from megatron.mpu.collectives import of_all_ranks, on_first_rank
+from megatron.mpu.groups import Group
 from megatron.tokenizer import Tokenizer
 
 ROWS = 16  # texts decoded together at most
@@ -42,13 +45,19 @@ class Writer:
 
     seed:     the same seed gives the same texts
     received: signals to this process so far: with one, no further text is begun
+    world:    ranks that decode together: they stop together, and the first one reads and writes
     """
 
-    scorer: Scorer
+    scorer: NextTokenScorer
     tokenizer: Tokenizer
     settings: DecodeSettings
     seed: int = 1234
     received: Sequence[int] = ()
+    world: Group = field(default_factory=Group.single)
+
+    def told(self) -> int | None:
+        """The signal by which any rank was told to stop; all ranks call this together."""
+        return first_signal(self.received, self.world)
 
     def ids(self, context: str) -> list[int]:
         """Ids of a context; an empty one starts, like a document, after an eod."""
@@ -68,7 +77,7 @@ class Writer:
         hopeless = [len(prompt) >= self.scorer.longest for prompt in prompts]
         for numbers in self._batches(prompts):
             fault_injection.point("generate")
-            if self.received:
+            if self.told():
                 break
             start = time.monotonic()
             batch = torch.tensor([prompts[number] for number in numbers])
@@ -83,8 +92,8 @@ class Writer:
 
     def refuse_to_go_on(self, written: int, asked: int, output: Path) -> None:
         """Raise StoppedError where a request to stop has cut the texts short."""
-        if self.received and written < asked:
-            raise StoppedError(self.received[0], f" after {written} of {asked} texts", where=str(output))
+        if written < asked and (signal := self.told()):
+            raise StoppedError(signal, f" after {written} of {asked} texts", where=str(output))
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Numbers of prompts of one length, so that no row needs padding; those that leave no room are left out."""
@@ -117,10 +126,16 @@ class Writer:
         return {**record, "logits": []} if self.settings.keep_logits else record
 
 
+def first_signal(received: Sequence[int], world: Group) -> int | None:
+    """The first signal that any rank has received, the same on all of them."""
+    return next((signals[0] for signals in of_all_ranks(tuple(received), world) if signals), None)
+
+
 def unconditional(writer: Writer, num_samples: int, output: Path) -> list[Record]:
     """Write `num_samples` texts from nothing to `output`."""
     records = writer.write([""] * num_samples)
-    write_records(records, output)
+    if writer.world.rank == 0:
+        write_records(records, output)
     writer.refuse_to_go_on(len(records), num_samples, output)
     return records
 
@@ -138,7 +153,8 @@ def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | No
         raise DataError(f"{prompts} holds no prompt", where="sample_input_file", fix=f"prompts end with {prompt_end!r} (prompt_end)")
     output = output or prompts.with_name(f"{prompts.name}.output.jsonl")
     records = writer.write(contexts)
-    write_records(records, output)
+    if writer.world.rank == 0:
+        write_records(records, output)
     writer.refuse_to_go_on(len(records), len(contexts), output)
     return output
 
@@ -146,7 +162,9 @@ def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | No
 def interactive(writer: Writer, prompt_end: str, source: TextIO, screen: TextIO) -> None:
     """Ask for contexts until the input ends; the text appears as it grows."""
     number = 0
-    while (context := _ask(prompt_end, source, screen)) is not None:
+    world = writer.world
+    screen = screen if world.rank == 0 else StringIO()
+    while (context := on_first_rank(lambda: _ask(prompt_end, source, screen), world)) is not None:
         prompt = writer.ids(context)
         if len(prompt) >= writer.scorer.longest:
             screen.write(f"{writer.too_long(context, prompt)['message']}\n")
@@ -169,7 +187,7 @@ def interactive(writer: Writer, prompt_end: str, source: TextIO, screen: TextIO)
         screen.write(writer.tokenizer.decode(completion.ids)[len(shown) :])
         screen.write("\n<press enter to continue>")
         screen.flush()
-        if not source.readline():
+        if not on_first_rank(source.readline, world):
             return
         number += 1
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_args
-from megatron.checkpoint.conversion.exporting.build import build_exporter
-from megatron.checkpoint.conversion.exporting.exporter import Exporter
+from megatron.checkpoint.conversion.build import build_exporter
+from megatron.checkpoint.conversion.export import Exporter
 from megatron.checkpoint.remote.upload import Uploader
 from megatron.engine.base import Engine
 from megatron.engine.checkpointer import Checkpointer

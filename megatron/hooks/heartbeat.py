@@ -9,7 +9,7 @@ from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, Hook, TrainState, Verdict
 from megatron.hooks.checkpointing import CheckpointHook, WorkerHook
 from megatron.hooks.validation import ValidationHook
-from megatron.launch.progress_reporter import EVALUATE, SAVE, STEP, Pulse
+from megatron.launch.heartbeat import EVALUATE, SAVE, STEP, Pulse
 
 
 class Phased:

@@ -16,14 +16,12 @@ import subprocess
 import sys
 import time
 from types import FrameType
-from typing import Any
 
 from megatron.errors import ConfigError
 from megatron.launch.control_channel import connect, tell
-from megatron.launch.environment import PRIVATE, Seat, machine_environment
+from megatron.launch.environment import PRIVATE, Seat, machine_environment, place_from
 from megatron.launch.rank_events import LEAVING, Event, lines_of, shell_status
-from megatron.launch.rendezvous import place_from
-from megatron.launch.supervisor import POLL_S, Rank, Supervisor
+from megatron.launch.supervisor import POLL_S, Rank, Supervisor, host_ranks
 
 TASK = "--task"
 FALLBACK_PORT = 29500
@@ -107,24 +105,6 @@ class Agent:
             for rank in self._ranks:
                 text = "stopped: the connection to the launcher broke"
                 self.tell(Event(what="failed", host=self.host, rank=rank, at=time.time(), code=1, text=text, consequence=True))
-
-
-def host_ranks(told: dict[str, Any], environ: dict[str, str]) -> list[Rank]:
-    """The ranks of this host.
-
-    told: argv, environment, devices (one number per rank; None leaves them as they are), and the fields of a Seat of its first rank
-    """
-    base = {**environ, **told["environment"]}
-    devices = told["devices"]
-    base |= machine_environment(base, told["local_size"])
-    if devices is not None:
-        base["CUDA_VISIBLE_DEVICES"] = ",".join(str(device) for device in devices)
-    shared = {name: told[name] for name in ("world_size", "local_size", "master_addr", "master_port", "node", "nodes")}
-    ranks = []
-    for local_rank in range(told["local_size"]):
-        seat = Seat(rank=told["first_rank"] + local_rank, local_rank=local_rank, **shared)
-        ranks.append(Rank(number=seat.rank, argv=told["argv"], environment={**base, **seat.environment()}))
-    return ranks
 
 
 def task_rank(argv: list[str], environ: dict[str, str]) -> Rank:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a launcher program to its end: passes its output on, picks the events out, and hands signals and orders to its agents."""
+"""Runs a LaunchPlan to its end, with ranks as own children or a launcher program; when a rank dies, ends the others and reports it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron.errors import BackendError
+from megatron.launch.commands import LaunchPlan
 from megatron.launch.control_channel import Wires
-from megatron.launch.plan import LaunchPlan
-from megatron.launch.rank_events import MARK, Event, Lines, RankEvents
+from megatron.launch.environment import PRIVATE
+from megatron.launch.rank_events import MARK, SIGNALLED, Event, Lines, RankEvents, shell_status
+from megatron.launch.signals import noting_signals
 from megatron.launch.ssh_agent import FOLDER, ORDERS_FILE, PLAN_FILE
-from megatron.launch.supervisor import GRACE_S, LAST_S, PATIENCE, PATIENT_LAST_S, POLL_S, dying_with_parent
+from megatron.launch.supervisor import GRACE_S, LAST_S, PATIENCE, PATIENT_LAST_S, POLL_S, Supervisor, dying_with_parent, host_ranks
 
 # Agents have this much longer than ranks of this machine to end what is theirs before the launcher is told to.
 AGENT_GRACE_S = GRACE_S + 1.0
@@ -175,26 +177,24 @@ class Launched:
 
 
 def _write_plan(plan: LaunchPlan, folder: Path) -> None:
-    """What `reach` tells each host's agent; secret values stay in the environment."""
-    shared = {
-        "argv": plan.worker,
-        "environment": dict(plan.handed_on) | {name: value for name, value in plan.env.items() if name not in plan.secrets},
-        "folder": os.getcwd(),
-        "world_size": plan.world_size,
-        "master_addr": plan.master_addr,
-        "master_port": plan.master_port,
-        "nodes": len(plan.hosts),
-    }
-    hosts = {
-        host.name: {
-            "first_rank": host.first,
-            "local_size": len(host.slots),
-            "node": index,
-            "devices": host.slots if plan.set_devices else None,
-        }
-        for index, host in enumerate(plan.hosts)
-    }
+    """What `ssh_agent` tells each host's agent; secret values stay in the environment."""
+    environment = dict(plan.handed_on) | {name: value for name, value in plan.env.items() if name not in plan.secrets}
+    shared = {**_told_to_all(plan, environment), "folder": os.getcwd()}
+    hosts = {host.name: _told_to_host(plan, index) for index, host in enumerate(plan.hosts)}
     (folder / PLAN_FILE).write_text(json.dumps({"all": shared, "hosts": hosts, "secrets": plan.secrets}), encoding="utf-8")
+
+
+def _told_to_all(plan: LaunchPlan, environment: Mapping[str, str]) -> dict[str, Any]:
+    """What `host_ranks` needs to know on every host."""
+    names = ("world_size", "master_addr", "master_port")
+    return {"argv": plan.worker, "environment": environment, "nodes": len(plan.hosts), **{name: getattr(plan, name) for name in names}}
+
+
+def _told_to_host(plan: LaunchPlan, node: int) -> dict[str, Any]:
+    """What it needs to know on one host, the `node`-th."""
+    host = plan.hosts[node]
+    devices = host.slots if plan.set_devices else None
+    return {"first_rank": host.first, "local_size": len(host.slots), "node": node, "devices": devices}
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
@@ -202,3 +202,46 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
         os.killpg(process.pid, signum)
     except ProcessLookupError:
         return
+
+
+HANDED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+
+
+def run(plan: LaunchPlan, environ: Mapping[str, str], *, told: Callable[[str], object]) -> int:
+    """Start the plan, hand signals on to its ranks, wait, and return the exit status a shell would show.
+
+    told: takes the report when ranks have failed
+    A rank's own exit status comes through, such as 75 from ranks that were told to stop and have saved; a rank killed by signal n gives
+    128 + n, and so does a signal n to us about which the ranks say nothing.
+    """
+    rank_events = RankEvents(plan.places())
+    base = {name: value for name, value in environ.items() if name not in PRIVATE or name == "CUDA_VISIBLE_DEVICES"}
+    with noting_signals(HANDED_ON) as received:
+        code = _run_here(plan, base, rank_events, received) if not plan.argv else Launched(plan, base, rank_events, received).run()
+    left = rank_events.left()
+    rank_events.close(failed=code != 0 and not received and left is None)
+    if report := rank_events.report():
+        told(report)
+    if any(not failure.consequence for failure in rank_events.failures()):
+        return rank_events.status()
+    if left is not None:
+        return left
+    return SIGNALLED + received[0] if received else rank_events.status() or shell_status(code)
+
+
+def _run_here(plan: LaunchPlan, environ: Mapping[str, str], rank_events: RankEvents, received: list[int]) -> int:
+    """The ranks as our own children."""
+    (host,) = plan.hosts
+    ranks = host_ranks({**_told_to_all(plan, plan.env), **_told_to_host(plan, 0)}, environ)
+    supervisor = Supervisor(host.name, rank_events.note)
+    handled = 0
+    try:
+        supervisor.start(ranks)
+        while supervisor.alive():
+            for signum in received[handled:]:
+                handled += 1
+                supervisor.signal(signum)
+            time.sleep(POLL_S)
+    finally:
+        supervisor.close()
+    return 0

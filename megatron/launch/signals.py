@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that are written down instead of ending the process. Knows nothing of what is done about them."""
+"""Signals that are written down instead of ending the process."""
 
 from __future__ import annotations
 

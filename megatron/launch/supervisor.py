@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts ranks on this machine, watches them, and ends all when one dies. Knows no other machine."""
+"""Starts ranks on this machine, watches them, and ends all when one dies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from megatron.launch.environment import Seat, machine_environment
 from megatron.launch.rank_events import FAILURE_FILE, LEAVING, Event, found
 
 POLL_S = 0.05
@@ -36,6 +38,24 @@ class Rank:
     number: int
     argv: Sequence[str]
     environment: Mapping[str, str]
+
+
+def host_ranks(told: Mapping[str, Any], environ: Mapping[str, str]) -> list[Rank]:
+    """The ranks of one host.
+
+    told: argv, environment, devices (one number per rank; None leaves them as they are), and the fields of a Seat of its first rank
+    """
+    base = {**environ, **told["environment"]}
+    devices = told["devices"]
+    base |= machine_environment(base, told["local_size"])
+    if devices is not None:
+        base["CUDA_VISIBLE_DEVICES"] = ",".join(str(device) for device in devices)
+    shared = {name: told[name] for name in ("world_size", "local_size", "master_addr", "master_port", "node", "nodes")}
+    ranks = []
+    for local_rank in range(told["local_size"]):
+        seat = Seat(rank=told["first_rank"] + local_rank, local_rank=local_rank, **shared)
+        ranks.append(Rank(number=seat.rank, argv=told["argv"], environment={**base, **seat.environment()}))
+    return ranks
 
 
 @dataclass(kw_only=True)

@@ -16,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.launch import heartbeat
-from megatron.launch.hang_diagnosis import Seen, Standing, causes, standing_of
-from megatron.launch.heartbeat import Heartbeat
-from megatron.launch.progress_reporter import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Pulse
+from megatron.launch.heartbeat import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Heartbeat, Pulse, Seen, Standing, causes, standing_of
 from megatron.launch.rank_events import leave
 from megatron.secrets import redact
 

@@ -33,6 +33,7 @@ from megatron.model.spec import (
     RotarySpec,
     RpeSpec,
 )
+from megatron.model.staged import StagedTransformer
 from megatron.model.transformer import Transformer
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
@@ -50,13 +51,15 @@ def build_transformer(
     dtype: torch.dtype | None = None,
     gather: Gather | None = None,
 ) -> Transformer:
-    """The model of `args` in one process, with initial weights (none on device "meta").
+    """The model of `args`, as much of it as this rank holds, with initial weights (none on device "meta").
 
     spec:   None = `build_spec(args)`
     dtype:  of the parameters; None = the `precision` key's, or with `gather` what the enclosing context decides
     gather: see `Transformer`
     """
-    model = Transformer(
+    # A model in stages that is trained is DeepSpeed's module, see `build_pipeline`.
+    kind = StagedTransformer if groups is not None and groups.pp.size > 1 else Transformer
+    model = kind(
         spec or build_spec(args),
         groups=groups,
         device=device,
@@ -199,8 +202,8 @@ def build_spec(args: NeoXArgs, *, mlp_convention: str | None = None) -> ModelSpe
         embedding=embedding_spec(args, sizes),
         blocks=tuple(
             BlockSpec(
-                attention=attention_spec(args, sizes, index),
-                mlp=mlp,
+                mixer=attention_spec(args, sizes, index),
+                ffn=mlp,
                 norm=norm,
                 residual=residual,
                 hidden_dropout=args.model.hidden_dropout,

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy of a vocabulary head, a block of rows at a time: the full logits never exist. Knows no model and no objective.
+"""Cross-entropy and other statistics of a vocabulary head, a block of rows at a time: the full logits never exist.
 
 For one row with logits z = W x, label y and weight w: loss w (lse z - z_y), d x = w (W^T p - W_y), d W = w (p - e_y) x^T, where
 p = softmax z. Row factors are applied to x and to products, never to the [rows, v] block, which is passed over as seldom as possible.
 p - e_y is formed in float32 and sums over blocks are kept in float32: in 16 bits, a frequent token's gradient would be a long sum of ever
-smaller changes, and p - e_y of a token foretold well the difference of two roundings.
+smaller changes, and p - e_y of a token predicted well the difference of two roundings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron.errors import TrainingError
 from megatron.mpu.comm import all_reduce
-from megatron.mpu.cross_entropy import local_targets, log_normaliser
 from megatron.mpu.groups import Group
 
 # Elements of one block of logits. A CPU wants it near its last-level cache, a GPU wants large products.
@@ -122,7 +123,9 @@ class _NLL(torch.autograd.Function):
     """sum(weights * nll); gradients are ready when forward returns."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, tp: Group, block: tuple[int, bool]) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, tp: Group, block: tuple[int, bool]
+    ) -> tuple[Tensor, Tensor]:
         wanted_rows, differentiable = block
         wants = ctx.needs_input_grad[:2] if differentiable else (False, False)
         x = hidden.reshape(-1, hidden.shape[-1])
@@ -134,18 +137,22 @@ class _NLL(torch.autograd.Function):
         grads = _Gradients(x, weight, tp, wants, several=count > size)
         softmax = _Softmax(size, weight, tp)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
+        every = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
         for at in _blocks(rows, count, size):
             x_at, index_at, factor = x[at], index[at], weights[at]
             away = None if elsewhere is None else elsewhere[at]
             logps, slope = softmax(x_at, index_at, away, slope=any(wants))
             # 0 * inf is not 0: an unweighted row must not spoil the sum.
             total -= (logps * factor).masked_fill(factor == 0, 0.0).sum()
+            every[at] = logps.masked_fill(factor == 0, 0.0)
             if any(wants):
                 grads.add(at, x_at, slope, factor)
         grads.finish()
         ctx.hidden_shape = hidden.shape
         ctx.grads = grads
-        return total
+        every = every.view(labels.shape)
+        ctx.mark_non_differentiable(every)
+        return total, every
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
@@ -157,57 +164,239 @@ class _NLL(torch.autograd.Function):
         return x, None if grads.w is None else grads.w.mul_(upstream[0]), None, None, None, None
 
 
-class _TokenLogps(torch.autograd.Function):
-    """log p(target) of every row with a mask; backward computes the logits again."""
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What one pass over the vocabulary gives of each row; shapes in `TokenStats`.
+
+    second: (hidden [..., h'], weight [v / tp, h']) of the head that kl is measured from; it gets no gradient
+    """
+
+    logp: bool = False
+    lse: bool = False
+    entropy: bool = False
+    top1: bool = False
+    kl: KL | None = None
+    second: tuple[Tensor, Tensor] | None = None
+
+
+class KL(Enum):
+    """Direction of the divergence between this head's p and a second, frozen head's q."""
+
+    FORWARD = "sum q log(q / p)"  # as distillation has it
+    REVERSE = "sum p log(p / q)"  # as policy gradients have it
+
+
+class TokenStats(NamedTuple):
+    """Float32 [...] each, with a gradient but for top1; None where not wanted, 0 where masked.
+
+    logp: log p(target)    lse: log sum exp of the logits    entropy: -sum p log p    kl: divergence from the second head
+    top1: most likely id, int64; the lowest of several
+    """
+
+    logp: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    top1: Tensor | None = None
+
+
+class _Block(NamedTuple):
+    """One block of rows: log p of this rank's slice of the vocabulary, and what its statistics are made of. float32 [rows, v / tp]."""
+
+    logp: Tensor
+    lse: Tensor
+    other: Tensor | None  # log q
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, other: tuple[Tensor, Tensor] | None, tp: Group) -> _Block:
+        logp, lse = _log_softmax(x, weight, tp)
+        return cls(logp, lse, None if other is None else _log_softmax(*other, tp)[0])
+
+    def entropy(self, tp: Group) -> Tensor:
+        return -all_reduce((self.logp.exp() * self.logp).sum(dim=1), tp)
+
+    def kl(self, direction: KL, tp: Group) -> Tensor:
+        assert self.other is not None
+        away = self.logp - self.other
+        terms = self.logp.exp() * away if direction is KL.REVERSE else self.other.exp() * -away
+        return all_reduce(terms.sum(dim=1), tp)
+
+    def top1(self, tp: Group) -> Tensor:
+        best, index = self.logp.max(dim=1)
+        index = index + tp.rank * self.logp.shape[1]
+        level = all_reduce(best, tp, maximum=True)
+        # The lowest id is the largest negative one.
+        return -all_reduce(torch.where(best == level, -index, -(2**62)), tp, maximum=True)
+
+
+def _log_softmax(x: Tensor, weight: Tensor, tp: Group) -> tuple[Tensor, Tensor]:
+    """x [rows, h] -> this rank's slice of log softmax [rows, v / tp], and log sum exp [rows]; float32 or better."""
+    logits = torch.mm(x, weight.t())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = log_normaliser(torch.logsumexp(logits, dim=1), tp)
+    return logits.sub_(lse[:, None]), lse
+
+
+class _Stats(torch.autograd.Function):
+    """[4, rows] float32: logp, lse, entropy, kl (zeros where not wanted), and top1; backward computes the logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, tp: Group, block: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: _Rows, wanted: Wanted, tp: Group) -> tuple[Tensor, Tensor]:
         x = hidden.reshape(-1, hidden.shape[-1])
-        index, elsewhere = local_targets(targets.reshape(-1), weight.shape[0], tp)
-        rows = None if mask is None else _active(mask.reshape(-1))
-        count = x.shape[0] if rows is None else rows.numel()
-        size = min(block_rows_for(weight.shape[0], weight.device, block), max(count, 1))
-        softmax = _Softmax(size, weight, tp)
-        out = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
-        for at in _blocks(rows, count, size):
-            out[at] = softmax(x[at], index[at], None if elsewhere is None else elsewhere[at], slope=False)[0]
-        if mask is not None and rows is None:
-            out.masked_fill_(mask.reshape(-1) == 0, 0.0)
-        ctx.save_for_backward(hidden, weight, index, elsewhere, rows, mask)
-        ctx.tp, ctx.size = tp, size
-        return out.view(targets.shape)
+        out = torch.zeros(4, x.shape[0], dtype=torch.float32, device=x.device)
+        top1 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        for at in rows.blocks():
+            block = _Block.of(x[at], weight, rows.other(at), tp)
+            if wanted.logp:
+                out[0, at] = rows.picked(block.logp, at, tp).float()
+            out[1, at] = block.lse.float()
+            if wanted.entropy:
+                out[2, at] = block.entropy(tp).float()
+            if wanted.kl is not None:
+                out[3, at] = block.kl(wanted.kl, tp).float()
+            if wanted.top1:
+                top1[at] = block.top1(tp)
+        if rows.unmasked is not None:
+            out, top1 = out * rows.unmasked, top1 * rows.unmasked
+        ctx.save_for_backward(hidden, weight, out)
+        ctx.rows, ctx.wanted, ctx.tp = rows, wanted, tp
+        ctx.mark_non_differentiable(top1)
+        return out, top1
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        hidden, weight, index, elsewhere, rows, mask = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (hidden, weight, out), rows, wanted, tp = ctx.saved_tensors, ctx.rows, ctx.wanted, ctx.tp
         x = hidden.reshape(-1, hidden.shape[-1])
-        # Loss = sum(upstream * logp), so the weight of -log p is -upstream.
-        factors = -upstream[0].reshape(-1).float()
-        if mask is not None and rows is None:
-            factors = factors.masked_fill(mask.reshape(-1) == 0, 0.0)
-        count = x.shape[0] if rows is None else rows.numel()
-        grads = _Gradients(x, weight, ctx.tp, ctx.needs_input_grad[:2], several=count > ctx.size)
-        softmax = _Softmax(ctx.size, weight, ctx.tp)
-        for at in _blocks(rows, count, ctx.size):
-            x_at = x[at]
-            _, slope = softmax(x_at, index[at], None if elsewhere is None else elsewhere[at], slope=True)
-            grads.add(at, x_at, slope, factors[at])
+        factors = upstream[0] if rows.unmasked is None else upstream[0] * rows.unmasked
+        grads = _Gradients(x, weight, tp, ctx.needs_input_grad[:2], several=rows.count > rows.size)
+        for at in rows.blocks():
+            block = _Block.of(x[at], weight, rows.other(at), tp)
+            u_logp, u_lse, u_entropy, u_kl = (row[:, None] for row in factors[:, at])
+            # Slopes are made at a size near 1 and scaled afterwards: in 16 bits, small ones would underflow.
+            size = factors[:, at].abs().amax(dim=0)
+            size = size.masked_fill(size == 0, 1.0)
+            probs = block.logp.exp()
+            share = u_lse - u_logp
+            if wanted.entropy:
+                share = share - u_entropy * (block.logp + out[2, at, None])
+            if wanted.kl is KL.REVERSE and block.other is not None:
+                share = share + u_kl * (block.logp - block.other - out[3, at, None])
+            elif wanted.kl is KL.FORWARD:
+                share = share + u_kl
+            slope = probs.mul_(share / size[:, None])
+            if wanted.kl is KL.FORWARD and block.other is not None:
+                slope = slope.sub_(block.other.exp().mul_(u_kl / size[:, None]))
+            if wanted.logp:
+                rows.add_at_target(slope, at, u_logp[:, 0] / size)
+            grads.add(at, x[at], slope.to(x.dtype), size)
         grads.finish()
-        return None if grads.x is None else grads.x.view(hidden.shape), grads.w, None, None, None, None
+        return None if grads.x is None else grads.x.view(hidden.shape), grads.w, None, None, None
 
 
-def blockwise_nll(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, tp: Group, block: int = 0) -> Tensor:
-    """sum(weights * -log softmax(hidden weight^T)[label]), a float32 scalar.
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows are computed, in which blocks, and what is asked of each.
+
+    numbers:  of the rows that are computed; None = all
+    size:     rows of a block; count: rows in all
+    index, elsewhere: where each target lies in this rank's slice (`local_targets`); None = there are no targets
+    unmasked: where all rows are computed, those that count
+    second:   (hidden [rows, h], weight) of the second head
+    """
+
+    numbers: Tensor | None
+    count: int
+    size: int
+    index: Tensor | None
+    elsewhere: Tensor | None
+    unmasked: Tensor | None
+    second: tuple[Tensor, Tensor] | None
+
+    def blocks(self) -> Iterator[slice | Tensor]:
+        return _blocks(self.numbers, self.count, self.size)
+
+    def other(self, at: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self.second is None else (self.second[0][at], self.second[1])
+
+    def picked(self, logp: Tensor, at: slice | Tensor, tp: Group) -> Tensor:
+        """log p of each row's target."""
+        assert self.index is not None
+        found = logp.gather(1, self.index[at][:, None])[:, 0]
+        return found if self.elsewhere is None else all_reduce(found.masked_fill(self.elsewhere[at], 0.0), tp)
+
+    def add_at_target(self, slope: Tensor, at: slice | Tensor, value: Tensor) -> None:
+        """Add value [rows] to each row's target where it is in this rank's slice."""
+        assert self.index is not None
+        value = value if self.elsewhere is None else value.masked_fill(self.elsewhere[at], 0.0)
+        slope.scatter_add_(1, self.index[at][:, None], value[:, None].to(slope.dtype))
+
+
+def blockwise_nll(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, tp: Group, block: int = 0) -> tuple[Tensor, Tensor]:
+    """sum(weights * -log softmax(hidden weight^T)[label]), a float32 scalar, and from the same pass log p(label) [...] without gradient.
 
     hidden [..., h] replicated over tp, weight [v / tp, h], labels [...] int64, weights [...] float (any sign; 0 = not computed).
     Gradients of hidden (complete) and weight are made on the way when wanted; then backward may run once.
     """
     # Inside a Function's forward gradients are always off, so whether they are wanted is asked here.
-    out: Tensor = _NLL.apply(hidden, weight, labels, weights, tp, (block, torch.is_grad_enabled()))
-    return out
+    total, logps = _NLL.apply(hidden, weight, labels, weights, tp, (block, torch.is_grad_enabled()))
+    return total, logps
 
 
-def blockwise_token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, tp: Group, block: int = 0) -> Tensor:
-    """log softmax(hidden weight^T)[target] [...] float32, 0 where mask [...] is 0. Shapes as in `blockwise_nll`."""
-    out: Tensor = _TokenLogps.apply(hidden, weight, targets, mask, tp, block)
-    return out
+def blockwise_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    wanted: Wanted,
+    tp: Group,
+    *,
+    targets: Tensor | None = None,
+    mask: Tensor | None = None,
+    block: int = 0,
+) -> TokenStats:
+    """Statistics of softmax(hidden weight^T) in one pass over it; shapes as in `blockwise_nll`.
+
+    targets: [...] int64, of logp
+    mask:    [...]; rows where it is 0 are not computed
+    """
+    second = wanted.second
+    shape, count = hidden.shape[:-1], hidden.shape[:-1].numel()
+    index, elsewhere = (None, None) if targets is None else local_targets(targets.reshape(-1), weight.shape[0], tp)
+    numbers = None if mask is None else _active(mask.reshape(-1))
+    rows = _Rows(
+        numbers=numbers,
+        count=count if numbers is None else numbers.numel(),
+        size=min(block_rows_for(weight.shape[0], weight.device, block), max(count, 1)),
+        index=index,
+        elsewhere=elsewhere,
+        unmasked=mask.reshape(-1) != 0 if mask is not None and numbers is None else None,
+        second=None if second is None else (second[0].detach().reshape(count, -1), second[1].detach()),
+    )
+    out, top1 = _Stats.apply(hidden, weight, rows, wanted, tp)
+    logp, lse, entropy, kl = (row.view(shape) for row in out)
+    return TokenStats(
+        logp=logp if wanted.logp else None,
+        lse=lse if wanted.lse else None,
+        entropy=entropy if wanted.entropy else None,
+        kl=kl if wanted.kl is not None else None,
+        top1=top1.view(shape) if wanted.top1 else None,
+    )
+
+
+def local_targets(targets: Tensor, size: int, group: Group) -> tuple[Tensor, Tensor | None]:
+    """Where each target lies in this rank's slice of `size` entries.
+
+    targets [...] int64 -> (index [...] within the slice, 0 where it lies elsewhere; mask [...] of those that lie
+    elsewhere, None in a group of one)
+    """
+    if group.size == 1:
+        return targets, None
+    local = targets - group.rank * size
+    elsewhere = (local < 0) | (local >= size)
+    return local.masked_fill(elsewhere, 0), elsewhere
+
+
+def log_normaliser(local_lse: Tensor, group: Group) -> Tensor:
+    """log sum exp over the whole vocabulary from each rank's own; fp32 [...] -> [...]."""
+    if group.size == 1:
+        return local_lse
+    top = all_reduce(local_lse, group, maximum=True)
+    return top + all_reduce((local_lse - top).exp(), group).log()

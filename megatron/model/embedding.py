@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token embedding and the positions that are added to it. Opens the stream; knows nothing of attention."""
+"""Token embedding and the positions that are added to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.errors import NeoXError
-from megatron.model.attention.masks import document_positions
+from megatron.model.attention.inputs import document_positions
 from megatron.model.layer_state import LayerState
 from megatron.model.spec import EmbeddingSpec, Positions
 from megatron.mpu.comm import scatter_to_region
@@ -49,21 +49,23 @@ class Embedding(nn.Module):
     ) -> Any:
         """stream (tokens [b, s] int64, segment_ids of whole rows, int32) -> LayerState(hidden [b, s, h], segment_ids).
 
-        cache: of the first block; its length is how many tokens came before
+        cache: of the first block; its lengths are how many tokens came before
         head:  a tied head to run on this module in place of the embedding. It runs inside this forward,
                where ZeRO-3 has the weight whole.
         """
         if head is not None:
             return head(self, stream)
-        tokens, segment_ids = stream
+        tokens, segment_ids = stream.hidden, stream.segment_ids
         spec = self.spec
         hidden: Tensor = self.word_embeddings(tokens)
         if spec.multiplier != 1.0:
             hidden = hidden * spec.multiplier
         if spec.positions in (Positions.LEARNED, Positions.SINUSOIDAL):
-            before = 0 if cache is None else cache.length
-            positions = self.context.own(document_positions(segment_ids, before))
-            added = self._positions(positions, before + segment_ids.shape[1])
+            if cache is None:
+                positions, length = self.context.own(document_positions(segment_ids)), segment_ids.shape[1]
+            else:
+                positions, length = cache.positions(tokens.shape[1]), cache.longest + tokens.shape[1]
+            added = self._positions(positions, length)
             hidden = hidden + scatter_to_region(added.to(hidden.dtype), self.tp) * spec.position_multiplier
         return LayerState(dropout(hidden, spec.dropout, self.tp, training=self.training), segment_ids)
 
@@ -77,7 +79,7 @@ class Embedding(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _positions(self, positions: Tensor, length: int) -> Tensor:
-        """What is added at positions [b, s] -> [b, s, h]."""
+        """What is added at positions [b or 1, s] -> [b or 1, s, h]; length: the last position + 1."""
         if self.spec.positions is Positions.SINUSOIDAL:
             return sinusoid(positions, self.spec.hidden_size)
         if length > self.spec.max_positions:

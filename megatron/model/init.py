@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron.errors import ConfigError
-from megatron.model.norms import HeadNorm
-from megatron.model.positions import RelativeBias
 from megatron.model.spec import InitSpec
-from megatron.mpu.groups import Group
-from megatron.mpu.layers import RowLinear
-from megatron.mpu.roles import Role, roles_of
-from megatron.mpu.sharding import Sharding, Split, local_size, sharding_of, split
+from megatron.mpu.groups import Group, Groups
+from megatron.mpu.roles import Fill, Initial, Role, dimensions, initial_values_of, roles_of
+from megatron.mpu.sharding import Axis, Sharding, Split, local_size, sharding_of, split
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -62,82 +59,84 @@ class Initialiser:
     seed: int
     gather: Gather | None = None
 
-    def __call__(self, layer: nn.Module, name: str, tp: Group) -> None:
-        """Write the weights of `layer` in place. Vectors keep what their module set: ones in norms, zeros in biases.
+    def __call__(self, layer: nn.Module, name: str, groups: Groups) -> None:
+        """Write the weights of `layer` in place, each as its module says (`initial_values`).
 
-        name: unique over the model, stable over tp and pp (the slot number)
+        name: unique over the model, the same at any layout (the slot number)
         """
-        shardings, roles = sharding_of(layer), roles_of(layer)
-        for prefix, module in layer.named_modules():
-            method = self.method_of(module)
-            if method is None:
+        shardings, roles, stated = sharding_of(layer), roles_of(layer), initial_values_of(layer)
+        for local, parameter in layer.named_parameters():
+            value = stated.get(id(parameter), Initial.INPUT if dimensions(parameter) > 1 else Initial.KEEP)
+            if value is Initial.KEEP or parameter.is_meta:
                 continue
-            for local, parameter in module.named_parameters(recurse=False):
-                if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:  # ds_shape: partitioned by ZeRO-3
-                    continue
-                full_name = f"{prefix}.{local}" if prefix else local
-                hidden = roles[id(parameter)] is Role.HIDDEN
-                with nullcontext() if self.gather is None else self.gather([parameter]):
-                    self._write(parameter, method, f"{name}.{full_name}", WeightShard(shardings[full_name], tp), hidden=hidden)
+            how = shardings[local]
+            shard = WeightShard(how, groups.along(how.axis if isinstance(how, Split) else Axis.TENSOR))
+            with nullcontext() if self.gather is None else self.gather([parameter]), torch.no_grad():
+                if callable(value):
+                    self._fill(parameter, value, f"{name}.{local}", shard)
+                else:
+                    self._write(parameter, self.method_of(value), f"{name}.{local}", shard, hidden=roles[id(parameter)] is Role.HIDDEN)
 
-    def method_of(self, module: nn.Module) -> str | None:
-        """Name of the law for a module's matrices; None for norms, whose constructor already set them."""
-        if isinstance(module, RowLinear):
-            return self.spec.output_method
-        if isinstance(module, HeadNorm):  # its matrix of ones is not a weight matrix
-            return None
-        if isinstance(module, RelativeBias):
-            return "xavier_normal"
-        return self.spec.method
+    def method_of(self, value: Initial | str) -> str:
+        """Name of the method that a module's word stands for."""
+        named = {Initial.INPUT: self.spec.method, Initial.OUTPUT: self.spec.output_method}
+        return value if isinstance(value, str) else named[value]
 
     def _write(self, parameter: nn.Parameter, method: str, name: str, place: WeightShard, *, hidden: bool) -> None:
-        if parameter.is_meta:
-            return
         shape = place.whole_shape(parameter)
         law = law_of(method, shape, self, hidden=hidden)
-        with torch.no_grad():
-            if law is None:
-                self._write_orthogonal(parameter, method, name, place)
-                return
-            # Not torch.empty: zero.Init changes what that gives.
-            block = parameter.data.new_empty((BLOCK_ROWS, *shape[1:]), dtype=torch.float32)
-            drawn = -1
-            for number, within, first, count in place.pieces(shape[0]):
-                if number != drawn:
-                    # Always a whole block: how many rows are drawn at once can change the numbers.
-                    law.draw(block, torch.Generator(parameter.device).manual_seed(seed_of(self.seed, f"{name}:{number}")))
-                    drawn = number
-                parameter[first : first + count].copy_(place.columns(block[within : within + count]))
+        if law is None:
+            self._fill(parameter, self._orthogonal(method), name, place)
+            return
+        # Not torch.empty: zero.Init changes what that gives.
+        block = parameter.data.new_empty((BLOCK_ROWS, *shape[1:]), dtype=torch.float32)
+        drawn = -1
+        for number, within, first, count in place.pieces(shape[0]):
+            if number != drawn:
+                # Always a whole block: how many rows are drawn at once can change the numbers.
+                law.draw(block, self._generator(parameter, f"{name}:{number}"))
+                drawn = number
+            parameter[first : first + count].copy_(place.columns(block[within : within + count]))
 
-    def _write_orthogonal(self, parameter: nn.Parameter, method: str, name: str, place: WeightShard) -> None:
-        """Rows depend on each other, so every rank draws the whole matrix."""
+    def _fill(self, parameter: nn.Parameter, fill: Fill, name: str, place: WeightShard) -> None:
+        """Where entries depend on each other every rank writes the whole, and keeps its part."""
+        whole = parameter.data.new_empty(place.whole_shape(parameter), dtype=torch.float32)
+        fill(whole, self._generator(parameter, name))
+        parameter.copy_(split(whole, place.how, place.group.rank, place.group.size))
+
+    def _orthogonal(self, method: str) -> Fill:
         gains = {"orthogonal": 1.0, "scaled_orthogonal": math.sqrt(2.0 / self.num_layers)}
         if method not in gains:
             raise ConfigError(f"unknown initialiser '{method}'", where="init_method, output_layer_init_method")
-        whole = parameter.data.new_empty(place.whole_shape(parameter), dtype=torch.float32)
-        generator = torch.Generator(parameter.device).manual_seed(seed_of(self.seed, name))
-        nn.init.orthogonal_(whole, gain=gains[method] * self.spec.scale, generator=generator)
-        parameter.copy_(split(whole, place.how, place.tp.rank, place.tp.size))
+        gain = gains[method] * self.spec.scale
+
+        def fill(whole: Tensor, generator: torch.Generator) -> None:
+            nn.init.orthogonal_(whole, gain=gain, generator=generator)
+
+        return fill
+
+    def _generator(self, parameter: nn.Parameter, name: str) -> torch.Generator:
+        return torch.Generator(parameter.device).manual_seed(seed_of(self.seed, name))
 
 
 @dataclass(frozen=True)
 class WeightShard:
-    """Which part of a whole matrix a rank holds."""
+    """Which part of a whole tensor a rank holds."""
 
     how: Sharding
-    tp: Group
+    group: Group
 
     def whole_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Shape of the matrix over all ranks."""
         shape = list(parameter.shape)
         if isinstance(self.how, Split):
-            shape[self.how.dim] *= self.tp.size
+            shape[self.how.dim] *= self.group.size
         return tuple(shape)
 
     def columns(self, rows: Tensor) -> Tensor:
         """What of whole rows [n, ...] is held."""
         by_rows = isinstance(self.how, Split) and self.how.dim == 0
-        return rows if by_rows else split(rows, self.how, self.tp.rank, self.tp.size)
+        return rows if by_rows else split(rows, self.how, self.group.rank, self.group.size)
 
     def pieces(self, rows: int) -> Iterator[tuple[int, int, int, int]]:
         """The rows held, of `rows` in all, cut at the borders of blocks: block, its first row in it, first row here, count.
@@ -160,8 +159,8 @@ class WeightShard:
             return
         start = 0
         for part in self.how.parts or (rows,):
-            step = local_size(part, self.tp.size, "a dimension of")
-            yield start + self.tp.rank * step, step
+            step = local_size(part, self.group.size, "a dimension of")
+            yield start + self.group.rank * step, step
             start += part
 
 

@@ -1,17 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feed-forward sublayer, dense or gated. Knows nothing of norms and residuals."""
+"""The dense feed-forward, plain or gated, and its activation functions by name."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
-from megatron.model.activations import activation_of
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.errors import ConfigError
+from megatron.model.layer_state import FeedForward
 from megatron.model.spec import MLPSpec
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import ColumnLinear, RowLinear
 
+Activation = Callable[[Tensor], Tensor]
 
-class MLP(nn.Module):
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415, sec. 2); [..] -> [..]."""
+    return F.gelu(x, approximate="tanh")
+
+
+def identity(x: Tensor) -> Tensor:
+    """The gate of a bilinear layer; [..] -> [..]."""
+    return x
+
+
+PLAIN: Mapping[str, Activation] = MappingProxyType(
+    {
+        "gelu": F.gelu,
+        "gelu_tanh": gelu_tanh,
+        "relu": F.relu,
+        "softsign": F.softsign,
+        "swish": F.silu,
+        "silu": F.silu,
+        "mish": F.mish,  # arXiv 1908.08681
+    }
+)
+
+# Gated linear units (Shazeer, arXiv 2002.05202): the function applied to the gate.
+GATES: Mapping[str, Activation] = MappingProxyType(
+    {
+        "geglu": F.gelu,
+        "reglu": F.relu,
+        "swiglu": F.silu,
+        "bilinear": identity,
+        "glu": torch.sigmoid,
+    }
+)
+
+
+def activation_of(name: str) -> Activation:
+    """The function that `name` applies: to the whole projection, or, for a gated name, to the gate half.
+
+    Raises ConfigError for an unknown name.
+    """
+    found = PLAIN.get(name) or GATES.get(name)
+    if found is None:
+        raise ConfigError(f"unknown activation '{name}'", where="activation", fix=f"one of {', '.join((*PLAIN, *GATES))}")
+    return found
+
+
+class MLP(FeedForward):
     """h -> width -> h.
 
     FORMAT: a gated linear1 holds rows [value; gate] (each `width` rows), out = value * act(gate).
@@ -35,3 +88,19 @@ class MLP(nn.Module):
             inner = self.activation(inner)
         out: Tensor = self.linear2(inner)
         return out
+
+    @staticmethod
+    def matrix_elements(spec: MLPSpec) -> int:
+        """Elements of linear1 and linear2."""
+        return spec.hidden_size * spec.width * (3 if spec.gated else 2)
+
+    @staticmethod
+    def parameter_count(spec: MLPSpec) -> int:
+        """Both projections."""
+        rows = 2 * spec.width if spec.gated else spec.width
+        return MLP.matrix_elements(spec) + (rows + spec.hidden_size if spec.bias else 0)
+
+    @staticmethod
+    def forward_flops(spec: MLPSpec, length: int) -> float:
+        """Both products, whatever the row's length."""
+        return 2.0 * MLP.matrix_elements(spec)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""muP: a model description whose activations and updates keep their size at any width. Pure functions; knows no optimizer."""
+"""muP: a model description whose activations and updates keep their size at any width."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def with_mup(spec: ModelSpec, mup: Mup) -> ModelSpec:
     """`spec` under muP; at the base width only the scale of attention differs.
 
     Table 8 and not table 3, which is the same training: its embedding and head are drawn with one spread and may be one matrix.
-    Widths of heads and MLP are taken to grow with hidden_size; how learning rates follow is said in optim/rates.py.
+    Widths of heads and MLP are taken to grow with hidden_size; how learning rates follow is said in optim/groups.py.
     """
     return replace(
         spec,
@@ -43,4 +43,4 @@ def with_mup(spec: ModelSpec, mup: Mup) -> ModelSpec:
 def _block(block: BlockSpec, mup: Mup) -> BlockSpec:
     """Scores are q k / d: once trained, q and k are correlated, and their product grows with d and not with its root (def. 4.1)."""
     attention = block.attention
-    return replace(block, attention=replace(attention, softmax_scale=1.0 / (attention.head_dim * mup.attn_temp)))
+    return replace(block, mixer=replace(attention, softmax_scale=1.0 / (attention.head_dim * mup.attn_temp)))

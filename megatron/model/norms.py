@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from megatron.errors import ConfigError
 from megatron.model.spec import NormKind, NormSpec
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
+from megatron.mpu.roles import Initial, InitialValue
 from megatron.mpu.sharding import Sharding, Split, local_size
 
 ALONE = Group.single()
@@ -131,6 +134,10 @@ class HeadNorm(nn.Module):
     def no_weight_decay(self) -> tuple[str, ...]:
         """All: what is written as a matrix [heads, d] is still the scale of a norm."""
         return tuple(name for name, _ in self.named_parameters())
+
+    def initial_values(self) -> Mapping[str, InitialValue]:
+        """Ones and zeros, also where they are written as a matrix."""
+        return {name: Initial.KEEP for name, _ in self.named_parameters()}
 
     def sharding(self) -> dict[str, Sharding]:
         """Head by head."""

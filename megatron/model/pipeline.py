@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same plan as a DeepSpeed PipelineModule. The only file that knows DeepSpeed's pipeline module; knows no optimizer."""
+"""The same plan as a DeepSpeed PipelineModule. The only file that knows DeepSpeed's pipeline module."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.deepspeed_private import count_micro_batch, stage_layers
-from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
 from megatron.model.layer_state import LayerState
-from megatron.model.plan import Builder, Slot, context_plan, layer_plan, share_position_bias
+from megatron.model.plan import Builder, Slot, layer_plan, share_between
 from megatron.model.recompute import Recompute, run_blocks
+from megatron.model.slots import adds_aux, check_slots, context_plan
 from megatron.model.spec import ModelSpec
 from megatron.mpu.groups import Group, Groups
 
@@ -77,24 +77,81 @@ class Stages(PipelineModule):  # type: ignore[misc]  # deepspeed is untyped
     """DeepSpeed's module with another way to run a stage's layers: spans of recomputation count blocks, from the stage's first one.
 
     DeepSpeed counts every layer from the stage's beginning, so a span could reach into the head. `seed_layers` is not offered.
+    adds_aux: layers add to the loss; then the sum so far travels inside the hidden states (`join_aux`)
     """
 
-    def __init__(self, *, recompute: Recompute | None, tp: Group, **deepspeeds: Any) -> None:
+    def __init__(self, *, recompute: Recompute | None, tp: Group, adds_aux: bool, **deepspeeds: Any) -> None:
         super().__init__(**deepspeeds)
         self.recompute = recompute
         self.tp = tp
+        self.adds_aux = adds_aux
 
     def forward(self, forward_input: Any) -> Any:
         """What the stage before sends (the first stage: the inputs of a micro batch) through all layers of this stage."""
         count_micro_batch(self)
-        flow = forward_input
+        flow = LayerState(*forward_input)
+        if self.adds_aux and self.stage_id > 0:
+            hidden, aux = split_aux(flow.hidden)
+            flow = LayerState(hidden, flow.segment_ids, aux)
         for are_blocks, layers in groupby(stage_layers(self), key=is_block):
             if are_blocks:
-                flow = run_blocks(list(layers), LayerState(*flow), self.recompute, tp=self.tp)
+                flow = run_blocks(list(layers), flow, self.recompute, tp=self.tp)
                 continue
             for layer in layers:
                 flow = layer(flow)
-        return flow
+        if not isinstance(flow, LayerState):  # what the head gave
+            return flow
+        return (join_aux(flow.hidden, flow.aux) if self.adds_aux else flow.hidden), flow.segment_ids
+
+
+class _JoinAux(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, aux: Tensor) -> Tensor:
+        return _with_bits(hidden, aux)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0][:, :-1], _bits(grads[0])
+
+
+class _SplitAux(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor) -> tuple[Tensor, Tensor]:
+        return joined[:, :-1].contiguous(), _bits(joined)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _with_bits(grads[0], grads[1])
+
+
+def join_aux(hidden: Tensor, aux: Tensor | None) -> Tensor:
+    """hidden [b, s, h] and aux [] float32 -> [b, s + 1, h], the bits of aux at the beginning of the first row's last position.
+
+    DeepSpeed runs one backward pass for each tensor with a gradient that a stage sends; so there is one. No arithmetic is done on what
+    is sent, nor on its gradient, which carries that of aux in the same way.
+    """
+    aux = torch.zeros((), dtype=torch.float32, device=hidden.device) if aux is None else aux
+    out: Tensor = _JoinAux.apply(hidden, aux)
+    return out
+
+
+def split_aux(joined: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `join_aux`."""
+    hidden, aux = _SplitAux.apply(joined)
+    return hidden, aux
+
+
+def _with_bits(x: Tensor, number: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape[0], x.shape[1] + 1, x.shape[2])
+    out[:, :-1] = x
+    bits = number.detach().reshape(1).float().view(x.dtype)
+    out[0, -1, : bits.numel()] = bits
+    return out
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The float32 number in x, []."""
+    return x[0, -1, : 4 // x.element_size()].clone().view(torch.float32)[0]
 
 
 def is_block(layer: Any) -> bool:
@@ -151,20 +208,16 @@ def pipeline_module(
     """
     choices = choices or PipelineChoices()
     stages = topology.get_dim("pipe")
-    if stages > 1 and any(block.attention.rpe is not None for block in spec.blocks):
-        raise ConfigError(
-            "a relative position table is shared by all layers and cannot be spread over pipeline stages",
-            where="pos_emb: rpe, pipe_parallel_size",
-            fix="set pipe_parallel_size to 0 or 1, or use another pos_emb",
-        )
+    check_slots(spec, stages=stages)
     law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed)
-    builder = Builder(initialiser=law, tp=groups.tp, context=context_plan(spec, groups), dtype=dtype)
+    builder = Builder(initialiser=law, groups=groups, context=context_plan(spec, groups), dtype=dtype)
     chatter = StringIO()
     # DeepSpeed prints the partition, and broadcasts tied weights as if a gradient were wanted.
     with redirect_stdout(chatter), torch.no_grad():
         module = Stages(
             recompute=choices.recompute,
             tp=groups.tp,
+            adds_aux=adds_aux(spec),
             layers=layers_of(spec, builder),
             topology=topology,
             loss_fn=loss_fn,
@@ -173,7 +226,7 @@ def pipeline_module(
         )
     log.debug(chatter.getvalue())
     blocks = [layer for layer in stage_layers(module) if isinstance(layer, TransformerBlock)]
-    share_position_bias(list(blocks))
+    share_between(blocks)
     if choices.compile_blocks:
         for block in blocks:
             block.compile()

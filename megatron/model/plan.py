@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole model on one page: its layers in order, each with the number it has in a checkpoint. Builds nothing by itself."""
+"""The whole model on one page: its layers in order, each with the number it has in a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +14,12 @@ from torch import nn
 
 from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding
-from megatron.model.head import FinalNorm, LMHead, tied_logits
+from megatron.model.head import FinalNorm, LMHead, ValueHead, tied_logits
 from megatron.model.init import Initialiser
-from megatron.model.spec import ModelSpec, Positions
+from megatron.model.slots import share_weights
+from megatron.model.spec import HeadKind, ModelSpec, Positions
 from megatron.mpu.context import ContextPlan
-from megatron.mpu.groups import Group, Groups
+from megatron.mpu.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Slot:
 def layer_plan(spec: ModelSpec) -> list[Slot]:
     """Every slot of the model in order; slot numbers are 0 .. num_layers + 4 without a hole."""
     count = spec.num_layers
-    if spec.tied:
+    if spec.head.kind is HeadKind.VALUE:
+        # FORMAT: a reward model has no final_linear, also where the embeddings of its base are tied.
+        first, last = Slot(0, Embedding, spec.embedding, placed=True), Slot(count + 4, ValueHead, spec.head)
+    elif spec.tied:
         first = Slot(0, Embedding, spec.embedding, tie="embed", placed=True)
         # On a stage of its own the head needs no positions; where both are on one stage, they are the first slot's module.
         table = replace(spec.embedding, positions=Positions.NONE)
@@ -66,14 +70,14 @@ def layer_plan(spec: ModelSpec) -> list[Slot]:
 class Builder:
     """Turns slots into modules with weights.
 
-    tp:     over which weights are split
+    groups: over which weights are split
     context: how sequences are spread over ranks
     device: where; torch.device("meta") leaves weights unmade
     dtype:  of the parameters; None = float32, or what an enclosing context decides
     """
 
     initialiser: Initialiser
-    tp: Group
+    groups: Groups
     context: ContextPlan = ContextPlan()
     device: torch.device | None = None
     dtype: torch.dtype | None = None
@@ -83,21 +87,14 @@ class Builder:
         assert slot.layer is not None
         place = {"context": self.context} if slot.placed else {}
         with nullcontext() if self.device is None else self.device:
-            module = slot.layer(slot.spec, tp=self.tp, **place)
+            module = slot.layer(slot.spec, tp=self.groups.tp, **place)
         if self.device is None or self.device.type != "meta":
-            self.initialiser(module, str(slot.number), self.tp)
+            self.initialiser(module, str(slot.number), self.groups)
         return module if self.dtype is None else module.to(self.dtype)
 
 
-def context_plan(spec: ModelSpec, groups: Groups) -> ContextPlan:
-    """How sequences of this model are spread over the context group: the same for all layers."""
-    attention, tp = spec.blocks[0].attention, groups.tp.size
-    return ContextPlan.choose(groups.cp, heads=attention.num_heads // tp, kv_heads=attention.num_kv_heads // tp)
-
-
-def share_position_bias(blocks: list[nn.Module]) -> None:
-    """Let all blocks use the first one's relative position table. FORMAT: a checkpoint holds it once per block."""
-    attentions = [block.attention for block in blocks if isinstance(block, TransformerBlock)]
-    for attention in attentions[1:]:
-        if attention.spec.rpe is not None:
-            attention.rpe = attentions[0].rpe
+def share_between(modules: Iterable[nn.Module]) -> None:
+    """Let the blocks among consecutive layers use what all mixers, or all feed-forwards, of one class share."""
+    blocks = [module for module in modules if isinstance(module, TransformerBlock)]
+    share_weights([block.mixer for block in blocks])
+    share_weights([block.ffn for block in blocks])

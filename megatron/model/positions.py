@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions inside attention: rotary embeddings and their scalings, T5 relative bias, ALiBi. Knows no masks.
+"""Positions inside attention: rotary embeddings and their scalings, T5 relative bias, ALiBi.
 
 Tables are functions of the positions asked for, so there is no longest length; they are made in float32 on the fly.
 """
@@ -7,6 +7,7 @@ Tables are functions of the positions asked for, so there is no longest length; 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from megatron.errors import ConfigError
 from megatron.model.spec import RopeScaling, RotarySpec, RpeSpec
 from megatron.mpu.groups import Group
+from megatron.mpu.roles import InitialValue
 from megatron.mpu.sharding import Sharding, Split, local_size
 
 # ---- rotary ------------------------------------------------------------------------------------------------------
@@ -174,6 +176,10 @@ class RelativeBias(nn.Module):
         wide = exact + (torch.log(behind.clamp(min=1).float() / exact) / spread * (self.spec.num_buckets - exact)).long()
         bucket = torch.where(behind < exact, behind, wide.clamp(max=self.spec.num_buckets - 1))
         return (self.weight[bucket] * self.factor).permute(2, 0, 1)
+
+    def initial_values(self) -> Mapping[str, InitialValue]:
+        """As the reference draws it, whatever `init_method` says."""
+        return {"weight": "xavier_normal"}
 
     def tables(self) -> tuple[str, ...]:
         """The biases: one side is the buckets."""

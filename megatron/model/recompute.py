@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing: what a forward pass keeps of its blocks, and what the backward pass computes again.
 
-Knows blocks only; embedding and head are never recomputed. Recomputation draws the same dropout masks.
+Embedding and head are never recomputed. Recomputation draws the same dropout masks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from megatron.model.attention.masks import PackedSequences
+from megatron.model.attention.inputs import PackedSequences
 from megatron.model.block import TransformerBlock
 from megatron.model.layer_state import LayerState
 from megatron.mpu.comm import all_gather
@@ -53,24 +53,28 @@ class Recompute:
 def run_blocks(blocks: Sequence[TransformerBlock], stream: LayerState, recompute: Recompute | None, *, tp: Group) -> LayerState:
     """The stream through consecutive blocks; recompute None = keep all activations. Without gradients nothing is kept."""
     # Where documents lie is found once, not once per block: finding it makes a GPU's host wait.
-    isolated = any(block.attention.spec.isolated for block in blocks)
-    segment_ids = PackedSequences.of(stream.segment_ids) if isolated else stream.segment_ids
-    hidden = stream.hidden
+    isolated = any(block.mixer.isolated for block in blocks)
+    fixed = any(block.compiled for block in blocks)
+    segment_ids = PackedSequences.of(stream.segment_ids, fixed=fixed) if isolated else stream.segment_ids
+    hidden, aux = stream.hidden, stream.aux
     if recompute is None or not torch.is_grad_enabled():
-        return LayerState(run_span(blocks, hidden, segment_ids), stream.segment_ids)
+        hidden, aux = run_span(blocks, hidden, segment_ids, aux)
+        return LayerState(hidden, stream.segment_ids, aux)
     selective = recompute.granularity is Granularity.SELECTIVE
     contexts = partial(create_selective_checkpoint_contexts, keeps) if selective else noop_context_fn
     for span in spans(blocks, recompute.num_layers):
         with moved_inputs(recompute, tp):
-            hidden = checkpoint(run_span, span, hidden, segment_ids, use_reentrant=False, context_fn=contexts)
-    return LayerState(hidden, stream.segment_ids)
+            hidden, aux = checkpoint(run_span, span, hidden, segment_ids, aux, use_reentrant=False, context_fn=contexts)
+    return LayerState(hidden, stream.segment_ids, aux)
 
 
-def run_span(blocks: Sequence[TransformerBlock], hidden: Tensor, segment_ids: Tensor | PackedSequences | None) -> Tensor:
-    """hidden [b, s, h] through consecutive blocks -> [b, s, h]."""
+def run_span(
+    blocks: Sequence[TransformerBlock], hidden: Tensor, segment_ids: Tensor | PackedSequences | None, aux: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """hidden [b, s, h] and aux [] through consecutive blocks."""
     for block in blocks:
-        hidden, _ = block((hidden, segment_ids))
-    return hidden
+        hidden, _, aux = block((hidden, segment_ids, aux))
+    return hidden, aux
 
 
 def spans(blocks: Sequence[TransformerBlock], size: int) -> Iterator[Sequence[TransformerBlock]]:
@@ -138,8 +142,8 @@ def moved_inputs(recompute: Recompute, tp: Group) -> AbstractContextManager[Any]
 
 
 def offload(x: Tensor, *, group: Group, on_host: bool) -> Tensor | Offloaded:
-    """x, equal on all ranks of the group -> what this rank keeps. Token and document numbers stay as they are: they are small."""
-    if not x.is_floating_point():
+    """x, equal on all ranks of the group -> what this rank keeps. Document numbers and scalars stay as they are."""
+    if not x.is_floating_point() or x.dim() == 0:
         return x
     data = x.detach()
     if group.size > 1:

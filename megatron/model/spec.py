@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is: frozen numbers and choices. Knows no configuration object and builds nothing."""
+"""What a model is: frozen numbers and choices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+from megatron.errors import ConfigError
 
 
 class NormKind(str, Enum):
@@ -54,6 +57,15 @@ class NormSpec:
     size: int
     eps: float
     bias: bool = True  # LayerNorm only
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements of scale and bias."""
+        if self.kind is NormKind.NON_PARAMETRIC:
+            return 0
+        if self.kind is NormKind.SCALENORM:
+            return 1
+        return self.size * (2 if self.kind is NormKind.LAYERNORM and self.bias else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +154,30 @@ GATED = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """One layer of the stack."""
+    """One layer of the stack: what stands in its two slots, and how norms and residuals join them.
 
-    attention: AttentionSpec
-    mlp: MLPSpec
+    mixer, ffn: specs whose classes are in the table of `model/slots.py`
+    """
+
+    mixer: Any
+    ffn: Any
     norm: NormSpec
     residual: Residual = Residual.SEQUENTIAL
     hidden_dropout: float = 0.0
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The mixer of a layer with attention. Raises ConfigError for another mixer."""
+        if not isinstance(self.mixer, AttentionSpec):
+            raise ConfigError(f"this is for layers with attention, not for {type(self.mixer).__name__}", fix="use a model with attention")
+        return self.mixer
+
+    @property
+    def mlp(self) -> MLPSpec:
+        """The feed-forward of a dense layer. Raises ConfigError for another one."""
+        if not isinstance(self.ffn, MLPSpec):
+            raise ConfigError(f"this is for layers with a dense MLP, not for {type(self.ffn).__name__}", fix="use a model with dense MLPs")
+        return self.ffn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +194,27 @@ class EmbeddingSpec:
     position_multiplier: float = 1.0
 
 
+class HeadKind(str, Enum):
+    """What the last layer gives for each position."""
+
+    VOCABULARY = "vocabulary"  # logits of the next token
+    VALUE = "value"  # one score (reward models)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """Language-model head. block_rows bounds how many rows of logits exist at once (0 = all)."""
+    """The last layer. block_rows bounds how many rows of logits exist at once (0 = chosen by device and vocabulary)."""
 
     hidden_size: int
     vocab_size: int
+    kind: HeadKind = HeadKind.VOCABULARY
     block_rows: int = 0
     multiplier: float = 1.0  # on the logits (muP)
+
+    @property
+    def parameter_count(self) -> int:
+        """Elements of the head's matrix."""
+        return self.hidden_size * (self.vocab_size if self.kind is HeadKind.VOCABULARY else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

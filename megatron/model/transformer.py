@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a plan in one process. Knows no engine, no loss and no pipeline."""
+"""Runs a plan in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron.model.block import TransformerBlock
+from megatron.model.cache import LayerCache, ModelCache
+from megatron.model.head import Read
 from megatron.model.init import Gather, Initialiser
 from megatron.model.layer_state import LayerState
-from megatron.model.plan import Builder, context_plan, layer_plan, share_position_bias
+from megatron.model.plan import Builder, Slot, layer_plan, share_between
 from megatron.model.recompute import Recompute, run_blocks
+from megatron.model.slots import check_slots, context_plan
 from megatron.model.spec import ModelSpec
-from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Groups
-
-if TYPE_CHECKING:
-    from megatron.model.cache import KVCache
-    from megatron.model.head import Logits
-
-Read = Callable[["Logits"], Any]
 
 
 class Transformer(nn.Module):
@@ -53,11 +48,12 @@ class Transformer(nn.Module):
         self.recompute = recompute
         law = Initialiser(spec=spec.init, hidden_size=spec.hidden_size, num_layers=spec.num_layers, seed=seed, gather=gather)
         where = None if device is None else torch.device(device)
-        self.context = context_plan(spec, self.groups) if spec.blocks else ContextPlan()
-        builder = Builder(initialiser=law, tp=self.groups.tp, context=self.context, device=where, dtype=dtype)
+        check_slots(spec, stages=1)
+        self.context = context_plan(spec, self.groups)
+        builder = Builder(initialiser=law, groups=self.groups, context=self.context, device=where, dtype=dtype)
         self.plan = layer_plan(spec)
-        made = {slot.number: builder.build(slot) for slot in self.plan if slot.layer is not None and slot.head is None}
-        share_position_bias(list(made.values()))
+        made = {slot.number: builder.build(slot) for slot in self.slots_here() if slot.layer is not None and slot.head is None}
+        share_between(made.values())
         self.sequential = nn.ModuleDict({str(number): module for number, module in made.items()})
 
     @property
@@ -65,35 +61,58 @@ class Transformer(nn.Module):
         """The stack, in order."""
         return [module for module in self.sequential.values() if isinstance(module, TransformerBlock)]
 
-    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, cache: KVCache | None = None, read: Read | None = None) -> Any:
-        """tokens [b, s] int64 -> Logits, or what `read` makes of them.
+    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None, cache: ModelCache | None = None, read: Read | None = None) -> Any:
+        """tokens [b, s] int64 -> Logits (or Values), or what `read` makes of them.
 
         segment_ids: [b, s] int32 document numbers, of whole rows where tokens are this rank's part of them; None = one document per row
-        cache:    keys and values of earlier tokens; the new ones are appended
+        cache:    what `allocate_cache` gave, with the tokens before; these are appended
         read:     runs inside the head's forward (where ZeRO-3 has the head's weight whole); its result is returned
         """
-        if segment_ids is None:
-            segment_ids = tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
+        segment_ids = self.one_document(tokens) if segment_ids is None else segment_ids
+        return self.finish(self.run_stack(self.embed(LayerState(tokens, segment_ids), cache), cache), read)
+
+    def slots_here(self) -> list[Slot]:
+        """The slots whose modules are built in this process."""
+        return self.plan
+
+    def one_document(self, tokens: Tensor) -> Tensor:
+        """segment_ids of rows that are one document each; tokens [b, s] are this rank's part of them."""
+        return tokens.new_zeros(tokens.shape[0], tokens.shape[1] * self.context.size, dtype=torch.int32)
+
+    def embed(self, stream: LayerState, cache: ModelCache | None = None) -> LayerState:
+        """The first slot: token ids become hidden states."""
+        embedded: LayerState = self.sequential[str(self.plan[0].number)](stream, None if cache is None else cache[0])
+        return embedded
+
+    def finish(self, stream: LayerState, read: Read | None = None) -> Any:
+        """Final norm and head -> Logits, or what `read` makes of them."""
         first, last = self.plan[0], self.plan[-1]
-        stream = LayerState(tokens, segment_ids)
-        stream = self.sequential[str(first.number)](stream, None if cache is None else cache.layer(0))
-        stream = self._run_blocks(stream, cache)
         stream = self.sequential[str(self.plan[-2].number)](stream)
         if last.head is not None:
             return self.sequential[str(first.number)](stream, head=partial(last.head, read=read))
         return self.sequential[str(last.number)](stream, read=read)
+
+    def allocate_cache(self, rows: int, max_len: int, dtype: torch.dtype | None = None) -> ModelCache:
+        """An empty cache for decoding `rows` rows of up to `max_len` tokens, on the model's device. dtype: None = the parameters'"""
+        some = next(self.parameters())
+
+        def of(block: TransformerBlock) -> LayerCache:
+            return block.mixer.allocate_cache(rows, max_len, some.dtype if dtype is None else dtype, some.device)
+
+        return ModelCache(map(of, self.blocks))
 
     def compile_blocks(self) -> None:
         """Compile every block in place (torch.compile); names in the state dict do not change."""
         for block in self.blocks:
             block.compile()
 
-    def _run_blocks(self, stream: LayerState, cache: KVCache | None) -> LayerState:
+    def run_stack(self, stream: LayerState, cache: ModelCache | None = None) -> LayerState:
+        """The blocks, one after the other."""
         blocks = self.blocks
         if not blocks:
             return stream
         if cache is not None:
-            for index, block in enumerate(blocks):
-                stream = block(stream, cache.layer(index))
+            for block, layer in zip(blocks, cache, strict=True):
+                stream = block(stream, layer)
             return stream
         return run_blocks(blocks, stream, self.recompute, tp=self.groups.tp)

@@ -11,7 +11,7 @@ In the table of a pair, the backward pass is the other's forward pass:
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,39 @@ def sum_slice(x: Tensor, group: Group, dim: int) -> Tensor:
     out = torch.ops._c10d_functional.reduce_scatter_tensor(pieces, "sum", group.size, group.handle.group_name)
     done: Tensor = torch.ops._c10d_functional.wait_tensor(out)
     return done
+
+
+# ---- round a group, one rank a step ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A step under way. What is sent stays alive, and must not be written to, until `wait` returns."""
+
+    sent: Tensor
+    arriving: Tensor
+    works: tuple[dist.Work, ...] = ()
+
+    def wait(self) -> Tensor:
+        """What the previous rank sent; shape as sent."""
+        for work in self.works:
+            work.wait()
+        return self.arriving
+
+
+def shift(x: Tensor, group: Group) -> Shift:
+    """Start sending x to the next rank (the last one's next is the first) and receiving the previous rank's.
+
+    Shapes and dtypes agree on all ranks. Several may be under way: each rank starts them in the same order.
+    """
+    if group.size == 1:
+        return Shift(x, x)
+    sent = x.contiguous()
+    arriving = torch.empty_like(sent)
+    after, before = group.ranks[(group.rank + 1) % group.size], group.ranks[group.rank - 1]
+    # Neither half waits for the other, so it does not matter who comes first; NCCL joins the two into one launch.
+    pair = [dist.P2POp(dist.isend, sent, after, group.handle), dist.P2POp(dist.irecv, arriving, before, group.handle)]
+    return Shift(sent, arriving, tuple(dist.batch_isend_irecv(pair)))
 
 
 # ---- with gradients ----------------------------------------------------------------------------------------------

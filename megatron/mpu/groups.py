@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from megatron.mpu.sharding import Axis
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -38,6 +40,7 @@ class Groups:
 
     tp: share every weight matrix           pp: have the layers in stages
     dp: read different samples              cp: read different parts of the same samples' sequences
+    ep: have different experts of a layer
     replicas: hold the same weights, so gradients and metrics are summed over it: dp and cp together
     world:    everybody
     """
@@ -46,6 +49,7 @@ class Groups:
     pp: Group = field(default_factory=Group.single)
     dp: Group = field(default_factory=Group.single)
     cp: Group = field(default_factory=Group.single)
+    ep: Group = field(default_factory=Group.single)
     replicas: Group = field(default_factory=Group.single)
     world: Group = field(default_factory=Group.single)
 
@@ -53,3 +57,7 @@ class Groups:
     def single(cls) -> Groups:
         """One process: every axis has size 1."""
         return cls()
+
+    def along(self, axis: Axis) -> Group:
+        """The group that tensors of an axis are cut over."""
+        return self.tp if axis is Axis.TENSOR else self.ep

@@ -6,16 +6,57 @@ Weights are [n_out, n_in] like nn.Linear's. Fresh ones are normal(0, 0.02), bias
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
+from megatron.mpu.roles import Initial, InitialValue
 from megatron.mpu.sharding import Replicated, Sharding, Split, Summed, local_size
 
+LinearOp = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x [..., k], weight [m, k], bias [m] or None) -> [..., m], all as this rank holds them. It must be linear in x."""
 
-class ColumnLinear(nn.Module):
+
+class SplitLinear(nn.Module):
+    """What column and row layers share: a weight, a bias, and the one operation that multiplies by them.
+
+    linear: replaced by `attach_linear`; an nn.Module with parameters of its own (LoRA) becomes a submodule
+    """
+
+    linear: LinearOp
+
+    def __init__(
+        self, shape: tuple[int, int], *, tp: Group, bias: bool, dtype: torch.dtype | None, device: torch.device | str | None
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.linear = F.linear
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device)) if bias else None
+        nn.init.normal_(self.weight, std=0.02)
+
+
+def attach_linear(module: nn.Module, choose: Callable[[str, SplitLinear], LinearOp | None]) -> list[str]:
+    """Give column and row layers of a module tree another operation: LoRA, FP8, quantised weights.
+
+    choose: (name, layer) -> the operation of that layer; None = leave it
+    Returns the names of the layers that were changed. The embedding and the head use their weights without one.
+    """
+    layers = [(name, part) for name, part in module.named_modules() if isinstance(part, SplitLinear)]
+    changed = []
+    for name, layer in layers:
+        operation = choose(name, layer)
+        if operation is not None:
+            layer.linear = operation
+            changed.append(name)
+    return changed
+
+
+class ColumnLinear(SplitLinear):
     """y = x W^T + b with the outputs spread over tp: W [n_out / tp, n_in], b [n_out / tp] (arXiv 1909.08053, sec. 3).
 
     parts: global output sizes that are cut each by itself (fused q|k|v, value|gate); they sum to n_out
@@ -33,17 +74,13 @@ class ColumnLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.tp = tp
-        self.parts = parts
         rows = sum(local_size(part, tp.size, "an output of") for part in parts or (n_out,))
-        self.weight = nn.Parameter(torch.empty(rows, n_in, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device)) if bias else None
-        nn.init.normal_(self.weight, std=0.02)
+        super().__init__((rows, n_in), tp=tp, bias=bias, dtype=dtype, device=device)
+        self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n_in] replicated, or [b, s / tp, n_in] where the sequence is spread -> [..., n_out / tp] of the whole sequence."""
-        return F.linear(comm.copy_to_region(x, self.tp), self.weight, self.bias)
+        return self.linear(comm.copy_to_region(x, self.tp), self.weight, self.bias)
 
     def sharding(self) -> dict[str, Sharding]:
         """Rows, part by part."""
@@ -51,7 +88,7 @@ class ColumnLinear(nn.Module):
         return {"weight": how} if self.bias is None else {"weight": how, "bias": how}
 
 
-class RowLinear(nn.Module):
+class RowLinear(SplitLinear):
     """y = x W^T + b with the inputs spread over tp: W [n_out, n_in / tp], b [n_out].
 
     defer_reduce: give this rank's share of the sum; the caller reduces (once, for several layers)
@@ -69,20 +106,15 @@ class RowLinear(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.tp = tp
+        super().__init__((n_out, local_size(n_in, tp.size, "an input of")), tp=tp, bias=bias, dtype=dtype, device=device)
         self.defer_reduce = defer_reduce
-        columns = local_size(n_in, tp.size, "an input of")
-        self.weight = nn.Parameter(torch.empty(n_out, columns, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(n_out, dtype=dtype, device=device)) if bias else None
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n_in / tp] -> [..., n_out], or [b, s / tp, n_out] where the sequence is spread; with defer_reduce a partial sum."""
         if self.defer_reduce or self.tp.size == 1:
             # FORMAT: with a deferred reduce every rank adds its bias before the sum, so a checkpoint holds bias / tp.
-            return F.linear(x, self.weight, self.bias)
-        y = comm.reduce_from_region(F.linear(x, self.weight), self.tp)
+            return self.linear(x, self.weight, self.bias)
+        y = comm.reduce_from_region(self.linear(x, self.weight, None), self.tp)
         return y if self.bias is None else y + comm.sum_weight_grad(self.bias, self.tp)
 
     def sharding(self) -> dict[str, Sharding]:
@@ -91,6 +123,10 @@ class RowLinear(nn.Module):
         if self.bias is not None:
             table["bias"] = Summed() if self.defer_reduce else Replicated()
         return table
+
+    def initial_values(self) -> Mapping[str, InitialValue]:
+        """It writes into the residual stream."""
+        return {"weight": Initial.OUTPUT}
 
 
 class VocabEmbedding(nn.Module):

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters are hidden matrices, vectors, or tables: said by their modules and by their shape, never by a name."""
+"""What modules say of their own parameters: which role they have, and how they start. Nothing is guessed from a name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Generator, Tensor, nn
 
 
 class Role(Enum):
@@ -28,6 +29,44 @@ class StatesTables(Protocol):
 
     def tables(self) -> tuple[str, ...]:
         """Local names of the matrices that are tables; a dot leads into a submodule."""
+
+
+class Initial(Enum):
+    """How a parameter starts, where its module names no method of its own.
+
+    INPUT:  by `init_method`; what a matrix gets of which nothing is said
+    OUTPUT: by `output_layer_init_method`: what writes into the residual stream
+    KEEP:   as the constructor made it; what a vector gets of which nothing is said
+    """
+
+    INPUT = "input"
+    OUTPUT = "output"
+    KEEP = "keep"
+
+
+Fill = Callable[[Tensor, Generator], None]
+"""Writes a whole parameter, float32 and over all ranks, with random numbers of the generator only; each rank keeps its part."""
+
+InitialValue = Initial | str | Fill
+"""str: a method's name, as in `init_method`."""
+
+
+@runtime_checkable
+class StatesInitialValues(Protocol):
+    """A module that says how parameters of its own start."""
+
+    def initial_values(self) -> Mapping[str, InitialValue]:
+        """Local names -> initial value; a dot leads into a submodule, of which the outer module has the last word."""
+
+
+def initial_values_of(module: nn.Module) -> dict[int, InitialValue]:
+    """What is said of a module tree's parameters, by the parameter's identity."""
+    found: dict[int, InitialValue] = {}
+    for part in module.modules():  # outer ones first
+        if isinstance(part, StatesInitialValues):
+            for name, value in part.initial_values().items():
+                found.setdefault(id(part.get_parameter(name)), value)
+    return found
 
 
 def exempt_from_decay(module: nn.Module) -> set[int]:

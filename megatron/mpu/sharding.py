@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a tensor is spread over a tensor parallel group, said once beside the weight and read by everybody else."""
+"""How a tensor is spread over a group of ranks, said once beside the weight and read by everybody else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from megatron.errors import ConfigError
+
+
+class Axis(Enum):
+    """The group of ranks that a tensor is cut over (`Groups.along`)."""
+
+    TENSOR = "tensor"
+    EXPERT = "expert"
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Split:
     """Cut along `dim` into equal slices, rank after rank.
 
     parts: global sizes of parts that are cut each by itself: a rank holds [its slice of part 0; of part 1; ...]
+    axis:  over which ranks
 
     >>> split(torch.arange(6), Split(0, parts=(4, 2)), rank=1, size=2)
     tensor([2, 3, 5])
@@ -30,6 +39,7 @@ class Split:
 
     dim: int
     parts: tuple[int, ...] | None = None
+    axis: Axis = Axis.TENSOR
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic between a global rank and its place on the (pipe, data, context, tensor) grid. Knows no torch."""
+"""Arithmetic between a global rank and its place on the (pipe, data, context, tensor) grid."""
 
 from __future__ import annotations
 

@@ -17,13 +17,12 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
+from megatron.launch.environment import place_from
 from megatron.launch.rank_events import claim, leave
-from megatron.launch.rendezvous import place_from
 from megatron.log import setup_logging
 
-from . import worker_payload
 from .deepspeed import deepspeed_config
-from .flags import HELP, INSIDE, Words, sort_words
+from .flags import HELP, INSIDE, Words, decode_config, encode_config, sort_words
 from .hostfile import visible_devices
 from .neox_args import NeoXArgs
 from .yaml_loader import read_files
@@ -110,12 +109,12 @@ def worker_words(args: NeoXArgs, *, debug: bool = False) -> tuple[str, ...]:
     if args.runtime.autotuning_run:
         tuned = AUTOTUNING_FILE  # the autotuner edits a file
     else:
-        tuned = worker_payload.encode(deepspeed_config(args))
+        tuned = encode_config(deepspeed_config(args))
     words = (
         DEEPSPEED_CONFIG,
         tuned,
         MEGATRON_CONFIG,
-        worker_payload.encode({**args.given(), "global_num_gpus": args.runtime.global_num_gpus}),
+        encode_config({**args.given(), "global_num_gpus": args.runtime.global_num_gpus}),
     )
     return (*words, "--debug") if debug else words
 
@@ -221,31 +220,28 @@ def _prepare_environment() -> None:
 def _split_own(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of the script's own flags, each with its value, and all other words."""
     flags = next((OWN_FLAGS[name] for word in argv if (name := Path(word).name) in OWN_FLAGS), ())
-    own: list[str] = []
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in flags:
-            own += [word, next(words, "")]
-        else:
-            (own if word.partition("=")[0] in flags else rest).append(word)
-    return own, rest
+    own, rest = _take_flags(argv, flags)
+    return [f"{name}={value}" for name, value in own], rest
 
 
 def _split_encoded(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The encoded configs, and the other words without those that launchers add."""
-    encoded: dict[str, str] = {}
+    found, rest = _take_flags(argv, (MEGATRON_CONFIG, DEEPSPEED_CONFIG, *IGNORED))
+    return {name: value for name, value in found if name not in IGNORED}, rest
+
+
+def _take_flags(argv: Sequence[str], flags: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The flags among the words, each with its value, and all other words."""
+    found: list[tuple[str, str]] = []
     rest: list[str] = []
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name in (MEGATRON_CONFIG, DEEPSPEED_CONFIG):
-            encoded[name] = value if equals else next(words, "")
-        elif name in IGNORED:
-            _ = value if equals else next(words, "")
+        if name in flags:
+            found.append((name, value if equals else next(words, "")))
         else:
             rest.append(word)
-    return encoded, rest
+    return found, rest
 
 
 def _overwrites(words: Words, confs: Sequence[str]) -> dict[str, Any]:
@@ -278,7 +274,7 @@ def _with_entry(block: Any, path: list[str], value: Any, flag: str) -> dict[str,
 
 
 def _from_encoded(encoded: Mapping[str, str], fixed: dict[str, Any]) -> NeoXArgs:
-    values = worker_payload.decode(encoded[MEGATRON_CONFIG], MEGATRON_CONFIG)
+    values = decode_config(encoded[MEGATRON_CONFIG], MEGATRON_CONFIG)
     if values.get("autotuning_run") and DEEPSPEED_CONFIG in encoded:
         tuned = _tuned(encoded[DEEPSPEED_CONFIG])
         values |= {key: tuned[key] for key in TUNED if key in tuned}
@@ -299,6 +295,6 @@ def _check_ranks(wanted: Any, found: int) -> None:
 def _tuned(text: str) -> dict[str, Any]:
     """The DeepSpeed config of an autotuning trial: a JSON file, or encoded."""
     if not Path(text).is_file():
-        return worker_payload.decode(text, DEEPSPEED_CONFIG)
+        return decode_config(text, DEEPSPEED_CONFIG)
     loaded = json.loads(Path(text).read_text())
     return loaded if isinstance(loaded, dict) else {}

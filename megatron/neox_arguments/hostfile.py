@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many ranks a run has, read from hostfile, environment and device files. Knows no torch and starts nothing."""
+"""How many ranks a run has, read from hostfile, environment and device files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeoXArgs: the whole configuration, resolved, checked and frozen. Knows no torch and starts nothing."""
+"""NeoXArgs: the whole configuration, resolved, checked and frozen."""
 
 from __future__ import annotations
 
@@ -14,29 +14,15 @@ from pydantic import ValidationError
 
 from megatron.provenance import git_commit
 
+from . import sections as parts
 from . import yaml_loader as flat_files
 from .hostfile import visible_devices
 from .nested import check_block
-from .problems import DEFAULT, ConfigProblems, Origin, Problem
-from .pydantic_errors import unknown_key, value_problems
-from .resolution_state import ResolutionState
+from .problems import DEFAULT, ConfigProblems, Origin, Problem, unknown_key, value_problems
+from .resolve import ResolutionState
 from .resolvers import RESOLVERS, resolve_world
 from .rules import broken_rules
-from .sections import (
-    SECTION_OF,
-    SECTIONS,
-    AttentionArgs,
-    CheckpointArgs,
-    DataArgs,
-    LogsArgs,
-    ModelArgs,
-    ObjectiveArgs,
-    OptimArgs,
-    RunArgs,
-    RuntimeArgs,
-    Section,
-    TextArgs,
-)
+from .sections import SECTION_OF, SECTIONS, Section
 from .unused_keys import idle_keys
 from .yaml_loader import Flat, fold
 
@@ -48,16 +34,16 @@ class NeoXArgs:
     Made by `from_ymls` or `from_dict`, which raise one ConfigError with every problem there is.
     """
 
-    runtime: RuntimeArgs
-    model: ModelArgs
-    attention: AttentionArgs
-    optim: OptimArgs
-    run: RunArgs
-    data: DataArgs
-    objective: ObjectiveArgs
-    checkpoint: CheckpointArgs
-    logs: LogsArgs
-    text: TextArgs
+    runtime: parts.RuntimeArgs
+    model: parts.ModelArgs
+    attention: parts.AttentionArgs
+    optim: parts.OptimArgs
+    run: parts.RunArgs
+    data: parts.DataArgs
+    objective: parts.ObjectiveArgs
+    checkpoint: parts.CheckpointArgs
+    logs: parts.LogsArgs
+    text: parts.TextArgs
     _given: Mapping[str, Any] = field(repr=False)
     _origins: Mapping[str, Origin] = field(repr=False, compare=False)
 

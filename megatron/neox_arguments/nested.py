@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and kinds of the entries inside dict-valued keys. Knows no relation between keys.
+"""Names and kinds of the entries inside dict-valued keys.
 
 The names are those that DeepSpeed, Hugging Face and the optimizers document. Blocks whose set of names is open
 (autotuning, elasticity, deepspeed_extra_args, ...) are not listed and not checked.

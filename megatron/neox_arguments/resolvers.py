@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivations on a state, one function per group of keys. Knows no file; the arithmetic is in resolve.py."""
+"""Derivations on a state, one function per group of keys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, Final
 from .hostfile import HostError, Hosts, count_ranks
 from .nested import OPTIMIZER_PARAMS
 from .problems import Problem, closest, plain, shown
-from .resolution_state import ResolutionState
-from .resolve import TRIPLE, Unsolvable, batch_triple, choose_precision, decay_iters, expand_attention, parse_split
+from .resolve import TRIPLE, ResolutionState, Unsolvable, batch_triple, choose_precision, decay_iters, expand_attention, parse_split
 from .unused_keys import RECOMPUTE_ENTRIES
 
 # Data that is made of separate texts: tokens of one must not depend on another.

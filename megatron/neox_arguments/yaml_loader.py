@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML and JSON files -> one flat dict in which every value knows its file and line. Knows no key."""
+"""YAML and JSON files -> one flat dict in which every value knows its file and line."""
 
 from __future__ import annotations
 

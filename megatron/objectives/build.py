@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
+from megatron.neox_arguments.unfinished import refuse_value
 from megatron.objectives.base import Objective
 from megatron.objectives.language_model import LanguageModel
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 NAMES: Mapping[str, type[Objective]] = MappingProxyType({"normal": LanguageModel})
-PLANNED = ("dpo", "rm", "kto", "reinforce")
 
 
 def objective_class(train_impl: str) -> type[Objective]:
@@ -26,8 +26,8 @@ def objective_class(train_impl: str) -> type[Objective]:
     found = NAMES.get(train_impl)
     if found is not None:
         return found
-    state = "not built yet" if train_impl in PLANNED else "unknown"
-    raise ConfigError(f"train_impl {train_impl!r} is {state}", where="train_impl", fix=f"use one of: {', '.join(NAMES)}")
+    refuse_value("train_impl", train_impl)
+    raise ConfigError(f"train_impl {train_impl!r} is unknown", where="train_impl", fix=f"use one of: {', '.join(NAMES)}")
 
 
 def build_objective(args: NeoXArgs, *, eod: int) -> Objective:
@@ -37,8 +37,7 @@ def build_objective(args: NeoXArgs, *, eod: int) -> Objective:
     """
     kind = objective_class(args.objective.train_impl)
     for key in ("ga_dataset", "gd_retain_dataset"):
-        if getattr(args.objective, key) is not None:
-            raise ConfigError("gradient ascent and gradient difference are not built yet", where=key, fix=f"remove {key}")
+        refuse_value(key, getattr(args.objective, key))
     isolated = args.attention.attention_over_documents == "isolated"
     log.info(f"documents packed into one row: {'isolated from' if isolated else 'joined with'} each other")
     return kind.from_args(args, eod=eod)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter groups, optimizers and learning-rate schedules. Knows no engine and no objective."""
+"""Parameter groups, optimizers and learning-rate schedules."""

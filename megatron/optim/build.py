@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.neox_arguments.deepspeed import deepspeed_config
-from megatron.optim.groups import groups_by_role, parameter_groups, slow_shares
+from megatron.neox_arguments.unfinished import refuse_value
+from megatron.optim.groups import groups_by_role, mup_rates, parameter_groups, slow_shares
 from megatron.optim.muon import muon_groups
 from megatron.optim.optimizers import make_optimizer
-from megatron.optim.rates import mup_rates
 from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> 
     Raises ConfigError for what is not built, BackendError for what this machine does not have.
     """
     section = args.optim
-    if section.use_bnb_optimizer:
-        raise ConfigError("8-bit Adam is not built yet", where="use_bnb_optimizer", fix="set use_bnb_optimizer: false")
+    refuse_value("use_bnb_optimizer", section.use_bnb_optimizer)
     params = dict(section.optimizer.get("params", {})) if section.optimizer else {}
     params["lr"] = section.lr
     name: str = section.optimizer_type

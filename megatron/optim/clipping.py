@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures and clips the global gradient norm just before an optimizer steps. Knows no engine."""
+"""Measures and clips the global gradient norm just before an optimizer steps."""
 
 from __future__ import annotations
 

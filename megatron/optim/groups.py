@@ -1,15 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters as optimizer groups: which decay, and at which share of the rate they learn. Decided by role, never by name."""
+"""Parameters as optimizer groups: which decay, and at which share of the rate they learn (muP). Decided by role, never by name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from megatron.errors import ConfigError
 from megatron.mpu.roles import Role, dimensions, exempt_from_decay, roles_of
 from megatron.mpu.sharding import Summed, sharding_of
-from megatron.optim.rates import Rates
+
+Rates = Mapping[Role, float]
+
+EVEN: Rates = MappingProxyType(dict.fromkeys(Role, 1.0))
+"""One rate for all parameters."""
+
+# The size of an update does not depend on that of the gradient.
+BY_ENTRY = ("adam", "adamw", "cpu_adam", "cpu_torch_adam", "lion", "sm3")
+BY_GRADIENT = ("sgd",)
+BY_SPECTRUM = ("muon",)
 
 LR_MULT = "lr_mult"
 """Key of a group whose rate is not the schedule's: what the schedule's is multiplied by."""
@@ -73,3 +85,26 @@ def slow_shares(groups: list[dict[str, Any]], module: nn.Module, ranks: int) -> 
 def rate_of(group: dict[str, Any], rate: float) -> float:
     """The rate of a group when the schedule says `rate`."""
     return rate * float(group.get(LR_MULT, 1.0))
+
+
+def mup_rates(optimizer: str, width_mult: float) -> Rates:
+    """What the rate of each role is multiplied by (Yang et al., arXiv 2203.03466, table 8).
+
+    optimizer:  lower case name
+    width_mult: hidden_size over the base width
+    Adam and others with updates of fixed size per entry: hidden matrices learn at 1 / width_mult. SGD: vectors and tables at width_mult.
+    Muon's updates have a fixed spectral norm, which is what muP asks of hidden matrices (Yang et al., arXiv 2310.17813, condition 1);
+    the rest learns by Adam, at the plain rate.
+    Raises ConfigError for an optimizer whose law is not known.
+    """
+    if optimizer in BY_ENTRY:
+        return {**EVEN, Role.HIDDEN: 1.0 / width_mult}
+    if optimizer in BY_GRADIENT:
+        return {Role.HIDDEN: 1.0, Role.EMBEDDING: width_mult, Role.VECTOR: width_mult}
+    if optimizer in BY_SPECTRUM:
+        return EVEN
+    raise ConfigError(
+        f"there is no muP law for optimizer {optimizer!r}",
+        where="optimizer.type, use_mup",
+        fix=f"use one of: {', '.join((*BY_ENTRY, *BY_GRADIENT, *BY_SPECTRUM))}",
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for hidden matrices beside AdamW for the rest: over whole parameters, or through DeepSpeed's ZeRO. Knows no configuration."""
+"""Muon for hidden matrices beside AdamW for the rest: over whole parameters, or through DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron.deepspeed_private import muon_class
 from megatron.log import get_logger
 from megatron.mpu.roles import Role, dimensions, roles_of
 from megatron.optim.groups import LR_MULT
-from megatron.optim.step import GroupwiseOptimizer
+from megatron.optim.groupwise import GroupwiseOptimizer
 
 log = get_logger(__name__)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named optimizers over parameter groups. Knows no configuration object."""
+"""Named optimizers over parameter groups."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from megatron.errors import ConfigError
 from megatron.optim.cpu_adam import cpu_adam
-from megatron.optim.lion import Lion
-from megatron.optim.madgrad import MADGRADW
+from megatron.optim.groupwise import MADGRADW, SM3, Lion
 from megatron.optim.muon import Muon, deepspeed_muon
-from megatron.optim.sm3 import SM3
 
 Groups = list[dict[str, Any]]
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text <-> ids, whatever library does it. Knows no configuration object outside build.py."""
+"""Text <-> ids, whatever library does it."""
 
-from megatron.tokenizer.registry import open_tokenizer
+from megatron.tokenizer.registry import open_tokenizer, set_library_threads
 from megatron.tokenizer.select_backend import Settled, select_backend, settle_open
-from megatron.tokenizer.threads import set_library_threads
 from megatron.tokenizer.tokenizer import (
     RaggedIds,
     Tokenizer,

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a TokenizerSource to an open tokenizer."""
+"""From a TokenizerSource to an open tokenizer, and how many threads its library uses."""
 
 from __future__ import annotations
+
+import os
 
 from megatron.tokenizer.gigatoken_backend import GigatokenTokenizer, engine_of
 from megatron.tokenizer.hugging_face import open_gpt2_bpe, open_hf, open_hf_gpt2
@@ -30,3 +32,13 @@ def open_family(source: TokenizerSource) -> Tokenizer:
     if source.kind is TokenizerKind.TIKTOKEN:
         return TiktokenTokenizer(source.vocab_file)
     return CharLevelTokenizer()
+
+
+def set_library_threads(number: int) -> None:
+    """Threads of `tokenizers` and gigatoken in this process and those it starts.
+
+    Both read the environment when they are first used, once: call this before. A process started by multiprocessing uses gigatoken on
+    one thread whatever the number, so work is divided over processes, not threads.
+    """
+    os.environ["RAYON_NUM_THREADS"] = str(number)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if number > 1 else "false"

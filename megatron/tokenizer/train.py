@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909, on bytes). Knows texts, no files of a corpus."""
+"""Training a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909, on bytes)."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron.atomic_io import write_durably
 from megatron.errors import ConfigError, DataError
 from megatron.log import get_logger
 
@@ -52,7 +52,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2) 
 
 
 def save_tokenizer(engine: Engine, path: Path) -> None:
-    """Write tokenizer.json at `path` and tokenizer_config.json beside it, each aside first and then renamed."""
+    """Write tokenizer.json at `path` and tokenizer_config.json beside it; each appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -61,14 +61,8 @@ def save_tokenizer(engine: Engine, path: Path) -> None:
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
-    _write(path.parent / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
-    _write(path, engine.to_str(pretty=True))
-
-
-def _write(path: Path, content: str) -> None:
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    aside.write_text(content, encoding="utf-8")
-    aside.replace(path)
+    write_durably(path.parent / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    write_durably(path, engine.to_str(pretty=True))
 
 
 class _Counted:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.steps.discovery import Search, find
-from megatron.checkpoint.steps.manifest import MANIFEST
+from megatron.checkpoint.steps.manifest import MANIFEST, Verify, look_at
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps, write_latest
-from megatron.checkpoint.steps.verify import Verify, look_at
 from megatron.errors import CheckpointError
 from support.checkpoints import KINDS, flip, step_folder
 from support.jobs import Job, settings

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.build import own_folder
+from megatron.checkpoint.steps.manifest import Verify, look_at
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps, step_tag
-from megatron.checkpoint.steps.verify import Verify, look_at
 from megatron.errors import ConfigError
 from megatron.mpu.groups import Group
 from support.jobs import Job, settings

@@ -114,7 +114,7 @@ def test_the_bait_is_live(tmp_path: Path, marker: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_reader_of_a_checkpoint_runs_it(tmp_path: Path, marker: Path, kind: str) -> None:
     """Bookkeeping, weights, DeepSpeed's own loading of optimizer shards, the inspector."""
-    from megatron.checkpoint.conversion.inspect import Wanted, entries, locate
+    from megatron.checkpoint.conversion.inspect import TensorSelection, entries, locate
     from megatron.checkpoint.formats.neox_files import bookkeeping, read_weights
     from megatron.checkpoint.loading.merge_tp import read_shards
     from megatron.engine.deepspeed_runner import SafeCheckpointEngine
@@ -124,7 +124,7 @@ def test_no_reader_of_a_checkpoint_runs_it(tmp_path: Path, marker: Path, kind: s
     for name in ("mp_rank_00_model_states.pt", "layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
         path = folder / name
         write_hostile(path, kind, marker)
-        refused(lambda: list(entries(locate(folder), Wanted())), path, marker)
+        refused(lambda: list(entries(locate(folder), TensorSelection())), path, marker)
         refused(lambda path=path: SafeCheckpointEngine(None).load(str(path), map_location="cpu"), path, marker)
         if name.startswith("mp_rank"):
             refused(lambda: bookkeeping(folder, deepspeed_types=True), path, marker)

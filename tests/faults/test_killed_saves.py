@@ -13,9 +13,8 @@ import pytest
 
 from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.discovery import Search, find
-from megatron.checkpoint.steps.manifest import read_manifest
+from megatron.checkpoint.steps.manifest import Verify, look_at, read_manifest
 from megatron.checkpoint.steps.step_dirs import latest_tag, step_of, step_tag
-from megatron.checkpoint.steps.verify import Verify, look_at
 from support.jobs import Job, settings
 from support.saves import FILES, Server, server
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron import progress
 from megatron.progress import EvaluationBlock, MemoryLine, TrainingLine
+from tests.support import log_lines
 
 KNOWN = (
     " samples/sec: 53.120 | iteration     1200/    4627 | elapsed time per iteration (ms): 2409.6 | learning rate: 8.000E-05 |"
@@ -32,9 +33,9 @@ def test_the_line_is_the_known_line() -> None:
         losses={"lm_loss": 1.234567},
     )
     assert progress.format_training(line) == KNOWN
-    assert progress.parse_training(KNOWN) == line
-    assert progress.parse_training("[rank 0] 2026-01-01 00:00:00,1 INFO " + KNOWN) == line
-    assert progress.parse_training("iteration 5: hello") is None and progress.parse_training("") is None
+    assert log_lines.parse_training(KNOWN) == line
+    assert log_lines.parse_training("[rank 0] 2026-01-01 00:00:00,1 INFO " + KNOWN) == line
+    assert log_lines.parse_training("iteration 5: hello") is None and log_lines.parse_training("") is None
 
 
 def test_the_expressions_of_other_tools() -> None:
@@ -83,7 +84,7 @@ training_lines = st.builds(
 @given(training_lines)
 def test_training_line_round_trip(line: TrainingLine) -> None:
     text = progress.format_training(line)
-    parsed = progress.parse_training(text)
+    parsed = log_lines.parse_training(text)
     assert parsed is not None and "\n" not in text
     assert progress.format_training(parsed) == text or line.flops > 999.9  # 999.96K prints as 1000.0K, and is read as 1.0M
     assert (parsed.iteration, parsed.train_iters, parsed.skipped, parsed.nan) == (line.iteration, line.train_iters, line.skipped, line.nan)
@@ -98,7 +99,7 @@ def test_evaluation_round_trip(metrics: dict[str, float], iteration: int) -> Non
         text = progress.format_evaluation(EvaluationBlock("validation", prefix, metrics))
         above, line, below = text.split("\n")
         assert above == below == "-" * (len(line) + 1) and line.startswith(" validation results at ")
-        parsed = progress.parse_evaluation(text)
+        parsed = log_lines.parse_evaluation(text)
         assert parsed is not None and (parsed.chart, parsed.prefix) == ("validation", prefix)
         assert parsed.metrics == pytest.approx(metrics, rel=1e-6, nan_ok=True)
 
@@ -108,32 +109,22 @@ def test_evaluation_has_the_known_shape() -> None:
     middle = progress.format_evaluation(block).split("\n")[1]
     assert middle == " validation results at iteration 10 | lm_loss value: 2.000000E+00 | lm_loss_ppl value: 7.389056E+00 | "
     assert progress.perplexity(1e5) == math.inf
-    assert progress.parse_evaluation(KNOWN) is None
+    assert log_lines.parse_evaluation(KNOWN) is None
 
 
 def test_the_other_lines() -> None:
     memory = MemoryLine(10, 1.5, 2.0, 3.25, 4.0)
     text = progress.format_memory(memory)
     assert text == "after 10 iterations memory (MB) | allocated: 1.5 | max allocated: 2.0 | reserved: 3.25 | max reserved: 4.0"
-    assert progress.parse_memory(text) == memory and progress.parse_memory(KNOWN) is None
+    assert log_lines.parse_memory(text) == memory and log_lines.parse_memory(KNOWN) is None
     times = {"forward": 1.5, "backward-allreduce": 0.25}
     assert progress.format_times(times) == "time (ms) | forward: 1.50 | backward-allreduce: 0.25"
-    assert progress.parse_times(progress.format_times(times)) == times
-    assert progress.parse_times("time (ms)") == {} and progress.parse_times(KNOWN) is None
+    assert log_lines.parse_times(progress.format_times(times)) == times
+    assert log_lines.parse_times("time (ms)") == {} and log_lines.parse_times(KNOWN) is None
     now = datetime(2026, 1, 2, 3, 4, 5)
     leaving = progress.format_exit(3, 17, now)
     assert leaving == "rank: 3 | time: 2026-01-02 03:04:05 | exiting the program at iteration 17"
-    assert progress.parse_exit(leaving) == (3, 17, now)
-    padded = progress.format_padded_vocab(500, 512)
-    assert padded == " > padded vocab (size: 500) with 12 dummy tokens (new size: 512)"
-    assert progress.parse_padded_vocab(padded) == (500, 512)
-    assert progress.format_parameters(1, 1234) == " > number of parameters on model parallel rank 1: 1234"
-    assert progress.format_total_parameters(1234567) == " > total params: 1,234,567"
-    assert progress.parse_total_parameters(" > total params: 1,234,567") == 1234567
-    assert progress.parse_resumed(progress.format_resumed(8)) == 8
-    assert progress.format_data_start(8) == "setting training data start iteration to 8"
-    log = ["hello\n", KNOWN + "\n", KNOWN.replace("1200", "1201")]
-    assert [line.iteration for line in progress.read_training_lines(log)] == [1200, 1201]
+    assert log_lines.parse_exit(leaving) == (3, 17, now)
 
 
 def test_doctests() -> None:

@@ -48,7 +48,8 @@ def column(tmp_path: Path, save: str, name: str) -> dict[int, float]:
 
 def kept(tmp_path: Path, save: str) -> dict[str, Any]:
     """What the newest checkpoint holds beside weights."""
-    from megatron.checkpoint.formats.neox_files import bookkeeping, find_tag
+    from megatron.checkpoint.formats.neox_files import bookkeeping
+    from megatron.checkpoint.steps.step_dirs import find_tag
 
     return bookkeeping(tmp_path / save / find_tag(tmp_path / save), deepspeed_types=True)
 

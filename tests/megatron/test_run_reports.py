@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import CheckpointError, ConfigError
-from megatron.progress import parse_times
+from tests.support.log_lines import parse_times
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "train"
 
@@ -44,7 +44,7 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("layout", [{}, {"pipe_parallel_size": 1}, {"zero_optimization": {"stage": 1}}], ids=["plain", "pipeline", "zero1"])
 def test_small_checkpoints_that_are_checked(tmp_path: Path, layout: dict[str, Any]) -> None:
     """keep_last_n_checkpoints, no_save_optim and the forward-pass check, written and read."""
-    from megatron.checkpoint.formats.neox_files import saved_steps
+    from megatron.checkpoint.steps.step_dirs import saved_steps
 
     checked = {"checkpoint_validation_with_forward_pass": True, "no_save_optim": True, **layout}
     run(tmp_path, keep_last_n_checkpoints=2, extra_save_iters=[0], **checked)

@@ -38,7 +38,8 @@ def run(tmp_path: Path, **overrides: Any) -> Any:
 
 def weights(directory: Path) -> dict[str, Tensor]:
     """Weights of the newest checkpoint."""
-    from megatron.checkpoint.formats.neox_files import find_tag, read_weights
+    from megatron.checkpoint.formats.neox_files import read_weights
+    from megatron.checkpoint.steps.step_dirs import find_tag
 
     return {name: tensor.clone() for name, tensor in read_weights(directory / find_tag(directory)).items()}
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron.checkpoint.conversion.build import describe_step, to_hf
 from megatron.checkpoint.conversion.logit_compare import difference, fixed_tokens, hf_logits, neox_logits, sampled_logits, verify
-from megatron.checkpoint.conversion.requests import ToHF
+from megatron.checkpoint.conversion.model import ToHF
 from megatron.checkpoint.conversion.weights import Whole
 from megatron.errors import CheckpointError
 

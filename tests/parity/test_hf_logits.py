@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megatron.checkpoint.formats.hf_files import read_state
-from megatron.checkpoint.formats.state import load_canonical
-from megatron.checkpoint.mapping.families.registry import family_of
-from megatron.checkpoint.mapping.hf_config import hf_config, load_hf, neox_keys, save_hf
-from megatron.checkpoint.mapping.rows import to_canonical
+from megatron.checkpoint.formats.torch_file import load_canonical
+from megatron.checkpoint.mapping.families.registry import family_of, hf_config, neox_keys
+from megatron.checkpoint.mapping.rows import from_canonical, to_canonical
 from megatron.model.build import build_spec
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs
+from support.foreign import load_hf, write_model
 
 TOLERANCE = 1e-5
 RUN = {"train_micro_batch_size_per_gpu": 1, "train_iters": 1, "global_num_gpus": 1, "attention_over_documents": "joined"}
@@ -71,7 +71,8 @@ def check(config: Any, tmp_path: Path, *, dtype: torch.dtype = torch.float32) ->
 
     # and back: the same files, bit by bit
     flat, theirs = args.to_flat(), read_state(tmp_path / "theirs")
-    save_hf(tmp_path / "ours", family, to_canonical(family, theirs, spec), flat, spec, vocab_size=config.vocab_size)
+    ours_again = from_canonical(family, to_canonical(family, theirs, spec), spec, vocab_size=config.vocab_size)
+    write_model(tmp_path / "ours", ours_again, hf_config(family, flat, spec, vocab_size=config.vocab_size))
     written = read_state(tmp_path / "ours")
     assert set(written) == set(theirs)
     assert all(written[name].dtype == dtype and torch.equal(written[name], theirs[name]) for name in theirs)

@@ -46,7 +46,7 @@ def resized(
     attention = replace(block.attention, hidden_size=hidden, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, rotary=None)
     attention = attention if attention.qk_norm is None else replace(attention, qk_norm=replace(attention.qk_norm, size=head_dim))
     norm = replace(block.norm, size=hidden)
-    block = replace(block, attention=attention, mlp=replace(block.mlp, hidden_size=hidden, width=width), norm=norm)
+    block = replace(block, mixer=attention, ffn=replace(block.mlp, hidden_size=hidden, width=width), norm=norm)
     return replace(
         spec,
         hidden_size=hidden,

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron.checkpoint.conversion.safetensors_file import Planned, write_shards
-from megatron.checkpoint.conversion.tensor_manifest import content_of
-from megatron.checkpoint.formats.hf_files import read_state
+from megatron.checkpoint.conversion.output_folder import content_of
+from megatron.checkpoint.formats.hf_files import Planned, read_config, read_state, write_json, write_shards
+from megatron.checkpoint.formats.torch_file import load_canonical
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.families.registry import family_named
-from megatron.checkpoint.mapping.hf_config import neox_keys
-from megatron.checkpoint.mapping.rows import bound_rows
+from megatron.checkpoint.mapping.families.registry import family_named, family_of, neox_keys
+from megatron.checkpoint.mapping.rows import bound_rows, to_canonical
 from megatron.model.build import build_spec
+from megatron.model.spec import ModelSpec
 from megatron.neox_arguments import NeoXArgs
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32, "intermediate_size": 48}
@@ -47,11 +47,21 @@ def make_hf(folder: Path, name: str, *, vocab: int = 101, dtype: torch.dtype = t
     for row in bound_rows(family, spec, vocab):
         parts = row.op.unpack([torch.randn(shapes[row.ours]) * 0.1], row.place)
         tensors.update({theirs: part.to(dtype).contiguous() for theirs, part in zip(row.theirs, parts, strict=True)})
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
+    write_model(folder, tensors, config, limit=limit)
+    return tensors
+
+
+def write_model(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, limit: int = 10**9) -> None:
+    """A Hugging Face directory of these tensors, written as the conversion does. limit: bytes of a shard"""
+    folder.mkdir(exist_ok=True)
     plan = [Planned(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()]
     write_shards(folder, plan, tensors.items(), lambda _, tensor: content_of(tensor), limit=limit)
-    return tensors
+    write_json(folder / "config.json", config)
+
+
+def load_hf(folder: Path, model: nn.Module, spec: ModelSpec) -> None:
+    """Copy the weights of a Hugging Face directory into a `Transformer` of one tensor rank."""
+    load_canonical(model, to_canonical(family_of(read_config(folder)), read_state(folder), spec))
 
 
 def check_same(folder: Path, tensors: dict[str, Tensor]) -> None:

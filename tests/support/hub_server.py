@@ -23,6 +23,9 @@ ROUTES = (
     ("file", re.compile(r"/(?:(?P<kind>datasets)/)?" + NAME + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")),
 )
 
+OF_THE_CLIENT = ("/api/agent-harnesses",)
+"""What huggingface-hub 2 asks for by itself, about no repository and without a token; the real Hub answers, this one has none."""
+
 
 @dataclass
 class Fault:
@@ -92,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, path = self.hub, urlsplit(self.path).path
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if path in OF_THE_CLIENT:
+            return self._send(404, b"{}", {})
         hub.log.append(f"{self.command} {path}")
         hub.tokens.add(self.headers.get("Authorization", ""))
         for fault in hub.faults:

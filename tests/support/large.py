@@ -15,7 +15,7 @@ LAYERS, WIDTH = 30, 12_000
 def spec_of_large() -> Any:
     """Many blocks with a wide layer each."""
     spec = model_spec(layers=LAYERS)
-    return replace(spec, blocks=tuple(replace(block, mlp=replace(block.mlp, width=WIDTH)) for block in spec.blocks))
+    return replace(spec, blocks=tuple(replace(block, ffn=replace(block.mlp, width=WIDTH)) for block in spec.blocks))
 
 
 def write_large(folder: Path) -> int:
@@ -24,7 +24,7 @@ def write_large(folder: Path) -> int:
 
     from megatron.checkpoint.formats.neox_files import model_file
     from megatron.checkpoint.formats.optimizer_files import RECORD
-    from megatron.checkpoint.formats.state import SEQUENTIAL, canonical_state
+    from megatron.checkpoint.formats.torch_file import SEQUENTIAL, canonical_state
     from megatron.model.transformer import Transformer
 
     folder.mkdir(parents=True)

@@ -14,7 +14,7 @@ from typing import Any
 from megatron.errors import NeoXError
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed import deepspeed_config
-from megatron.neox_arguments.rules import refuse_unfinished
+from megatron.neox_arguments.unfinished import refuse_unfinished
 from support.tiny import tiny
 
 DATA = Path(__file__).resolve().parents[1] / "golden" / "train" / "data"

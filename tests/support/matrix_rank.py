@@ -100,7 +100,7 @@ def whole_weights(engine: Any, spec: Any, groups: Any) -> tuple[dict[str, Any], 
     import deepspeed
     import torch.distributed as dist
 
-    from megatron.checkpoint.formats.neox_files import canonical_name
+    from megatron.checkpoint.formats.torch_file import canonical_name
 
     partitioned = [parameter for parameter in engine.module().parameters() if hasattr(parameter, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():

@@ -101,7 +101,7 @@ class Run:
 
     def gathered(self) -> dict[str, Any]:
         """Every weight and optimizer state of the whole model by "name" and "name exp_avg", from the shards of all ranks."""
-        from megatron.checkpoint.formats.state import canonical_name
+        from megatron.checkpoint.formats.torch_file import canonical_name
         from megatron.mpu.collectives import of_all_ranks
 
         shards, mine = self.engine.local_shards(), {}

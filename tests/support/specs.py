@@ -46,14 +46,14 @@ def model_spec(
     **block: Any,
 ) -> ModelSpec:
     """embedding, attention and block change fields of those specs; a block's norm is the final norm too."""
-    given = {"norm": norm_spec(), "mlp": MLPSpec(hidden_size=HIDDEN, width=48, activation="gelu"), **block}
+    given = {"norm": norm_spec(), "ffn": MLPSpec(hidden_size=HIDDEN, width=48, activation="gelu"), **block}
     added = positions in (Positions.LEARNED, Positions.SINUSOIDAL)
     opening = {"positions": positions if added else Positions.NONE, "max_positions": LENGTH if added else 0, **(embedding or {})}
     return ModelSpec(
         hidden_size=HIDDEN,
         seq_length=LENGTH,
         embedding=EmbeddingSpec(vocab_size=VOCAB, hidden_size=HIDDEN, **opening),
-        blocks=(BlockSpec(attention=attention_spec(positions, **(attention or {})), **given),) * layers,
+        blocks=(BlockSpec(mixer=attention_spec(positions, **(attention or {})), **given),) * layers,
         final_norm=given["norm"],
         head=HeadSpec(hidden_size=HIDDEN, vocab_size=VOCAB),
         tied=tied,

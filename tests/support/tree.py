@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_OURS = {".git", ".venv", ".bootstrap", ".hypothesis", "__pycache__", "build", "dist", "golden"}
+NOT_OURS = {".git", ".venv", ".venv-oldest", ".bootstrap", ".hypothesis", "__pycache__", "build", "dist", "golden"}
 OUTPUT = {"data", "checkpoints", "logs", "runs", "wandb"}
 """Folders of the root that runs write to."""
 

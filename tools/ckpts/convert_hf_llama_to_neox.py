@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--pp", type=int, default=0)
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_neox
-    from megatron.checkpoint.conversion.hub import local_folder
-    from megatron.checkpoint.conversion.requests import ToNeoX
+    from megatron.checkpoint.conversion.flags import local_folder
+    from megatron.checkpoint.conversion.model import ToNeoX
 
     request = ToNeoX(source=local_folder(given.model), out=given.model_path, tensor=given.tp, pipe=given.pp, **shared(given))
     print(to_neox(request))

@@ -38,8 +38,8 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--ckpt-tmp-dir")
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_neox
-    from megatron.checkpoint.conversion.hub import local_folder
-    from megatron.checkpoint.conversion.requests import ToNeoX
+    from megatron.checkpoint.conversion.flags import local_folder
+    from megatron.checkpoint.conversion.model import ToNeoX
     from megatron.errors import ConfigError
     from megatron.neox_arguments.yaml_loader import read_files
 

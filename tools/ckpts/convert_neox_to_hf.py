@@ -42,8 +42,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--max-shard-size", type=int, default=5 * 10**9)
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_hf
-    from megatron.checkpoint.conversion.model import Precision
-    from megatron.checkpoint.conversion.requests import ToHF
+    from megatron.checkpoint.conversion.model import Precision, ToHF
 
     request = ToHF(
         source=given.input_dir,

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--pipeline_parallel", action="store_true")
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_neox
-    from megatron.checkpoint.conversion.requests import ToNeoX
+    from megatron.checkpoint.conversion.model import ToNeoX
     from megatron.checkpoint.conversion.tokenizer_files import copy_tokenizer
 
     if given.model_size == "tokenizer_only":

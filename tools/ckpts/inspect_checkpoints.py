@@ -20,7 +20,7 @@ from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
 
 if TYPE_CHECKING:
-    from megatron.checkpoint.conversion.inspect import TensorStatistics, Wanted
+    from megatron.checkpoint.conversion.inspect import TensorSelection, TensorStatistics
 
 ABOUT = "Shows names, shapes, dtypes and numbers of a checkpoint, or where two checkpoints differ (exit status 1 when they do)."
 USAGE = """python tools/ckpts/inspect_checkpoints.py PATH [--iteration N] [--stats] [--filter REGEX] [--json]
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     # Imported only now: help and mistakes in the flags need no torch.
     from megatron.checkpoint.conversion import inspect
 
-    wanted = inspect.Wanted(pattern=given.filter, under=tuple(given.attributes), tensors=given.tensors)
+    wanted = inspect.TensorSelection(pattern=given.filter, under=tuple(given.attributes), tensors=given.tensors)
     files = inspect.locate(first, given.iteration)
     if other is not None:
         step = given.iteration if given.other_iteration is None else given.other_iteration
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def show(files: Mapping[str, Path], wanted: Wanted, *, numbers: bool) -> None:
+def show(files: Mapping[str, Path], wanted: TensorSelection, *, numbers: bool) -> None:
     """The tree, as text."""
     from torch import Tensor
 

@@ -34,18 +34,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Write the logits. Under a launcher the first rank does it, with the whole model."""
+    """Write the logits. Under a launcher each rank has its part of the model, and the first one writes."""
     given, others = parser().parse_known_args(argv)
     overwrites: dict[str, Any] = READING if "WORLD_SIZE" in os.environ else ALONE
     args = consume_neox_args(others, overwrites=overwrites)
-    if os.environ.get("RANK", "0") != "0":
-        return 0
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
-    from megatron.generation.build import load_model
+    from megatron.generation.build import joined, load_model, whole_rows
     from megatron.generation.logits import write_logits
 
-    shape = write_logits(load_model(args).model, given.tokens, given.output, rows=given.rows)
-    print(f"wrote {given.output}: {list(shape)} float32")
+    with joined(args) as (groups, device):
+        first = groups.world.rank == 0
+        shape = write_logits(load_model(args, whole_rows(groups), device).model, given.tokens, given.output, rows=given.rows, write=first)
+    if first:
+        print(f"wrote {given.output}: {list(shape)} float32")
     return 0
 
 

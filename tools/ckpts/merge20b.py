@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--num_output_shards", type=int, default=1)
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import rewrite, step_folder
-    from megatron.checkpoint.conversion.requests import Rewrite
+    from megatron.checkpoint.conversion.model import Rewrite
 
     step = step_folder(given.input_dir)
     request = Rewrite(

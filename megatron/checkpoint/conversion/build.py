@@ -10,15 +10,12 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.build import compared_args, spec_for
-from megatron.checkpoint.conversion.config_file import NAME, TRAINING, render
-from megatron.checkpoint.conversion.external_weights import Foreign, open_foreign
+from megatron.checkpoint.conversion.convert import convert_to_hf, convert_to_neox, rewrite_neox
+from megatron.checkpoint.conversion.export import Export, Exporter, family_for, tokenizer_file
 from megatron.checkpoint.conversion.logit_compare import verify
-from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice
-from megatron.checkpoint.conversion.requests import OutputLayout, Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice, OutputLayout, Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.output_folder import NAME, TRAINING, read_record, render
 from megatron.checkpoint.conversion.reward import score_fields
-from megatron.checkpoint.conversion.tensor_manifest import read_record
-from megatron.checkpoint.conversion.to_hf import convert_to_hf
-from megatron.checkpoint.conversion.to_neox import convert_to_neox, rewrite_neox
 from megatron.checkpoint.conversion.tokenizer_files import (
     copy_tokenizer,
     find_tokenizer,
@@ -27,19 +24,20 @@ from megatron.checkpoint.conversion.tokenizer_files import (
     tokenizer_keys,
     write_generation_config,
 )
+from megatron.checkpoint.conversion.weights import Foreign, open_foreign
 from megatron.checkpoint.formats.hf_files import read_config
-from megatron.checkpoint.formats.neox_files import find_tag, named_step
 from megatron.checkpoint.loading.merge_tp import read_shards, width_over
 from megatron.checkpoint.loading.reshard import target_rows
 from megatron.checkpoint.mapping.families.dialects import TE_KEYS, canonical_keys
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of
-from megatron.checkpoint.mapping.hf_config import neox_keys
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of, neox_keys
 from megatron.checkpoint.steps.manifest import read_manifest
-from megatron.checkpoint.steps.step_dirs import step_of, step_tag
+from megatron.checkpoint.steps.step_dirs import find_tag, named_step, step_of, step_tag
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.model.build import build_spec
+from megatron.model.build import build_spec, parameter_dtype
+from megatron.model.spec import ModelSpec
 from megatron.neox_arguments import NeoXArgs
+from megatron.tokenizer.build import build_tokenizer
 
 log = get_logger(__name__)
 
@@ -236,3 +234,33 @@ def _configs(text: str, iteration: int) -> Callable[[Path], None]:
         (configs / NAME).write_text(text, encoding="utf-8")
 
     return add
+
+
+def require_exportable(args: NeoXArgs) -> None:
+    """With `save_hf`: raise ConfigError, naming the keys, for a model that no Hugging Face architecture can be."""
+    if args.checkpoint.save_hf is not False:
+        family_for(args.to_flat(), build_spec(args))
+
+
+def build_exporter(args: NeoXArgs, spec: ModelSpec, *, rank: int, started_from: Mapping[str, Any]) -> Exporter | None:
+    """What writes this run's checkpoints as Hugging Face models, on the first rank; None where nothing is to be written.
+
+    started_from: what checkpoints keep of the Hugging Face model that the run began with; empty for another beginning
+    """
+    section = args.checkpoint
+    if section.save_hf is False or not section.save or rank != 0:
+        return None
+    keys = args.to_flat()
+    tokenizer = build_tokenizer(args)
+    # Rows that filled up the model it was made of are not given back, unless the tokenizer has grown into them.
+    known = started_from.get("vocab_size")
+    export = Export(
+        family=family_for(keys, spec, started_from.get("architecture")),
+        keys=keys,
+        spec=spec,
+        dtype=parameter_dtype(args),
+        rows=None if known is None else min(spec.vocab_size, max(int(known), tokenizer.vocab_size)),
+        fields=started_from.get("token_ids") or {"bos_token_id": None, "eos_token_id": tokenizer.eod},
+        tokenizer=tokenizer_file(args.data.tokenizer_type, args.data.vocab_file),
+    )
+    return Exporter(Path(section.save), export, every=1 if section.save_hf is True else int(section.save_hf))

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION
 from megatron.checkpoint.formats.hf_files import read_tensor
-from megatron.checkpoint.formats.state import LazyState
-from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
 from megatron.checkpoint.steps.step_dirs import find_tag, saved_steps, step_tag
 from megatron.errors import CheckpointError
 
@@ -96,15 +96,15 @@ def layout(files: Mapping[str, Path]) -> str:
     >>> layout(dict.fromkeys(["layer_00-model_01-model_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"], Path()))
     'weights by layer, tensor ranks: 2; optimizer shards, data ranks: 2'
     """
-    layers = [int(m.group(1)) for name in files if (m := re.match(r"layer_\d+-model_(\d+)-model_states\.pt$", name))]
-    ranks = [int(m.group(1)) for name in files if (m := re.match(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt$", name))]
-    shards = [int(m.group(1)) for name in files if (m := re.match(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$", name))]
+    layers = [int(m["tensor"]) for name in files if (m := LAYER.match(name))]
+    ranks = [int(m["model"]) for name in files if (m := MODEL.match(name))]
+    shards = [int(m["data"]) for name in files if (m := PARTITION.match(name))]
     parts = []
     if layers:
         parts.append(f"weights by layer, tensor ranks: {max(layers) + 1}")
     elif ranks:
         parts.append(f"weights by rank, tensor ranks: {max(ranks) + 1}")
-    if any(name.startswith("zero_pp_rank_") and name.endswith("_model_states.pt") for name in files):
+    if any((m := MODEL.match(name)) and m["data"] for name in files):
         parts.append("weights partitioned (ZeRO 3)")
     if shards:
         parts.append(f"optimizer shards, data ranks: {max(shards) + 1}")
@@ -242,7 +242,7 @@ def _plain_equal(first: Any, second: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class TensorSelection:
     """What of a checkpoint is looked at.
 
     pattern: only names in which this regular expression is found
@@ -263,7 +263,7 @@ class Wanted:
         return re.search(self.pattern, f"{file}/{name}") is not None
 
 
-def entries(files: Mapping[str, Path], wanted: Wanted) -> Iterator[tuple[str, str, Any]]:
+def entries(files: Mapping[str, Path], wanted: TensorSelection) -> Iterator[tuple[str, str, Any]]:
     """(file, name, value) of everything wanted, one file after the other."""
     for file, path in files.items():
         content = read(path)
@@ -272,7 +272,7 @@ def entries(files: Mapping[str, Path], wanted: Wanted) -> Iterator[tuple[str, st
                 yield file, name, value
 
 
-def differences(first: Mapping[str, Path], second: Mapping[str, Path], wanted: Wanted) -> Iterator[CheckpointDiff]:
+def differences(first: Mapping[str, Path], second: Mapping[str, Path], wanted: TensorSelection) -> Iterator[CheckpointDiff]:
     """Where two checkpoints differ; files of one name are compared, and two single files whatever their names."""
     if len(first) == len(second) == 1:
         second = dict(zip(first, second.values(), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.formats.state import load_canonical
+from megatron.checkpoint.formats.torch_file import load_canonical
 from megatron.checkpoint.mapping.config_rows import ConfigRow, Theirs
 from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of
 from megatron.checkpoint.mapping.rows import Family, Row

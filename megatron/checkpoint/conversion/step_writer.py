@@ -15,9 +15,10 @@ from torch import Tensor
 
 from megatron.atomic_io import digest_of
 from megatron.checkpoint.conversion.model import Described, NeoXChoice
-from megatron.checkpoint.conversion.prefetch import ahead
+from megatron.checkpoint.conversion.weights import ahead
+from megatron.checkpoint.formats.file_names import layer_name
 from megatron.checkpoint.formats.neox_files import model_file
-from megatron.checkpoint.formats.state import SEQUENTIAL
+from megatron.checkpoint.formats.torch_file import SEQUENTIAL
 from megatron.checkpoint.mapping.families.dialects import of_rank
 from megatron.checkpoint.mapping.families.registry import family_named
 from megatron.checkpoint.mapping.rows import Bound, bound_rows
@@ -65,7 +66,7 @@ class StepWriter:
             for slot in sorted({int(name.partition(".")[0]) for name in weights[0]}):
                 begins = f"{slot}."
                 parts = [{name.removeprefix(begins): one[name] for name in one if name.startswith(begins)} for one in weights]
-                self._together(parts, [f"layer_{slot:02d}-model_{rank:02d}-model_states.pt" for rank in ranks])
+                self._together(parts, [layer_name(slot, rank) for rank in ranks])
         for stage in range(max(1, choice.pipe)):
             # FORMAT: with a pipeline the weights are in the layers' files.
             modules = [None if choice.pipe else {f"{SEQUENTIAL}{name}": later for name, later in one.items()} for one in weights]

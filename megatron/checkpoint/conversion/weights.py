@@ -1,24 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole tensors of a step's folder, checked against the model before the first is read. Knows no other side."""
+"""Whole tensors to convert: of a step's folder, of a foreign directory, read ahead of the writer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.reward import HEAD
+from megatron.checkpoint.formats.hf_files import CONFIG, read_config, read_state
+from megatron.checkpoint.formats.meta_files import PARAMS, read_meta, shard_files
 from megatron.checkpoint.formats.neox_files import bookkeeping_file, check_fit, zero3_partitioned
-from megatron.checkpoint.formats.state import LazyState, canonical_name
-from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.formats.torch_file import LazyState, canonical_name, read_torch_file
 from megatron.checkpoint.loading.merge_tp import read_shards
 from megatron.checkpoint.loading.reshard import AT_ONCE, let_go
 from megatron.checkpoint.mapping.families.dialects import canonical_weights
-from megatron.checkpoint.steps.verify import Verify, look_at
+from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
+from megatron.checkpoint.mapping.families.registry import family_of
+from megatron.checkpoint.mapping.rows import Family
+from megatron.checkpoint.steps.manifest import Verify, look_at
 from megatron.errors import CheckpointError
 from megatron.mpu.sharding import Replicated, Summed, join, split
+
+T = TypeVar("T")
+
+
+def ahead(things: Iterable[T]) -> Iterator[T]:
+    """The same things in order; a thread makes one of them in advance, and no more.
+
+    >>> list(ahead(n * n for n in range(4)))
+    [0, 1, 4, 9]
+    """
+    coming, end = iter(things), object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        following = pool.submit(next, coming, end)
+        while (thing := following.result()) is not end:
+            following = pool.submit(next, coming, end)
+            made: Any = thing
+            yield made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A directory that was opened.
+
+    vocab_size: rows of its vocabulary
+    cheap:      tensors can be looked at without being read
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    family: Family
+    tensors: Mapping[str, Tensor]
+    vocab_size: int
+    cheap: bool = True
+
+    def total_bytes(self) -> int:
+        """About how much there is to read."""
+        if not self.cheap:
+            return sum(path.stat().st_size for path in shard_files(self.path))
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def open_foreign(directory: Path) -> Foreign:
+    """Open a directory. Raises CheckpointError for missing or damaged files, ConfigError for an architecture that is not known."""
+    if (directory / PARAMS).is_file() and not (directory / CONFIG).is_file():
+        params, tensors = read_meta(directory)
+        rows = int(params["vocab_size"])
+        return Foreign(path=directory, config=params, family=META_LLAMA, tensors=tensors, vocab_size=rows, cheap=False)
+    config = read_config(directory)
+    return Foreign(
+        path=directory, config=config, family=family_of(config), tensors=read_state(directory), vocab_size=int(config["vocab_size"])
+    )
 
 
 def check_files(step: Path) -> None:

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model directory: safetensors (or the older .bin files, read only), their index, config.json.
-Knows no names' meaning and no model."""
+"""A Hugging Face model directory: safetensors (or the older .bin files, read only), their index, config.json."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron.checkpoint.formats.state import LazyState
-from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.atomic_io import write_durably
+from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
 from megatron.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -100,43 +100,6 @@ def _old_content(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def write_model(directory: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors and config, one shard in memory at a time, each file aside and renamed; config.json comes last."""
-    directory.mkdir(parents=True, exist_ok=True)
-    aside = f"tmp.{os.getpid()}"
-    sizes: list[int] = []
-    names: list[list[str]] = []
-    for index, shard in enumerate(shards(state, shard_bytes)):
-        save_file(shard, directory / f"{index}.{aside}", metadata={"format": "pt"})
-        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in shard.values()))
-        names.append(list(shard))
-    files = [WEIGHTS] if len(names) == 1 else [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
-    for index, file in enumerate(files):
-        (directory / f"{index}.{aside}").replace(directory / file)
-    if len(files) > 1:
-        table = {name: file for file, held in zip(files, names, strict=True) for name in held}
-        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": table})
-    else:
-        (directory / INDEX).unlink(missing_ok=True)
-    write_json(directory / CONFIG, config)
-
-
-def shards(state: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in order, in groups of at most `limit` bytes (a larger tensor stands alone)."""
-    held: dict[str, Tensor] = {}
-    size = 0
-    for name in state:
-        tensor = state[name].detach().cpu().clone()  # safetensors refuses views that share memory
-        count = tensor.numel() * tensor.element_size()
-        if held and size + count > limit:
-            yield held
-            held, size = {}, 0
-        held[name] = tensor
-        size += count
-    if held:
-        yield held
-
-
 def read_json(path: Path, fix: str = "copy it again") -> dict[str, Any]:
     """A JSON object. Raises CheckpointError when it is missing or damaged."""
     try:
@@ -149,7 +112,104 @@ def read_json(path: Path, fix: str = "copy it again") -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON object, aside and renamed."""
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """A JSON object, whole or not at all."""
+    write_durably(path, json.dumps(content, indent=2) + "\n")
+
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+PIECE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to come."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def sharded(plan: Sequence[Planned], limit: int) -> list[list[Planned]]:
+    """The plan in order, in groups of at most `limit` bytes; a larger tensor stands alone.
+
+    >>> [len(s) for s in sharded([Planned("a", (4,), torch.float32), Planned("b", (4,), torch.float32)], 16)]
+    [1, 1]
+    """
+    groups: list[list[Planned]] = [[]]
+    size = 0
+    for planned in plan:
+        if groups[-1] and size + planned.bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(planned)
+        size += planned.bytes
+    return groups
+
+
+def write_shards(
+    directory: Path,
+    plan: Sequence[Planned],
+    tensors: Iterable[tuple[str, Tensor]],
+    note: Callable[[str, Tensor], memoryview],
+    *,
+    limit: int,
+) -> None:
+    """Write `tensors`, which come in the order of `plan`, and the index where there is more than one file; on disk when this returns.
+
+    note: is told every tensor, and gives its bytes
+    """
+    groups = sharded(plan, limit)
+    files = [WEIGHTS] if len(groups) == 1 else [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    coming = iter(tensors)
+    for file, group in zip(files, groups, strict=True):
+        with (directory / file).open("wb") as handle:
+            handle.write(header(group))
+            _write_group(handle, group, coming, note)
+            handle.flush()
+            os.fsync(handle.fileno())
+    if len(files) > 1:
+        table = {planned.name: file for file, group in zip(files, groups, strict=True) for planned in group}
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(planned.bytes for planned in plan)}, "weight_map": table})
+
+
+def _write_group(
+    handle: IO[bytes], group: Sequence[Planned], coming: Iterator[tuple[str, Tensor]], note: Callable[[str, Tensor], memoryview]
+) -> None:
+    for planned in group:
+        name, tensor = next(coming)
+        if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
+            raise CheckpointError(f"{name} is {tuple(tensor.shape)}, and {planned.name} of {planned.shape} was expected")
+        content = note(name, tensor.to(planned.dtype))
+        # In pieces, since one write of more than 2 GB is cut short by Linux.
+        for start in range(0, len(content), PIECE):
+            handle.write(content[start : start + PIECE])
+
+
+def header(group: Sequence[Planned]) -> bytes:
+    """Of one file; padded with blanks so that the tensors begin at a multiple of eight."""
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for planned in group:
+        end = offset + planned.bytes
+        content[planned.name] = {"dtype": NAMES[planned.dtype], "shape": list(planned.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.formats.hf_files import read_json
-from megatron.checkpoint.formats.state import LazyState
-from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
 from megatron.errors import CheckpointError
 
 PARAMS = "params.json"

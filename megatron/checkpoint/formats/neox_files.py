@@ -19,21 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION, matched, model_name
 from megatron.checkpoint.formats.partitions import named_shapes, partitions
-from megatron.checkpoint.formats.state import TIED, LazyState
-from megatron.checkpoint.formats.state import canonical_name as canonical_name
-from megatron.checkpoint.formats.torch_file import read_torch_file
-from megatron.checkpoint.steps.step_dirs import find_tag as find_tag
-from megatron.checkpoint.steps.step_dirs import named_step as named_step
-from megatron.checkpoint.steps.step_dirs import saved_steps as saved_steps
-from megatron.checkpoint.steps.step_dirs import step_tag as step_tag
-from megatron.checkpoint.steps.step_dirs import write_latest as write_latest
+from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_torch_file
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
-
-_LAYER = re.compile(r"^layer_(\d+)-model_(\d+)-model_states\.pt$")
-_RANK = re.compile(r"^(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt$")
-_PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class LoadReport:
 
 def model_file(folder: Path, rank: int = 0) -> Path:
     """The bookkeeping file of a model rank (and, without a pipeline, its weights)."""
-    return folder / f"mp_rank_{rank:02d}_model_states.pt"
+    return folder / model_name(rank)
 
 
 def bookkeeping_file(folder: Path, rank: int = 0) -> Path:
@@ -60,12 +50,12 @@ def bookkeeping_file(folder: Path, rank: int = 0) -> Path:
 
 def model_ranks(folder: Path) -> int:
     """How many pipeline stages times tensor ranks wrote a folder."""
-    return len({int(m.group(1)) for entry in folder.iterdir() if (m := _RANK.match(entry.name))}) if folder.is_dir() else 0
+    return len({m["model"] for _, m in matched(folder, MODEL) if not int(m["data"] or 0)})
 
 
 def partition_files(folder: Path, model_rank: int) -> list[Path]:
     """The files over which ZeRO, or the bfloat16 optimizer, has spread a model rank's optimizer, by data rank."""
-    found = {int(m.group(1)): entry for entry in folder.iterdir() if (m := _PARTITION.match(entry.name)) and int(m.group(2)) == model_rank}
+    found = {int(m["data"]): path for path, m in matched(folder, PARTITION) if int(m["model"]) == model_rank}
     return [path for _, path in sorted(found.items())]
 
 
@@ -85,7 +75,7 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     """
     if not folder.is_dir():
         raise CheckpointError("checkpoint folder is missing", where=str(folder), fix="correct `load` or `iteration`")
-    layers = {int(m.group(1)): entry for entry in folder.iterdir() if (m := _LAYER.match(entry.name)) and int(m.group(2)) == tensor_rank}
+    layers = {int(m["slot"]): path for path, m in matched(folder, LAYER) if int(m["tensor"]) == tensor_rank}
     weights: dict[str, Tensor] = {}
     for slot, path in sorted(layers.items()):
         weights.update({f"{slot}.{name}": tensor for name, tensor in read_torch_file(path).items() if isinstance(tensor, Tensor)})
@@ -121,8 +111,7 @@ def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
 
 def tensor_ranks(folder: Path) -> int:
     """Over how many tensor parallel ranks the weights of a folder are spread."""
-    entries = list(folder.iterdir()) if folder.is_dir() else []
-    pieces = {int(m.group(2)) for entry in entries if (m := _LAYER.match(entry.name))}
+    pieces = {m["tensor"] for _, m in matched(folder, LAYER)}
     # FORMAT: beside layer files there is a bookkeeping file per pipeline and tensor rank, which says nothing here.
     return len(pieces) or model_ranks(folder)
 

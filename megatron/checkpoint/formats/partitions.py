@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.formats.state import LazyState, canonical_name
+from megatron.checkpoint.formats.torch_file import LazyState, canonical_name
 from megatron.errors import CheckpointError
 
 LAYOUT_FIX = "resume with the layout it was written with, or take the weights alone: `no_load_optim: true` keeps the position, "

@@ -12,10 +12,9 @@ from typing import Any
 import yaml
 
 from megatron.checkpoint.formats.hf_files import CONFIG, read_config, read_state
-from megatron.checkpoint.formats.state import LazyState
+from megatron.checkpoint.formats.torch_file import LazyState
 from megatron.checkpoint.mapping.config_rows import Fixed
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of
-from megatron.checkpoint.mapping.hf_config import neox_keys
+from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of, neox_keys
 from megatron.checkpoint.mapping.rows import Family, to_canonical
 from megatron.errors import ConfigError
 from megatron.model.spec import ModelSpec

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.formats.neox_files import read_weights, tensor_ranks
-from megatron.checkpoint.formats.state import SEQUENTIAL, LazyState, canonical_state
+from megatron.checkpoint.formats.torch_file import SEQUENTIAL, LazyState, canonical_state
 from megatron.errors import CheckpointError
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron.atomic_io import digest_of
+from megatron.checkpoint.formats.file_names import layer_name
 from megatron.checkpoint.formats.neox_files import bookkeeping, bookkeeping_file, model_file, tensor_ranks
 from megatron.checkpoint.formats.optimizer_files import RECORD, read_optimizer, recorded
 from megatron.checkpoint.formats.partitions import OptimizerShard
-from megatron.checkpoint.formats.state import SEQUENTIAL, canonical_name, canonical_state
-from megatron.checkpoint.formats.torch_file import read_torch_file
+from megatron.checkpoint.formats.torch_file import SEQUENTIAL, canonical_name, canonical_state, read_torch_file
 from megatron.checkpoint.loading.merge_tp import Shard, Spreading, read_shards, width_over, with_vocabulary
 from megatron.checkpoint.saving.streaming import Later, save_streaming
 from megatron.checkpoint.steps.commit import publish
@@ -154,7 +154,7 @@ def _write_rank(tensors: _Source, source: Path, aside: Path, spec: ModelSpec, tp
     if target.pipe:
         for slot in slots:
             of_slot = {name.partition(".")[2]: later for name, later in weights.items() if name.startswith(f"{slot}.")}
-            save_streaming(of_slot, aside / f"layer_{slot:02d}-model_{tp.rank:02d}-model_states.pt")
+            save_streaming(of_slot, aside / layer_name(slot, tp.rank))
     for stage in range(target.stages):
         chosen = [slot for number, slot in enumerate(slots) if number * target.stages // len(slots) == stage]
         names = [name for name in shapes if int(name.partition(".")[0]) in chosen]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes one rank's files of a checkpoint in threads, each hashed while it is written. Knows no layout and no other rank."""
+"""Writing a step's folder: each rank its files, then the manifest, the name and `latest`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,40 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
 
 from megatron import fault_injection
-from megatron.atomic_io import CHUNK_BYTES, Entry, new_digest
-from megatron.checkpoint.saving.host_copy import host_copy
+from megatron.atomic_io import CHUNK_BYTES, Entry, digest_of, new_digest, sync_folder
+from megatron.checkpoint.saving.streaming import host_copy
+from megatron.checkpoint.steps.manifest import Manifest, write_manifest
+
+
+def complete_folder(folder: Path, manifest: Manifest) -> None:
+    """Add to the manifest what else lies in the folder (configs, NVMe copies), and write it last.
+
+    Raises OSError.
+    """
+    files = dict(manifest.files)
+    folders = [folder]
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            folders.append(path)
+        elif name not in files:
+            files[name] = _on_disk(path)
+    for place in reversed(folders):
+        sync_folder(place)
+    write_manifest(folder, replace(manifest, files=dict(sorted(files.items()))))
+
+
+def _on_disk(path: Path) -> Entry:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return digest_of(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a finished step folder gets its name, and what a killed run left half done. Knows no content of a checkpoint but its manifest."""
+"""How a step's folder becomes a checkpoint, all at once, and how old ones go: at every moment each is there whole or not."""
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from uuid import uuid4
 
 from megatron import fault_injection
 from megatron.atomic_io import sync_folder
-from megatron.checkpoint.steps.manifest import problems_of, read_manifest
+from megatron.checkpoint.steps.manifest import Verify, look_at, problems_of, read_manifest
+from megatron.checkpoint.steps.step_dirs import saved_steps, step_tag
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 
@@ -81,3 +83,74 @@ def _complete(folder: Path) -> bool:
     except CheckpointError:
         return False
     return manifest is None or not problems_of(folder, manifest, digests=False)
+
+
+UPLOADING = ".uploading"
+"""Folder beside the checkpoints; a file in it, named as a step's folder, says that this step is being copied elsewhere."""
+
+EXPORTING = ".exporting"
+"""The same for the export of checkpoints to another format."""
+
+
+def outdated(steps: Collection[int], *, keep: int, protected: Collection[int], every: int | None = None) -> list[int]:
+    """Steps to delete: all but the `keep` newest and the multiples of `every`, and never a protected one.
+
+    What is protected counts among the newest if it is.
+
+    >>> outdated([0, 10, 20, 30, 40], keep=2, protected={0})
+    [10, 20]
+    >>> outdated([0, 10, 20, 30, 40, 50], keep=1, protected=(), every=20)
+    [10, 30]
+    """
+    newest = sorted(steps)[-max(1, keep) :]
+    return [step for step in sorted(steps) if step not in newest and step not in protected and (every is None or step % every)]
+
+
+def removable(
+    directory: Path, *, keep: int, protected: Collection[int] = (), every: int | None = None, verify: Verify = Verify.SIZE
+) -> list[int]:
+    """Steps of `directory` that may be deleted; nothing is.
+
+    A step that its manifest contradicts, as far as `verify` looks, is none of the `keep`: it goes once it is older than all of them.
+    A step without a manifest counts, but never instead of the newest one that has its manifest's word.
+    Links, and steps of which an upload is under way, stay.
+    """
+    steps = saved_steps(directory)
+    findings = {step: look_at(directory / step_tag(step), verify) for step in steps}
+    sound = [step for step in steps if not findings[step].bad]
+    if not sound:
+        return []
+    stay = {*protected, *[step for step in steps if findings[step].whole][-1:]}
+    stay |= {step for step in steps if (directory / step_tag(step)).is_symlink() or uploading(directory, step)}
+    oldest_kept = sound[-max(1, keep) :][0]
+    counted = [step for step in steps if step in sound or step < oldest_kept]
+    return outdated(counted, keep=keep, protected=stay, every=every)
+
+
+def uploading(directory: Path, step: int) -> bool:
+    """Whether a copy of this step to elsewhere, or its export, is under way."""
+    return any((directory / place / step_tag(step)).exists() for place in (UPLOADING, EXPORTING))
+
+
+def prune(directory: Path, *, keep: int, protected: Collection[int], every: int | None = None, verify: Verify = Verify.SIZE) -> list[int]:
+    """Delete what `removable` names; returns their steps. Call after a save is complete, on one rank.
+
+    A folder is renamed before it is deleted, so that half of one is never taken for a checkpoint.
+    A folder that cannot be deleted is named in a warning: a full or read-only disk must not end a run that has just saved.
+    """
+    deleted: list[int] = []
+    try:
+        old = removable(directory, keep=keep, protected=protected, every=every, verify=verify)
+    except OSError as error:
+        log.warning(f"old checkpoints could not be looked at: {error}")
+        return deleted
+    for step in old:
+        try:
+            remove(directory / step_tag(step))
+        except OSError as error:
+            log.warning(f"an old checkpoint could not be deleted: {error}")
+            continue
+        deleted.append(step)
+    if deleted:
+        log.info(f"deleted old checkpoints (keep_last_n_checkpoints: {keep}): {', '.join(map(step_tag, deleted))} in {directory}")
+    return deleted

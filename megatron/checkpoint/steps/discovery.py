@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron.checkpoint.steps.manifest import MANIFEST, problems_of
+from megatron.checkpoint.steps.manifest import MANIFEST, Finding, Verify, look_at, open_manifest, problems_of
 from megatron.checkpoint.steps.step_dirs import find_tag, holds, latest_tag, saved_steps, set_aside, step_of, step_tag, write_latest
-from megatron.checkpoint.steps.verify import Finding, Verify, look_at, open_manifest
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 from megatron.mpu.collectives import of_all_ranks, on_every_rank, on_first_rank

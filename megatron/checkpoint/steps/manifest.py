@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step folder's MANIFEST.json: what its files must hold and how they came about. Knows no content of a file but its bytes."""
+"""The manifest of a step's folder: every file with size and digest, and whether the folder still is what it says."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import re
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron.atomic_io import Entry, digest_of, write_durably
+from megatron.checkpoint.steps.step_dirs import saved_steps, step_of, step_tag
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 
-__all__ = ["MANIFEST", "Entry", "Manifest", "problems_of", "read_manifest", "write_manifest"]
-
 log = get_logger(__name__)
+
+__all__ = ["MANIFEST", "Entry", "Manifest", "problems_of", "read_manifest", "write_manifest"]
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -155,3 +157,62 @@ def _render(body: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+class Verify(Enum):
+    """How closely a folder is compared with its manifest; the values of `checkpoint_verify`."""
+
+    FULL = "full"  # the content of every file
+    SIZE = "size"  # names and sizes
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a look at a folder gave.
+
+    manifest: None where there is none that could be read
+    problems: one line per bad file
+    """
+
+    manifest: Manifest | None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def bad(self) -> bool:
+        """Something differs from the manifest, or the manifest is damaged itself."""
+        return bool(self.problems)
+
+    @property
+    def whole(self) -> bool:
+        """All is as the manifest says."""
+        return self.manifest is not None and not self.problems
+
+
+def open_manifest(folder: Path) -> Finding:
+    """The folder's manifest, with nothing else looked at."""
+    try:
+        return Finding(read_manifest(folder))
+    except CheckpointError as error:
+        return Finding(None, (f"{MANIFEST}: {error.what}",))
+
+
+def look_at(folder: Path, verify: Verify) -> Finding:
+    """Compare a folder with its manifest."""
+    finding = open_manifest(folder)
+    if finding.manifest is None or verify is Verify.OFF:
+        return finding
+    return Finding(finding.manifest, tuple(problems_of(folder, finding.manifest, digests=verify is Verify.FULL)))
+
+
+def survey(place: Path, verify: Verify) -> dict[str, Finding]:
+    """{name: finding} of every step in a folder of checkpoints, by number; or of the one step that `place` is.
+
+    Raises CheckpointError when there is no step.
+    """
+    steps = saved_steps(place)
+    if steps:
+        return {step_tag(step): look_at(place / step_tag(step), verify) for step in steps}
+    if place.is_dir() and (step_of(place.name) is not None or (place / MANIFEST).exists()):
+        return {place.name: look_at(place, verify)}
+    raise CheckpointError("no global_step<N> folder is there", where=str(place), fix="name a step's folder, or the folder of several")

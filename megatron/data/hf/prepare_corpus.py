@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the name of a corpus to its tokenizer and `.bin/.idx`. A second call with the same wishes does nothing."""
+"""From the name of a corpus to its tokenizer and `.bin/.idx`. A second call with the same request does nothing."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.atomic_io import write_durably
 from megatron.data.hf.corpora import Corpus, find
 from megatron.data.hf.download import Remote, fetch
 from megatron.data.preprocess.encoders import TextSource
@@ -164,6 +164,4 @@ def _read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_durably(path, json.dumps(record, indent=1) + "\n")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes over all records that write no tokens: counting them, exporting them as JSON lines. Knows no stages."""
+"""Passes over all records that write no tokens: counting them, exporting them as JSON lines."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from megatron.atomic_io import atomic_write
 from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.encoders import Dropped, EncoderSource, Fault
@@ -42,9 +42,8 @@ def export(source: RecordSource, shape: RecordAdapter, path: Path, *, skip_bad: 
     """
     make = shape.open()
     lines = bad = empty = 0
-    aside = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
-        with aside.open("wb") as out:
+        with atomic_write(path, "wb") as out:
             for block in source.blocks(BlockStart()):
                 read = block.read()
                 faults = list(read.faults)
@@ -61,9 +60,6 @@ def export(source: RecordSource, shape: RecordAdapter, path: Path, *, skip_bad: 
                 if bad > skip_bad:
                     number, what = min(faults)
                     raise DataError(what, where=block.label(number), fix="fix it, name other columns, or allow some with --skip-bad N")
-        aside.replace(path)
     except OSError as error:
         raise DataError(f"cannot write: {error.strerror}", where=str(path), fix="free some space, or --no-jsonl") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return {"lines": lines, "empty": empty, "bad": bad}

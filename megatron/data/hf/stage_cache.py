@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stages are done: `pipeline_results.json`, written after each. Knows no dataset."""
+"""Which stages are done: `pipeline_results.json`, written after each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron.atomic_io import write_durably
 from megatron.errors import DataError
 from megatron.log import get_logger
 
@@ -91,11 +91,8 @@ class StageCache:
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                aside = self.folder / f"{RESULTS}.tmp.{os.getpid()}"
-                aside.write_text(
-                    json.dumps({**content, "stages": self.stages, "kept": self.kept}, indent=1, default=str) + "\n", encoding="utf-8"
-                )
-                aside.replace(self.folder / RESULTS)
+                told = {**content, "stages": self.stages, "kept": self.kept}
+                write_durably(self.folder / RESULTS, json.dumps(told, indent=1, default=str) + "\n")
             except OSError as error:
                 raise DataError(f"cannot write: {error.strerror}", where=str(self.folder), fix="choose a writable --output-dir") from error
         return content

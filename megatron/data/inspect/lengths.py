@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the samples of a set are, and which max_length suits them. Knows arrays and `.bin/.idx` pairs, no text.
+"""How long the samples of a set are, and which max_length suits them.
 
 Letters: n samples, k rows per sample (1 for single sequences; 2 for preference pairs: chosen, rejected).
 """
@@ -17,12 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 from megatron.data.indexed_dataset import exists
 from megatron.data.inspect.inspecting import first_trained, labels_beside, quantiles
 from megatron.data.inspect.legacy import open_any
-from megatron.data.inspect.padding import Mode, Setup, waste
 from megatron.errors import DataError
 
 LIMITS = tuple(2**power for power in range(10, 16))
-Z95 = 1.6448536269514722
-"""The 95th percentile of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Lengths:
 
     @property
     def columns(self) -> dict[str, NDArray[np.int64]]:
-        """What is told about, [n] each."""
+        """The columns of the report, [n] each."""
         prompts = {} if self.prompt is None else {"prompt": self.prompt.max(axis=1)}
         if self.rows.shape[1] == 1:
             return {**prompts, "length": self.rows[:, 0]}
@@ -52,43 +49,21 @@ class Lengths:
         return longest
 
 
-class Lognormal(NamedTuple):
-    """The lognormal distribution with the median and the 95th percentile of the data.
-
-    gap: largest difference, over LIMITS, between the share it foretells and the true one
-    """
-
-    mu: float
-    sigma: float
-    gap: float
-
-    def share_within(self, limit: float) -> float:
-        """The share of lengths up to `limit` that it foretells.
-
-        >>> round(Lognormal(7.668, 1.202, 0).share_within(8192), 3), round(Lognormal(6.525, 0.998, 0).share_within(4096), 3)
-        (0.868, 0.964)
-        """
-        if self.sigma == 0:
-            return float(limit >= math.exp(self.mu))
-        return 0.5 * (1 + math.erf((math.log(limit) - self.mu) / (self.sigma * math.sqrt(2))))
-
-
 class Column(NamedTuple):
     """One column in numbers. within: limit -> share of samples not longer."""
 
     n: int
     lengths: dict[str, float]
     within: dict[int, float]
-    fit: Lognormal | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that the tool tells.
+    """All that the tool reports.
 
     prompt_exceeds:  limit -> share of samples whose prompt alone is longer
     nothing_trained: limit -> share of samples with a row that keeps no trained token when cut there
-    tokens:          of one epoch, cut at max_length; hours: at the given speed without any waste
+    tokens:          of one epoch, cut at max_length; hours: at the given speed, without padding
     """
 
     samples: int
@@ -101,16 +76,10 @@ class Report:
     nothing_trained: dict[int, float] | None
     tokens: int
     hours: float | None
-    capacity: int
-    modes: list[Mode]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; named tuples become objects."""
-        told = asdict(self)
-        told["columns"] = {
-            name: {**column._asdict(), "fit": column.fit._asdict() if column.fit else None} for name, column in self.columns.items()
-        }
-        return {**told, "modes": [mode._asdict() for mode in self.modes]}
+        return {**asdict(self), "columns": {name: column._asdict() for name, column in self.columns.items()}}
 
 
 def of_pairs(prompt: ArrayLike, chosen: ArrayLike, rejected: ArrayLike) -> Lengths:
@@ -147,17 +116,14 @@ def read_lengths(prefixes: Sequence[str], *, rejected: str | None = None) -> Len
     return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate(known) if len(known) == len(parts) else None)
 
 
-def summarise(
-    lengths: Lengths, setup: Setup, *, coverage: float = 0.95, max_length: int | None = None, tokens_per_second: float | None = None
-) -> Report:
-    """All numbers. `max_length` None takes the recommended one, `setup.capacity` None the fitted one."""
+def summarise(lengths: Lengths, *, coverage: float = 0.95, max_length: int | None = None, tokens_per_second: float | None = None) -> Report:
+    """All numbers. `max_length` None takes the recommended one."""
     if not len(lengths.rows) or not int(lengths.rows.sum()):
         raise DataError("there is no sample with any token", fix="give another input")
     columns = {name: _column(values) for name, values in lengths.columns.items()}
     recommended = recommend(lengths.longest, coverage)
     limit = max_length or recommended
     cut = np.minimum(lengths.rows, limit)
-    modes, capacity = waste(cut, setup, limit)
     tokens = int(cut.sum())
     prompt = lengths.prompt
     return Report(
@@ -173,8 +139,6 @@ def summarise(
         else {one: float(((prompt >= np.minimum(lengths.rows, one)).any(axis=1)).mean()) for one in LIMITS},
         tokens=tokens,
         hours=tokens / tokens_per_second / 3600 if tokens_per_second else None,
-        capacity=capacity,
-        modes=modes,
     )
 
 
@@ -185,25 +149,16 @@ def recommend(longest: NDArray[np.int64], coverage: float) -> int:
     (512, 8192)
     """
     if not 0 < coverage <= 1:
-        raise DataError(f"--coverage {coverage} is no share", where="command line", fix="give a number above 0 and up to 1, such as 0.95")
+        raise DataError(
+            f"--coverage {coverage} is not a share", where="command line", fix="give a number above 0 and up to 1, such as 0.95"
+        )
     need = np.sort(longest)[math.ceil(round(coverage * len(longest), 9)) - 1]
     return int(2 ** math.ceil(math.log2(max(int(need), 1))))
 
 
-def fit(values: NDArray[np.int64]) -> Lognormal | None:
-    """Through the median and the 95th percentile, which a few odd samples do not move; None where nothing is positive."""
-    positive = values[values > 0]
-    if not len(positive):
-        return None
-    median, p95 = (math.log(value) for value in np.percentile(positive, [50, 95]))
-    found = Lognormal(median, (p95 - median) / Z95, 0.0)
-    gap = max(abs(found.share_within(limit) - float((positive <= limit).mean())) for limit in LIMITS)
-    return found._replace(gap=gap)
-
-
 def _column(values: NDArray[np.int64]) -> Column:
     within = {limit: float((values <= limit).mean()) for limit in LIMITS}
-    return Column(len(values), quantiles(values), within, fit(values))
+    return Column(len(values), quantiles(values), within)
 
 
 def _read(prefix: str) -> Lengths:

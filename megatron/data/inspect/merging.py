@@ -15,11 +15,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.indexed_dataset import COPY_BYTES, DTYPES, HEADER, MAGIC, VERSION, data_file, index_file
+from megatron.data.indexed_dataset import COPY_BYTES, DTYPES, HEADER, INDEX_STEP, data_file, index_file, write_index
 from megatron.data.inspect.legacy import is_legacy, open_any
 from megatron.errors import DataError
 
-BLOCK = COPY_BYTES // 8
 STREAM = re.compile(r"(?:_(chosen|rejected))?(?:_(label|reward|lengths))?_document$")
 """The end of a pair's name that says what its values are."""
 
@@ -120,7 +119,7 @@ def merge(prefixes: Sequence[str], output: str | Path) -> Merged:
                 _copy_values(prefix, head.dtype, dtype, file)
             _settle(file)
         with index_tmp.open("wb") as file:
-            _write_index(done, file)
+            write_index(file, done.dtype, (done.sequences, done.documents), lambda: _all_sizes(done.parts), _all_ends(done.parts))
             _settle(file)
         # An old index must never be seen beside new data: it goes first, the new one comes last.
         index_file(output).unlink(missing_ok=True)
@@ -153,8 +152,8 @@ def _head(prefix: str) -> _Head:
 def _check_offsets(prefix: str, sizes: NDArray[np.int32], width: int) -> None:
     """The data is copied as a whole, so the sequences must lie in it one after the other."""
     start = 0
-    for first in range(0, len(sizes), BLOCK):
-        block = sizes[first : first + BLOCK]
+    for first in range(0, len(sizes), INDEX_STEP):
+        block = sizes[first : first + INDEX_STEP]
         found = np.fromfile(index_file(prefix), dtype="<i8", count=len(block), offset=HEADER.size + 4 * len(sizes) + 8 * first)
         ends = start + np.cumsum(block, dtype=np.int64) * width
         if not np.array_equal(found[1:], ends[:-1]) or int(found[0]) != start:
@@ -197,32 +196,22 @@ def _copy_values(prefix: str, have: np.dtype, want: np.dtype, file: BinaryIO) ->
             file.write(promoted.tobytes())
 
 
-def _write_index(done: Merged, file: BinaryIO) -> None:
-    """In passes over the parts, so that the sizes of one part at a time are in memory."""
-    code = next(code for code, dtype in DTYPES.items() if dtype == done.dtype)
-    file.write(HEADER.pack(MAGIC, VERSION, code, done.sequences, done.documents + 1))
-    for sizes in _all_sizes(done.parts):
-        file.write(sizes.tobytes())
-    start = 0
-    for sizes in _all_sizes(done.parts):
-        ends = start + np.cumsum(sizes, dtype=np.int64) * done.dtype.itemsize
-        file.write((ends - sizes.astype(np.int64) * done.dtype.itemsize).astype("<i8").tobytes())
-        start = int(ends[-1])
-    file.write(np.zeros(1, "<i8").tobytes())
+def _all_ends(prefixes: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+    """Ends of all documents, counted in sequences of the whole output; one part at a time is in memory."""
     before = 0
-    for prefix in done.parts:
+    for prefix in prefixes:
         part = open_any(prefix)
         marks = _marks(part.doc_idx, len(part), prefix)
-        for first in range(0, len(marks), BLOCK):
-            file.write((marks[first : first + BLOCK] + before).astype("<i8").tobytes())
+        for first in range(0, len(marks), INDEX_STEP):
+            yield marks[first : first + INDEX_STEP] + before
         before += len(part)
 
 
 def _all_sizes(prefixes: Sequence[str]) -> Iterator[NDArray[np.int32]]:
     for prefix in prefixes:
         sizes = open_any(prefix).sizes
-        for first in range(0, len(sizes), BLOCK):
-            yield sizes[first : first + BLOCK].astype("<i4", copy=False)
+        for first in range(0, len(sizes), INDEX_STEP):
+            yield sizes[first : first + INDEX_STEP]
 
 
 def _settle(file: BinaryIO) -> None:

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import xxhash
 
+from megatron.atomic_io import write_durably
 from megatron.data.indexed_dataset import data_file, index_file
 from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.stream_files import StreamFiles
@@ -203,9 +204,4 @@ class ResumableOutput:
             "publishing": self.publishing,
             "facts": self.facts,
         }
-        aside = self.folder / "journal.tmp"
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.folder / JOURNAL)
+        write_durably(self.folder / JOURNAL, json.dumps(content))

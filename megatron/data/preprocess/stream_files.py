@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One stream while it is being written: values and sizes in two growing files, sealed into a `.bin/.idx` pair. Knows no encoder.
+"""One stream while it is being written: values and sizes in two growing files, sealed into a `.bin/.idx` pair.
 
 Memory does not grow with the number of documents.
 """
@@ -12,13 +12,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION
+from megatron.data.indexed_dataset import write_index
 from megatron.data.preprocess import legacy_index
 from megatron.data.preprocess.encoders import Ragged, StreamFormat
 from megatron.errors import DataError
 
 STEP = 1 << 20  # documents, or values, handled at once when a stream is sealed
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class StreamFiles:
@@ -104,16 +103,12 @@ class StreamFiles:
             os.fsync(file.fileno())
 
     def _write_index(self, file: IO[bytes], dtype: np.dtype[Any]) -> None:
-        # FORMAT: see indexed_dataset.py; one mark per document.
-        file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype.newbyteorder("<")], self.documents, self.documents + 1))
-        sizes = self._sizes()
-        for start in range(0, self.documents, STEP):
-            file.write(sizes[start : start + STEP].tobytes())
-        before = 0
-        for start in range(0, self.documents, STEP):
-            part = sizes[start : start + STEP].astype(np.int64) * dtype.itemsize
-            ends = np.cumsum(part) + before
-            file.write((ends - part).astype("<i8").data)
-            before = int(ends[-1])
-        for start in range(0, self.documents + 1, STEP):
-            file.write(np.arange(start, min(start + STEP, self.documents + 1), dtype="<i8").data)
+        sizes, documents = self._sizes(), self.documents
+        firsts = range(0, documents, STEP)
+        write_index(
+            file,
+            dtype.newbyteorder("<"),
+            (documents, documents),
+            lambda: (sizes[first : first + STEP] for first in firsts),
+            (np.arange(first + 1, min(first + STEP, documents) + 1) for first in firsts),
+        )

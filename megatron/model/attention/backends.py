@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from megatron.errors import BackendError
 from megatron.fused_kernels import available
-from megatron.model.attention import flash, varlen
-from megatron.model.attention.inputs import AttentionInputs
-from megatron.model.attention.masks import allowed, needs_no_mask
+from megatron.model.attention import cuda_kernels
+from megatron.model.attention.inputs import AttentionInputs, needs_no_mask
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.random import drop_by_head, seeded
 
@@ -26,14 +26,15 @@ class Attend(Protocol):
 
 def eager(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """The reference: scores, mask, softmax, product. Shapes as in `Attend`."""
-    s, t, n, repeat = q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2]
+    s, t, repeat = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     scores = torch.einsum("bsnd,btnd->bnst", q * (view.scale / view.divisor), k)
     if view.fp32 or view.divisor != 1.0:
         scores = scores.float() * view.divisor
-    if view.bias is not None:
-        scores = scores + view.bias(s, t).view(1, n, s, t)
-    see = allowed(s, t, view.window, q.device, view.documents)
+    bias = view.added(s, t)
+    if bias is not None:
+        scores = scores + bias
+    see = view.visible(s, t, q.device)
     probs = scores.masked_fill(~see, float("-inf")).softmax(dim=-1).to(q.dtype)
     if view.dropout > 0.0:
         probs = drop_by_head(probs, view.dropout, view.seeds)
@@ -41,7 +42,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
-    """torch's scaled_dot_product_attention; packed documents are computed one by one. Shapes as in `Attend`."""
+    """torch's scaled_dot_product_attention. Packed documents are computed one by one, in a compiled graph with a mask."""
     if view.dropout > 0.0:
         # The kernel draws by itself, one stream for all heads: ranks of a tensor group must not draw alike.
         with seeded(view.seeds[0], q.device):
@@ -50,26 +51,31 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
 
 
 def _sdpa_documents(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
-    if view.documents is None:
+    # A graph must not depend on the documents' lengths: it would be compiled again for every batch.
+    if view.documents is None or torch.compiler.is_compiling():
         return _sdpa_rows(q, k, v, view)
     # A document never meets its neighbours, so nothing of them can reach it; and there is no mask of s * s.
-    lengths = list(view.documents.lengths)
+    lengths = view.documents.lengths()
+    view = replace(view, documents=None)
     queries, keys, values = (x.flatten(0, 1)[None].split(lengths, dim=1) for x in (q, k, v))
     out = torch.cat([_sdpa_rows(*piece, view) for piece in zip(queries, keys, values, strict=True)], dim=1)
     return out.view(q.shape)
 
 
 def _sdpa_rows(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
-    """Rows of one document each."""
+    """Whole rows."""
     s = q.shape[1]
-    if s == 1 and view.window is not None and k.shape[1] > view.window + 1:
+    differ = view.documents is not None or view.offsets is not None
+    if s == 1 and not differ and view.window is not None and k.shape[1] > view.window + 1:
         k, v = k[:, -view.window - 1 :], v[:, -view.window - 1 :]
     t = k.shape[1]
     mask: Tensor | None = None
-    causal = view.bias is None and s > 1 and needs_no_mask(s, t, view.window)
-    if not causal and (s > 1 or view.bias is not None):
-        see = allowed(s, t, view.window, q.device)
-        mask = see if view.bias is None else view.bias(s, t).to(q.dtype).masked_fill(~see, float("-inf"))[None]
+    causal = view.bias is None and not differ and s > 1 and needs_no_mask(s, t, view.window)
+    if not causal and (s > 1 or differ or view.bias is not None):
+        mask, bias = view.visible(s, t, q.device), view.added(s, t)
+        if bias is not None:
+            mask = bias.to(q.dtype).masked_fill(~mask, float("-inf"))
+            mask = mask if mask.dim() == 4 else mask[None]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -90,15 +96,17 @@ def refuses(name: BackendName, spec: AttentionSpec, device: torch.device, dtype:
     if device.type != "cuda":
         return f"{name.value} runs on CUDA, not on {device.type}"
     if name is BackendName.VARLEN:
-        return available("varlen") or varlen.refuses(spec, dtype)
-    return available("flash_attn") or flash.refuses(spec, dtype)
+        return available("varlen") or cuda_kernels.varlen_refuses(spec, dtype)
+    return available("flash_attn") or cuda_kernels.flash_refuses(spec, dtype)
 
 
-def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropout: bool = False) -> Attend:
+def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropout: bool = False, uneven: bool = False) -> Attend:
     """The back end of a spec on a device. A named one is that one or an error; `auto` is always found.
 
     dropout: attention weights will be dropped. The same ones at any tensor parallel size by EAGER, which `auto` then takes on a CPU,
              where SDPA has no fused kernel for it either; fused kernels draw a stream of their own on each rank.
+
+    uneven: rows have cached different numbers of tokens, which takes a mask, so SDPA serves where a CUDA kernel would
 
     Raises BackendError with the reason a named back end is refused.
     """
@@ -117,7 +125,7 @@ def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropo
     table: dict[BackendName, Attend] = {
         BackendName.EAGER: eager,
         BackendName.SDPA: sdpa,
-        BackendName.VARLEN: varlen.attend,
-        BackendName.FLASH_ATTN: flash.attend,
+        BackendName.VARLEN: cuda_kernels.varlen,
+        BackendName.FLASH_ATTN: cuda_kernels.flash,
     }
-    return table[name]
+    return sdpa if uneven and name is not BackendName.EAGER else table[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of queries sees of a run of keys, for attention that is computed in pieces. Knows no ranks and no scores.
+"""What a run of queries sees of a run of keys, for attention that is computed in pieces.
 
 Where documents begin is known on the host, so a piece that nobody sees is never computed, and one that all see has no mask.
 """
@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from megatron.model.attention.masks import PackedSequences, ordinals
+from megatron.model.attention.inputs import PackedSequences, ordinals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class BlockMask:
             return cls(device=device, window=window)
         length = documents.segment_ids.shape[1]
         rows: list[list[int]] = [[] for _ in range(documents.segment_ids.shape[0])]
-        for start in accumulate(documents.lengths[:-1], initial=0):
+        for start in accumulate(documents.lengths()[:-1], initial=0):
             rows[start // length].append(start % length)
         starts = tuple(tuple(row) for row in rows)
         return cls(device=device, window=window, starts=starts, numbers=ordinals(documents.segment_ids))

@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-attention: project, normalise, rotate, attend, project back. Knows no residual stream."""
+"""Self-attention: project, normalise, rotate, attend, project back."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.model.attention import backends, ring, ulysses
-from megatron.model.attention.inputs import AttentionInputs, BiasOf
-from megatron.model.attention.masks import PackedSequences, document_positions
+from megatron.model.attention.inputs import AttentionInputs, BiasOf, PackedSequences, document_positions
 from megatron.model.attention.qkv import layout
-from megatron.model.cache import LayerCache
+from megatron.model.cache import AttentionCache
+from megatron.model.layer_state import Mixer
 from megatron.model.norms import EachHeadNorm, HeadNorm
 from megatron.model.positions import Alibi, RelativeBias, Rotary, rotate
 from megatron.model.spec import AttentionSpec
 from megatron.mpu.context import ContextKind, ContextPlan
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Groups
 from megatron.mpu.layers import ColumnLinear, RowLinear
 from megatron.mpu.random import head_seeds
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Mixer):
     """Causal self-attention with MHA, GQA or MQA.
 
     FORMAT: query_key_value, dense, rotary_emb, rpe, alibi_embed, qk_layernorm, q_norm, k_norm.
@@ -35,6 +37,7 @@ class SelfAttention(nn.Module):
     def __init__(self, spec: AttentionSpec, *, tp: Group, defer_reduce: bool = False, context: ContextPlan | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.isolated = spec.isolated
         self.tp = tp
         self.context = ContextPlan() if context is None else context
         self._check_context()
@@ -63,7 +66,7 @@ class SelfAttention(nn.Module):
         else:
             self.qk_layernorm = HeadNorm(spec.qk_norm, spec.num_heads, spec.head_dim, tp=tp, flat=False)
 
-    def forward(self, hidden: Tensor, segment_ids: Tensor | PackedSequences | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, segment_ids: Tensor | PackedSequences | None = None, cache: AttentionCache | None = None) -> Tensor:
         """hidden [b, s / cp, h], segment_ids [b, s] -> [b, s / cp, h].
 
         hidden:   the rows that `context.rows` names; all of them without context parallelism
@@ -81,25 +84,82 @@ class SelfAttention(nn.Module):
         if self.rotary_emb is not None:
             cos, sin = self.rotary_emb(self._positions(q, documents, cache))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        view = self._view(q, documents)
         if cache is not None:
+            view = view if cache.even else replace(view, offsets=cache.lengths)
             k, v = cache.append(k, v)
-        seen = self._attend(q, k, v, self._view(q, documents))
+        seen = self._attend(q, k, v, view)
         out: Tensor = self.dense(seen.reshape(*seen.shape[:2], -1))
         return out
 
-    def _positions(self, q: Tensor, documents: PackedSequences | None, cache: LayerCache | None) -> Tensor:
+    def _positions(self, q: Tensor, documents: PackedSequences | None, cache: AttentionCache | None) -> Tensor:
         """Position of each own token in its document; int64 [b or 1, s / cp]."""
-        before, length = 0 if cache is None else cache.length, q.shape[1] * self.context.size
-        in_row = torch.arange(before, before + length, device=q.device)[None]
-        return self.context.own(in_row if documents is None else document_positions(documents.segment_ids))
+        if cache is not None:
+            return cache.positions(q.shape[1])
+        if documents is not None:
+            return self.context.own(document_positions(documents.segment_ids))
+        return self.context.own(torch.arange(q.shape[1] * self.context.size, device=q.device)[None])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
         """q [b, s / cp, n, d], k and v [b, t, g, d] -> [b, s / cp, n, d]."""
         plan = self.context
         if plan.size > 1 and plan.kind is ContextKind.RING:
             return ring.attend(q, k, v, view, plan)
-        inner = backends.pick(self.spec, q.device, q.dtype, dropout=view.dropout > 0.0)
+        inner = backends.pick(self.spec, q.device, q.dtype, dropout=view.dropout > 0.0, uneven=view.offsets is not None)
         return inner(q, k, v, view) if plan.size == 1 else ulysses.attend(q, k, v, view, plan, inner)
+
+    @staticmethod
+    def matrix_elements(spec: AttentionSpec) -> int:
+        """Elements of query_key_value and dense."""
+        inner, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        return spec.hidden_size * (inner + 2 * kv) + inner * spec.hidden_size
+
+    @staticmethod
+    def parameter_count(spec: AttentionSpec) -> int:
+        """Projections and norms of queries and keys."""
+        inner, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        count = SelfAttention.matrix_elements(spec) + (inner + 2 * kv if spec.bias else 0)
+        count += spec.hidden_size if spec.output_bias else 0
+        if spec.qk_norm is None:
+            return count
+        sizes = (spec.head_dim,) * 2 if spec.norm_each_head else (inner, kv)
+        return count + sum(replace(spec.qk_norm, size=size).parameter_count for size in (sizes if spec.separate_qk_norms else (inner,)))
+
+    @staticmethod
+    def shared_parameter_count(spec: AttentionSpec) -> int:
+        """The relative position table."""
+        return 0 if spec.rpe is None else spec.rpe.num_buckets * spec.num_heads
+
+    @staticmethod
+    def forward_flops(spec: AttentionSpec, length: int) -> float:
+        """Projections, q k^T and p v; counts grouped heads, the causal half and the window."""
+        scores = 2.0 * spec.num_heads * spec.head_dim * mean_visible(length, spec.window)
+        return 2.0 * (SelfAttention.matrix_elements(spec) + scores)
+
+    @staticmethod
+    def check(spec: AttentionSpec, *, stages: int) -> None:
+        """A relative position table belongs to one stage."""
+        if stages > 1 and spec.rpe is not None:
+            raise ConfigError(
+                "a relative position table is shared by all layers and cannot be spread over pipeline stages",
+                where="pos_emb: rpe, pipe_parallel_size",
+                fix="set pipe_parallel_size to 0 or 1, or use another pos_emb",
+            )
+
+    @staticmethod
+    def context_plan(spec: AttentionSpec, groups: Groups) -> ContextPlan:
+        """Ulysses where the heads allow it, else the ring."""
+        tp = groups.tp.size
+        return ContextPlan.choose(groups.cp, heads=spec.num_heads // tp, kv_heads=spec.num_kv_heads // tp)
+
+    def allocate_cache(self, rows: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> AttentionCache:
+        """Room for the keys and values of `max_len` tokens in each of `rows` rows."""
+        return AttentionCache(rows, max_len, self.layout.kv_heads, self.layout.head_dim, dtype, device)
+
+    def share(self, first: Mixer) -> None:
+        """The relative position table. FORMAT: a checkpoint holds it once per block."""
+        if self.spec.rpe is not None:
+            self.rpe = cast(SelfAttention, first).rpe
 
     def _check_context(self) -> None:
         ringed = self.context.size > 1 and self.context.kind is ContextKind.RING
@@ -137,3 +197,11 @@ class SelfAttention(nn.Module):
             seeds=head_seeds(self.layout.heads, self.tp) if self._dropout() > 0.0 else (),
             fp32=self.spec.softmax_in_fp32,
         )
+
+
+def mean_visible(length: int, window: int | None) -> float:
+    """How many tokens a token of a row of `length` sees on average, itself included; `window` are those behind it."""
+    if window is None or window >= length - 1:
+        return (length + 1) / 2.0
+    full = window + 1
+    return (full * (full + 1) / 2.0 + (length - full) * full) / length

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout of the fused query-key-value projection, for the forward pass and for conversion alike. Knows no checkpoint."""
+"""Layout of the fused query-key-value projection, for the forward pass and for conversion alike."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ring attention (Liu et al., arXiv 2310.01889): queries stay, keys and values travel round the ranks that share a sequence.
 
-Exact: softmax is put together piece by piece (Milakov & Gimelshein, arXiv 1805.02867) in float32. Knows no other back end.
+Exact: softmax is put together piece by piece (Milakov & Gimelshein, arXiv 1805.02867) in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron.model.attention.block_mask import BlockMask
 from megatron.model.attention.inputs import AttentionInputs
 from megatron.model.spec import AttentionSpec, BackendName
+from megatron.mpu.comm import Shift, shift
 from megatron.mpu.context import ContextPlan
-from megatron.mpu.ring import Shift, shift
 
 # A piece of scores has at most about this many numbers, and few enough queries that little is computed above the diagonal.
 SCORES = 2**24

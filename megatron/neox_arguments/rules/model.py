@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules about the model's shape and its layers. Knows nothing of data or of the run."""
+"""Rules about the model's shape and its layers."""
 
 from __future__ import annotations
 

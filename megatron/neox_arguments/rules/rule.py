@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form of a rule about several keys. Knows no key."""
+"""The form of a rule about several keys."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules about a run: length, optimisation, ZeRO, checkpoints, launch, profiling. Knows nothing of the model or data files."""
+"""Rules about a run: length, optimisation, ZeRO, checkpoints, launch, profiling."""
 
 from __future__ import annotations
 

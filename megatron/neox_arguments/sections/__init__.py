@@ -14,9 +14,8 @@ from .logs import LogsArgs
 from .model import ModelArgs
 from .objective import ObjectiveArgs
 from .optim import OptimArgs
-from .run import RunArgs
+from .run import RunArgs, TextArgs
 from .runtime import RuntimeArgs
-from .text import TextArgs
 
 SECTIONS: Final = MappingProxyType[str, type[Section]](
     {

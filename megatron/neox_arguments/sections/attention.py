@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for attention: which tokens see which, with what positions, by what kernel. Knows no sizes but its own."""
+"""Keys for attention: which tokens see which, with what positions, by what kernel."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every configuration section shares: frozen, closed, strict fields. Knows no key by name."""
+"""What every configuration section shares: frozen, closed, strict fields."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for saving and loading checkpoints. Knows no file format."""
+"""Keys for saving and loading checkpoints."""
 
 from __future__ import annotations
 

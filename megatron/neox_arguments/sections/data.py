@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for data and tokenizer: which files, in which mixture, cut into samples how. Knows no objective."""
+"""Keys for data and tokenizer: which files, in which mixture, cut into samples how."""
 
 from __future__ import annotations
 

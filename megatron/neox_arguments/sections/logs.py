@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for what a run reports, to whom and how often, and for profiling. Knows no metric's computation."""
+"""Keys for what a run reports, to whom and how often, and for profiling."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for the model's shape: sizes, norms, MLP, residual topology, initialisation. Attention has its own file."""
+"""Keys for the model apart from attention: sizes, norms, MLP, residuals, other mixers, experts, muP, Transformer Engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from .base import NO_EFFECT, Section, Whole
-from .mixers import MixerKeys
-from .moe import MoeKeys
-from .mup import MupKeys
-from .transformer_engine import TransformerEngineKeys
 
 InitMethod = Literal[
     "normal",
@@ -76,6 +72,99 @@ class NormKeys(Section):
     rms_norm_epsilon: float = Field(1.0e-8, gt=0, description="Number added to the mean square in RMSNorm.")
     scalenorm_epsilon: float = Field(1.0e-8, gt=0, description="Smallest vector length that ScaleNorm divides by.")
     use_bias_in_norms: bool = Field(True, description="Give LayerNorm a bias; the other norms have none.")
+
+
+class MixerKeys(Section):
+    """Sizes and kernels of the mixers that can stand in attention_config instead of attention."""
+
+    mamba_selective_scan_fusion: bool = Field(False, description="Run Mamba's selective scan (arXiv 2312.00752) with its CUDA kernel.")
+    mamba_causal_conv_fusion: bool = Field(False, description="Run Mamba's depthwise convolution with its CUDA kernel.")
+    mamba_inner_func_fusion: bool = Field(
+        False, description="Run convolution, projections and scan of a Mamba layer as one fused function."
+    )
+    mamba_selective_fp32_params: bool = Field(
+        True, description="Keep the state matrix A_log and the skip weight D of Mamba layers in fp32."
+    )
+    mamba_use_bias_in_conv: bool = Field(True, description="Give Mamba's depthwise convolution a bias.")
+    mamba_use_bias_in_linears: bool = Field(False, description="Give Mamba's input, x and output projections a bias.")
+    dim_att: Whole | None = Field(None, ge=1, description="Width of RWKV's time mixing; unset means hidden_size.")
+    head_size: Whole | None = Field(
+        None, ge=1, description="Features per head of RWKV's time mixing; unset means dim_att / num_attention_heads."
+    )
+    ffn_dim: Whole | None = Field(
+        None, ge=1, description="Width of RWKV's channel mixing; unset follows from intermediate_size or expansion_factor."
+    )
+    gmlp_attn_dim: Whole = Field(64, ge=1, description="Features of the single small attention head in aMLP layers (arXiv 2105.08050).")
+
+
+class MoeKeys(Section):
+    """How many experts there are and how tokens find them."""
+
+    moe_num_experts: Whole = Field(1, ge=1, description="Experts in a mixture-of-experts layer; 1 means ordinary MLPs.")
+    moe_expert_interval: Whole = Field(1, ge=1, description="Every so-manieth layer, counted from layer 0, holds experts.")
+    moe_top_k: Whole = Field(1, ge=1, description="Experts that process each token.")
+    moe_router_type: Literal["sinkhorn", "topk"] = Field(
+        "sinkhorn", description="How tokens are assigned: balanced by Sinkhorn iterations, or the highest router scores."
+    )
+    moe_lbl_in_fp32: bool = Field(False, description="Form the load-balancing loss in fp32.", json_schema_extra=NO_EFFECT)
+    moe_jitter_eps: float | None = Field(
+        None, gt=0, lt=1, description="Training noise on router inputs: a uniform factor in [1 - eps, 1 + eps]."
+    )
+
+
+class MupKeys(Section):
+    """Width-independent hyper-parameters (arXiv 2203.03466)."""
+
+    use_mup: bool = Field(
+        False,
+        description="Scale initialisation, learning rates, attention and logits by the muP rules; needs mup_base_hidden_size.",
+    )
+    mup_base_hidden_size: Whole | None = Field(
+        None,
+        ge=1,
+        description="The hidden_size at which learning rate and init_method_std were found: use_mup keeps them right for hidden_size.",
+    )
+    coord_check: bool = Field(
+        False, description="Measure how activations grow with width: a command of its own, python tools/mup/coord_check.py CONF..."
+    )
+    save_base_shapes: bool = Field(
+        False, description="Write muP base shapes: not needed, the laws follow from mup_base_hidden_size.", json_schema_extra=NO_EFFECT
+    )
+    base_shapes_file: str | None = Field(
+        None, description="File with muP base shapes: not needed, the laws follow from mup_base_hidden_size.", json_schema_extra=NO_EFFECT
+    )
+    mup_init_scale: float = Field(1.0, gt=0, description="Factor on the standard deviation of all matrices under muP.")
+    mup_attn_temp: float = Field(1.0, gt=0, description="Temperature under muP that attention scores are divided by, beside the head size.")
+    mup_output_temp: float = Field(1.0, gt=0, description="Temperature under muP that the output logits are divided by.")
+    mup_embedding_mult: float = Field(1.0, gt=0, description="Factor on the token embedding's output under muP.")
+    mup_rp_embedding_mult: float = Field(1.0, gt=0, description="Factor on position embeddings, with or without muP.")
+    mup_width_scale: Whole = Field(
+        2,
+        ge=2,
+        description="Width of a muP delta model in base widths: no delta model is needed.",
+        json_schema_extra=NO_EFFECT,
+    )
+
+
+class TransformerEngineKeys(Section):
+    """Which layers run in Transformer Engine, and its FP8 recipe."""
+
+    te_columnparallel: bool = Field(
+        False, description="Build the linear layers whose outputs are split over ranks from Transformer Engine."
+    )
+    te_rowparallel: bool = Field(False, description="Build the linear layers whose inputs are split over ranks from Transformer Engine.")
+    te_layernorm_mlp: bool = Field(False, description="Run the second norm and the MLP as Transformer Engine's one fused module.")
+    te_mha: bool = Field(False, description="Run attention as Transformer Engine's module.")
+    te_fp8_format: Literal["e4m3", "hybrid"] = Field(
+        "hybrid", description="FP8 numbers used: e4m3 everywhere, or hybrid with e5m2 in the backward pass (arXiv 2209.05433)."
+    )
+    te_fp8_wgrad: bool = Field(True, description="Form weight gradients in FP8 too.")
+    te_fp8_amax_history_len: Whole = Field(1, ge=1, description="Number of past steps whose largest magnitudes set the FP8 scale.")
+    te_fp8_amax_compute_algo: Literal["most_recent", "max"] = Field(
+        "most_recent", description="Which of the remembered largest magnitudes sets the FP8 scale."
+    )
+    te_fp8_margin: Whole = Field(0, description="Powers of two kept free between the largest value and the FP8 range.")
+    te_fp8_mha: bool = Field(False, description="Use FP8 inside attention as well.")
 
 
 class ModelArgs(SizeKeys, NormKeys, MixerKeys, TransformerEngineKeys, MupKeys, MoeKeys):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of the training objectives: preferences, rewards, unlearning. Knows no model."""
+"""Keys of the training objectives: preferences, rewards, unlearning."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for optimisation: optimizer, learning rate, gradients, precision and ZeRO blocks. Knows no parameter."""
+"""Keys for optimisation: optimizer, learning rate, gradients, precision and ZeRO blocks."""
 
 from __future__ import annotations
 

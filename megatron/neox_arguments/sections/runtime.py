@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys for processes and how they are started: parallel sizes, launcher, hosts. Knows nothing of the model."""
+"""Keys for processes and how they are started: parallel sizes, launcher, hosts."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ import torch
 
 from megatron import fault_injection
 from megatron.checkpoint.saving.write import RankFileWriter
-from megatron.checkpoint.steps.manifest import Entry, read_manifest
+from megatron.checkpoint.steps.manifest import Entry, Verify, look_at, read_manifest
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps
-from megatron.checkpoint.steps.verify import Verify, look_at
 from megatron.engine.checkpointer import Checkpointer
 from megatron.errors import CheckpointError
 from support.dist import run_distributed

@@ -115,7 +115,7 @@ def measured(rank: int, world: int, folder: str, layout: dict[str, Any]) -> dict
     ids=["tensor_shares", "pipeline_tied"],
 )
 def test_norms_are_those_of_the_whole_model(style: str, layout: dict[str, Any], tmp_path: Path) -> None:
-    """Pieces, copies, shares of a summed bias and tied weights are each counted once, as in one process."""
+    """Shards, copies, shares of a summed bias and tied weights are each counted once, as in one process."""
     (alone,) = run_distributed(measured, 1, 60, init=False, folder=str(tmp_path), layout={"style": style})
     (first, _) = run_distributed(measured, 2, 100, init=False, folder=str(tmp_path), layout={"style": style, **layout})
     assert {"parameter_norm", "gradient_norm", "optimizer_state_norm_exp_avg"} <= set(alone)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the console shows, read back with the parsers of megatron.progress."""
+"""What the console shows, read back with the parsers of tests.support.log_lines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from megatron.hooks.console import ConsoleHook, memory, tee_log
 from megatron.hooks.throughput import StepFlops
 from megatron.log import get_logger, setup_logging
-from megatron.progress import parse_memory, parse_training
 from support.fake_engine import drive, result
+from tests.support.log_lines import parse_memory, parse_training
 
 FLOPS = StepFlops(hardware=4e12, model=3e12, devices=2, peak_tflops=10.0)
 

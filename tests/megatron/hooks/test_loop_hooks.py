@@ -28,8 +28,8 @@ from megatron.hooks.trackers.build import tracker_ids
 from megatron.hooks.validation import ValidationHook
 from megatron.launch.signals import noting_signals
 from megatron.log import setup_logging
-from megatron.progress import parse_evaluation, parse_exit
 from support.fake_engine import FakeCheckpoints, FakeEngine, drive, result
+from tests.support.log_lines import parse_evaluation, parse_exit
 
 
 def saves(plan: SavePlan, steps: int, start: int = 0, extra: BaseHook | None = None) -> list[int]:

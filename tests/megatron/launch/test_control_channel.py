@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron.launch.commands import Host, LaunchPlan
 from megatron.launch.control_channel import ADDRESSES, Wires, connect, tell
-from megatron.launch.plan import Host, LaunchPlan
+from megatron.launch.launcher_process import run
 from megatron.launch.rank_events import Event
-from megatron.launch.running import run
 
 
 def serve(wires: Wires, selector: selectors.BaseSelector, until: Callable[[], bool]) -> None:

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from megatron.errors import BackendError
-from megatron.launch.plan import Host, LaunchPlan
+from megatron.launch.commands import Host, LaunchPlan
+from megatron.launch.launcher_process import run
 from megatron.launch.rank_events import Event, lines_of
-from megatron.launch.running import run
 
 
 def plan(*argv: str) -> LaunchPlan:

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from megatron.launch import heartbeat, watchdog
-from megatron.launch.heartbeat import Heartbeat
-from megatron.launch.progress_reporter import SAVE, Pulse
+from megatron.launch.heartbeat import SAVE, Heartbeat, Pulse
 from megatron.launch.watchdog import Watch, WatchPlan, watching
 
 INTERVAL_S, LIMIT_S = 0.1, 1.2

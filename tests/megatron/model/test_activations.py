@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.errors import ConfigError
-from megatron.model.activations import GATES, PLAIN, activation_of
+from megatron.model.mlp import GATES, PLAIN, activation_of
 from megatron.model.spec import GATED
 
 

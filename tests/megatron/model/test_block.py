@@ -14,7 +14,7 @@ from support.specs import HIDDEN, model_spec
 
 def build(residual: Residual, *, bias: bool = True, dropout: float = 0.0) -> TransformerBlock:
     mlp = MLPSpec(hidden_size=HIDDEN, width=48, activation="gelu", bias=bias)
-    model = Transformer(model_spec(layers=1, residual=residual, mlp=mlp, hidden_dropout=dropout))
+    model = Transformer(model_spec(layers=1, residual=residual, ffn=mlp, hidden_dropout=dropout))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -31,7 +31,7 @@ def stream() -> LayerState:
 @pytest.mark.parametrize("residual", list(Residual))
 def test_formula(residual: Residual, bias: bool):
     block = build(residual, bias=bias)
-    x, segment_ids = stream()
+    x, segment_ids, _ = stream()
     ln1, ln2 = getattr(block, "input_layernorm", None), getattr(block, "post_attention_layernorm", None)
     attend = lambda hidden: block.attention(hidden, segment_ids)  # noqa: E731
     if residual is Residual.SEQUENTIAL:
@@ -49,7 +49,7 @@ def test_formula(residual: Residual, bias: bool):
 
 @pytest.mark.parametrize("residual", list(Residual))
 def test_dropout_hits_both_sublayers(residual: Residual):
-    block, (x, segment_ids) = build(residual, dropout=0.5), stream()
+    block, (x, segment_ids, _) = build(residual, dropout=0.5), stream()
     torch.manual_seed(0)
     first = block(LayerState(x, segment_ids)).hidden
     assert not torch.equal(first, block(LayerState(x, segment_ids)).hidden)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.errors import NeoXError
-from megatron.model.cache import KVCache
+from megatron.model.cache import LayerCache
 from megatron.model.embedding import Embedding, sinusoid
 from megatron.model.layer_state import LayerState
 from megatron.model.spec import EmbeddingSpec, Positions
@@ -25,7 +25,7 @@ def build(positions: Positions, **changes: object) -> Embedding:
 def test_learned_positions_restart_with_each_document():
     layer = build(Positions.LEARNED, position_offset=2, multiplier=3.0, position_multiplier=0.5)
     assert layer.position_embeddings.weight.shape == (7, 6)
-    hidden, _ = layer(LayerState(torch.tensor(TOKENS), torch.tensor(SEGMENTS)))
+    hidden, *_ = layer(LayerState(torch.tensor(TOKENS), torch.tensor(SEGMENTS)))
     words, table = layer.word_embeddings.weight, layer.position_embeddings.weight
     expected = 3.0 * words[torch.tensor(TOKENS)] + 0.5 * table[torch.tensor([[2, 3, 2, 3, 4]])]
     torch.testing.assert_close(hidden, expected)
@@ -35,17 +35,17 @@ def test_sinusoid():
     added = sinusoid(torch.tensor([[0, 7]]), 4)[0, 1]
     torch.testing.assert_close(added, torch.tensor([math.sin(7), math.sin(0.07), math.cos(7), math.cos(0.07)]))
     layer = build(Positions.SINUSOIDAL)
-    hidden, _ = layer(LayerState(torch.tensor(TOKENS), torch.zeros(1, 5, dtype=torch.int32)))
+    hidden, *_ = layer(LayerState(torch.tensor(TOKENS), torch.zeros(1, 5, dtype=torch.int32)))
     torch.testing.assert_close(hidden - layer.word_embeddings(torch.tensor(TOKENS)), sinusoid(torch.arange(5)[None], 6))
 
 
 def test_a_cache_moves_positions_on():
     layer = build(Positions.LEARNED)
     tokens, joined = torch.tensor(TOKENS), torch.zeros(1, 5, dtype=torch.int32)
-    whole, _ = layer(LayerState(tokens, joined))
-    cache = KVCache.allocate(1, 1, 5, 1, 1, torch.float32, "cpu").layer(0)
-    cache.length = 3
-    tail, _ = layer(LayerState(tokens[:, 3:], joined[:, 3:]), cache)
+    whole, *_ = layer(LayerState(tokens, joined))
+    cache = LayerCache(1, 5, "cpu")
+    cache.advance(3)
+    tail, *_ = layer(LayerState(tokens[:, 3:], joined[:, 3:]), cache)
     torch.testing.assert_close(tail, whole[:, 3:])
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron.model.flops import matmul_flops_per_token, mean_visible, parameter_count, reported_flops_per_step
+from megatron.model.attention.layer import mean_visible
+from megatron.model.flops import matmul_flops_per_token, parameter_count, reported_flops_per_step
 from megatron.model.spec import BackendName, MLPSpec, NormKind, Positions, Residual
 from megatron.model.transformer import Transformer
 from support.specs import HIDDEN, model_spec, norm_spec
@@ -15,7 +16,7 @@ SPECS = [
     *(model_spec(residual=residual) for residual in Residual),
     *(model_spec(positions=positions, tied=True) for positions in Positions),
     *(model_spec(norm=norm_spec(kind)) for kind in NormKind),
-    model_spec(norm=norm_spec(bias=False), mlp=MLPSpec(hidden_size=HIDDEN, width=24, activation="swiglu", bias=False)),
+    model_spec(norm=norm_spec(bias=False), ffn=MLPSpec(hidden_size=HIDDEN, width=24, activation="swiglu", bias=False)),
     model_spec(attention={"num_kv_heads": 1, "bias": False}),
     model_spec(positions=Positions.LEARNED, embedding={"position_offset": 2}),
     model_spec(attention=QK),
@@ -40,7 +41,7 @@ def test_matmul_flops_are_those_that_torch_counts():
     length = 24
     for changes in ({}, {"num_kv_heads": 2}):
         mlp = MLPSpec(hidden_size=HIDDEN, width=40, activation="swiglu", bias=False)
-        spec = model_spec(mlp=mlp, attention={"bias": False, "backend": BackendName.EAGER, **changes})
+        spec = model_spec(ffn=mlp, attention={"bias": False, "backend": BackendName.EAGER, **changes})
         model = Transformer(spec)
         counter = FlopCounterMode(display=False)
         with counter:

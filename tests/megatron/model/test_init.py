@@ -41,7 +41,7 @@ def start(method: str = "normal", **spec: float) -> Initialiser:
 def drawn(method: str, module: nn.Module | None = None, tp: Group | None = None, **spec: float) -> torch.Tensor:
     """The weight of a module after its initialisation."""
     module = module or nn.Linear(256, 512, bias=False)
-    start(method, **spec)(module, "7", tp or Group.single())
+    start(method, **spec)(module, "7", Groups(tp=tp or Group.single()))
     (weight,) = (p for p in module.parameters() if p.dim() > 1)
     return weight.detach()
 
@@ -132,7 +132,7 @@ def test_partitioned_weights_are_gathered():
         yield
         kept["whole"], parameter.data = parameter.data, torch.empty(0)
 
-    replace(start("normal"), gather=gather)(module, "7", Group.single())
+    replace(start("normal"), gather=gather)(module, "7", Groups.single())
     assert torch.equal(kept["whole"], drawn("normal", nn.Linear(12, 600, bias=False)))
 
 
@@ -151,7 +151,7 @@ def test_mup_spread():
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_tensor_ranks_hold_slices_of_one_model(kv_heads: int):
     spec = model_spec(
-        residual=Residual.PARALLEL, mlp=MLPSpec(hidden_size=HIDDEN, width=48, activation="swiglu"), attention={"num_kv_heads": kv_heads}
+        residual=Residual.PARALLEL, ffn=MLPSpec(hidden_size=HIDDEN, width=48, activation="swiglu"), attention={"num_kv_heads": kv_heads}
     )
     whole = Transformer(spec, seed=3)
     how = sharding_of(whole)

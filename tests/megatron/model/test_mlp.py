@@ -4,8 +4,7 @@
 import pytest
 import torch
 
-from megatron.model.activations import activation_of
-from megatron.model.mlp import MLP
+from megatron.model.mlp import MLP, activation_of
 from megatron.model.spec import GATED, MLPSpec
 from megatron.mpu.groups import Group
 from megatron.mpu.sharding import sharding_of, split

@@ -26,7 +26,7 @@ def test_multipliers() -> None:
 def test_at_the_base_width_only_the_scale_of_attention_differs() -> None:
     plain = model_spec()
     made = with_mup(plain, Mup(width_mult=1.0))
-    blocks = tuple(replace(block, attention=replace(block.attention, softmax_scale=None)) for block in made.blocks)
+    blocks = tuple(replace(block, mixer=replace(block.attention, softmax_scale=None)) for block in made.blocks)
     assert replace(made, blocks=blocks) == plain
 
 

@@ -16,7 +16,7 @@ from megatron.model.plan import Builder
 from megatron.model.recompute import Recompute
 from megatron.model.spec import Positions, Residual
 from megatron.model.transformer import Transformer
-from megatron.mpu.groups import Group, Groups
+from megatron.mpu.groups import Groups
 from support.dist import run_distributed
 from support.specs import VOCAB, model_spec
 
@@ -37,7 +37,7 @@ def micro_batches() -> list[Any]:
 
 
 def test_class_names_match_the_partition_method():
-    layers = layers_of(model_spec(layers=3), Builder(initialiser=None, tp=Group.single()))  # type: ignore[arg-type]
+    layers = layers_of(model_spec(layers=3), Builder(initialiser=None, groups=Groups.single()))  # type: ignore[arg-type]
     names = [layer.typename.__name__ if hasattr(layer, "typename") else layer.__name__ for layer in layers]
     assert names == ["Embedding", "gap", *["TransformerBlock"] * 3, "gap", "FinalNorm", "LMHead"]
     assert [bool(re.search("transformer|mlp", name, re.IGNORECASE)) for name in names] == [False] * 2 + [True] * 3 + [False] * 3

@@ -42,16 +42,14 @@ def spec_of(form: str, hidden_dropout: float = 0.3, dropout: float = 0.2) -> Mod
         "llama": lambda: model_spec(
             layers=LAYERS,
             norm=norm_spec(NormKind.RMSNORM),
-            mlp=MLPSpec(hidden_size=HIDDEN, width=40, activation="swiglu", bias=False),
+            ffn=MLPSpec(hidden_size=HIDDEN, width=40, activation="swiglu", bias=False),
             attention={"num_kv_heads": 2, "bias": False, "window": 5, "isolated": True},
         ),
         "rpe": lambda: model_spec(layers=LAYERS, positions=Positions.RPE, residual=Residual.PARALLEL_TIED),
         "olmo": lambda: model_spec(layers=LAYERS, residual=Residual.POST_SUBLAYER),
     }[form]()
     block = spec.blocks[0]
-    return replace(
-        spec, blocks=(replace(block, hidden_dropout=hidden_dropout, attention=replace(block.attention, dropout=dropout)),) * LAYERS
-    )
+    return replace(spec, blocks=(replace(block, hidden_dropout=hidden_dropout, mixer=replace(block.attention, dropout=dropout)),) * LAYERS)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.model.cache import KVCache
 from megatron.model.plan import layer_plan
 from megatron.model.recompute import Recompute
 from megatron.model.spec import BackendName, InitSpec, MLPSpec, ModelSpec, NormKind, Positions, Residual
@@ -18,7 +17,7 @@ FORMS = {
     "gpt2": model_spec(positions=Positions.LEARNED, tied=True),
     "llama": model_spec(
         norm=norm_spec(NormKind.RMSNORM),
-        mlp=MLPSpec(hidden_size=HIDDEN, width=40, activation="swiglu", bias=False),
+        ffn=MLPSpec(hidden_size=HIDDEN, width=40, activation="swiglu", bias=False),
         attention={"num_kv_heads": 2, "bias": False, "window": 5},
     ),
     "rpe": model_spec(positions=Positions.RPE, residual=Residual.PARALLEL_TIED),
@@ -69,12 +68,33 @@ def test_names():
 def test_decoding_with_a_cache_equals_the_whole():
     for spec in FORMS.values():
         model = Transformer(spec).eval()
-        ids, attention = tokens(2, 12), spec.blocks[0].attention
+        ids = tokens(2, 12)
         with torch.no_grad():
             whole = model(ids).full()
-            cache = KVCache.allocate(spec.num_layers, 2, 12, attention.num_kv_heads, attention.head_dim, torch.float32, "cpu")
+            cache = model.allocate_cache(2, 12)
             parts = [model(ids[:, start:end], cache=cache).full() for start, end in ((0, 5), (5, 6), (6, 12))]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [BackendName.SDPA, BackendName.EAGER])
+def test_rows_of_a_cache_may_have_different_lengths(backend: BackendName):
+    """Each row decodes as it does alone: positions, windows and biases are its own, and what follows its prompt is not seen."""
+    for form, spec in FORMS.items():
+        model = Transformer(with_backend(spec, backend)).eval()
+        ids, lengths = tokens(3, 12), torch.tensor([7, 3, 5])
+        with torch.no_grad():
+            cache = model.allocate_cache(3, 12)
+            model(ids[:, :7], cache=cache).full()
+            cache.keep(lengths)
+            assert cache.lengths.tolist() == [7, 3, 5] and cache.longest == 7
+            steps = [
+                model(torch.stack([row[at : at + 1] for row, at in zip(ids, lengths + step, strict=True)]), cache=cache).full()
+                for step in range(4)
+            ]
+            for row, length in enumerate(lengths.tolist()):
+                alone = model(ids[row : row + 1, : length + 4]).full()[0, length:]
+                found = torch.cat([step[row] for step in steps])
+                torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5, msg=lambda text, at=f"{form} {row}": f"{at}: {text}")
 
 
 DOCUMENTS = (0, 7, 8, 15, 20)
@@ -88,7 +108,7 @@ MIXED = {
 
 
 def with_backend(spec: ModelSpec, name: BackendName) -> ModelSpec:
-    blocks = tuple(replace(block, attention=replace(block.attention, backend=name)) for block in spec.blocks)
+    blocks = tuple(replace(block, mixer=replace(block.attention, backend=name)) for block in spec.blocks)
     return replace(spec, blocks=blocks)
 
 

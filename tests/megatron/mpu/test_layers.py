@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.errors import ConfigError
 from megatron.mpu import comm
-from megatron.mpu.cross_entropy import nll, token_logps
 from megatron.mpu.groups import Group
-from megatron.mpu.layers import ColumnLinear, RowLinear, VocabEmbedding
+from megatron.mpu.layers import ColumnLinear, RowLinear, SplitLinear, VocabEmbedding, attach_linear
 from megatron.mpu.random import drop_by_head, head_seeds, seeded
 from megatron.mpu.sharding import sharding_of, split
 from megatron.mpu.topology import Topology
@@ -47,10 +47,9 @@ def results(tp: Group, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     tokens = torch.tensor([[0, 5, 6, 11, 3], [7, 7, 1, 2, 10]])
     targets = torch.tensor([[5, 6, 11, 3, 0], [7, 1, 2, 10, 4]])
     hidden, logits = net(tokens)
-    before = logits.detach().clone()
-    losses = nll(logits, targets, tp)
-    (losses.mean() + 0.1 * token_logps(logits, targets.flip(0), tp).square().sum()).backward()
-    assert torch.equal(before, logits)
+    logps = comm.gather(logits, tp).log_softmax(-1)
+    losses, others = (-logps.gather(-1, ids[..., None])[..., 0] for ids in (targets, targets.flip(0)))
+    (losses.mean() + 0.1 * others.square().sum()).backward()
     out = {"hidden": hidden.detach(), "nll": losses.detach(), "logits": comm.gather(logits, tp).detach()}
     return out | {f"grad {name}": parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
@@ -102,3 +101,31 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         VocabEmbedding(7, 4, tp=tp)
     with pytest.raises(ConfigError):
         ColumnLinear(4, 8, tp=tp, parts=(5, 3))
+
+
+class LowRank(nn.Module):
+    """The product with the weight plus that with two small matrices, as LoRA has it."""
+
+    def __init__(self, layer: SplitLinear) -> None:
+        super().__init__()
+        rows, columns = layer.weight.shape
+        self.a, self.b = nn.Parameter(torch.randn(2, columns)), nn.Parameter(torch.randn(rows, 2))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias) + x @ self.a.T @ self.b.T
+
+
+def test_one_operation_serves_column_and_row_layers() -> None:
+    """Attached from outside, it is used in every product and its parameters are the layer's; the others are left alone."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"up": ColumnLinear(4, 6, tp=Group.single()), "down": RowLinear(6, 4, tp=Group.single()), "same": nn.Linear(4, 4)})
+    x = torch.randn(3, 4)
+    before = net["up"](x)
+    assert attach_linear(net, lambda name, layer: LowRank(layer) if name == "up" else None) == ["up"]
+    extra = net["up"].linear
+    torch.testing.assert_close(net["up"](x), before + x @ extra.a.T @ extra.b.T)
+    assert {"up.linear.a", "up.linear.b"} <= set(net.state_dict()) and "down.linear.a" not in net.state_dict()
+    assert attach_linear(net, lambda name, layer: LowRank(layer)) == ["up", "down"]
+    inner = torch.randn(3, 6)
+    expected = F.linear(inner, net["down"].weight, net["down"].bias) + inner @ net["down"].linear.a.T @ net["down"].linear.b.T
+    torch.testing.assert_close(net["down"](inner), expected)

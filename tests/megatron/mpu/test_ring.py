@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from megatron.mpu import comm
+from megatron.mpu.comm import shift
 from megatron.mpu.groups import Group
-from megatron.mpu.ring import shift
 from megatron.mpu.topology import Topology
 from support.dist import run_distributed
 

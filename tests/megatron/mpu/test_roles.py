@@ -22,7 +22,7 @@ def by_name(model: nn.Module) -> dict[str, Role]:
 def test_roles_of_a_model(tied: bool, positions: Positions) -> None:
     mlp = MLPSpec(hidden_size=HIDDEN, width=48, activation="swiglu")
     attention = {"qk_norm": norm_spec(size=HIDDEN // 4), "num_kv_heads": 4}
-    roles = by_name(Transformer(model_spec(layers=1, tied=tied, positions=positions, mlp=mlp, attention=attention)))
+    roles = by_name(Transformer(model_spec(layers=1, tied=tied, positions=positions, ffn=mlp, attention=attention)))
     hidden = {name for name, role in roles.items() if role is Role.HIDDEN}
     tables = {name for name, role in roles.items() if role is Role.EMBEDDING}
     assert hidden == {f"sequential.2.{n}.weight" for n in ("attention.query_key_value", "attention.dense", "mlp.linear1", "mlp.linear2")}

@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron.errors import ConfigError, LostRankError
-from megatron.neox_arguments import worker_payload
 from megatron.neox_arguments.cli import consume_deepy_args, consume_neox_args, rank_count, run_face
-from megatron.neox_arguments.flags import sort_words
+from megatron.neox_arguments.flags import decode_config, encode_config, sort_words
 
 MODEL = """\
 num_layers: 2
@@ -176,19 +175,19 @@ JSON = st.recursive(
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
 @given(st.dictionaries(st.text(alphabet="abcdefgh_-", max_size=8), JSON, max_size=6))
 def test_encoding_is_undone_by_decoding(values: dict[str, Any]) -> None:
-    text = worker_payload.encode(values)
-    assert worker_payload.decode(text, "--x") == values
+    text = encode_config(values)
+    assert decode_config(text, "--x") == values
     assert set(text) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_=")
 
 
 def test_long_configs_are_compressed_and_broken_ones_named() -> None:
     values = {"train_data_paths": [f"data/part_{index:06d}/text_document" for index in range(20000)]}
-    text = worker_payload.encode(values)
+    text = encode_config(values)
     assert len(text) < 128 * 1024
-    assert worker_payload.decode(text, "--x") == values
+    assert decode_config(text, "--x") == values
     for broken in ("???", "e30", "bm90IGpzb24=", "WzFd"):
         with pytest.raises(ConfigError, match="--x"):
-            worker_payload.decode(broken, "--x")
+            decode_config(broken, "--x")
 
 
 def test_a_face_reports_without_traceback_unless_asked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed import deepspeed_config
-from megatron.neox_arguments.worker_payload import encode
+from megatron.neox_arguments.flags import encode_config
 
 BASE: dict[str, Any] = {
     "num_layers": 4,
@@ -137,7 +137,7 @@ def test_deepspeed_reads_every_kind_of_it() -> None:
         "          read.grad_accum_dtype)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, encode({"kinds": kinds})], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", program, encode_config({"kinds": kinds})], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split() for line in done.stdout.splitlines() if line[:3] == "1.0"] == [

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.launch.plan import LaunchPlan
+from megatron.launch.commands import LaunchPlan
 from megatron.neox_arguments import NeoXArgs
-from megatron.neox_arguments.launch import is_here, plan_launch
+from megatron.neox_arguments.launch import plan_launch
+from megatron.neox_arguments.placement import is_here
 
 QUICKSTART = str(Path(__file__).resolve().parents[3] / "configs" / "quickstart.yml")
 SCRIPT = "train 'it'; $(touch pwned).py"

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 
 from megatron.neox_arguments import ConfigProblems, NeoXArgs
-from megatron.neox_arguments.rules import RULES, UNFINISHED, unfinished
+from megatron.neox_arguments.rules import RULES
 from megatron.neox_arguments.sections import SECTION_OF
+from megatron.neox_arguments.unfinished import UNFINISHED, refuse_value, unfinished
 
 TINY = {
     "num_layers": 2,
@@ -93,6 +94,27 @@ def test_unbuilt_features_parse_and_are_named(extra, key):
     found = unfinished(NeoXArgs.from_dict({**TINY, **extra}))
     assert [problem.keys for problem in found] == [(key,)]
     assert found[0].where == "from_dict" and found[0].fix
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fix"),
+    [
+        ("train_impl", "dpo", "train_impl: normal"),
+        ("use_bnb_optimizer", True, "use_bnb_optimizer: false"),
+        ("eval_tasks", ["piqa"], "remove eval_tasks"),
+        ("text_gen_type", "precompute", "interactive"),
+        ("gd_retain_dataset", "a", "remove gd_retain_dataset"),
+    ],
+)
+def test_whoever_would_build_it_refuses_with_the_same_table(key, value, fix):
+    with pytest.raises(ConfigProblems, match="not built yet") as told:
+        refuse_value(key, value)
+    assert told.value.where == key and fix in (told.value.fix or "")
+
+
+@pytest.mark.parametrize(("key", "value"), [("train_impl", "normal"), ("text_gen_type", "input-file"), ("eval_tasks", None), ("lr", 1.0)])
+def test_what_is_built_is_not_refused(key, value):
+    refuse_value(key, value)
 
 
 def test_a_plain_model_asks_for_nothing_unbuilt():

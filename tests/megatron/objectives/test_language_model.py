@@ -137,7 +137,7 @@ def test_problems_are_named() -> None:
         LanguageModel(eod=EOD, use_labels=True).collate([{"text": np.arange(4)}])
     with pytest.raises(DataError, match="different lengths"):
         LanguageModel(eod=EOD).collate([{"text": np.arange(4)}, {"text": np.arange(5)}])
-    with pytest.raises(ConfigError, match="'dpo' is not built yet"):
+    with pytest.raises(ConfigError, match="train_impl asks for .* not built yet"):
         objective_class("dpo")
     with pytest.raises(ConfigError, match="unknown"):
         objective_class("magic")

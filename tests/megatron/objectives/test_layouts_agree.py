@@ -105,7 +105,7 @@ class Trial:
 
     def _gather(self) -> None:
         """Every gradient of the whole model, from the shards of all ranks."""
-        from megatron.checkpoint.formats.state import canonical_name
+        from megatron.checkpoint.formats.torch_file import canonical_name
         from megatron.mpu.collectives import of_all_ranks
         from support.reshard import _whole
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.optim.madgrad import MADGRADW
+from megatron.optim.groupwise import MADGRADW
 
 
 def reference(start: np.ndarray, grads: list[np.ndarray], *, rates: list[float], momentum: float, decay: float) -> np.ndarray:

@@ -12,8 +12,7 @@ from megatron.errors import ConfigError
 from megatron.model.transformer import Transformer
 from megatron.mpu.roles import Role, roles_of
 from megatron.optim.build import build_groups, build_optimizer, build_scheduler
-from megatron.optim.groups import groups_by_role
-from megatron.optim.rates import EVEN, mup_rates
+from megatron.optim.groups import EVEN, groups_by_role, mup_rates
 from megatron.optim.schedules import Decay, LRScheduler, ScheduleSpec
 from support.specs import model_spec
 from support.tiny import tiny

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.optim.sm3 import SM3
+from megatron.optim.groupwise import SM3
 
 
 def reference(start: np.ndarray, grads: list[np.ndarray], *, lr: float, momentum: float, beta: float, decay: float) -> np.ndarray:

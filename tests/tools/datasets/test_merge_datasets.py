@@ -139,7 +139,7 @@ def test_blocks_smaller_than_a_part_give_the_same_bytes(tmp_path: Path, monkeypa
     for name, dtype in (("a", np.uint16), ("b", np.int32)):
         write(tmp_path / "in" / name, [rng.integers(0, 60000, size).tolist() for size in rng.integers(0, 30, 50)], dtype)
     assert merge(tmp_path / "in", tmp_path / "whole") == 0
-    monkeypatch.setattr("megatron.data.inspect.merging.BLOCK", 7)
+    monkeypatch.setattr("megatron.data.inspect.merging.INDEX_STEP", 7)
     monkeypatch.setattr("megatron.data.inspect.merging.COPY_BYTES", 64)
     assert merge(tmp_path / "in", tmp_path / "blocks") == 0
     for suffix in (".bin", ".idx"):

@@ -17,9 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.mapping.config_rows import Config
-from megatron.checkpoint.mapping.families.common import attention_bias, mlp_bias, output_bias
 from megatron.checkpoint.mapping.ops import Concat, GateFirst, GroupQKV
-from megatron.checkpoint.mapping.rows import Family, Row, to_canonical
+from megatron.checkpoint.mapping.rows import Family, Row, attention_bias, mlp_bias, output_bias, to_canonical
 from megatron.model.spec import BlockSpec, ModelSpec, NormKind, Residual
 from megatron.mpu.sharding import local_size
 
@@ -179,6 +178,6 @@ def of_rank(spec: ModelSpec, ranks: int) -> ModelSpec:
     def part(block: BlockSpec) -> BlockSpec:
         heads = local_size(block.attention.num_heads, ranks, "num_attention_heads")
         kv_heads = local_size(block.attention.num_kv_heads, ranks, "num_kv_heads")
-        return replace(block, attention=replace(block.attention, num_heads=heads, num_kv_heads=kv_heads))
+        return replace(block, mixer=replace(block.attention, num_heads=heads, num_kv_heads=kv_heads))
 
     return spec if ranks == 1 else replace(spec, blocks=tuple(map(part, spec.blocks)))

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LlamaForCausalLM: rows of names and rows of config fields, and the parts that its relatives share."""
+"""LLaMA, and the families that are built like it: Mistral, Qwen."""
 
 from __future__ import annotations
 
-from megatron.checkpoint.mapping.config_rows import Act, ConfigRow, FieldPair, Fixed, Heads, Length, Not, Theirs, Width
-from megatron.checkpoint.mapping.families.common import (
+from megatron.checkpoint.mapping.config_rows import Act, Config, ConfigRow, FieldPair, Fixed, Heads, Length, Not, Theirs, Width
+from megatron.checkpoint.mapping.ops import Concat, FuseQKV, PadVocab
+from megatron.checkpoint.mapping.position_rows import FULL, SLIDING, LayerWindows, Rope, Window
+from megatron.checkpoint.mapping.rows import (
     COMMON,
     GATED_ACTIVATIONS,
     NO_WINDOWS,
     ONE_ATTENTION_BIAS,
     PLAIN_NORMS,
+    Family,
+    Row,
     attention_bias,
     mlp_bias,
     untied,
 )
-from megatron.checkpoint.mapping.ops import Concat, FuseQKV, PadVocab
-from megatron.checkpoint.mapping.position_rows import Rope
-from megatron.checkpoint.mapping.rows import Family, Row
 
 B = "{slot}."
 L = "model.layers.{layer}."
@@ -112,5 +113,82 @@ LLAMA = Family(
         Rope(),
         *ATTENTION_BIAS_CONFIG,
         FieldPair("use_bias_in_mlp", "mlp_bias", False, True),
+    ),
+)
+
+
+MISTRAL = Family(
+    name="mistral",
+    hf="MistralForCausalLM",
+    model_type="mistral",
+    prefix="model.",
+    ignored=IGNORED,
+    tied_alias="lm_head.weight",
+    rows=(*EMBEDDING_ROWS, *PRE_NORM_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *HEAD_ROWS),
+    config=(
+        *decoder_config("MistralForCausalLM", kv_heads=8),
+        *PLAIN_NORMS,
+        Rope(),
+        Window(default=4096),
+        Fixed("use_bias_in_attn_linear", False, True),
+        ONE_ATTENTION_BIAS,
+        NO_MLP_BIAS,
+    ),
+)
+
+
+COMMON_ROWS = (*EMBEDDING_ROWS, *PRE_NORM_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *HEAD_ROWS)
+
+
+def usual_types(config: Config) -> list[str]:
+    """Types of layers that a config means which does not list them: the last ones slide, if any."""
+    first = config.get("max_window_layers", 28) if config.get("use_sliding_window", False) else config["num_hidden_layers"]
+    return [SLIDING if index >= first else FULL for index in range(config["num_hidden_layers"])]
+
+
+WINDOWS = LayerWindows(usual_types, switch="use_sliding_window")
+
+QWEN2 = Family(
+    name="qwen2",
+    hf="Qwen2ForCausalLM",
+    model_type="qwen2",
+    prefix="model.",
+    ignored=IGNORED,
+    tied_alias="lm_head.weight",
+    rows=(*COMMON_ROWS, *QKV_BIAS_ROWS),
+    config=(
+        *decoder_config("Qwen2ForCausalLM", kv_heads=32),
+        *PLAIN_NORMS,
+        Rope(),
+        WINDOWS,
+        Fixed("use_bias_in_attn_linear", True, True),
+        Fixed("use_bias_in_attn_output", False, None),
+        NO_MLP_BIAS,
+    ),
+)
+
+QWEN3 = Family(
+    name="qwen3",
+    hf="Qwen3ForCausalLM",
+    model_type="qwen3",
+    prefix="model.",
+    ignored=IGNORED,
+    tied_alias="lm_head.weight",
+    rows=(
+        *COMMON_ROWS,
+        *ATTENTION_BIAS_ROWS,
+        Row(B + "attention.q_norm.scale", L + "self_attn.q_norm.weight"),
+        Row(B + "attention.k_norm.scale", L + "self_attn.k_norm.weight"),
+    ),
+    config=(
+        *decoder_config("Qwen3ForCausalLM", kv_heads=32, head_dim=128),
+        Fixed("norm_placement", "pre", "pre"),
+        Fixed("use_qk_layernorm", True, False),
+        Fixed("use_separate_qk_norms", True, False),
+        Fixed("qk_norm_each_head", True, False),
+        Rope(),
+        WINDOWS,
+        *ATTENTION_BIAS_CONFIG,
+        NO_MLP_BIAS,
     ),
 )

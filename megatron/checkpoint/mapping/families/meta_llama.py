@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.checkpoint.mapping.config_rows import Config, FieldPair, Fixed, Heads, Theirs
-from megatron.checkpoint.mapping.families.common import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS
 from megatron.checkpoint.mapping.ops import Chain, Concat, FuseQKV, PadVocab, RotaryPairs
-from megatron.checkpoint.mapping.rows import Family, Row
+from megatron.checkpoint.mapping.rows import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, Family, Row
 from megatron.errors import ConfigError
 from megatron.model.spec import ModelSpec, RopeScaling
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from megatron.checkpoint.mapping.config_rows import Config, ConfigRow, Fixed
-from megatron.checkpoint.mapping.families.common import NO_WINDOWS
 from megatron.checkpoint.mapping.families.llama import (
     ATTENTION_BIAS_CONFIG,
     ATTENTION_BIAS_ROWS,
@@ -19,7 +18,7 @@ from megatron.checkpoint.mapping.families.llama import (
     decoder_config,
 )
 from megatron.checkpoint.mapping.position_rows import FULL, SLIDING, LayerWindows, Rope
-from megatron.checkpoint.mapping.rows import Family, Row
+from megatron.checkpoint.mapping.rows import NO_WINDOWS, Family, Row
 
 ROWS = (
     *EMBEDDING_ROWS,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architecture name -> Family."""
+"""All families of Hugging Face models, and a configuration of either side as the other's."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.checkpoint.mapping.families.dialects import DIALECTS
-from megatron.checkpoint.mapping.families.gpt2 import GPT2
-from megatron.checkpoint.mapping.families.gpt_neox import GPT_NEOX
-from megatron.checkpoint.mapping.families.llama import LLAMA
+from megatron.checkpoint.mapping.families.gpt import GPT2, GPT_NEOX
+from megatron.checkpoint.mapping.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.mistral import MISTRAL
 from megatron.checkpoint.mapping.families.olmo import OLMO2, OLMO3
-from megatron.checkpoint.mapping.families.qwen import QWEN2, QWEN3
 from megatron.checkpoint.mapping.rows import Family
 from megatron.errors import ConfigError
+from megatron.model.spec import ModelSpec
 
 FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3)
 """Of Hugging Face."""
@@ -33,3 +31,25 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """By the content of a Hugging Face config.json."""
     names = config.get("architectures") or [config.get("model_type", "")]
     return family_named(names[0])
+
+
+def neox_keys(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our flat keys for the model that a Hugging Face config describes. Raises ConfigError for what our model cannot be."""
+    keys: dict[str, Any] = {}
+    for row in family.config:
+        keys.update(row.to_neox(config))
+    return keys
+
+
+def hf_config(family: Family, keys: Mapping[str, Any], spec: ModelSpec, *, vocab_size: int | None = None) -> dict[str, Any]:
+    """The Hugging Face config of our model.
+
+    keys:       our flat keys, resolved; spec: the model they describe
+    vocab_size: rows kept of the vocabulary; None = the padded size
+    Raises ConfigError, naming the key, for what the family cannot express.
+    """
+    config: dict[str, Any] = {"model_type": family.model_type}
+    for row in family.config:
+        config.update(row.to_hf(keys, spec))
+    config["vocab_size"] = spec.vocab_size if vocab_size is None else vocab_size
+    return config

@@ -53,10 +53,10 @@ def files_of_a_run(folder: Path, **weights: Any) -> Path:
 
 def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     """Tensors and plain values by name, those of DeepSpeed's own objects too; and the layout."""
-    from megatron.checkpoint.conversion.inspect import Wanted, entries, kind, layout, locate
+    from megatron.checkpoint.conversion.inspect import TensorSelection, entries, kind, layout, locate
 
     files = locate(files_of_a_run(tmp_path / "global_step4"))
-    found = {f"{file}/{name}": kind(value) for file, name, value in entries(files, Wanted())}
+    found = {f"{file}/{name}": kind(value) for file, name, value in entries(files, TensorSelection())}
     shard = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt/optimizer_state_dict"
     assert found["layer_02-model_00-model_states.pt/weight"] == "float32 [3, 4]"
     assert found["layer_02-model_00-model_states.pt/half"] == "bfloat16 [5]"
@@ -67,7 +67,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     assert found[f"{shard}/param_slice_mappings/0/weight/numel"] == "6"
     assert found[f"{shard.replace('bf16_zero_pp_rank_0', 'zero_pp_rank_1')}/single_partition_of_fp32_groups/0"] == "float32 [6]"
     assert layout(files) == "weights by layer, tensor ranks: 1; optimizer shards, data ranks: 2"
-    moments = [name for _, name, _ in entries(files, Wanted(pattern="exp_avg", tensors=True))]
+    moments = [name for _, name, _ in entries(files, TensorSelection(pattern="exp_avg", tensors=True))]
     assert moments == ["optimizer_state_dict/base_optimizer_state/state/0/exp_avg"] * 2
 
 
@@ -93,14 +93,14 @@ def test_differences_are_found_by_name(tmp_path: Path) -> None:
     """A number, a shape, a dtype, a name, a plain value; NaN equals NaN, and -0 equals 0."""
     import torch
 
-    from megatron.checkpoint.conversion.inspect import Wanted, differences, locate
+    from megatron.checkpoint.conversion.inspect import TensorSelection, differences, locate
 
     nan = torch.tensor([float("nan"), 0.0])
     first = files_of_a_run(tmp_path / "a", same=nan, number=torch.zeros(3), shape=torch.zeros(2), kind=torch.ones(2), gone=torch.ones(1))
     changed = torch.tensor([0.0, 0.25, -0.5])
     second = files_of_a_run(tmp_path / "b", same=-nan, number=changed, shape=torch.zeros(2, 1), kind=torch.ones(2).half(), new=nan)
-    assert not list(differences(locate(first), locate(first), Wanted()))
-    found = {one.name.split("/")[1]: (one.kind, one.max_abs) for one in differences(locate(first), locate(second), Wanted())}
+    assert not list(differences(locate(first), locate(first), TensorSelection()))
+    found = {one.name.split("/")[1]: (one.kind, one.max_abs) for one in differences(locate(first), locate(second), TensorSelection())}
     assert found == {
         "number": ("value", 0.5),
         "shape": ("shape", None),
@@ -108,7 +108,7 @@ def test_differences_are_found_by_name(tmp_path: Path) -> None:
         "gone": ("only in the first", None),
         "new": ("only in the second", None),
     }
-    assert not list(differences(locate(first), locate(second), Wanted(pattern="same|weight")))
+    assert not list(differences(locate(first), locate(second), TensorSelection(pattern="same|weight")))
 
 
 def test_the_tool_finds_steps_and_says_when_two_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,9 +144,9 @@ def test_the_tool_finds_steps_and_says_when_two_differ(tmp_path: Path, capsys: p
 @pytest.mark.parametrize("run", sorted(path.parent.name for path in GOLDEN.glob("*/ckpt")))
 def test_checkpoints_of_gpt_neox_are_read(run: str) -> None:
     """Every file of every recorded checkpoint."""
-    from megatron.checkpoint.conversion.inspect import Wanted, entries, locate
+    from megatron.checkpoint.conversion.inspect import TensorSelection, entries, locate
 
-    found = list(entries(locate(GOLDEN / run / "ckpt", 0), Wanted()))
+    found = list(entries(locate(GOLDEN / run / "ckpt", 0), TensorSelection()))
     assert sum(name.endswith("word_embeddings.weight") for _, name, _ in found) >= 1
     assert any(name == "iteration" and value == 0 for _, name, value in found)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.conversion.build import to_hf, to_neox
-from megatron.checkpoint.conversion.folder import written_aside
-from megatron.checkpoint.conversion.requests import ToHF, ToNeoX
+from megatron.checkpoint.conversion.model import ToHF, ToNeoX
+from megatron.checkpoint.conversion.output_folder import written_aside
 from megatron.errors import NeoXError
 from support.foreign import make_hf
 

@@ -10,16 +10,15 @@ import torch
 import yaml
 
 from megatron.checkpoint.conversion.build import describe_step, rewrite, to_hf, to_neox
-from megatron.checkpoint.conversion.model import Precision
-from megatron.checkpoint.conversion.requests import Rewrite, ToHF, ToNeoX
+from megatron.checkpoint.conversion.model import Precision, Rewrite, ToHF, ToNeoX
 from megatron.checkpoint.conversion.weights import Whole
 from megatron.checkpoint.formats.hf_files import read_state
 from megatron.checkpoint.formats.neox_files import read_weights
 from megatron.checkpoint.loading.merge_tp import shapes_of
 from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.hf_config import hf_config
+from megatron.checkpoint.mapping.families.registry import hf_config
 from megatron.checkpoint.mapping.rows import from_canonical
-from megatron.checkpoint.steps.verify import Verify, look_at
+from megatron.checkpoint.steps.manifest import Verify, look_at
 from megatron.model.build import build_spec
 from megatron.neox_arguments import NeoXArgs
 from support.foreign import CONFIGS, check_same, make_hf

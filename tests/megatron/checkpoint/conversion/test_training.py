@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.conversion.build import to_hf, to_neox
-from megatron.checkpoint.conversion.model import Precision
-from megatron.checkpoint.conversion.requests import ToHF, ToNeoX
+from megatron.checkpoint.conversion.model import Precision, ToHF, ToNeoX
 from megatron.checkpoint.formats.hf_files import read_state
 from support.foreign import make_hf
 from support.tree import ROOT

@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "train"
 
 def test_which_step_is_meant(tmp_path: Path) -> None:
     """`latest` or `iteration`; everything else is an error that lists what is there."""
-    from megatron.checkpoint.formats.neox_files import find_tag, saved_steps, write_latest
+    from megatron.checkpoint.steps.step_dirs import find_tag, saved_steps, write_latest
 
     for step in (5, 10, 100):
         (tmp_path / f"global_step{step}").mkdir()
@@ -50,7 +50,8 @@ def test_differences_are_all_named() -> None:
     import torch
     from torch import nn
 
-    from megatron.checkpoint.formats.neox_files import copy_weights, find_tag, read_weights
+    from megatron.checkpoint.formats.neox_files import copy_weights, read_weights
+    from megatron.checkpoint.steps.step_dirs import find_tag
 
     class Wrong(nn.Module):
         def __init__(self) -> None:

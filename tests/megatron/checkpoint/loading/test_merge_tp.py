@@ -15,7 +15,7 @@ def test_shares_of_a_bias_halve_and_their_momentum_does_not() -> None:
     """A share of a summed bias has the gradient of the whole; sums of gradients times the rate are shares again."""
     import torch
 
-    from megatron.checkpoint.formats.state import canonical_state
+    from megatron.checkpoint.formats.torch_file import canonical_state
     from megatron.checkpoint.loading.merge_tp import Spreading
     from megatron.model.spec import Residual
     from megatron.model.transformer import Transformer
@@ -42,7 +42,7 @@ def test_filling_rows_are_cut_off_and_added() -> None:
     """All other numbers stay."""
     import torch
 
-    from megatron.checkpoint.formats.state import canonical_state
+    from megatron.checkpoint.formats.torch_file import canonical_state
     from megatron.checkpoint.loading.merge_tp import Spreading, with_vocabulary
     from megatron.model.transformer import Transformer
     from megatron.mpu.groups import Group

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.checkpoint.mapping.families.registry import family_named
-from megatron.checkpoint.mapping.hf_config import hf_config, neox_keys
+from megatron.checkpoint.mapping.families.registry import family_named, hf_config, neox_keys
 from megatron.checkpoint.mapping.position_rows import LayerWindows
 from megatron.errors import ConfigError
 from megatron.model.build import build_spec
@@ -158,7 +157,7 @@ def test_types_of_layers_there_and_back(types: list[bool], width: int, family: s
     spec = family_spec(family)
     windows = [pattern[index % len(pattern)] for index in range(len(types))]
     block = spec.blocks[0]
-    blocks = tuple(replace(block, attention=replace(block.attention, window=window)) for window in windows)
+    blocks = tuple(replace(block, mixer=replace(block.attention, window=window)) for window in windows)
     fields = row.to_hf(keys, replace(spec, blocks=blocks))
     assert fields["layer_types"] == named and (fields["sliding_window"] == width or not any(types))
 

@@ -190,7 +190,7 @@ def test_a_step_saved_again_replaces_the_copy(store: Store, tmp_path: Path) -> N
 def test_retention_waits_for_the_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is published stays until its copy is whole, whatever keep_last_n_checkpoints says."""
     from megatron import fault_injection
-    from megatron.checkpoint.steps.retention import prune
+    from megatron.checkpoint.steps.commit import prune
 
     go_on = threading.Event()
     monkeypatch.setattr(fault_injection, "point", lambda site: go_on.wait(60))

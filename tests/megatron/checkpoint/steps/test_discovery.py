@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.steps.discovery import Search, find, nothing_saved, set_aside_after
+from megatron.checkpoint.steps.manifest import Verify
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps, write_latest
-from megatron.checkpoint.steps.verify import Verify
 from megatron.errors import CheckpointError
 from support.checkpoints import KINDS, flip, step_folder
 from support.dist import run_distributed

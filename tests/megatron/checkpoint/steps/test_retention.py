@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.checkpoint.steps import retention
-from megatron.checkpoint.steps.commit import recover
-from megatron.checkpoint.steps.retention import UPLOADING, outdated, prune, removable
+from megatron.checkpoint.steps import commit
+from megatron.checkpoint.steps.commit import UPLOADING, outdated, prune, recover, removable
 from megatron.checkpoint.steps.step_dirs import saved_steps
 from support.checkpoints import KINDS, flip, step_folder
 
@@ -34,7 +33,7 @@ def test_the_newest_and_the_protected_stay(steps: set[int], keep: int, protected
 
 def test_folders_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also below a path with a slash at its end; other files, links and leftovers of saves are nobody's checkpoints."""
-    assert doctest.testmod(retention).failed == 0
+    assert doctest.testmod(commit).failed == 0
     folder(tmp_path, 0, 5, 10, 15, 20)
     folder(tmp_path / "elsewhere", 1)
     (tmp_path / "global_step1").symlink_to(tmp_path / "elsewhere" / "global_step1")

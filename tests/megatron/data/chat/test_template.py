@@ -40,7 +40,7 @@ def test_renderings_equal_transformers(tmp_path: Path) -> None:
                     text = ours.render(part, tools, add_generation_prompt=prompting).text
                     assert text == theirs.apply_chat_template(part, tools=tools, add_generation_prompt=prompting, tokenize=False), name
                     assert tokenizer.encode(text).ids.tolist() == theirs.apply_chat_template(
-                        part, tools=tools, add_generation_prompt=prompting
+                        part, tools=tools, add_generation_prompt=prompting, return_dict=False
                     )
             if name == "marked":
                 told = theirs.apply_chat_template(talk, tools=tools, return_dict=True, return_assistant_tokens_mask=True)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron.errors import BackendError
-from megatron.model.attention import flash, varlen
 from megatron.model.attention.backends import eager, pick, refuses, sdpa
-from megatron.model.attention.inputs import AttentionInputs
-from megatron.model.attention.masks import PackedSequences
+from megatron.model.attention.cuda_kernels import flash_refuses, varlen_refuses
+from megatron.model.attention.inputs import AttentionInputs, PackedSequences
 from megatron.model.positions import distances
 from megatron.model.spec import AttentionSpec, BackendName, RpeSpec
 
@@ -73,12 +72,12 @@ def test_an_absent_back_end_is_an_error_that_names_the_reason() -> None:
         with pytest.raises(BackendError, match="runs on CUDA, not on cpu"):
             pick(replace(SPEC, backend=name), CPU, torch.bfloat16)
     spec = replace(SPEC, head_dim=64)
-    assert varlen.refuses(spec, torch.bfloat16) is None and flash.refuses(spec, torch.bfloat16) is None
+    assert varlen_refuses(spec, torch.bfloat16) is None and flash_refuses(spec, torch.bfloat16) is None
     for broken in (replace(spec, rpe=RpeSpec()), replace(spec, head_dim=512)):
-        assert varlen.refuses(broken, torch.bfloat16) and flash.refuses(broken, torch.bfloat16)
+        assert varlen_refuses(broken, torch.bfloat16) and flash_refuses(broken, torch.bfloat16)
     for broken in (replace(spec, alibi=True), replace(spec, dropout=0.1)):
-        assert varlen.refuses(broken, torch.bfloat16) and flash.refuses(broken, torch.bfloat16) is None
-    assert varlen.refuses(spec, torch.float32) and flash.refuses(spec, torch.float32)
+        assert varlen_refuses(broken, torch.bfloat16) and flash_refuses(broken, torch.bfloat16) is None
+    assert varlen_refuses(spec, torch.float32) and flash_refuses(spec, torch.float32)
 
 
 def test_flash_is_served_by_sdpa_where_the_package_is_absent() -> None:

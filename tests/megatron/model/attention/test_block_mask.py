@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces of attention put together see what whole rows see, and nothing is computed for nobody."""
+"""Tiles of attention put together see what whole rows see, and nothing is computed for nobody."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.model.attention.block_mask import BlockMask
-from megatron.model.attention.masks import PackedSequences, allowed
+from megatron.model.attention.inputs import PackedSequences, allowed
 
 S = 8
 rows = st.lists(st.lists(st.integers(0, 1), min_size=S, max_size=S), min_size=1, max_size=3)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.model.attention.layer import SelfAttention
-from megatron.model.cache import KVCache
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RopeScaling, RotarySpec, RpeSpec
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
@@ -115,10 +114,10 @@ def check_cache(kind: str) -> None:
         layer = build(kind, backend=backend).eval()
         x, marks = hidden(), torch.zeros(2, 12, dtype=torch.int32)
         whole = layer(x, marks)
-        cache = KVCache.allocate(1, 2, 12, layer.spec.num_kv_heads, layer.spec.head_dim, x.dtype, "cpu").layer(0)
+        cache = layer.allocate_cache(2, 12, x.dtype, "cpu")
         with torch.no_grad():
             pieces = [layer(piece, marks[:, : piece.shape[1]], cache) for piece in x.split([5, 3, 1, 1, 1, 1], dim=1)]
-        assert cache.length == 12
+        assert cache.longest == 12 and cache.even and cache.lengths.tolist() == [12, 12]
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.model.attention.masks import PackedSequences, allowed, document_positions, needs_no_mask
+from megatron.model.attention.inputs import ROOM, PackedSequences, allowed, document_positions, needs_no_mask
 
 rows = st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=3)
 
@@ -23,8 +23,11 @@ def test_against_a_loop(rows: list[list[int]], window: int | None) -> None:
         assert all(len(set(row)) == 1 for row in rows)
         assert needs_no_mask(6, 6, window) == (window is None or window >= 5)
         return
-    assert list(documents.lengths) == [start.count(first) for start in starts for first in sorted(set(start))]
-    assert documents.cu_seqlens.diff().tolist() == list(documents.lengths) and documents.longest == max(documents.lengths)
+    assert documents.lengths() == [start.count(first) for start in starts for first in sorted(set(start))]
+    assert documents.cu_seqlens.diff().tolist() == documents.lengths() and documents.max_seqlen == max(documents.lengths())
+    fixed = PackedSequences.of(segment_ids, fixed=True)
+    assert fixed is not None and fixed.lengths() == documents.lengths() and fixed.max_seqlen == 6
+    assert fixed.cu_seqlens.shape == (ROOM * len(rows) + 1,) and int(fixed.cu_seqlens[-1]) == segment_ids.numel()
     see = allowed(6, 6, window, segment_ids.device, documents)
     reach = 6 if window is None else window
     expected = [[[[j >= start[i] and 0 <= i - j <= reach for j in range(6)] for i in range(6)]] for start in starts]
@@ -32,7 +35,9 @@ def test_against_a_loop(rows: list[list[int]], window: int | None) -> None:
 
 
 def test_a_cache_moves_the_queries() -> None:
-    segment_ids = torch.zeros(1, 2, dtype=torch.int32)
-    assert document_positions(segment_ids, before=3).tolist() == [[3, 4]]
-    assert allowed(2, 5, 1, segment_ids.device).tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
+    here = torch.device("cpu")
+    assert allowed(2, 5, 1, here).tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
+    level = allowed(2, 5, 1, here, offsets=torch.tensor([3, 1]))
+    assert torch.equal(level[0, 0], allowed(2, 5, 1, here)) and torch.equal(level[1, 0, :, :3], allowed(2, 3, 1, here))
+    assert not level[1, 0, :, 3:].any()
     assert not needs_no_mask(2, 5, None) and needs_no_mask(5, 5, 4) and not needs_no_mask(5, 5, 3)

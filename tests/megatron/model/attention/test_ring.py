@@ -13,10 +13,8 @@ from torch import Tensor
 from megatron.errors import ConfigError
 from megatron.model.attention import ring
 from megatron.model.attention.backends import eager
-from megatron.model.attention.inputs import AttentionInputs
+from megatron.model.attention.inputs import AttentionInputs, PackedSequences
 from megatron.model.attention.layer import SelfAttention
-from megatron.model.attention.masks import PackedSequences
-from megatron.model.cache import KVCache
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RotarySpec, RpeSpec
 from megatron.mpu import comm
 from megatron.mpu.context import ContextKind, ContextPlan
@@ -129,6 +127,6 @@ def test_refusals() -> None:
             SelfAttention(spec, tp=Group.single(), context=plan)
         SelfAttention(spec, tp=Group.single(), context=ContextPlan(kind=ContextKind.RING))
     layer = SelfAttention(MHA, tp=Group.single(), context=plan)
-    cache = KVCache.allocate(1, 1, 4, 4, 8, torch.float32, "cpu").layer(0)
+    cache = layer.allocate_cache(1, 4, torch.float32, "cpu")
     with pytest.raises(ConfigError, match="whole rows"):
         layer(torch.zeros(1, 1, 32), None, cache)

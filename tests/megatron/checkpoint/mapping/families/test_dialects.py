@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.formats.state import canonical_state
+from megatron.checkpoint.formats.torch_file import canonical_state
 from megatron.checkpoint.loading.merge_tp import shardings_of
 from megatron.checkpoint.mapping.families.dialects import (
     DIALECTS,

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder a conversion writes: aside until it is complete, with neox_config.yml and a record of every tensor."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron.atomic_io import new_digest, sync_folder
+from megatron.checkpoint.formats.hf_files import read_json, write_json
+from megatron.errors import CheckpointError
+from megatron.log import get_logger
+from megatron.provenance import code_version
+
+log = get_logger(__name__)
+
+PARTIAL = ".partial"
+
+
+def check_free(out: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError where something is at `out` that must not be replaced."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise CheckpointError("the output is not a folder", where=str(out), fix="choose another folder")
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise CheckpointError("the output folder is not empty", where=str(out), fix="choose another folder, or give --overwrite")
+
+
+@contextmanager
+def written_aside(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Within, fill the folder `<out>.partial`, which then gets its name; after an error it is removed, and `out` is as it was.
+
+    Raises CheckpointError where `out` holds something, unless `overwrite`.
+    """
+    check_free(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f"{out.name}{PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a conversion that was killed
+    aside.mkdir()
+    try:
+        yield aside
+        replace_folder(aside, out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def replace_folder(aside: Path, out: Path) -> None:
+    """Rename; what was there goes only afterwards."""
+    old = out.with_name(f"{out.name}.old.{uuid4().hex[:8]}")
+    replaces = out.exists()
+    if replaces:
+        out.rename(old)
+    try:
+        aside.rename(out)
+    except OSError:
+        if replaces:
+            old.rename(out)
+        raise
+    sync_folder(out.parent)
+    if replaces:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+NAME = "neox_config.yml"
+USE = f"python deepy.py train.py {NAME} --data_path DATA --save FOLDER"
+
+# A start for fine-tuning; everything that a run cannot do without is there.
+TRAINING: dict[str, Any] = {
+    "train_iters": 1000,
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1.0e-5, "betas": [0.9, 0.95], "eps": 1.0e-8}},
+    "lr_decay_style": "cosine",
+    "warmup": 0.03,
+    "weight_decay": 0.1,
+    "gradient_clipping": 1.0,
+    "checkpoint_factor": 1000,
+    "eval_interval": 1000,
+    "eval_iters": 10,
+    "log_interval": 10,
+}
+
+
+def render(source: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """YAML with a heading over each section; tuples become lists.
+
+    >>> print(render("a model", {"Model": {"num_layers": 2}}).splitlines()[-1])
+    num_layers: 2
+    """
+    head = f"# SPDX-License-Identifier: Apache-2.0\n# Made of {source}.\n# Use: {USE}\n"
+    texts = {title: "".join(f"{key}: {_value(value)}\n" for key, value in keys.items()) for title, keys in sections.items() if keys}
+    return head + "".join(f"\n# {title}\n{text}" for title, text in texts.items())
+
+
+def _value(value: Any) -> str:
+    text: str = yaml.safe_dump(_plain(value), sort_keys=False, default_flow_style=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
+
+RECORD = "conversion.json"
+EVERY_S = 10.0
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configuration files call it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+class ByteProgress:
+    """How much of a known number of bytes is done: a bar on a terminal, a log line now and then elsewhere."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, max(1, total), 0
+        self._begun = self._told = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, leave=False)
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._told > EVERY_S:
+            self._told = time.monotonic()
+            log.info("%s: %.1f of %.1f GB (%d %%)", self._title, self._done / 1e9, self._total / 1e9, 100 * self._done // self._total)
+
+    def close(self) -> None:
+        """The end, with the speed."""
+        if self._bar is not None:
+            self._bar.close()
+        spent = max(1e-9, time.monotonic() - self._begun)
+        log.info("%s: %.2f GB in %.1f s (%.0f MB/s)", self._title, self._done / 1e9, spent, self._done / 1e6 / spent)
+
+
+class Table:
+    """Name -> shape, dtype and XXH3-128 digest of each Hugging Face tensor that went through."""
+
+    def __init__(self, progress: ByteProgress) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.progress = progress
+
+    def add(self, name: str, tensor: Tensor) -> memoryview:
+        """Note a tensor; returns its bytes."""
+        content = content_of(tensor)
+        digest = new_digest()
+        digest.update(content)
+        self.rows[name] = {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype), "xxh128": digest.hexdigest()}
+        self.progress.add(len(content))
+        return content
+
+
+class Noted(Mapping[str, Tensor]):
+    """A lazy state whose tensors are noted when they are read for the first time."""
+
+    def __init__(self, source: Mapping[str, Tensor], table: Table) -> None:
+        self._source, self._table = source, table
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._source[name]
+        if name not in self._table.rows:
+            self._table.add(name, tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+def write_record(folder: Path, facts: Mapping[str, Any], table: Table) -> None:
+    """conversion.json: what was made of what, when, by which code, and every tensor with its digest."""
+    facts = {**facts, "code_version": code_version(), "converted_at": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_json(folder / RECORD, {**facts, "tensors": table.rows})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The conversion.json of a folder; empty where there is none."""
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPT-NeoX and GPT-2."""
+
+from __future__ import annotations
+
+from megatron.checkpoint.mapping.config_rows import Act, FieldPair, Fixed, Heads, Length, Not, Theirs, Width
+from megatron.checkpoint.mapping.ops import Chain, Chunk, FuseQKV, PadVocab, Transpose
+from megatron.checkpoint.mapping.position_rows import Rope
+from megatron.checkpoint.mapping.rows import (
+    ACTIVATIONS,
+    COMMON,
+    NO_WINDOWS,
+    ONE_ATTENTION_BIAS,
+    PLAIN_NORMS,
+    Family,
+    Row,
+    attention_bias,
+    untied,
+)
+
+B = "{slot}."
+L = "gpt_neox.layers.{layer}."
+
+GPT_NEOX = Family(
+    name="neox",
+    hf="GPTNeoXForCausalLM",
+    model_type="gpt_neox",
+    prefix="gpt_neox.",
+    ignored=(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$", r"^gpt_neox\.rotary_emb\.inv_freq$"),
+    tied_alias="embed_out.weight",
+    renamed=(("lm_head.weight", "embed_out.weight"),),  # of live models in transformers 5; its files keep the old name
+    rows=(
+        Row("0.word_embeddings.weight", "gpt_neox.embed_in.weight", PadVocab()),
+        Row(B + "input_layernorm.weight", L + "input_layernorm.weight"),
+        Row(B + "input_layernorm.bias", L + "input_layernorm.bias"),
+        Row(B + "post_attention_layernorm.weight", L + "post_attention_layernorm.weight"),
+        Row(B + "post_attention_layernorm.bias", L + "post_attention_layernorm.bias"),
+        Row(B + "attention.query_key_value.weight", L + "attention.query_key_value.weight"),  # both interleave per head
+        Row(B + "attention.query_key_value.bias", L + "attention.query_key_value.bias", when=attention_bias),
+        Row(B + "attention.dense.weight", L + "attention.dense.weight"),
+        Row(B + "attention.dense.bias", L + "attention.dense.bias", when=attention_bias),
+        Row(B + "mlp.linear1.weight", L + "mlp.dense_h_to_4h.weight"),
+        Row(B + "mlp.linear1.bias", L + "mlp.dense_h_to_4h.bias"),
+        Row(B + "mlp.linear2.weight", L + "mlp.dense_4h_to_h.weight"),
+        Row(B + "mlp.linear2.bias", L + "mlp.dense_4h_to_h.bias"),
+        Row("{norm}.norm.weight", "gpt_neox.final_layer_norm.weight"),
+        Row("{norm}.norm.bias", "gpt_neox.final_layer_norm.bias"),
+        Row("{head}.final_linear.weight", "embed_out.weight", PadVocab(), when=untied),
+    ),
+    config=(
+        *COMMON,
+        *PLAIN_NORMS,
+        ONE_ATTENTION_BIAS,
+        FieldPair("hidden_size", "hidden_size"),
+        FieldPair("num_layers", "num_hidden_layers"),
+        FieldPair("num_attention_heads", "num_attention_heads"),
+        FieldPair("padded_vocab_size", "vocab_size"),
+        Length(),
+        Heads(free=False),
+        Width(),
+        Act(ACTIVATIONS),
+        Rope("rotary_emb_base", "rotary_pct"),
+        Fixed("norm", "layernorm", "layernorm"),
+        FieldPair("layernorm_epsilon", "layer_norm_eps", 1e-5, 1e-5),
+        Fixed("use_bias_in_norms", True, True),
+        FieldPair("use_bias_in_attn_linear", "attention_bias", True, True),
+        Fixed("use_bias_in_mlp", True, True),
+        FieldPair("gpt_j_residual", "use_parallel_residual", True, False),
+        Fixed("gpt_j_tied", False, False),
+        Not("no_weight_tying", "tie_word_embeddings", False, False),
+        FieldPair("hidden_dropout", "hidden_dropout", 0.0, 0.0),
+        FieldPair("attention_dropout", "attention_dropout", 0.0, 0.0),
+        *NO_WINDOWS,
+        Theirs("architectures", ["GPTNeoXForCausalLM"], ["GPTNeoXForCausalLM"], written=True),
+    ),
+)
+
+
+H = "transformer.h.{layer}."
+
+# One matrix [h, q | k | v] on their side, one per-head interleave on ours.
+QKV = Chain((Transpose(), Chunk(0, 3), FuseQKV()))
+
+GPT2 = Family(
+    name="gpt2",
+    hf="GPT2LMHeadModel",
+    model_type="gpt2",
+    prefix="transformer.",
+    ignored=(r"\.attn\.(bias|masked_bias)$",),
+    tied_alias="lm_head.weight",
+    rows=(
+        Row("0.word_embeddings.weight", "transformer.wte.weight", PadVocab()),
+        Row("0.position_embeddings.weight", "transformer.wpe.weight"),
+        Row(B + "input_layernorm.weight", H + "ln_1.weight"),
+        Row(B + "input_layernorm.bias", H + "ln_1.bias"),
+        Row(B + "post_attention_layernorm.weight", H + "ln_2.weight"),
+        Row(B + "post_attention_layernorm.bias", H + "ln_2.bias"),
+        Row(B + "attention.query_key_value.weight", H + "attn.c_attn.weight", QKV),
+        Row(B + "attention.query_key_value.bias", H + "attn.c_attn.bias", QKV),
+        Row(B + "attention.dense.weight", H + "attn.c_proj.weight", Transpose()),
+        Row(B + "attention.dense.bias", H + "attn.c_proj.bias"),
+        Row(B + "mlp.linear1.weight", H + "mlp.c_fc.weight", Transpose()),
+        Row(B + "mlp.linear1.bias", H + "mlp.c_fc.bias"),
+        Row(B + "mlp.linear2.weight", H + "mlp.c_proj.weight", Transpose()),
+        Row(B + "mlp.linear2.bias", H + "mlp.c_proj.bias"),
+        Row("{norm}.norm.weight", "transformer.ln_f.weight"),
+        Row("{norm}.norm.bias", "transformer.ln_f.bias"),
+        Row("{head}.final_linear.weight", "lm_head.weight", PadVocab(), when=untied),
+    ),
+    config=(
+        *COMMON,
+        *PLAIN_NORMS,
+        ONE_ATTENTION_BIAS,
+        FieldPair("hidden_size", "n_embd"),
+        FieldPair("num_layers", "n_layer"),
+        FieldPair("num_attention_heads", "n_head"),
+        FieldPair("padded_vocab_size", "vocab_size"),
+        Length("n_positions"),
+        Heads("n_embd", "n_head", free=False),
+        Width("n_inner"),
+        Act(ACTIVATIONS, "activation_function"),
+        Fixed("pos_emb", "learned", "learned"),
+        Fixed("norm", "layernorm", "layernorm"),
+        FieldPair("layernorm_epsilon", "layer_norm_epsilon", 1e-5, 1e-5),
+        Fixed("use_bias_in_norms", True, True),
+        Fixed("use_bias_in_attn_linear", True, True),
+        Fixed("use_bias_in_mlp", True, True),
+        Fixed("gpt_j_residual", False, False),
+        Not("no_weight_tying", "tie_word_embeddings", True, False),
+        FieldPair("hidden_dropout", "resid_pdrop", 0.1, 0.0, also=("embd_pdrop",)),
+        FieldPair("attention_dropout", "attn_pdrop", 0.1, 0.0),
+        *NO_WINDOWS,
+        Theirs("scale_attn_weights", True, True),
+        Theirs("scale_attn_by_inverse_layer_idx", False, False),
+        Theirs("add_cross_attention", False, False),
+        Theirs("architectures", ["GPT2LMHeadModel"], ["GPT2LMHeadModel"], written=True),
+    ),
+)

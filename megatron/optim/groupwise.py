@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own optimizers: Lion, MADGRAD with decoupled decay, SM3, and the step that they and Muon share."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class GroupwiseOptimizer(Optimizer):
+    """An optimizer that updates one group after the other."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update(group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; sums keep the number format they were kept in, whatever that of the parameter is."""
+        super().load_state_dict(state_dict)  # torch brings states to the parameter's format
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][name] = value.detach().clone().to(self.state[parameter][name].device)
+
+    @abstractmethod
+    def _update(self, group: dict[str, Any]) -> None:
+        """One update of a group."""
+
+
+class Lion(GroupwiseOptimizer):
+    """Evolved sign momentum (Chen et al., arXiv 2302.06675, alg. 2).
+
+    u = sign(beta1 * m + (1 - beta1) * g);  w <- w - lr * (u + weight_decay * w);  m <- beta2 * m + (1 - beta2) * g
+
+    lr is usually 3 to 10 times smaller, weight_decay as many times larger than with AdamW (sec. 5 of the paper).
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any]) -> None:
+        """One update of a group, all its tensors in one call each."""
+        weights: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        if not weights:
+            return
+        grads = [p.grad.to(p.dtype) for p in weights if p.grad is not None]
+        for weight in weights:
+            if "exp_avg" not in self.state[weight]:
+                self.state[weight]["exp_avg"] = torch.zeros_like(weight)
+        momenta: list[Tensor] = [self.state[p]["exp_avg"] for p in weights]
+        beta1, beta2 = group["betas"]
+        direction = torch._foreach_lerp(grads, momenta, beta1)
+        torch._foreach_sign_(direction)
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, direction, alpha=-group["lr"])
+        torch._foreach_lerp_(momenta, grads, 1.0 - beta2)
+
+
+class MADGRADW(GroupwiseOptimizer):
+    """Momentumized, adaptive, dual averaged gradient (Defazio and Jelassi, arXiv 2101.11075, alg. 1).
+
+    In step k = 0, 1, ...:  l = lr * sqrt(k + 1);  s <- s + l g;  v <- v + l g^2;  z = w_0 - s / (cbrt(v) + eps);
+    w <- momentum * w + (1 - momentum) * z - lr * decay * w
+
+    The decay is outside of the averages, as in AdamW (Loshchilov and Hutter, arXiv 1711.05101). Every entry is updated by itself, so a flat
+    part of a tensor will do. All sums are float32 and start from the weights at the first step.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-2, momentum: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any]) -> None:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                self._update_one(weight, weight.grad.float(), group)
+
+    def _update_one(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, lr, momentum = self.state[weight], group["lr"], group["momentum"]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["start"] = weight.detach().float().clone()
+            state["grad_sum"] = torch.zeros_like(grad)
+            state["square_sum"] = torch.zeros_like(grad)
+        share = lr * math.sqrt(float(state["step"]) + 1.0)
+        state["step"] += 1
+        state["grad_sum"].add_(grad, alpha=share)
+        state["square_sum"].addcmul_(grad, grad, value=share)
+        # cbrt: torch has none; the sum is never negative.
+        target = torch.addcdiv(state["start"], state["grad_sum"], state["square_sum"].pow(1.0 / 3.0).add_(group["eps"]), value=-1.0)
+        kept = momentum - lr * group["weight_decay"]
+        weight.copy_(weight.float().mul_(kept).add_(target, alpha=1.0 - momentum))
+
+
+class SM3(GroupwiseOptimizer):
+    """Square-root of Minima of Sums of Maxima of Squared-gradients (Anil et al., arXiv 1901.11150, alg. SM3-II).
+
+    v = min over the cover sets of an entry of their mu, times beta, plus (1 - beta) g^2 (without beta: plus g^2);
+    mu of a cover set = max of v over it;  u = g / sqrt(v + eps);  m <- momentum * m + (1 - momentum) * u;  w <- w - lr * (m + decay * w)
+
+    The cover sets of a tensor are its slices along each dimension: the rows and columns of a matrix, the entries of a vector. So a
+    parameter must come in its own shape, not as a part of a flat buffer.
+    beta: 0 sums squares, as in the paper; above 0 old ones are forgotten, as in Adam
+    Sums are float32 whatever the parameter is. Weight decay is decoupled.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, momentum: float = 0.0, beta: float = 0.0, eps: float = 1e-30, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "beta": beta, "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any]) -> None:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                self._update_one(weight, weight.grad.float(), group)
+
+    def _update_one(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, momentum, beta = self.state[weight], group["momentum"], group["beta"]
+        covers = range(grad.dim()) if grad.dim() else ()
+        if not state:
+            for dim in covers:
+                state[f"cover_{dim}"] = torch.zeros(grad.shape[dim], device=grad.device)
+            if not covers:
+                state["cover"] = torch.zeros((), device=grad.device)
+            if momentum > 0:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+        # A slice's number, seen from every entry of the tensor.
+        known = [state[f"cover_{dim}"].view([-1 if d == dim else 1 for d in covers]) for dim in covers] or [state["cover"]]
+        squares = reduce(torch.minimum, known).expand_as(grad)
+        squares = squares * beta + grad.square() * (1.0 - beta) if beta > 0 else squares + grad.square()
+        for dim in covers:
+            others = [d for d in covers if d != dim]
+            state[f"cover_{dim}"].copy_(squares.amax(others) if others else squares)
+        if not covers:
+            state["cover"].copy_(squares)
+        update = grad * (squares + group["eps"]).rsqrt()
+        if momentum > 0:
+            buffer: Tensor = state["momentum_buffer"]
+            update = buffer.float().lerp(update, 1.0 - momentum)
+            buffer.copy_(update)
+        weight.mul_(1.0 - group["lr"] * group["weight_decay"])
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"])
