@@ -35,7 +35,6 @@ GRACE_S = 15.0
 """The soft limit (pytest-timeout) raises inside the test; this much later the process is ended from outside Python."""
 
 SHARED = (
-    "configs",
     "repo",
     "megatron/data",
     "megatron/hub",
@@ -54,7 +53,7 @@ WORTH_PRELOADING = 8
 
 STDERR_FD = pytest.StashKey[int]()
 PRELOADED = pytest.StashKey[bool]()
-BEFORE = pytest.StashKey[tuple[str, dict[str, str]]]()
+BEFORE = pytest.StashKey[tuple[bool, str, dict[str, str]]]()
 NO_REASON = ("", "Skipped", "Skipped: ", "unconditional skip")
 ISSUE = re.compile(r"#\d+")
 
@@ -164,28 +163,26 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     finally:
         faulthandler.cancel_dump_traceback_later()
     if not _is_forked(item):
-        _check_left_behind(item)
+        _restore(item)
     return result
 
 
-def _shared_state() -> tuple[str, dict[str, str]]:
-    return os.getcwd(), {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+def _shared_state() -> tuple[bool, str, dict[str, str]]:
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return "torch" in sys.modules, os.getcwd(), environ
 
 
-def _check_left_behind(item: pytest.Item) -> None:
-    """A test that shares its process leaves it as it was: no torch, whose threads a fork does not survive, same folder and environment."""
-    if not item.config.stash[PRELOADED] and "torch" in sys.modules:
-        raise AssertionError(f"this test, or one before it, imports torch: take its file out of SHARED in {__file__}")
-    folder, environ = item.stash[BEFORE]
-    now_folder, now_environ = _shared_state()
+def _restore(item: pytest.Item) -> None:
+    """Folder and environment as they were before the test; importing torch is refused, for a fork does not survive its threads."""
+    had_torch, folder, environ = item.stash[BEFORE]
+    has_torch, now_folder, now_environ = _shared_state()
     if now_folder != folder:
         os.chdir(folder)
-        raise AssertionError(f"this test leaves the process in another folder, {now_folder}: use monkeypatch.chdir")
-    changed = sorted(name for name in {*environ, *now_environ} if environ.get(name) != now_environ.get(name))
-    if changed:
+    if now_environ != environ:
         os.environ.clear()
         os.environ.update(environ)
-        raise AssertionError(f"this test leaves changed environment variables behind: {', '.join(changed)}: use monkeypatch")
+    if has_torch and not had_torch:
+        raise AssertionError(f"this test imports torch: take its file out of SHARED in {__file__}")
 
 
 def _need_cuda() -> None:
