@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
+import logging
 import os
 import pkgutil
 import re
@@ -53,6 +54,7 @@ WORTH_PRELOADING = 8
 
 STDERR_FD = pytest.StashKey[int]()
 PRELOADED = pytest.StashKey[bool]()
+LOG = pytest.StashKey[tuple[list[logging.Handler], int, bool]]()
 BEFORE = pytest.StashKey[tuple[bool, str, dict[str, str]]]()
 NO_REASON = ("", "Skipped", "Skipped: ", "unconditional skip")
 ISSUE = re.compile(r"#\d+")
@@ -146,7 +148,7 @@ def _limit_s(item: pytest.Item) -> float:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    item.stash[BEFORE] = _shared_state()
+    item.stash[BEFORE], item.stash[LOG] = _shared_state(), _log_state()
     # Runs in the forked child or in xdist's worker. A watchdog thread in C: it also ends a test that hangs inside a library.
     if _is_forked(item) or "PYTEST_XDIST_WORKER" in os.environ:
         faulthandler.dump_traceback_later(_limit_s(item) + GRACE_S, exit=True, file=item.config.stash[STDERR_FD])
@@ -172,10 +174,18 @@ def _shared_state() -> tuple[bool, str, dict[str, str]]:
     return "torch" in sys.modules, os.getcwd(), environ
 
 
+def _log_state() -> tuple[list[logging.Handler], int, bool]:
+    logger = logging.getLogger("megatron")
+    return list(logger.handlers), logger.level, logger.propagate
+
+
 def _restore(item: pytest.Item) -> None:
-    """Folder and environment as they were before the test; importing torch is refused, for a fork does not survive its threads."""
+    """Folder, environment and log as they were before the test; importing torch is refused, for a fork does not survive its threads."""
     had_torch, folder, environ = item.stash[BEFORE]
     has_torch, now_folder, now_environ = _shared_state()
+    logger = logging.getLogger("megatron")
+    logger.handlers[:], level, logger.propagate = item.stash[LOG]
+    logger.setLevel(level)
     if now_folder != folder:
         os.chdir(folder)
     if now_environ != environ:
