@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Sets up .venv and runs every test, each in a process of its own; ruff, mypy and import-linter are among them.
+# Sets up .venv and runs every test; beside them ruff, mypy and import-linter.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -9,11 +9,13 @@ usage() {
     cat <<'TXT'
 usage: bash run_tests.sh [options] [pytest arguments]
 
-Runs the tests under tests/ (or those named) with `pytest --forked`, two at a time, on the CPU.
+Runs the tests under tests/ (or those named) with pytest, two at a time, on the CPU. A run of all tests also checks
+lint, layout, types and import rules beside them, reports these last and fails when one of them fails.
 
   --full        also the tests marked full (slow)
   --oldest      with the oldest versions of the libraries, in .venv-oldest: the tests that read and write what
                 transformers, tokenizers, datasets and the Hub do, or those named
+  --checks      lint, layout, types and import rules also when tests are named
   --no-setup    use .venv (.venv-oldest) as it is
   -h, --help    this text
 
@@ -27,7 +29,7 @@ on_libraries=(tests/parity tests/megatron/checkpoint tests/megatron/data tests/m
     tests/megatron/model/test_positions.py tests/megatron/model/attention tests/megatron/engine/test_start_from_hf.py
     tests/tools tests/test_prepare_hf_dataset.py)
 
-setup=1 oldest=0
+setup=1 oldest=0 checks=0
 arguments=() named=0 workers=2
 previous=""
 for argument in "$@"; do
@@ -35,6 +37,7 @@ for argument in "$@"; do
         -h | --help) usage; exit 0 ;;
         --no-setup) setup=0 ;;
         --oldest) oldest=1 ;;
+        --checks) checks=1 ;;
         *)
             case "$argument" in
                 # One at a time where the order matters to the person, or the workers are chosen already.
@@ -55,6 +58,7 @@ if [ "$oldest" = 1 ]; then
     setup_arguments=(--oldest) venv=${VENV_DIR:-.venv-oldest} targets=("${on_libraries[@]}")
 fi
 [ "$named" = 1 ] || arguments+=("${targets[@]}")
+[ "$named$oldest" != 00 ] || checks=1
 
 [ "$setup" = 0 ] || bash setup_uv_env.sh ${setup_arguments[@]+"${setup_arguments[@]}"}
 python=$PWD/$venv/bin/python
@@ -73,4 +77,35 @@ if [ -n "$workers" ] && [ "$workers" != 0 ] && "$python" -c 'import xdist' 2>/de
     # worksteal: the long tests do not all end up with one worker.
     parallel=(-n "$workers" --dist worksteal)
 fi
-exec "$python" -m pytest --forked ${parallel[@]+"${parallel[@]}"} "${arguments[@]}"
+# Started before pytest and told of behind it: they wait for nothing and have no limit of time, so a busy machine fails none.
+names=() pids=() outputs=""
+check() {
+    nice -n 5 "${@:2}" >"$outputs/$1" 2>&1 </dev/null &
+    names+=("$1") pids+=("$!")
+}
+end_checks() {
+    [ ${#pids[@]} = 0 ] || kill "${pids[@]}" 2>/dev/null || true
+    rm -rf "$outputs"
+}
+if [ "$checks" = 1 ]; then
+    outputs=$(mktemp -d)
+    trap end_checks EXIT
+    check "ruff check" "$python" -m ruff check --quiet .
+    check "ruff format" "$python" -m ruff format --check --quiet .
+    check mypy "$python" -m mypy --no-error-summary
+    check lint-imports "${python%/python}/lint-imports"
+fi
+
+code=0
+"$python" -m pytest ${parallel[@]+"${parallel[@]}"} "${arguments[@]}" || code=$?
+for i in ${!names[@]}; do
+    if wait "${pids[$i]}"; then
+        echo "${names[$i]}: passed"
+    else
+        cat "$outputs/${names[$i]}"
+        echo "${names[$i]}: FAILED"
+        [ "$code" != 0 ] || code=1
+    fi
+done
+pids=()
+exit "$code"

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules every test obeys: one thread, a hard time limit, no silent skip. Knows nothing of what is tested."""
+"""Rules every test obeys: one thread, a hard time limit, no silent skip; and which tests run in a process of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
+import logging
 import os
+import pkgutil
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +35,27 @@ import pytest  # noqa: E402
 GRACE_S = 15.0
 """The soft limit (pytest-timeout) raises inside the test; this much later the process is ended from outside Python."""
 
+SHARED = (
+    "repo",
+    "megatron/data",
+    "megatron/hub",
+    "megatron/launch",
+    "megatron/neox_arguments",
+    "megatron/test_atomic_io.py",
+    "megatron/test_progress.py",
+    "megatron/test_tool_flags.py",
+)
+"""Rooms and files under tests/ that need no torch: their tests share the process that collects them. Every other test is forked."""
+
+FORK = pytest.mark.forked
+HERE = Path(__file__).resolve().parent
 WORTH_PRELOADING = 8
-"""Fewer tests than this start sooner when each imports what it needs."""
+"""Fewer forked tests than this start sooner when each imports what it needs."""
 
 STDERR_FD = pytest.StashKey[int]()
+PRELOADED = pytest.StashKey[bool]()
+LOG = pytest.StashKey[tuple[list[logging.Handler], int, bool]]()
+BEFORE = pytest.StashKey[tuple[bool, str, dict[str, str]]]()
 NO_REASON = ("", "Skipped", "Skipped: ", "unconditional skip")
 ISSUE = re.compile(r"#\d+")
 
@@ -48,17 +69,39 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[STDERR_FD] = os.dup(2)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Import once, before the forks, what most tests import: a forked test then starts in milliseconds, not in seconds.
+def _is_forked(item: pytest.Item) -> bool:
+    return item.get_closest_marker("forked") is not None or bool(getattr(item.config.option, "forked", False))
+
+
+def _shares_a_process(path: Path) -> bool:
+    if HERE not in path.parents:
+        return False
+    inside = path.relative_to(HERE).as_posix()
+    return any(inside == room or inside.startswith(f"{room}/") for room in SHARED)
+
+
+def _preload() -> None:
+    """Import once, before the first fork, what most tests import: a forked test then starts in milliseconds, not in seconds.
 
     Imports only: no tensor is touched, so no thread is started. Where CUDA may be opened, tests import for themselves.
     """
-    forks = getattr(session.config.option, "forked", False) and not getattr(session.config.option, "numprocesses", None)
-    if not forks or len(session.items) < WORTH_PRELOADING or os.environ.get("DS_ACCELERATOR") != "cpu":
-        return
-    for name in ("torch.fx.experimental.symbolic_shapes", "deepspeed", "transformers.models.gpt_neox.modeling_gpt_neox"):
+    for name in ("torch.fx.experimental.symbolic_shapes", "deepspeed", "transformers.models.gpt_neox.modeling_gpt_neox", "megatron"):
         importlib.import_module(name)
+    for module in pkgutil.walk_packages(importlib.import_module("megatron").__path__, "megatron."):
+        if not module.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):  # an optional package is not installed
+                importlib.import_module(module.name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    preloaded = item.config.stash.setdefault(PRELOADED, False)
+    if _is_forked(item) and not preloaded:
+        item.config.stash[PRELOADED] = True
+        forked = sum(map(_is_forked, item.session.items))
+        if forked >= WORTH_PRELOADING and os.environ.get("DS_ACCELERATOR") == "cpu":
+            _preload()
+    return (yield)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -85,6 +128,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") is None:
             item.add_marker("cpu")
+        if not _shares_a_process(item.path):
+            item.add_marker(FORK)
+    # First those that share a process, before anything heavy is imported into it.
+    items.sort(key=_is_forked)
     if not config.getoption("--full"):
         slow = [item for item in items if item.get_closest_marker("full")]
         if slow:
@@ -101,8 +148,9 @@ def _limit_s(item: pytest.Item) -> float:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    # Runs in the forked child. A watchdog thread in C: it also ends a test that hangs inside a library.
-    if getattr(item.config.option, "forked", False):
+    item.stash[BEFORE], item.stash[LOG] = _shared_state(), _log_state()
+    # Runs in the forked child or in xdist's worker. A watchdog thread in C: it also ends a test that hangs inside a library.
+    if _is_forked(item) or "PYTEST_XDIST_WORKER" in os.environ:
         faulthandler.dump_traceback_later(_limit_s(item) + GRACE_S, exit=True, file=item.config.stash[STDERR_FD])
     yield
     # Only after pytest's own setup, without which its teardown fails on a test that is skipped.
@@ -113,9 +161,38 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     try:
-        return (yield)
+        result = yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+    if not _is_forked(item):
+        _restore(item)
+    return result
+
+
+def _shared_state() -> tuple[bool, str, dict[str, str]]:
+    environ = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return "torch" in sys.modules, os.getcwd(), environ
+
+
+def _log_state() -> tuple[list[logging.Handler], int, bool]:
+    logger = logging.getLogger("megatron")
+    return list(logger.handlers), logger.level, logger.propagate
+
+
+def _restore(item: pytest.Item) -> None:
+    """Folder, environment and log as they were before the test; importing torch is refused, for a fork does not survive its threads."""
+    had_torch, folder, environ = item.stash[BEFORE]
+    has_torch, now_folder, now_environ = _shared_state()
+    logger = logging.getLogger("megatron")
+    logger.handlers[:], level, logger.propagate = item.stash[LOG]
+    logger.setLevel(level)
+    if now_folder != folder:
+        os.chdir(folder)
+    if now_environ != environ:
+        os.environ.clear()
+        os.environ.update(environ)
+    if has_torch and not had_torch:
+        raise AssertionError(f"this test imports torch: take its file out of SHARED in {__file__}")
 
 
 def _need_cuda() -> None:

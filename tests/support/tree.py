@@ -20,7 +20,7 @@ def files(*suffixes: str) -> Iterator[Path]:
         skip = NOT_OURS | (OUTPUT if here == ROOT else set())
         names[:] = sorted(n for n in names if n not in skip and not n.endswith(("_cache", ".egg-info")))
         for entry in sorted(entries):
-            if Path(entry).suffix in suffixes:
+            if Path(entry).suffix in suffixes and entry not in NOT_OURS:  # .git is a file in a worktree
                 yield here / entry
 
 
