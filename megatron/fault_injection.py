@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import signal
 import time
@@ -133,26 +134,31 @@ def _read(path: str) -> _Plan:
     return _Plan(faults)
 
 
-_PLAN = _read(os.environ[PLAN]) if os.environ.get(PLAN) else None
+@functools.cache
+def _plan() -> _Plan | None:
+    """The plan that the environment names; None where it names none. Read when the first place is passed."""
+    path = os.environ.get(PLAN)
+    return _read(path) if path else None
 
 
 def planned() -> bool:
     """Whether there is a plan at all."""
-    return _PLAN is not None
+    return _plan() is not None
 
 
 def begin_step(number: int) -> None:
     """Optimizer step `number`, counted from 1, begins."""
-    if _PLAN is not None:
-        _PLAN.begin_step(number)
+    if plan := _plan():
+        plan.begin_step(number)
 
 
 def point(site: str) -> None:
     """A place where the process may be made to fail."""
-    if _PLAN is not None:
-        _PLAN.point(site)
+    if plan := _plan():
+        plan.point(site)
 
 
 def changed(site: str, subject: T) -> T:
     """`subject` (a number or tensor), made not finite or scaled where the plan says so."""
-    return subject if _PLAN is None else _PLAN.changed(site, subject)
+    plan = _plan()
+    return subject if plan is None else plan.changed(site, subject)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib
 import logging
 import os
-import pkgutil
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +30,8 @@ if not list(Path("/dev").glob("nvidia[0-9]*")):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest  # noqa: E402
+
+from support import forkserver  # noqa: E402
 
 GRACE_S = 15.0
 """The soft limit (pytest-timeout) raises inside the test; this much later the process is ended from outside Python."""
@@ -53,6 +54,7 @@ WORTH_PRELOADING = 8
 """Fewer forked tests than this start sooner when each imports what it needs."""
 
 STDERR_FD = pytest.StashKey[int]()
+SERVER = pytest.StashKey[contextlib.ExitStack]()
 PRELOADED = pytest.StashKey[bool]()
 LOG = pytest.StashKey[tuple[list[logging.Handler], int, bool]]()
 BEFORE = pytest.StashKey[tuple[bool, str, dict[str, str]]]()
@@ -67,6 +69,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Output is captured later; the dump of a hanging test must reach the real one.
     config.stash[STDERR_FD] = os.dup(2)
+    config.stash[SERVER] = contextlib.ExitStack()
+    if forkserver.ADDRESS not in os.environ and os.environ.get("DS_ACCELERATOR") == "cpu" and sys.platform == "linux":
+        folder = config.stash[SERVER].enter_context(tempfile.TemporaryDirectory(prefix="tests-"))
+        config.stash[SERVER].enter_context(forkserver.serving(Path(folder)))
 
 
 def _is_forked(item: pytest.Item) -> bool:
@@ -80,19 +86,6 @@ def _shares_a_process(path: Path) -> bool:
     return any(inside == room or inside.startswith(f"{room}/") for room in SHARED)
 
 
-def _preload() -> None:
-    """Import once, before the first fork, what most tests import: a forked test then starts in milliseconds, not in seconds.
-
-    Imports only: no tensor is touched, so no thread is started. Where CUDA may be opened, tests import for themselves.
-    """
-    for name in ("torch.fx.experimental.symbolic_shapes", "deepspeed", "transformers.models.gpt_neox.modeling_gpt_neox", "megatron"):
-        importlib.import_module(name)
-    for module in pkgutil.walk_packages(importlib.import_module("megatron").__path__, "megatron."):
-        if not module.name.endswith("__main__"):
-            with contextlib.suppress(ImportError):  # an optional package is not installed
-                importlib.import_module(module.name)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
     preloaded = item.config.stash.setdefault(PRELOADED, False)
@@ -100,12 +93,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
         item.config.stash[PRELOADED] = True
         forked = sum(map(_is_forked, item.session.items))
         if forked >= WORTH_PRELOADING and os.environ.get("DS_ACCELERATOR") == "cpu":
-            _preload()
+            # A forked test then starts in milliseconds. Imports only: no tensor is touched, so no thread is started. Where CUDA may
+            # be opened, tests import for themselves.
+            forkserver.preload()
     return (yield)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[STDERR_FD])
+    config.stash[SERVER].close()
 
 
 def _why_refused(item: pytest.Item) -> str | None:

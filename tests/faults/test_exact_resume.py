@@ -80,15 +80,15 @@ def require_same_files(one: Path, other: Path) -> None:
 def killed_and_whole(tmp_path: Path, world: int, layout: dict[str, Any]) -> None:
     """20 steps; and 10, a kill some steps later, and 10 more."""
     common = {"train_iters": 20, "lr_decay_iters": 20, "checkpoint_factor": 10, **layout}
-    whole = Job(tmp_path / "whole", settings(tmp_path / "whole", world, **common), env=DEBUG)
+    whole = Job(tmp_path / "whole", settings(tmp_path / "whole", world, **common), env=DEBUG, launched=False)
     assert whole.wait(200) == 0, whole.output[-3000:]
     config = settings(tmp_path / "killed", world, **common)
     sleeps = {"site": "step", "step": 13, "action": "sleep", "value": 300}
-    killed = Job(tmp_path / "killed", config, faults=[sleeps], env=DEBUG)
+    killed = Job(tmp_path / "killed", config, faults=[sleeps], env=DEBUG, launched=False)
     killed.until(lambda text: "saved checkpoint at iteration      10" in text and len(re.findall("tokens of the step", text)) >= 12, 150)
     killed.kill()
     before = taken(killed)
-    again = Job(tmp_path / "killed", config, env=DEBUG)
+    again = Job(tmp_path / "killed", config, env=DEBUG, launched=False)
     assert again.wait(200) == 0, again.output[-3000:]
     assert "starting from iteration 10" in again.output
     assert len(taken(whole)) == 20 and len(set(taken(whole))) > 1
@@ -115,12 +115,12 @@ def test_two_ranks_then_one_then_two_take_every_sample_once(tmp_path: Path) -> N
     corpora = [str(GOLDEN / "train" / "data" / f"{name}_document") for name in ("corpus_text", "chat")]
     mixture = {"train_data_paths": corpora, "train_data_weights": [0.7, 0.3], "zero_optimization": {"stage": 1}}
     common = {"train_iters": 12, "lr_decay_iters": 12, "checkpoint_factor": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0, **mixture}
-    whole = Job(tmp_path / "whole", settings(tmp_path / "whole", 1, **common), env=DEBUG)
+    whole = Job(tmp_path / "whole", settings(tmp_path / "whole", 1, **common), env=DEBUG, launched=False)
     assert whole.wait(200) == 0, whole.output[-3000:]
     found: list[str] = []
     for world, last in ((2, 4), (1, 8), (2, 12)):
         dies = [{"site": "step", "step": last + 1, "action": "kill"}]
-        job = Job(tmp_path / "changing", settings(tmp_path / "changing", world, **common), faults=dies, env=DEBUG)
+        job = Job(tmp_path / "changing", settings(tmp_path / "changing", world, **common), faults=dies, env=DEBUG, launched=False)
         assert (job.wait(200) == 0) is (last == 12), job.output[-3000:]
         assert last == 4 or "spread anew" in job.output
         found += taken(job)

@@ -40,7 +40,7 @@ def full(step: int, **row: Any) -> dict[str, Any]:
 def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:
     """Training goes on with an alarm; the last save tells the truth."""
     config = settings(tmp_path, 2, train_iters=6, checkpoint_factor=2, zero_optimization={"stage": 1})
-    job = Job(tmp_path, config, faults=[full(2), full(6, times=100_000)])
+    job = Job(tmp_path, config, faults=[full(2), full(6, times=100_000)], launched=False)
     assert job.wait(150) == 1
     assert "rank 1: zero_pp_rank_1_mp_rank_00_optim_states.pt: No space left on device" in job.output
     assert "the checkpoint of step 6 was not saved:" in job.output
@@ -51,7 +51,7 @@ def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_too_many_failures_in_a_row(tmp_path: Path) -> None:
     config = settings(tmp_path, 2, train_iters=20, checkpoint_factor=2, checkpoint_failures_allowed=1, zero_optimization={"stage": 1})
-    job = Job(tmp_path, config, faults=[full(4, times=100_000), full(6, times=100_000)])
+    job = Job(tmp_path, config, faults=[full(4, times=100_000), full(6, times=100_000)], launched=False)
     assert job.wait(150) == 1
     assert "step 6 was not saved (2 in a row; checkpoint_failures_allowed: 1)" in job.output
     assert max(job.losses()) == 6 and whole(job.save) == [2]
@@ -71,7 +71,7 @@ def test_a_writer_that_raises_and_a_rank_that_is_slow(tmp_path: Path) -> None:
         *[{"site": "write", "rank": 1, "step": step, "action": "sleep", "value": 0.05, "times": 60} for step in (4, 5, 6)],
     ]
     config = settings(tmp_path, 2, train_iters=7, checkpoint_factor=2, checkpoint_async=True, zero_optimization={"stage": 1})
-    job = Job(tmp_path, config, faults=faults)
+    job = Job(tmp_path, config, faults=faults, launched=False)
     assert job.wait(150) == 0
     told = job.output.index("rank 1: zero_pp_rank_1_mp_rank_00_optim_states.pt: made to fail")
     assert told < job.output.index("successfully saved checkpoint at iteration       4")
@@ -85,9 +85,9 @@ def test_a_run_that_fails_while_it_saves_in_the_background(tmp_path: Path) -> No
     """Several ranks discard what is under way; the next start goes on from the one before."""
     config = settings(tmp_path, 2, train_iters=6, checkpoint_factor=2, checkpoint_async=True, zero_optimization={"stage": 1})
     slow = [{"site": "write", "step": step, "action": "sleep", "value": 0.05, "times": 100_000} for step in (4, 5)]
-    job = Job(tmp_path, config, faults=[*slow, {"site": "step", "step": 5, "action": "raise"}])
+    job = Job(tmp_path, config, faults=[*slow, {"site": "step", "step": 5, "action": "raise"}], launched=False)
     assert job.wait(150) != 0
     assert saved_steps(job.save) == [2]
-    again = Job(tmp_path, config)
+    again = Job(tmp_path, config, launched=False)
     assert again.wait(150) == 0
     assert "starting from iteration 2" in again.output and whole(job.save) == [2, 4, 6]

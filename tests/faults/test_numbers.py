@@ -117,7 +117,8 @@ def plan(path: Path, rows: list[dict[str, Any]], step: int) -> None:
     from megatron import fault_injection
 
     path.write_text(yaml.safe_dump(rows))
-    fault_injection._PLAN = fault_injection._read(str(path))
+    os.environ[fault_injection.PLAN] = str(path)
+    fault_injection._plan.cache_clear()
     fault_injection.begin_step(step)
 
 

@@ -18,7 +18,7 @@ LAST_EXPONENT_BIT = 23
 def run(folder: Path, world: int, fault: dict[str, Any] | None, status: int, **changes: Any) -> str:
     """The output of a run of 6 steps that looks after every second one."""
     config = settings(folder, world, **{"train_iters": 6, "replica_check_interval": 2, "checkpoint_factor": 1, **changes})
-    job = Job(folder, config, faults=[fault] if fault else [])
+    job = Job(folder, config, faults=[fault] if fault else [], launched=False)
     assert job.wait(150) == status, job.output[-3000:]
     return job.output
 

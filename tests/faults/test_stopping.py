@@ -62,7 +62,7 @@ def test_one_rank_is_asked_and_all_stop_together(
         assert not any("valid_lm_loss" in row and row["iteration"] == expected for row in job.rows())
     # A save under way is finished, and not made twice.
     assert job.output.count("successfully saved checkpoint") == 1
-    again = Job(tmp_path, {**config, "train_iters": expected + 1})
+    again = Job(tmp_path, {**config, "train_iters": expected + 1}, launched=False)
     assert again.wait(110) == 0, again.output
     assert f"starting from iteration {expected}" in again.output
 

@@ -198,16 +198,16 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_second_run_is_refused_and_a_killed_one_succeeded(tmp_path: Path, world: int) -> None:
     """The successor also finds the newest checkpoint damaged, and makes the steps behind the one before again, to the last bit."""
     config = settings(tmp_path, world, train_iters=3, checkpoint_factor=1)
-    first = Job(tmp_path / "a", config, faults=[{"site": "step", "step": 3, "action": "sleep", "value": 600}])
+    first = Job(tmp_path / "a", config, faults=[{"site": "step", "step": 3, "action": "sleep", "value": 600}], launched=False)
     first.until("saved checkpoint at iteration       2", 120)
     losses = first.losses()
-    second = Job(tmp_path / "b", config)
+    second = Job(tmp_path / "b", config, launched=False)
     assert second.wait(120) == ConfigError.exit_code
     assert f"process {first.pids()[0]} on" in second.output and "another `save`" in second.output
     assert (first.save / LOCK).exists()
     first.kill()
     flip(first.save / "global_step2" / "mp_rank_00_model_states.pt")
-    third = Job(tmp_path / "c", config)
+    third = Job(tmp_path / "c", config, launched=False)
     assert third.wait(120) == 0, third.output[-3000:]
     assert "took over" in third.output and "mp_rank_00_model_states.pt: content differs" in third.output
     assert "starting from iteration 1" in third.output and {**third.losses(), **losses} == third.losses()

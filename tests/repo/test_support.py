@@ -80,40 +80,56 @@ def test_tiny_configurations_are_accepted(style):
     assert args.model.hidden_size == 64 and args.run.train_batch_size == 4
 
 
-RULES = '''
-"""Tests that break a rule each."""
-import time
-import pytest
-
-{body}
-'''
-CASES = {
-    "skip_without_reason": ("@pytest.mark.skip\ndef test_x(): pass", 4, "a skip needs a reason"),
-    "xfail_without_issue": ("@pytest.mark.xfail(reason='bad')\ndef test_x(): assert 0", 4, "number of its issue"),
-    "xfail_with_issue": ("@pytest.mark.xfail(reason='bad, #12')\ndef test_x(): assert 0", 0, "1 xfailed"),
-    "silent_runtime_skip": ("def test_x(): pytest.skip()", 1, "skipped without a reason"),
-    "runtime_skip": ("def test_x(): pytest.skip('no such device here')", 0, "1 skipped"),
-    "soft_limit": ("@pytest.mark.timeout(1)\ndef test_x(): time.sleep(30)", 1, "Timeout"),
-    "mark_cpu": ("def test_x(request): assert request.node.get_closest_marker('cpu')", 0, "1 passed"),
-    "full_is_left_out": ("@pytest.mark.full\ndef test_x(): assert 0", 5, "1 deselected"),
-    "unknown_mark": ("@pytest.mark.cqu\ndef test_x(): pass", 2, "cqu"),
+HEAD = '"""Tests that break a rule each."""\nimport time\nimport pytest\n\n'
+REFUSED = {
+    "skip_without_reason": ("@pytest.mark.skip", "a skip needs a reason"),
+    "skipif_without_reason": ("@pytest.mark.skipif(True, reason='')", "a skipif needs a reason"),
+    "xfail_without_issue": ("@pytest.mark.xfail(reason='bad')", "number of its issue"),
 }
+"""Marks with which no test is run at all: {name: (mark, what is said)}."""
+OUTCOMES = {
+    "xfail_with_issue": ("@pytest.mark.xfail(reason='bad, #12')", "assert 0", "XFAIL", "bad, #12"),
+    "silent_runtime_skip": ("", "pytest.skip()", "FAILED", "skipped without a reason"),
+    "runtime_skip": ("", "pytest.skip('no such device here')", "SKIPPED", "no such device here"),
+    "soft_limit": ("@pytest.mark.timeout(1)", "time.sleep(30)", "FAILED", "Timeout"),
+    "mark_cpu": ("", "assert request.node.get_closest_marker('cpu')", "PASSED", ""),
+}
+"""{name: (mark, body, outcome, what is said)}."""
 
 
 def pytest_in(folder, body, conftest):
     """Run one file of tests under this project's settings and the given conftest."""
-    (folder / "test_rule.py").write_text(RULES.format(body=body))
+    (folder / "test_rule.py").write_text(HEAD + body)
     (folder / "conftest.py").write_text(conftest)
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder), "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "--forked", *settings, str(folder)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "pytest", "--forked", "-rA", *settings, str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
-def test_conftest_rules(case, tmp_path):
-    body, code, said = CASES[case]
-    done = pytest_in(tmp_path, body, (ROOT / "tests" / "conftest.py").read_text())
-    assert done.returncode == code and said in done.stdout + done.stderr, done.stdout + done.stderr
+def test_marks_without_a_reason_are_refused(tmp_path):
+    body = "\n".join(f"{mark}\ndef test_{name}(): pass\n" for name, (mark, _) in REFUSED.items())
+    code, said = pytest_in(tmp_path, body, (ROOT / "tests" / "conftest.py").read_text())
+    assert code == pytest.ExitCode.USAGE_ERROR, said
+    for name, (_, why) in REFUSED.items():
+        assert any(f"test_{name}" in line and why in line for line in said.splitlines()), said
+
+
+def test_an_unknown_mark_is_refused(tmp_path):
+    code, said = pytest_in(tmp_path, "@pytest.mark.cqu\ndef test_x(): pass\n", (ROOT / "tests" / "conftest.py").read_text())
+    assert code == pytest.ExitCode.INTERRUPTED and "cqu" in said, said
+
+
+def test_skips_limits_and_marks_come_out_as_the_rules_say(tmp_path):
+    tests = [f"{mark}\ndef test_{name}(request): {body}\n" for name, (mark, body, _, _) in OUTCOMES.items()]
+    slow = "@pytest.mark.full\ndef test_full_is_left_out(): assert 0\n"
+    code, said = pytest_in(tmp_path, "\n".join([*tests, slow]), (ROOT / "tests" / "conftest.py").read_text())
+    assert code == pytest.ExitCode.TESTS_FAILED and "1 deselected" in said and "test_full_is_left_out" not in said, said
+    # Skips are told by line, everything else by name.
+    told = [line for line in said.splitlines() if line.startswith(("XFAIL", "FAILED", "SKIPPED", "PASSED"))]
+    assert len(told) == len(OUTCOMES), said
+    for name, (_, _, outcome, why) in OUTCOMES.items():
+        assert why in said and any(line.startswith(outcome) and (f"test_{name}" in line or outcome == "SKIPPED") for line in told), said
 
 
 def test_the_watchdog_ends_a_test_that_hangs_outside_python(tmp_path):
@@ -127,5 +143,5 @@ def test_x():
 """
     source = (ROOT / "tests" / "conftest.py").read_text()
     assert "GRACE_S = 15.0" in source
-    done = pytest_in(tmp_path, body, source.replace("GRACE_S = 15.0", "GRACE_S = 1.0"))
-    assert done.returncode == 1 and "Timeout" in done.stderr and "in test_x" in done.stderr, done.stdout + done.stderr
+    code, said = pytest_in(tmp_path, body, source.replace("GRACE_S = 15.0", "GRACE_S = 1.0"))
+    assert code == 1 and "Timeout" in said and "in test_x" in said, said

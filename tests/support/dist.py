@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one function in several fresh processes that can talk to each other. Knows nothing of what they compute.
+"""Runs one function in several new processes that can talk to each other.
 
-Never forks: a fork after torch has started its threads can hang. Each rank is a new Python process in a process group
-of its own, so that a hanging rank and everything it started can be killed.
+Never forks the test: a fork after torch has started its threads can hang. Each rank is started by `support.forkserver`, in a process
+group of its own, so that a hanging rank and everything it started can be killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.forkserver import Forked, start
+from support.tree import ROOT
+
 POLL_S = 0.05
 TAIL_LINES = 60
 
@@ -33,7 +35,7 @@ class DistributedFailure(AssertionError):
 @dataclass(frozen=True)
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: Forked | subprocess.Popen[bytes]
     folder: Path
 
     def file(self, what: str) -> Path:
@@ -113,16 +115,7 @@ def _start(number: int, world: int, port: int, folder: Path, env: dict[str, str]
         **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
         **env,
     }
-    with open(folder / f"rank{number}.log", "wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "support.rank", str(folder)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = start(["-m", "support.rank", folder], cwd=ROOT, env=environment, log=folder / f"rank{number}.log")
     return _Rank(number, process, folder)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from support.dist import free_port
+from support.forkserver import Forked, start
 from support.tiny import tiny
 from support.tree import ROOT
 
@@ -36,11 +37,43 @@ def settings(folder: Path, world: int = 1, style: str = "neox", **changes: Any) 
     return tiny(style, **{**paths, **batch, **place, **files, **dropout, **fixed, **changes})
 
 
+class Ranks:
+    """Ranks started without a launcher, as `srun` starts them; when one fails, the others are killed."""
+
+    def __init__(self, processes: Sequence[Forked | subprocess.Popen[bytes]]) -> None:
+        self.processes = processes
+
+    @property
+    def pid(self) -> int:
+        """Process id of rank 0."""
+        return self.processes[0].pid
+
+    def poll(self) -> int | None:
+        """None while all run; the status of the first that failed, or 0 when all have ended."""
+        codes = [process.poll() for process in self.processes]
+        failed = [code for code in codes if code]
+        for process, code in zip(self.processes, codes, strict=True):
+            if failed and code is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+        return failed[0] if failed else None if None in codes else 0
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Like poll, when no rank runs any more."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("ranks", timeout or 0.0)
+            time.sleep(POLL_S)
+        return code
+
+
 class Job:
     """A run in processes of its own: one script alone, or deepy.py with its ranks on this host.
 
     faults: rows of a plan, see megatron/fault_injection.py
     script: what is run, train.py by default
+    launched: whether several ranks are started by deepy.py, which watches them; otherwise as by `srun`, in a tenth of the time
     """
 
     def __init__(
@@ -51,6 +84,7 @@ class Job:
         faults: Sequence[Mapping[str, Any]] = (),
         env: Mapping[str, str] | None = None,
         script: str = "train.py",
+        launched: bool = True,
     ) -> None:
         self.folder = folder
         self.world = int(config["global_num_gpus"])
@@ -64,19 +98,20 @@ class Job:
             plan = folder / "faults.yml"
             plan.write_text(yaml.safe_dump([dict(row) for row in faults]))
             environ["NEOX_FAULTS"] = str(plan)
-        words = ["deepy.py", script] if self.world > 1 else [script]
         self._log = folder / "output.log"
-        with self._log.open("ab") as log:
-            self._from = log.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, *(str(ROOT / word) for word in words), str(path)],
-                cwd=ROOT,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._from = self._log.stat().st_size if self._log.exists() else 0
+        self.process = self._start(script, path, environ, launched)
+
+    def _start(self, script: str, config: Path, environ: dict[str, str], launched: bool) -> Forked | subprocess.Popen[bytes] | Ranks:
+        words = [str(ROOT / script), str(config)]
+        if self.world == 1 or launched:
+            return start(words if self.world == 1 else [str(ROOT / "deepy.py"), *words], cwd=ROOT, env=environ, log=self._log)
+        place = {"WORLD_SIZE": self.world, "LOCAL_WORLD_SIZE": self.world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        envs = [
+            {**environ, **{name: str(value) for name, value in {**place, "RANK": rank, "LOCAL_RANK": rank}.items()}}
+            for rank in range(self.world)
+        ]
+        return Ranks([start(words, cwd=ROOT, env=env, log=self._log) for env in envs])
 
     @property
     def output(self) -> str:
@@ -105,6 +140,8 @@ class Job:
 
     def pids(self) -> dict[int, int]:
         """{rank: process id} of the ranks that are alive."""
+        if isinstance(self.process, Ranks):
+            return {rank: process.pid for rank, process in enumerate(self.process.processes) if process.poll() is None}
         if self.world == 1:
             return {0: self.process.pid}
         found = {}
