@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,9 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Output is captured later; the dump of a hanging test must reach the real one.
     config.stash[STDERR_FD] = os.dup(2)
     config.stash[SERVER] = contextlib.ExitStack()
-    if forkserver.ADDRESS not in os.environ and os.environ.get("DS_ACCELERATOR") == "cpu" and sys.platform == "linux":
-        folder = config.stash[SERVER].enter_context(tempfile.TemporaryDirectory(prefix="tests-"))
-        config.stash[SERVER].enter_context(forkserver.serving(Path(folder)))
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        config.stash[SERVER].enter_context(forkserver.serving())
 
 
 def _is_forked(item: pytest.Item) -> bool:

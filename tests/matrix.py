@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="'AXIS=VALUE ...'", help="cells with these values, several after a comma")
     parser.add_argument("--subset", action="store_true", help="the cells that the default tests run")
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.relative_to(ROOT)}; needs all cells")
-    parser.add_argument("-j", type=int, default=2, dest="servers", metavar="N", help="jobs at a time (default 2)")
+    parser.add_argument("-j", type=int, default=2, dest="jobs", metavar="N", help="jobs at a time (default 2)")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"seconds per job (default {TIMEOUT_S:g})")
     args = parser.parse_args(argv)
     try:
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         if result.state != REFUSED:
             print(f"[{len(seen)}/{len(own)}] {result}", flush=True)
 
-    results = run_cells(own, servers=args.servers, timeout_s=args.timeout, told=told)
+    results = run_cells(own, jobs=args.jobs, timeout_s=args.timeout, told=told)
     seconds = time.monotonic() - started
     count = {state: sum(result.state == state for result in results) for state in (WORKS, REFUSED, FAILED)}
     print(f"{', '.join(f'{number} {state}' for state, number in count.items())}; {seconds:.0f} s")

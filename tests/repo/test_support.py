@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from support import forkserver
 from support.dist import DistributedFailure, run_distributed
 from support.tiny import STYLES, tiny
 from support.tree import ROOT
@@ -66,6 +67,38 @@ def test_a_hanging_rank_is_killed_with_all_it_started(tmp_path):
     while not all(map(gone, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert all(map(gone, pids))
+
+
+PROGRAM = """
+import os, sys, time
+print(sys.argv[1:], os.environ.get("GIVEN"), os.getcwd(), flush=True)
+print("an error", file=sys.stderr)
+time.sleep(float(sys.argv[1]))
+sys.exit(7)
+"""
+
+
+def test_programs_are_run_as_from_the_shell(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = forkserver.run([tmp_path / "program.py", "0", "a b"], cwd=tmp_path, timeout=60, env={"GIVEN": "yes"})
+    assert (done.returncode, done.stdout, done.stderr) == (7, f"['0', 'a b'] yes {tmp_path}\n", "an error\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        forkserver.run([tmp_path / "program.py", "60"], cwd=tmp_path, timeout=0.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the server that forks programs runs on Linux only")
+def test_a_program_ends_with_its_starter(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    starter = os.fork()
+    if starter == 0:
+        program = forkserver.start([tmp_path / "program.py", "60"], cwd=tmp_path, env=os.environ, log=tmp_path / "log")
+        (tmp_path / "pid").write_text(str(program.pid))
+        os._exit(0)
+    os.waitpid(starter, 0)
+    deadline = time.monotonic() + 10
+    while not gone(int((tmp_path / "pid").read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.parametrize("style", sorted(STYLES))

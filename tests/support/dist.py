@@ -137,5 +137,6 @@ def _wait(ranks: list[_Rank], deadline: float, timeout_s: float) -> None:
 
 
 def _failed_at(rank: _Rank) -> int:
+    """In nanoseconds; 0 for a rank that could not say it: one that died takes its partners along."""
     mark = rank.file("failed")
-    return int(mark.read_text()) if mark.exists() else time.time_ns()
+    return int(mark.read_text()) if mark.exists() else 0

@@ -22,12 +22,14 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from support.rank import die_with_parent
+from support.tiny import tiny
 from support.tree import ROOT
 
 ADDRESS = "TESTS_FORKSERVER"
@@ -61,6 +63,9 @@ def preload() -> None:
         importlib.import_module(name)
     import deepspeed
 
+    from megatron.neox_arguments import NeoXArgs
+
+    NeoXArgs.from_dict(tiny())
     len(deepspeed.ops.__compatible_ops__)
     for module in pkgutil.walk_packages(importlib.import_module("megatron").__path__, "megatron."):
         if not module.name.endswith("__main__"):
@@ -70,12 +75,13 @@ def preload() -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """arguments: what follows `python` on the command line; log: the file that gets both outputs, at its end."""
+    """arguments: what follows `python` on the command line; log, errors: the files that get its outputs, at their ends."""
 
     arguments: tuple[str, ...]
     cwd: str
     env: dict[str, str]
     log: str
+    errors: str
 
 
 class Forked:
@@ -120,43 +126,71 @@ class Forked:
         return int(answer)
 
 
-def start(arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: Path) -> Forked | subprocess.Popen[bytes]:
-    """Run `python ARGUMENTS` in a session of its own, with exactly this environment; its outputs are added to `log`."""
-    log.touch()
+def start(
+    arguments: Sequence[object], *, cwd: Path, env: Mapping[str, str], log: Path, errors: Path | None = None
+) -> Forked | subprocess.Popen[bytes]:
+    """Run `python ARGUMENTS` in a session of its own, with exactly this environment.
+
+    log, errors: its outputs are added to these files, without `errors` both to `log`
+    """
+    words, errors = tuple(map(str, arguments)), errors or log
     if ADDRESS in os.environ:
+        log.touch()
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(os.environ[ADDRESS])
-        return Forked(connection, Program(tuple(map(str, arguments)), str(cwd), dict(env), str(log)))
-    with log.open("ab") as file:
+        return Forked(connection, Program(words, str(cwd), dict(env), str(log), str(errors)))
+    with log.open("ab") as out, errors.open("ab") as err:
         return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            cwd=cwd,
-            env=dict(env),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            [sys.executable, *words], cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
         )
 
 
+def run(
+    arguments: Sequence[object], *, cwd: Path, timeout: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` to its end, with its outputs; killed and subprocess.TimeoutExpired raised when that takes too long."""
+    with tempfile.TemporaryDirectory(prefix="program-") as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = start(arguments, cwd=cwd, env=os.environ if env is None else env, log=out, errors=err)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(list(arguments), code, out.read_text(errors="replace"), err.read_text(errors="replace"))
+
+
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[None]:
-    """Have a server until the block ends, known to this process and to those it starts."""
-    path = folder / "forkserver"
+def serving() -> Iterator[None]:
+    """Have a server until the block ends, known to this process and to those it starts; on Linux, for the CPU."""
+    if ADDRESS in os.environ or sys.platform != "linux" or os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="forkserver-") as folder:
+        server = _listen(Path(folder) / "socket")
+        os.environ[ADDRESS] = str(Path(folder) / "socket")
+        try:
+            yield
+        finally:
+            del os.environ[ADDRESS]
+            server.kill()
+            server.wait()
+
+
+def _listen(path: Path) -> subprocess.Popen[bytes]:
+    """Start a server on this socket."""
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
     listening.listen(64)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     command = [sys.executable, "-m", "support.forkserver", str(listening.fileno())]
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, pass_fds=(listening.fileno(),))
     listening.close()
-    os.environ[ADDRESS] = str(path)
-    try:
-        yield
-    finally:
-        os.environ.pop(ADDRESS, None)
-        server.kill()
-        server.wait()
+    return server
 
 
 def _send(connection: socket.socket, value: Any) -> None:
@@ -223,10 +257,10 @@ def _become(program: Program) -> None:
     """Give this process the session, folder, environment, outputs and arguments of its program."""
     os.setsid()
     die_with_parent()
-    log = os.open(program.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    for number, path in ((1, program.log), (2, program.errors)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, number)
+        os.close(file)
     os.chdir(program.cwd)
     os.environ.clear()
     os.environ.update(program.env)

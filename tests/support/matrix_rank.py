@@ -26,7 +26,6 @@ class Task:
     """
 
     flat: dict[str, Any]
-    world: int
     steps: int
     weights: str
     is_reference: bool
@@ -53,7 +52,7 @@ class Outcome:
     seconds: float
 
 
-def run_rank(task: Task, rank: int) -> Outcome:
+def run_rank(rank: int, world: int, task: Task) -> Outcome:
     """Train. Environment variables say who this rank is and where the others are."""
     from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.data.build import build_data

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from support.dist import DistributedFailure, run_distributed
+from support.forkserver import serving
 from support.matrix_cells import STEPS, Cell, refusal
-from support.matrix_job import Failure, Job
-from support.matrix_pool import Pool
 from support.matrix_rank import Outcome, Task, run_rank
 
 WORKS, REFUSED, FAILED = "works", "refused", "failed"
@@ -77,11 +78,11 @@ def some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def judge(cell: Cell, outcome: Outcome | Failure, reference: Outcome | Failure) -> Result:
+def judge(cell: Cell, outcome: Outcome | DistributedFailure, reference: Outcome | DistributedFailure) -> Result:
     """Compare what a cell's rank 0 saw with what one process saw."""
-    if isinstance(reference, Failure):
+    if isinstance(reference, DistributedFailure):
         return Result(cell=cell, state=FAILED, reason=f"there is no reference: {reference}")
-    if isinstance(outcome, Failure):
+    if isinstance(outcome, DistributedFailure):
         return Result(cell=cell, state=FAILED, reason=str(outcome))
     alike = len(outcome.norms) == len(reference.norms)
     faults = []
@@ -110,60 +111,51 @@ def judge(cell: Cell, outcome: Outcome | Failure, reference: Outcome | Failure) 
 def run_cells(
     cells: Sequence[Cell],
     *,
-    servers: int = 2,
+    jobs: int = 2,
     timeout_s: float = TIMEOUT_S,
     told: Callable[[Result], None] = lambda result: None,
     faults: dict[Cell, str] | None = None,
 ) -> list[Result]:
     """Refuse or run every cell; results in the cells' order.
 
-    servers: jobs at a time
-    told:    called with each result as it comes
-    faults:  see support.matrix_rank.FAULTS
+    jobs:   cells at a time
+    told:   called with each result as it comes
+    faults: see support.matrix_rank.FAULTS
     """
     results: dict[Cell, Result] = {}
+
+    def tell(cell: Cell, result: Result) -> None:
+        results[cell] = result
+        told(result)
+
     for cell in cells:
         if (reason := refusal(cell)) is not None:
-            results[cell] = Result(cell=cell, state=REFUSED, reason=reason)
-            told(results[cell])
+            tell(cell, Result(cell=cell, state=REFUSED, reason=reason))
     runnable = [cell for cell in cells if cell not in results]
-    with tempfile.TemporaryDirectory(prefix="matrix-data-") as folder, Pool(servers) as pool:
-        job = _Jobs(Path(folder), timeout_s, faults or {})
+    with tempfile.TemporaryDirectory(prefix="matrix-data-") as folder, serving(), ThreadPoolExecutor(jobs) as pool:
+        run = partial(_run, folder=Path(folder), timeout_s=timeout_s)
         references = sorted({cell.reference for cell in runnable})
         # The first one alone: it indexes the data, which the others find.
-        answers: dict[Cell, Any] = {}
-        for batch in (references[:1], references[1:]):
-            for index, answer in pool.run([job.reference(cell) for cell in batch]):
-                answers[batch[index]] = answer
-        for index, answer in pool.run([job.cell(cell) for cell in runnable]):
-            cell = runnable[index]
-            results[cell] = judge(cell, answer, answers[cell.reference])
-            told(results[cell])
+        answers = {cell: run(cell, alone=True) for cell in references[:1]}
+        answers |= zip(references[1:], pool.map(partial(run, alone=True), references[1:]), strict=True)
+        asked = {pool.submit(run, cell, fault=(faults or {}).get(cell)): cell for cell in runnable}
+        for done in as_completed(asked):
+            cell = asked[done]
+            tell(cell, judge(cell, done.result(), answers[cell.reference]))
     return [results[cell] for cell in cells]
 
 
-@dataclass(frozen=True)
-class _Jobs:
-    folder: Path
-    timeout_s: float
-    faults: dict[Cell, str]
-
-    def reference(self, cell: Cell) -> Job:
-        """A cell in one process, whose weights are kept."""
-        return self._job(cell, alone=True)
-
-    def cell(self, cell: Cell) -> Job:
-        """A cell as it is."""
-        return self._job(cell, alone=False)
-
-    def _job(self, cell: Cell, *, alone: bool) -> Job:
-        world = 1 if alone else cell.world
-        task = Task(
-            flat=cell.flat(alone=alone, index_map_dir=str(self.folder)),
-            world=world,
-            steps=STEPS,
-            weights=str(self.folder / f"{cell.style}-{cell.precision}.npz"),
-            is_reference=alone,
-            fault=None if alone else self.faults.get(cell),
-        )
-        return Job(run_rank, task, world, self.timeout_s)
+def _run(cell: Cell, *, folder: Path, timeout_s: float, alone: bool = False, fault: str | None = None) -> Outcome | DistributedFailure:
+    """What rank 0 of a cell saw, or how it failed. alone: in one process, whose weights are kept."""
+    task = Task(
+        flat=cell.flat(alone=alone, index_map_dir=str(folder)),
+        steps=STEPS,
+        weights=str(folder / f"{cell.style}-{cell.precision}.npz"),
+        is_reference=alone,
+        fault=fault,
+    )
+    try:
+        outcome: Outcome = run_distributed(run_rank, 1 if alone else cell.world, timeout_s, init=False, task=task)[0]
+    except DistributedFailure as failure:
+        return failure
+    return outcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import importlib.util
 import os
 import pickle
@@ -25,7 +26,9 @@ def die_with_parent() -> None:
 
 
 def load(path: str, name: str) -> Any:
-    """The function `name` of a file that need not be importable by a module name."""
+    """The function `name` of a file that need not be importable by a module name; what lies beside this file is."""
+    if Path(path).parent == Path(__file__).parent:
+        return getattr(importlib.import_module(f"support.{Path(path).stem}"), name)
     spec = importlib.util.spec_from_file_location("ranked_test", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
+from support.forkserver import run
 from support.tiny import tiny
 
 
 def check(repo: Path, folder: Path, *words: str, **keys: object) -> subprocess.CompletedProcess[str]:
     config = tiny("llama", optimizer={"type": "Adam", "params": {"lr": 0.02}}, min_lr=0.0, coord_check=True, **keys)
     (folder / "mup.yml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, str(repo / "tools" / "mup" / "coord_check.py"), "mup.yml", "--widths", "32,128", "--steps", "4", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)
+    command = [repo / "tools" / "mup" / "coord_check.py", "mup.yml", "--widths", "32,128", "--steps", "4", *words]
+    return run(command, cwd=folder, timeout=100)
 
 
 def test_growth_is_a_failure(repo: Path, tmp_path: Path) -> None:

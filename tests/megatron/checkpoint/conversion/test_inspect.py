@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import runpy
 import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from megatron.errors import CheckpointError
+from support.forkserver import run
 from support.tree import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "train"
@@ -22,7 +22,7 @@ TOOL = ROOT / "tools" / "ckpts" / "inspect_checkpoints.py"
 
 
 def tool(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, words)], capture_output=True, text=True, timeout=100)
+    return run([TOOL, *words], cwd=Path.cwd(), timeout=100)
 
 
 def files_of_a_run(folder: Path, **weights: Any) -> Path:

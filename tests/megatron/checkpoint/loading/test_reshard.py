@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import CheckpointError
+from support.forkserver import run
 from support.tree import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "train"
@@ -35,7 +36,7 @@ def trained(folder: Path, steps: int, **overrides: Any) -> list[float]:
 def spread(source: Path, target: Path, tensor: int, pipe: int) -> str:
     """Run the tool."""
     asked = [str(source), str(target), "--tensor", str(tensor), "--pipe", str(pipe), "--config", "neox_pp0/config.yml"]
-    ended = subprocess.run([sys.executable, str(TOOL), *asked], cwd=GOLDEN, capture_output=True, text=True, timeout=200, check=False)
+    ended = run([TOOL, *asked], cwd=GOLDEN, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
