@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from megatron.data.hf.request import Data
-from megatron.data.hf.rows import tables
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
 from megatron.data.preprocess.sources import BLOCK_BYTES
 from megatron.errors import DataError
@@ -123,3 +124,48 @@ def _load(source: HubRows) -> Any:
     if len(rows) == 0:
         raise DataError("the dataset has no rows", where=f"{data.dataset}, split {data.split}", fix="choose another split or subset")
     return rows
+
+
+MAPPED_BYTES = 64 << 20
+"""So much of a file is read before it is mapped anew: pages of a mapping count as this process's memory until it ends."""
+
+
+def tables(rows: Any, columns: Sequence[str] | None, *, split: str, start: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
+    """(number of the first row, table or record batch) from row `start` on, of `batch_rows` rows at most."""
+    files = [entry["filename"] for entry in rows.cache_files]
+    # A split such as train[:10%] is a part of its files.
+    if files and rows._indices is None and re.fullmatch(r"\w+(\.\w+)*", split):
+        yield from _of_files(files, columns, start, batch_rows)
+        return
+    chosen = (rows if columns is None else rows.select_columns(list(columns))).with_format("arrow")
+    for first in range(start, len(chosen), batch_rows):
+        yield first, chosen[first : first + batch_rows]
+
+
+def _of_files(files: Sequence[str], columns: Sequence[str] | None, start: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
+    row = 0
+    for path in files:
+        number = 0
+        while True:
+            before = number
+            for batch in _piece(path, columns, number):
+                number += 1
+                for first in range(max(start - row, 0), batch.num_rows, batch_rows):
+                    yield row + first, batch.slice(first, batch_rows)
+                row += batch.num_rows
+            if number == before:
+                break
+
+
+def _piece(path: str, columns: Sequence[str] | None, skip: int) -> Iterator[Any]:
+    """The record batches after the first `skip`, about MAPPED_BYTES of them."""
+    import pyarrow as pa
+
+    taken = 0
+    with pa.memory_map(path) as mapped:
+        for batch in islice(pa.ipc.open_stream(mapped), skip, None):
+            chosen = batch if columns is None else batch.select(list(columns))
+            yield chosen
+            taken += chosen.nbytes
+            if taken >= MAPPED_BYTES:
+                return
