@@ -12,22 +12,12 @@ from typing import Any
 
 import orjson
 
+from megatron.data.cleaning import pipeline
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.deduplication import RANGES, Keep, choose_near, find_same, store_shingles, write_hashes
 from megatron.data.cleaning.document import DocumentStage
 from megatron.data.cleaning.filters import FUNCTION_WORDS, BlockListed, Filter, Language, Normalise, Quality, datatrove, read_blocklist
 from megatron.data.cleaning.pii import Code, MaskPII
-from megatron.data.cleaning.pipeline import (
-    OUTPUT,
-    DocumentSource,
-    Segment,
-    Stored,
-    gather_schema,
-    publish,
-    store,
-    write_lines,
-    write_parquet,
-)
 from megatron.data.cleaning.sources import Reader
 from megatron.errors import ConfigError
 
@@ -136,7 +126,8 @@ def plan(settings: CleaningSettings, reader: Reader, work: Path, output: Path, s
     extra = planner.last_stages()
     planner.write()
     said = orjson.loads(orjson.dumps(settings)) | extra | said
-    planner.add("publish", partial(publish, work=work, output=output, said=said, stats_folders=tuple(planner.stats_folders)), tasks=1)
+    last = partial(pipeline.publish, work=work, output=output, said=said, stats_folders=tuple(planner.stats_folders))
+    planner.add("publish", last, tasks=1)
     return planner.jobs
 
 
@@ -166,7 +157,7 @@ class _Planner:
     def __init__(self, settings: CleaningSettings, work: Path, reader: Reader) -> None:
         self.settings = settings
         self.work = work
-        self.source: DocumentSource = reader
+        self.source: pipeline.DocumentSource = reader
         self.stages: list[DocumentStage] = []
         self.jobs: list[Job] = []
         self.stats_folders: list[Path] = []
@@ -179,28 +170,29 @@ class _Planner:
         self.stats_folders.append(self.work / "books" / str(len(self.stats_folders)))
         return self.stats_folders[-1]
 
-    def _segment(self) -> Segment:
-        segment = Segment(self.source, tuple(self.stages), self._stats_folder(), self.settings.pii)
+    def _segment(self) -> pipeline.Segment:
+        segment = pipeline.Segment(self.source, tuple(self.stages), self._stats_folder(), self.settings.pii)
         self.stages = []
         return segment
 
     def same(self, name: str, rule: str, url_key: str | None = None) -> None:
         """Barrier: hashes, then equal ones."""
         folder = self.work / name
-        self.add(f"{name}-read", self._segment(), partial(store, folder=folder), partial(write_hashes, folder=folder, url_key=url_key))
+        store, hashes = partial(pipeline.store, folder=folder), partial(write_hashes, folder=folder, url_key=url_key)
+        self.add(f"{name}-read", self._segment(), store, hashes)
         self.add(f"{name}-find", partial(find_same, folder=folder), tasks=RANGES)
-        self.source = Stored(folder, name, rule)
+        self.source = pipeline.Stored(folder, name, rule)
 
     def near(self, near: NearSettings) -> None:
         """Barrier: signatures, pairs in every band, groups."""
         folder, backend = self.work / "near", datatrove()
         given = {"folder": folder, "minhash": backend.minhash_config(near.ngram, near.bands, near.rows, self.settings.seed)}
-        self.add("near-sign", self._segment(), partial(store, folder=folder), partial(backend.write_signatures, **given))
+        self.add("near-sign", self._segment(), partial(pipeline.store, folder=folder), partial(backend.write_signatures, **given))
         self.add("near-pair", partial(backend.find_pairs, **given), tasks=near.bands)
         if near.jaccard is not None:
             self.add("near-check", partial(store_shingles, folder=folder, ngram=near.ngram))
         self.add("near-choose", partial(choose_near, folder=folder, keep=near.keep, least=near.jaccard), tasks=1)
-        self.source = Stored(folder, "near", "near duplicate")
+        self.source = pipeline.Stored(folder, "near", "near duplicate")
 
     def last_stages(self) -> dict[str, Any]:
         """Stages that need no barrier; returns what the report says of them."""
@@ -223,13 +215,13 @@ class _Planner:
         """The last segment, and the output's files."""
         form, parquet = self.settings.form, self.settings.form is Form.PARQUET
         write = partial(
-            write_lines,
-            folder=self.work / ("lines" if parquet else OUTPUT),
+            pipeline.write_lines,
+            folder=self.work / ("lines" if parquet else pipeline.OUTPUT),
             text_key=self.settings.text_key,
             compress=form is Form.JSONL_GZ,
         )
         self.add("write", self._segment(), partial(write, stage_stats=self._stats_folder()))
         if parquet:
             # One schema for all shards: it is known once every record was seen.
-            self.add("schema", partial(gather_schema, work=self.work))
-            self.add("parquet", partial(write_parquet, work=self.work))
+            self.add("schema", partial(pipeline.gather_schema, work=self.work))
+            self.add("parquet", partial(pipeline.write_parquet, work=self.work))
