@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.data.cleaning.plan import CleaningSettings
 from megatron.data.cleaning.run import LocalTasks, clean
-from megatron.data.cleaning.settings import CleaningSettings
 
 SMALL = "the of and to in that with for on was are be this from they have had not but what all were when we there can".split()
 

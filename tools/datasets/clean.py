@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.cleaning.backend import datatrove  # noqa: E402
-from megatron.data.cleaning.minhash_dedup import Keep  # noqa: E402
+from megatron.data.cleaning.deduplication import Keep  # noqa: E402
+from megatron.data.cleaning.filters import Filter  # noqa: E402
 from megatron.data.cleaning.pii import Code  # noqa: E402
-from megatron.data.cleaning.quality import Filter  # noqa: E402
+from megatron.data.cleaning.plan import CleaningSettings, Form, Identify, NearSettings  # noqa: E402
 from megatron.data.cleaning.run import LocalTasks, OnSlurm, Runner, clean  # noqa: E402
-from megatron.data.cleaning.settings import CleaningSettings, Form, Identify, NearSettings  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402
@@ -142,7 +142,7 @@ def _settings(given: argparse.Namespace) -> CleaningSettings:
 
 def _runner(given: argparse.Namespace) -> Runner:
     if given.executor == "local":
-        workers = datatrove().cpus() if given.workers is None else given.workers
+        workers = len(os.sched_getaffinity(0)) if given.workers is None else given.workers
         if workers < 1:
             raise ConfigError(f"--workers {workers} cannot be", where="command line", fix="1 or more")
         return LocalTasks(workers)
@@ -150,15 +150,15 @@ def _runner(given: argparse.Namespace) -> Runner:
     binaries = Path(sys.executable).parent
     environment = f"export PATH={shlex.quote(str(binaries))}:$PATH PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}"
     return OnSlurm(
-        datatrove().Slurm(
-            partition=given.partition,
-            time=given.time,
-            workers=-1 if given.workers is None else given.workers,
-            cpus=given.cpus,
-            memory_gb=given.memory_gb,
-            extra=tuple(given.sbatch),
-            environment=environment,
-        )
+        {
+            "partition": given.partition,
+            "time": given.time,
+            "workers": -1 if given.workers is None else given.workers,
+            "cpus_per_task": given.cpus,
+            "mem_per_cpu_gb": given.memory_gb,
+            "sbatch_args": dict(given.sbatch),
+            "env_command": environment,
+        }
     )
 
 

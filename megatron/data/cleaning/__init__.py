@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cleaning and de-duplicating text before it is tokenized. Knows no tokenizer."""
+"""Cleaning and de-duplicating text before it is tokenized."""

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one file that imports datatrove: its filters, MinHash steps and executors, set up to need no model and no network."""
+"""The one file that imports datatrove: its filters, MinHash steps and executors, set up to need no model and no network.
+
+The steps' `folder` is that of the stage, see deduplication.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
-import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,7 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets,
 from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 from datatrove.utils.logging import logger, setup_default_logger
 from datatrove.utils.word_tokenizers import WordTokenizer
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from megatron.data.cleaning.document import Document
@@ -75,47 +76,23 @@ class WordSignatures(MinhashDedupSignature):  # type: ignore[misc]
         return smallest
 
 
-@dataclass(frozen=True)
-class MinHash:
+def minhash_config(ngram: int, bands: int, rows: int, seed: int) -> MinhashConfig:
     """bands x rows permutations of hashed runs of `ngram` words."""
-
-    ngram: int
-    bands: int
-    rows: int
-    seed: int
-
-    def config(self) -> Any:
-        """As datatrove takes it."""
-        return MinhashConfig(n_grams=self.ngram, num_buckets=self.bands, hashes_per_bucket=self.rows, seed=self.seed)
+    return MinhashConfig(n_grams=ngram, num_buckets=bands, hashes_per_bucket=rows, seed=seed)
 
 
-@dataclass(frozen=True)
-class Signatures:
-    """Step: writes the signatures of a task's documents, sorted, one file per band."""
-
-    folder: str
-    minhash: MinHash
-
-    def __call__(self, data: Iterable[Document], rank: int, world_size: int) -> None:
-        """Passes nothing on."""
-        WordSignatures(self.folder, self.minhash.config(), language=PlainWords()).run(data, rank, world_size)
+def write_signatures(data: Iterable[Document], rank: int, world_size: int, *, folder: Path, minhash: MinhashConfig) -> None:
+    """Step: write the signatures of a task's documents, sorted, one file per band."""
+    WordSignatures(str(folder / "signatures"), minhash, language=PlainWords()).run(data, rank, world_size)
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """Step, one task per band: writes the pairs of documents whose signatures in the band are equal."""
-
-    signatures: str
-    pairs: str
-    minhash: MinHash
-
-    def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """Reads all tasks' signatures of the band."""
-        MinhashDedupBuckets(self.signatures, self.pairs, config=self.minhash.config(), lines_to_buffer=1000).run(None, rank, world_size)
+def find_pairs(data: object, rank: int, world_size: int, *, folder: Path, minhash: MinhashConfig) -> None:
+    """Step, one task per band: read all tasks' signatures, and write the pairs of documents whose signatures in the band are equal."""
+    signatures, pairs = str(folder / "signatures"), str(folder / "pairs")
+    MinhashDedupBuckets(signatures, pairs, config=minhash, lines_to_buffer=1000).run(None, rank, world_size)
 
 
 Step = Callable[[Any, int, int], Any]
-LEAST_TO_SHARE = 2
 BLOCK = 4096
 
 
@@ -139,8 +116,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         folder = Path(self.logging_dir.path)
-        with (folder / "terminal.log").open("a") as stream, (folder / f"{rank:05d}.lock").open("w") as lock, _said_to(stream):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(folder / f"{rank:05d}.lock"), (folder / "terminal.log").open("a") as stream, _said_to(stream):
             return super()._run_for_rank(rank, local_rank, node_rank)
 
     def _run_one(self, rank: int) -> None:
@@ -150,17 +126,12 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         """Run the tasks that are not complete, on the pool's processes or, without one, in this process. Yields how many are left."""
         Path(self.logging_dir.path).mkdir(parents=True, exist_ok=True)
         ranks = self.get_incomplete_ranks()
-        if pool is not None and len(ranks) >= LEAST_TO_SHARE:
+        if pool is not None and len(ranks) > 1:
             ended: Iterable[None] = pool.imap_unordered(self._run_one, ranks)
         else:
             ended = map(self._run_one, ranks)
         for count, _ in enumerate(ended, 1):
             yield len(ranks) - count
-
-
-def local_executor(steps: Sequence[Step], *, tasks: int, logs: Path) -> Any:
-    """Runs steps on this machine."""
-    return LocalExecutor(list(steps), tasks=tasks, logging_dir=str(logs))
 
 
 @contextlib.contextmanager
@@ -173,37 +144,9 @@ def processes(workers: int) -> Iterator[Pool | None]:
         yield pool
 
 
-@dataclass(frozen=True)
-class Slurm:
-    """What jobs ask for. extra: further #SBATCH options; environment: shell line run in the job first"""
-
-    partition: str
-    time: str
-    workers: int
-    cpus: int = 1
-    memory_gb: int = 4
-    extra: tuple[tuple[str, str], ...] = ()
-    environment: str = ""
-
-
-def slurm_executor(steps: Sequence[Step], *, name: str, tasks: int, logs: Path, slurm: Slurm, after: Any) -> Any:
-    """An array job; it starts when `after` ended well."""
-    return SlurmPipelineExecutor(
-        list(steps),
-        tasks=tasks,
-        workers=slurm.workers,
-        time=slurm.time,
-        partition=slurm.partition,
-        cpus_per_task=slurm.cpus,
-        mem_per_cpu_gb=slurm.memory_gb,
-        job_name=name,
-        qos="",
-        env_command=slurm.environment,
-        sbatch_args=dict(slurm.extra),
-        depends=after,
-        logging_dir=str(logs),
-        mail_type="NONE",
-    )
+def slurm_executor(steps: Sequence[Step], *, tasks: int, logs: Path, after: Any, **options: Any) -> Any:
+    """An array job; it starts when `after` ended well. options: its name and what it asks for, as SlurmPipelineExecutor calls them"""
+    return SlurmPipelineExecutor(list(steps), tasks=tasks, depends=after, logging_dir=str(logs), qos="", mail_type="NONE", **options)
 
 
 def submit(executor: Any, log: Path) -> str:
@@ -218,11 +161,6 @@ def submit(executor: Any, log: Path) -> str:
         except subprocess.CalledProcessError as error:
             raise BackendError(f"sbatch ended with status {error.returncode}", where=str(log), fix="read its message above") from error
     return "" if executor.job_id == -1 else str(executor.job_id)
-
-
-def cpus() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def language_filter(languages: list[str], threshold: float) -> Callable[[str], tuple[str, bool]]:

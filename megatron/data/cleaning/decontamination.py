@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage `decontaminate`: documents that hold texts of evaluation tasks are dropped. Knows tasks only as files of texts.
+"""Stage `decontaminate`: documents that hold texts of evaluation tasks are dropped.
 
 A document goes when it shares a run of 13 words with a task's text (Brown et al., arXiv 2005.14165, appendix C), or most of the runs of 8
 words of one text (Chowdhery et al., arXiv 2204.02311, section 8: 70%), which finds short texts and lightly changed ones.
@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.cleaning.document import Document
+from megatron.data.cleaning.document import Document, Judge, StageStats
 from megatron.data.cleaning.sources import ByteRange, find_inputs, records
-from megatron.data.cleaning.stage import Judge
-from megatron.data.cleaning.stage_stats import StageStats
 from megatron.data.cleaning.words import hash_runs, hash_words, plain_words
 from megatron.errors import DataError
 
@@ -45,14 +43,11 @@ def index_tasks(paths: tuple[str, ...], into: Path) -> Gathered:
     JSON: every string of a record, or of its `doc`, `target` and `arguments`, as lm-eval logs samples. A text file: one text a paragraph.
     """
     tasks: dict[str, int] = {}
-    long_runs: list[NDArray[np.uint64]] = []
-    long_task: list[NDArray[np.uint32]] = []
-    short_runs: list[NDArray[np.uint64]] = []
-    owners: list[int] = []
+    long_runs, short_runs, owners = [], [], []
     short = texts = 0
     for task, text in _texts(paths):
-        number = tasks.setdefault(task, len(tasks))
         texts += 1
+        number = tasks.setdefault(task, len(tasks))
         hashed = hash_words(plain_words(text))
         runs = np.unique(hash_runs(hashed, SHORT))
         if not len(runs):
@@ -61,37 +56,33 @@ def index_tasks(paths: tuple[str, ...], into: Path) -> Gathered:
         short_runs.append(runs)
         owners.append(number)
         long_runs.append(np.unique(hash_runs(hashed, LONG)))
-        long_task.append(np.full(len(long_runs[-1]), number, dtype=np.uint32))
     if not short_runs:
         raise DataError(
             f"none of the {texts} evaluation texts has {SHORT} words", where=", ".join(paths), fix="name files that hold the tasks' texts"
         )
-    runs = np.concatenate(long_runs)
-    order = np.argsort(runs, kind="stable")
+    owner = np.array(owners, dtype=np.uint32)
+    long, text_of_long = _sorted_runs(long_runs)
+    flat, text_of_short = _sorted_runs(short_runs)
     sizes = np.array([len(part) for part in short_runs], dtype=np.int64)
-    flat = np.concatenate(short_runs)
-    text_of = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-    by_run = np.argsort(flat, kind="stable")
-    np.savez(
-        into,
-        long=runs[order],
-        long_task=np.concatenate(long_task)[order],
-        short=flat[by_run],
-        short_text=text_of[by_run],
-        sizes=sizes,
-        owner=np.array(owners, dtype=np.uint32),
-    )
+    np.savez(into, long=long, long_task=owner[text_of_long], short=flat, short_text=text_of_short, sizes=sizes, owner=owner)
     return Gathered(list(tasks), texts, short)
 
 
+def _sorted_runs(parts: list[NDArray[np.uint64]]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """The runs of all texts in order, and the number of the text each is from."""
+    flat = np.concatenate(parts)
+    text_of = np.repeat(np.arange(len(parts), dtype=np.int64), [len(part) for part in parts])
+    order = np.argsort(flat, kind="stable")
+    return flat[order], text_of[order]
+
+
 def _texts(paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(task, text) of every file: the plain ones of a path first."""
     for name in paths:
         path = Path(name)
-        plain = sorted(file for file in path.rglob("*") if file.suffix in TEXT_FILES) if path.is_dir() else []
-        if path.suffix in TEXT_FILES:
-            plain = [path]
         if not path.exists():
             raise DataError(f"there is no {path}", where=name, fix="check the path")
+        plain = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.suffix in TEXT_FILES)
         for file in plain:
             for paragraph in file.read_text(encoding="utf-8", errors="replace").split("\n\n"):
                 yield file.stem, paragraph
@@ -102,27 +93,19 @@ def _texts(paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
                 raise
             others = []
         for file in others:
-            for record in _records(file):
+            for at, record in records(ByteRange(str(file))):
+                if isinstance(record, str):
+                    raise DataError(f"an evaluation record cannot be read: {record}", where=at, fix="fix the file")
                 asked = {key: record[key] for key in ASKED if key in record} if "doc" in record else record
                 for text in _strings(asked):
                     yield file.name.split(".")[0], text
 
 
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    for at, record in records(ByteRange(str(file))):
-        if isinstance(record, str):
-            raise DataError(f"an evaluation record cannot be read: {record}", where=at, fix="fix the file")
-        yield record
-
-
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _strings(inner)
 
 

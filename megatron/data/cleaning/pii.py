@@ -14,9 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.data.cleaning.document import Document, look_up
-from megatron.data.cleaning.stage import Judge
-from megatron.data.cleaning.stage_stats import StageStats
+from megatron.data.cleaning.document import Document, Judge, StageStats, look_up
 
 PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{1,10000}?-----END [A-Z ]*PRIVATE KEY-----"
 KEYS = "|".join(
@@ -77,19 +75,17 @@ def _phone(match: str) -> bool:
 
 
 KEY_SIGNS = ("AKIA", "ASIA", "gh", "glpat-", "hf_", "sk-", "k_", "AIza", "xox", "npm_", "eyJ", "PRIVATE KEY")
-RULES: tuple[tuple[str, tuple[str, ...], str, Callable[[str], bool] | None], ...] = (
+RULES: tuple[tuple[str, tuple[str, ...], re.Pattern[str], Callable[[str], bool] | None], ...] = (
     # (name, one of which must be in the text, pattern, check of a match), in the order they are tried at a place.
     # What may not stand before a number is asked for after its first digit: so the search goes from digit to digit, four times as fast.
-    ("key", KEY_SIGNS, rf"{PEM}|(?<![A-Za-z0-9_-])(?:{KEYS})(?![A-Za-z0-9])", None),
-    ("email", ("@",), r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])", None),
-    ("iban", (), rf"(?<![A-Za-z0-9]){IBAN}(?![A-Za-z0-9])", _iban),
-    ("card", (), r"\d(?<![\d.].)(?:[ -]?\d){12,18}(?![\d.]?\d)", _card),
-    ("ip", (".",), r"\d(?<![\d.].)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?!\.?\d)", _address),
-    ("ip", (":",), rf"(?<![0-9A-Za-z:.]){IPV6}(?![0-9A-Za-z:])", _address),
-    ("phone", (), rf"[+(\d](?<![\w+.].)(?<!\d .)(?:{PHONE})(?!\w)", _phone),
+    ("key", KEY_SIGNS, re.compile(rf"{PEM}|(?<![A-Za-z0-9_-])(?:{KEYS})(?![A-Za-z0-9])"), None),
+    ("email", ("@",), re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])"), None),
+    ("iban", (), re.compile(rf"(?<![A-Za-z0-9]){IBAN}(?![A-Za-z0-9])"), _iban),
+    ("card", (), re.compile(r"\d(?<![\d.].)(?:[ -]?\d){12,18}(?![\d.]?\d)"), _card),
+    ("ip", (".",), re.compile(r"\d(?<![\d.].)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?!\.?\d)"), _address),
+    ("ip", (":",), re.compile(rf"(?<![0-9A-Za-z:.]){IPV6}(?![0-9A-Za-z:])"), _address),
+    ("phone", (), re.compile(rf"[+(\d](?<![\w+.].)(?<!\d .)(?:{PHONE})(?!\w)"), _phone),
 )
-COMPILED = tuple((name, signs, re.compile(pattern), check) for name, signs, pattern, check in RULES)
-PLACEHOLDER = {name: f"<{name.upper()}>" for name, *_ in RULES}
 
 
 def mask_text(text: str, counts: Counter[str] | None = None) -> str:
@@ -98,7 +94,7 @@ def mask_text(text: str, counts: Counter[str] | None = None) -> str:
     >>> mask_text("write to jo@mail.org or +44 20 7946 0958, not 192.168.0.1")
     'write to <EMAIL> or <PHONE>, not 192.168.0.1'
     """
-    for name, signs, pattern, check in COMPILED:
+    for name, signs, pattern, check in RULES:
         if signs and not any(sign in text for sign in signs):
             continue
 
@@ -107,7 +103,7 @@ def mask_text(text: str, counts: Counter[str] | None = None) -> str:
                 return found.group()
             if counts is not None:
                 counts[name] += 1
-            return PLACEHOLDER[name]
+            return f"<{name.upper()}>"
 
         text = pattern.sub(place, text)
     return text

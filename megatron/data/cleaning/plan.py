@@ -1,30 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From settings to the jobs of a run, one after the other, with a barrier between them. Knows the stages; runs nothing."""
+"""What a cleaning run is asked to do, and the jobs that do it: one after the other, with a barrier between them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.data.cleaning.backend import datatrove
-from megatron.data.cleaning.blocklist import BlockListed, read_blocklist
+import orjson
+
+from megatron.data.cleaning import pipeline
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
-from megatron.data.cleaning.exact import RANGES, FindSame, Fingerprint
-from megatron.data.cleaning.language import FUNCTION_WORDS, ByFastText, ByFunctionWords
-from megatron.data.cleaning.minhash_dedup import ChooseNear
-from megatron.data.cleaning.normalise import Normalise
-from megatron.data.cleaning.parquet import GatherSchema, WriteParquet
-from megatron.data.cleaning.pii import MaskPII
-from megatron.data.cleaning.pipeline import DocumentSource, Segment, Store, Stored, WriteLines
-from megatron.data.cleaning.publish import Publish
-from megatron.data.cleaning.quality import Quality
-from megatron.data.cleaning.settings import CleaningSettings, Form, Identify
-from megatron.data.cleaning.similarity import StoreShingles
+from megatron.data.cleaning.deduplication import RANGES, Keep, choose_near, find_same, store_shingles, write_hashes
+from megatron.data.cleaning.document import DocumentStage
+from megatron.data.cleaning.filters import FUNCTION_WORDS, BlockListed, Filter, Language, Normalise, Quality, datatrove, read_blocklist
+from megatron.data.cleaning.pii import Code, MaskPII
 from megatron.data.cleaning.sources import Reader
-from megatron.data.cleaning.stage import DocumentStage
 from megatron.errors import ConfigError
+
+MOST_TASKS = 900
+"""A band's files of all tasks are open at once, and 1024 is the usual limit."""
+MOST_HASHES = 4096
+
+
+class Form(Enum):
+    """What the cleaned documents are written as."""
+
+    JSONL = "jsonl"
+    JSONL_GZ = "jsonl.gz"
+    PARQUET = "parquet"
+
+
+class Identify(Enum):
+    """How the language of a document is found."""
+
+    FASTTEXT = "fasttext"
+    STOPWORDS = "stopwords"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearSettings:
+    """MinHash. The midpoint of the curve lies near (1 / bands) ** (1 / rows) = 0.72; jaccard: pairs are checked to be as alike, too"""
+
+    ngram: int = 5
+    bands: int = 14
+    rows: int = 8
+    keep: Keep = Keep.LONGEST
+    jaccard: float | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.ngram, self.bands, self.rows) < 1 or self.bands * self.rows > MOST_HASHES:
+            raise ConfigError(
+                f"ngram {self.ngram}, bands {self.bands}, rows {self.rows} cannot be",
+                where="command line",
+                fix=f"1 or more each, and at most {MOST_HASHES} bands x rows",
+            )
+        if self.jaccard is not None and not 0 < self.jaccard <= 1:
+            raise ConfigError(f"--jaccard {self.jaccard} is no similarity", where="command line", fix="a number above 0, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleaningSettings:
+    """Stages, by name; None, False and () are stages that are off.
+
+    languages: codes to keep; url_key: field with the address; code: documents that `pii` leaves alone, None to mask them; blocklist: file
+    decontaminate: files and folders of evaluation texts; skip_bad: so many unusable records are allowed
+    """
+
+    text_key: str = "text"
+    normalise: bool = False
+    ftfy: bool = False
+    languages: tuple[str, ...] = ()
+    identify: Identify = Identify.FASTTEXT
+    language_threshold: float = 0.65
+    url_key: str | None = None
+    exact: bool = False
+    filters: tuple[Filter, ...] = ()
+    near: NearSettings | None = None
+    pii: bool = False
+    code: Code | None = None
+    decontaminate: tuple[str, ...] = ()
+    blocklist: str | None = None
+    form: Form = Form.JSONL
+    seed: int = 1
+    tasks: int = 1
+    skip_bad: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tasks <= MOST_TASKS:
+            raise ConfigError(f"--tasks {self.tasks} cannot be", where="command line", fix=f"1 to {MOST_TASKS}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"--seed {self.seed} cannot be", where="command line", fix="0 to 2**32 - 1")
+
 
 Step = Callable[[Any, int, int], Any]
 
@@ -41,9 +111,10 @@ class Job:
 def plan(settings: CleaningSettings, reader: Reader, work: Path, output: Path, said: dict[str, Any]) -> list[Job]:
     """The jobs of a run; all they write lies in `work` until the last one renames it to `output`. said: goes into the report"""
     planner = _Planner(settings, work, reader)
-    first: list[DocumentStage] = [Normalise(settings.ftfy)] if settings.normalise else []
-    first += _language(settings)
-    planner.stages += first
+    if settings.normalise:
+        planner.stages.append(Normalise(settings.ftfy))
+    if settings.languages:
+        planner.stages.append(_language(settings))
     if settings.url_key is not None:
         planner.same("url", "same address", settings.url_key)
     if settings.exact:
@@ -51,28 +122,26 @@ def plan(settings: CleaningSettings, reader: Reader, work: Path, output: Path, s
     if settings.filters:
         planner.stages.append(Quality(settings.filters, _stop_words(settings)))
     if settings.near is not None:
-        planner.near()
+        planner.near(settings.near)
     extra = planner.last_stages()
     planner.write()
-    said = settings.contents() | extra | said
-    planner.jobs.append(Job("publish", (Publish(str(work), str(output), said, tuple(planner.stats_folders)),), 1))
+    said = orjson.loads(orjson.dumps(settings)) | extra | said
+    last = partial(pipeline.publish, work=work, output=output, said=said, stats_folders=tuple(planner.stats_folders))
+    planner.add("publish", last, tasks=1)
     return planner.jobs
 
 
-def _language(settings: CleaningSettings) -> list[DocumentStage]:
-    if not settings.languages:
-        return []
+def _language(settings: CleaningSettings) -> Language:
     if settings.identify is Identify.FASTTEXT:
         datatrove().language_filter(list(settings.languages), settings.language_threshold)  # says now what is missing
-        return [ByFastText(settings.languages, settings.language_threshold)]
-    unknown = set(settings.languages) - set(FUNCTION_WORDS)
-    if unknown:
+        return Language(settings.languages, settings.language_threshold)
+    if unknown := set(settings.languages) - set(FUNCTION_WORDS):
         raise ConfigError(
             f"the word lists do not know the language {', '.join(sorted(unknown))}",
             where="--lang",
             fix=f"known: {', '.join(FUNCTION_WORDS)}; --lang-backend fasttext knows 176",
         )
-    return [ByFunctionWords(settings.languages)]
+    return Language(settings.languages)
 
 
 def _stop_words(settings: CleaningSettings) -> tuple[str, ...] | None:
@@ -88,47 +157,42 @@ class _Planner:
     def __init__(self, settings: CleaningSettings, work: Path, reader: Reader) -> None:
         self.settings = settings
         self.work = work
-        self.source: DocumentSource = reader
+        self.source: pipeline.DocumentSource = reader
         self.stages: list[DocumentStage] = []
         self.jobs: list[Job] = []
-        self.stats_folders: list[str] = []
+        self.stats_folders: list[Path] = []
 
-    def _stats_folder(self) -> str:
-        stage_stats = str(self.work / "books" / str(len(self.stats_folders)))
-        self.stats_folders.append(stage_stats)
-        return stage_stats
+    def add(self, name: str, *steps: Step, tasks: int | None = None) -> None:
+        """A job, of as many tasks as the input was divided into or of another number."""
+        self.jobs.append(Job(name, steps, tasks or self.settings.tasks))
 
-    def _segment(self) -> Segment:
-        stage_stats = self._stats_folder()
-        segment = Segment(self.source, tuple(self.stages), stage_stats, self.settings.pii)
+    def _stats_folder(self) -> Path:
+        self.stats_folders.append(self.work / "books" / str(len(self.stats_folders)))
+        return self.stats_folders[-1]
+
+    def _segment(self) -> pipeline.Segment:
+        segment = pipeline.Segment(self.source, tuple(self.stages), self._stats_folder(), self.settings.pii)
         self.stages = []
         return segment
 
     def same(self, name: str, rule: str, url_key: str | None = None) -> None:
         """Barrier: hashes, then equal ones."""
         folder = self.work / name
-        stored, runs, removed = (str(folder / part) for part in ("documents", "runs", "removed"))
-        self._add(f"{name}-read", self._segment(), Store(stored), Fingerprint(runs, url_key))
-        self.jobs.append(Job(f"{name}-find", (FindSame(runs, removed),), RANGES))
-        self.source = Stored(stored, removed, name, rule)
+        store, hashes = partial(pipeline.store, folder=folder), partial(write_hashes, folder=folder, url_key=url_key)
+        self.add(f"{name}-read", self._segment(), store, hashes)
+        self.add(f"{name}-find", partial(find_same, folder=folder), tasks=RANGES)
+        self.source = pipeline.Stored(folder, name, rule)
 
-    def near(self) -> None:
+    def near(self, near: NearSettings) -> None:
         """Barrier: signatures, pairs in every band, groups."""
-        near = self.settings.near
-        assert near is not None
-        folder = self.work / "near"
-        stored, signatures, pairs, removed = (str(folder / part) for part in ("documents", "signatures", "pairs", "removed"))
-        backend = datatrove()
-        minhash = backend.MinHash(near.ngram, near.bands, near.rows, self.settings.seed)
-        self._add("near-sign", self._segment(), Store(stored), backend.Signatures(signatures, minhash))
-        self.jobs.append(Job("near-pair", (backend.Buckets(signatures, pairs, minhash),), near.bands))
-        choose = ChooseNear(pairs, stored, removed, near.keep)
+        folder, backend = self.work / "near", datatrove()
+        given = {"folder": folder, "minhash": backend.minhash_config(near.ngram, near.bands, near.rows, self.settings.seed)}
+        self.add("near-sign", self._segment(), partial(pipeline.store, folder=folder), partial(backend.write_signatures, **given))
+        self.add("near-pair", partial(backend.find_pairs, **given), tasks=near.bands)
         if near.jaccard is not None:
-            shingles = str(folder / "shingles")
-            self._add("near-check", StoreShingles(pairs, stored, shingles, near.ngram))
-            choose = replace(choose, shingles=shingles, least=near.jaccard)
-        self.jobs.append(Job("near-choose", (choose,), 1))
-        self.source = Stored(stored, removed, "near", "near duplicate")
+            self.add("near-check", partial(store_shingles, folder=folder, ngram=near.ngram))
+        self.add("near-choose", partial(choose_near, folder=folder, keep=near.keep, least=near.jaccard), tasks=1)
+        self.source = pipeline.Stored(folder, "near", "near duplicate")
 
     def last_stages(self) -> dict[str, Any]:
         """Stages that need no barrier; returns what the report says of them."""
@@ -149,18 +213,15 @@ class _Planner:
 
     def write(self) -> None:
         """The last segment, and the output's files."""
-        form = self.settings.form
-        output, lines = str(self.work / "output"), str(self.work / "lines")
-        key = self.settings.text_key
-        segment, stage_stats = self._segment(), self._stats_folder()
-        if form is not Form.PARQUET:
-            self._add("write", segment, WriteLines(output, key, stage_stats, form is Form.JSONL_GZ))
-            return
-        # One schema for all shards: it is known once every record was seen.
-        schemas = str(self.work / "schemas")
-        self._add("write", segment, WriteLines(lines, key, stage_stats))
-        self._add("schema", GatherSchema(lines, schemas))
-        self._add("parquet", WriteParquet(lines, schemas, output))
-
-    def _add(self, name: str, *steps: Step) -> None:
-        self.jobs.append(Job(name, steps, self.settings.tasks))
+        form, parquet = self.settings.form, self.settings.form is Form.PARQUET
+        write = partial(
+            pipeline.write_lines,
+            folder=self.work / ("lines" if parquet else pipeline.OUTPUT),
+            text_key=self.settings.text_key,
+            compress=form is Form.JSONL_GZ,
+        )
+        self.add("write", self._segment(), partial(write, stage_stats=self._stats_folder()))
+        if parquet:
+            # One schema for all shards: it is known once every record was seen.
+            self.add("schema", partial(pipeline.gather_schema, work=self.work))
+            self.add("parquet", partial(pipeline.write_parquet, work=self.work))

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a plan: on this machine or as Slurm jobs, once only, and from where a killed run stopped. Knows no stage."""
+"""Runs a plan: on this machine or as Slurm jobs, once only, and from where a killed run stopped."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 import xxhash
+from filelock import FileLock, Timeout
 
-from megatron.data.cleaning.backend import datatrove
-from megatron.data.cleaning.blocklist import read_blocklist
-from megatron.data.cleaning.plan import Job, plan
-from megatron.data.cleaning.publish import REPORT
-from megatron.data.cleaning.settings import CleaningSettings
+from megatron.data.cleaning.filters import datatrove, read_blocklist
+from megatron.data.cleaning.pipeline import REPORT
+from megatron.data.cleaning.plan import CleaningSettings, Job, plan
 from megatron.data.cleaning.sources import Reader, divide, find_inputs
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -28,6 +25,7 @@ from megatron.log import get_logger
 log = get_logger(__name__)
 
 SAY_EVERY_S = 10.0
+LOCK = "lock"
 FORMAT = 1
 """Counts up when a stage's results change: work begun by an older version is not continued."""
 
@@ -48,7 +46,7 @@ class LocalTasks:
                 began = time.monotonic()
                 logs = work / "logs" / f"{number}-{job.name}"
                 said = began
-                for left in datatrove().local_executor(job.steps, tasks=job.tasks, logs=logs).run_with(pool):
+                for left in datatrove().LocalExecutor(list(job.steps), tasks=job.tasks, logging_dir=str(logs)).run_with(pool):
                     if left and time.monotonic() - said >= SAY_EVERY_S:
                         said = time.monotonic()
                         log.info(f"{job.name}: {left} of {job.tasks} tasks left")
@@ -58,9 +56,9 @@ class LocalTasks:
 
 @dataclass(frozen=True)
 class OnSlurm:
-    """As array jobs, each after the one before. slurm: a datatrove.Slurm"""
+    """As array jobs, each after the one before. options: what the jobs ask for, as datatrove's SlurmPipelineExecutor names it"""
 
-    slurm: Any
+    options: dict[str, Any]
 
     def __call__(self, jobs: list[Job], work: Path) -> bool:
         """False: they are waiting in the queue."""
@@ -68,7 +66,9 @@ class OnSlurm:
         for number, job in enumerate(jobs):
             logs = work / "logs" / f"{number}-{job.name}"
             logs.mkdir(parents=True, exist_ok=True)
-            last = datatrove().slurm_executor(job.steps, name=f"clean.{job.name}", tasks=job.tasks, logs=logs, slurm=self.slurm, after=last)
+            last = datatrove().slurm_executor(
+                job.steps, tasks=job.tasks, logs=logs, after=last, job_name=f"clean.{job.name}", **self.options
+            )
         number_of_last = datatrove().submit(last, work / "submit.log")
         log.info(f"{len(jobs)} jobs submitted, the last one is {number_of_last or 'done already'}; logs: {work / 'logs'}")
         return False
@@ -96,20 +96,21 @@ def clean(inputs: Sequence[str], output: Path, settings: CleaningSettings, run: 
         log.info(f"{output} is there already, of the same inputs and settings")
         return report
     work.mkdir(parents=True, exist_ok=True)
-    with _alone(work):
-        _continue_or_clear(work, key)
-        try:
-            done = run(plan(settings, reader, work, output, {"key": key, "input": said}), work)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DataError(
-                f"there is no room for the run's work: {error.strerror}",
-                where=str(work),
-                fix="make room and start again: it goes on where it was",
-            ) from error
-        if not done:
-            return None
+    try:
+        with FileLock(work / LOCK, timeout=0):
+            _continue_or_clear(work, key)
+            if not run(plan(settings, reader, work, output, {"key": key, "input": said}), work):
+                return None
+    except Timeout as error:
+        raise DataError("another run is making this output", where=str(work), fix="wait for it to end") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"there is no room for the run's work: {error.strerror}",
+            where=str(work),
+            fix="make room and start again: it goes on where it was",
+        ) from error
     report = _report(output)
     if report is None:
         raise DataError("the run left no report", where=str(work), fix=f"read {work / 'logs'}")
@@ -128,26 +129,13 @@ def _key(settings: CleaningSettings, reader: Reader) -> str:
     files = sorted({piece.path for part in reader.pieces for piece in part})
     stamps = [(name, Path(name).stat().st_size, Path(name).stat().st_mtime_ns) for name in (*files, *_task_files(settings))]
     blocked = read_blocklist(Path(settings.blocklist)).sha256 if settings.blocklist else ""
-    told = [FORMAT, settings.contents(), reader.settings(), stamps, blocked]
-    return xxhash.xxh128_hexdigest(orjson.dumps(told))
+    return xxhash.xxh128_hexdigest(orjson.dumps([FORMAT, settings, reader.pieces, stamps, blocked]))
 
 
 def _task_files(settings: CleaningSettings) -> Iterator[str]:
     for name in settings.decontaminate:
         path = Path(name)
         yield from (str(file) for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file())
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Hold the work folder against another run."""
-    with (work / "lock").open("w") as lock:
-        try:
-            # A record lock, unlike one of flock, does not live on in a process forked from this one.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError("another run is making this output", where=str(work), fix="wait for it to end") from error
-        yield
 
 
 def _continue_or_clear(work: Path, key: str) -> None:
@@ -158,6 +146,6 @@ def _continue_or_clear(work: Path, key: str) -> None:
     for entry in work.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name != "lock":
+        elif entry.name != LOCK:
             entry.unlink()
     path.write_text(key)

@@ -10,18 +10,17 @@ from __future__ import annotations
 import glob
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from megatron.data.cleaning.document import Document
-from megatron.data.cleaning.stage_stats import StageStats
+from megatron.data.cleaning.document import Document, StageStats
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
 from megatron.data.preprocess.compressed import open_compressed
-from megatron.data.preprocess.inputs import FileKind, InputFile, kind_of
+from megatron.data.preprocess.inputs import FileKind, find, kind_of
 from megatron.data.preprocess.sources import Files, line_blocks
 from megatron.errors import DataError
 
@@ -45,10 +44,9 @@ def find_inputs(given: Sequence[str]) -> list[Path]:
         path = Path(name)
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and _known(file))
-        elif path.is_file():
-            files = [path]
         else:
-            files = sorted(Path(match) for match in glob.glob(name, recursive=True) if Path(match).is_file())
+            matches = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
+            files = [match for match in matches if match.is_file()]
         if not files:
             raise DataError(f"{name} gives no input file", where=name, fix=f"name {READABLE} files, or their folder")
         for file in files:
@@ -104,34 +102,31 @@ class Reader:
         bad = 0
         for piece in self.pieces[rank]:
             for at, record in records(piece):
-                reason, document = self._document(record, at)
-                stage_stats.entered(STAGE, len(document.text) if document is not None else 0)
-                if document is not None:
+                document = self._document(record, at)
+                if isinstance(document, Document):
+                    stage_stats.entered(STAGE, len(document.text))
                     yield document
                     continue
-                stage_stats.drop(STAGE, "bad record", Document("", at), reason)
+                stage_stats.entered(STAGE, 0)
+                stage_stats.drop(STAGE, "bad record", Document("", at), document)
                 bad += 1
                 if bad > self.skip_bad:
                     raise DataError(
-                        f"a record cannot be used: {reason}",
+                        f"a record cannot be used: {document}",
                         where=at,
                         fix="fix the file, or allow some with --skip-bad N (they are counted)",
                     )
 
-    def _document(self, record: dict[str, Any] | str, at: str) -> tuple[str, Document | None]:
+    def _document(self, record: dict[str, Any] | str, at: str) -> Document | str:
+        """The document of a record, or what is wrong with it."""
         if isinstance(record, str):
-            return record, None
+            return record
         text = record.get(self.text_key)
         if not isinstance(text, str):
-            names = ", ".join(map(str, record))[:200]
-            return f"no text under {self.text_key!r} (found: {names})", None
+            return f"no text under {self.text_key!r} (found: {', '.join(map(str, record))[:200]})"
         # The key keeps its place among the others.
         record[self.text_key] = None
-        return "", Document(text, at, record)
-
-    def settings(self) -> list[list[dict[str, Any]]]:
-        """What identifies the division."""
-        return [[asdict(piece) for piece in part] for part in self.pieces]
+        return Document(text, at, record)
 
 
 def records(piece: ByteRange) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -150,11 +145,8 @@ def records(piece: ByteRange) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 def _blocks(piece: ByteRange) -> Iterator[SourceBlock]:
     path = Path(piece.path)
-    kind = kind_of(path.name)
-    if kind is None:
-        raise DataError(f"{path} is of no known kind", where=str(path), fix=f"known: {READABLE}")
     if piece.end is None:
-        yield from Files([InputFile(path, *kind)]).blocks(BlockStart())
+        yield from Files(find(path)).blocks(BlockStart())
         return
     with path.open("rb") as file:
         # A line that began before the piece belongs to the piece before.

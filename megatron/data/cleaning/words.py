@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words and sentences of a text by simple rules, without models, and hashes of runs of words. Knows no stage.
+"""Words and sentences of a text by simple rules, without models, and hashes of runs of words.
 
 Languages written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) give one word per character.
 """

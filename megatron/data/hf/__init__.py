@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a dataset of the Hugging Face Hub, or local files, to `.bin/.idx`. The only room that imports `datasets` and `huggingface_hub`."""
+"""From a dataset of the Hugging Face Hub, a named corpus, or local files, to `.bin/.idx`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named corpora: where they are and how their documents are read. Knows no tokenizer."""
+"""Named corpora: where they are and how their documents are read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.data.hf.download import Remote, fetch
 from megatron.data.hf.hub import find as find_on_hub
@@ -19,6 +20,7 @@ from megatron.data.preprocess.sources import Files, MadeHere, RecordSource
 from megatron.errors import DataError
 
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"
+ENWIK8 = "http://mattmahoney.net/dc"
 PILE = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train"
 PILE_SHARDS = 30
 GONE = "component of the Pile whose host is gone"
@@ -54,7 +56,7 @@ class Corpus:
         if raw.is_dir() and any(raw.iterdir()):
             return Files(find_inputs(raw), lenient=True)
         if self.hub is not None:
-            return find_on_hub(Data(dataset=self.hub)).select(["text"])
+            return find_on_hub(Data(dataset=self.hub), columns=("text",))
         raise DataError(
             f"{self.name} ({self.about}) has no public download known to this project",
             where=str(raw),
@@ -64,29 +66,16 @@ class Corpus:
 
 def find(name: str) -> Corpus:
     """The corpus of that name. Raises DataError that lists the names."""
-    for corpus in CORPORA:
-        if corpus.name == name:
-            return corpus
-    raise DataError(f"there is no corpus {name!r}", where="dataset", fix=f"one of {', '.join(corpus.name for corpus in CORPORA)}")
+    known = {corpus.name: corpus for corpus in CORPORA}
+    if name not in known:
+        raise DataError(f"there is no corpus {name!r}", where="dataset", fix=f"one of {', '.join(known)}")
+    return known[name]
 
 
-# Folders of the standard library that are tests, packages of others, tables or generated.
 _SKIPPED = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "lib2to3",
-        "idlelib",
-        "turtledemo",
-        "encodings",
-        "ensurepip",
-        "pydoc_data",
-    }
+    "test tests idle_test site-packages dist-packages __pycache__ lib2to3 idlelib turtledemo encodings ensurepip pydoc_data".split()
 )
+"""Folders of the standard library that are tests, packages of others, tables or generated."""
 
 
 def pydoc() -> Iterator[str]:
@@ -112,23 +101,22 @@ def _wanted(path: Path) -> bool:
     return not any(part in _SKIPPED or part.startswith("config-") for part in path.parts[:-1])
 
 
-def _enwik8() -> Remote:
-    return Remote("http://mattmahoney.net/dc/enwik8.zip", "enwik8.zip", size_bytes=36_445_475)
+def _remotes(folder: str, *names: str, **known: Any) -> tuple[Remote, ...]:
+    return tuple(Remote(f"{folder}/{name}", name, **known) for name in names)
 
 
 def _c4(folder: str, parts: int) -> tuple[Remote, ...]:
-    names = [f"c4-train.{part:05d}-of-{parts:05d}.json.gz" for part in range(parts)]
-    return tuple(Remote(f"{C4}/{folder}/{name}", name) for name in names)
+    return _remotes(f"{C4}/{folder}", *(f"c4-train.{part:05d}-of-{parts:05d}.json.gz" for part in range(parts)))
 
 
 def _pile(shards: int) -> tuple[Remote, ...]:
-    return tuple(Remote(f"{PILE}/{shard:02d}.jsonl.zst", f"{shard:02d}.jsonl.zst") for shard in range(shards))
+    return _remotes(PILE, *(f"{shard:02d}.jsonl.zst" for shard in range(shards)))
 
 
 # Where only another collection of the same kind of text is public, `about` says which one it is.
 CORPORA: tuple[Corpus, ...] = (
     Corpus("pydoc", "Python's own help topics and sources", local=pydoc, vocab_size=4096),
-    Corpus("enwik8", "the first 100 MB of a Wikipedia dump", urls=(_enwik8(),)),
+    Corpus("enwik8", "the first 100 MB of a Wikipedia dump", urls=_remotes(ENWIK8, "enwik8.zip", size_bytes=36_445_475)),
     Corpus("c4", "Colossal Clean Crawled Corpus, English, 305 GB", urls=_c4("en", 1024)),
     Corpus("c4_openwebtext", "C4, news-like pages, 15 GB", urls=_c4("realnewslike", 512)),
     Corpus("pile", "the Pile without its copyrighted components (monology/pile-uncopyrighted)", urls=_pile(PILE_SHARDS)),
@@ -136,14 +124,14 @@ CORPORA: tuple[Corpus, ...] = (
     Corpus(
         "enron",
         "Enron e-mails as published by CMU, headers included",
-        urls=(Remote("https://www.cs.cmu.edu/~enron/enron_mail_20150507.tar.gz", "enron_mail_20150507.tar.gz"),),
+        urls=_remotes("https://www.cs.cmu.edu/~enron", "enron_mail_20150507.tar.gz"),
     ),
     Corpus("github", f"GitHub sources; {GONE}"),
     Corpus("arxiv", f"arXiv papers of the Common Pile ({GONE})", hub="common-pile/arxiv_papers"),
     Corpus(
         "europarl",
         f"European Parliament proceedings, release 7, with its tags ({GONE})",
-        urls=(Remote("https://www.statmt.org/europarl/v7/europarl.tgz", "europarl.tgz"),),
+        urls=_remotes("https://www.statmt.org/europarl/v7", "europarl.tgz"),
     ),
     Corpus("freelaw", f"US case law of the Common Pile ({GONE})", hub="common-pile/caselaw_access_project"),
     Corpus("nih", f"NIH grant abstracts; {GONE}, and the NIH gives CSV tables by year (reporter.nih.gov/exporter)"),
@@ -154,12 +142,7 @@ CORPORA: tuple[Corpus, ...] = (
     Corpus(
         "openwebtext2",
         f"pages linked from Reddit ({GONE}; this is a copy of it, segyges/OpenWebText2)",
-        urls=(
-            Remote(
-                "https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main/openwebtext2.jsonl.zst.tar",
-                "openwebtext2.jsonl.zst.tar",
-            ),
-        ),
+        urls=_remotes("https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main", "openwebtext2.jsonl.zst.tar"),
     ),
     Corpus("stackexchange", f"StackExchange questions and answers of the Common Pile ({GONE})", hub="common-pile/stackexchange"),
     Corpus("ubuntu_irc", f"Ubuntu IRC logs of the Common Pile ({GONE})", hub="common-pile/ubuntu_irc"),

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file from the network, checked and then renamed into place; a download that broke off goes on where it stopped. Knows no corpus.
+"""One file from the network, checked and then renamed into place; a download that broke off goes on where it stopped.
 
-<file>.part     what has arrived
-<file>.part.of  what the server said that it is a part of
-<file>.sha256   the digest at the first download, as `sha256sum -c` reads it; checked whenever the file is used again
+<file>.part       what has arrived
+<file>.part.of    what the server said that it is a part of
+<file>.part.lock  held by the process that downloads
+<file>.sha256     the digest at the first download, as `sha256sum -c` reads it; checked whenever the file is used again
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import http.client
 import socket
 import time
@@ -18,6 +18,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from megatron.data.fingerprint import digest_of
 from megatron.errors import DataError
@@ -52,17 +54,25 @@ def fetch(remote: Remote, folder: Path, *, again: bool = False, wait: Sleep = ti
         return path
     folder.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
-    with aside.open("ab") as out:
-        try:
-            fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError("another process is downloading it", where=str(path), fix="wait for it") from error
-        try:
-            _download(remote, out, path, wait)
-        except BaseException:
-            if aside.stat().st_size == 0:
+    lock = path.with_name(f"{aside.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                _download(remote, aside, path, wait)
+                digest = _checked(remote, aside, path)
+                _beside(path).unlink(missing_ok=True)
+                aside.replace(path)
                 _discard(aside)
-            raise
+                _beside(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise DataError("another process is downloading it", where=str(path), fix="wait for it") from error
+    return path
+
+
+def _checked(remote: Remote, aside: Path, path: Path) -> str:
+    """The digest of what has arrived, which goes where it is not the one known."""
     digest = _sha256(aside)
     if remote.sha256 and digest != remote.sha256:
         _discard(aside)
@@ -71,11 +81,7 @@ def fetch(remote: Remote, folder: Path, *, again: bool = False, wait: Sleep = ti
             where=remote.url,
             fix=f"the file changed or was damaged; {_by_hand(path)}",
         )
-    _beside(path).unlink(missing_ok=True)
-    aside.replace(path)
-    _discard(aside)
-    _beside(path).write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-    return path
+    return digest
 
 
 def _check(path: Path, remote: Remote) -> None:
@@ -93,32 +99,44 @@ def _check(path: Path, remote: Remote) -> None:
         )
 
 
-def _download(remote: Remote, out: IO[bytes], path: Path, wait: Sleep) -> None:
-    """Everything that is still missing into `out`."""
-    tries = 0
-    while True:
-        before = out.tell()
+def _download(remote: Remote, aside: Path, path: Path, wait: Sleep) -> None:
+    """Everything that is still missing, behind what has arrived; a file into which nothing came is not left."""
+    with aside.open("ab") as out:
         try:
-            return _continue(remote, out)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == RANGE_NOT_SATISFIABLE and out.tell():
-                _restart(out)
-            elif error.code not in BUSY:
-                raise _failed(f"HTTP {error.code} {error.reason}", remote, path) from error
-            seconds, why = asked_wait(dict(error.headers)), f"HTTP {error.code}"
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = getattr(error, "reason", error)
-            if not _may_pass(error):
-                raise _failed(str(reason), remote, path) from error
-            seconds, why = None, str(reason)
-        # Only tries that bring nothing count: a large file may break off many times.
-        tries = 1 if out.tell() > before else tries + 1
-        if tries >= TRIES:
-            raise _failed(f"{why}, {tries} times", remote, path)
-        seconds = min(2.0**tries if seconds is None else seconds, LONGEST_WAIT_S)
-        log.warning("%s: %s after %d bytes; going on in %.0f s", remote.url, why, out.tell(), seconds)
-        wait(seconds)
+            tries = 0
+            while True:
+                before = out.tell()
+                try:
+                    return _continue(remote, out)
+                except (OSError, http.client.HTTPException) as error:
+                    why, seconds = _until_next(error, out, remote, path)
+                # Only tries that bring nothing count: a large file may break off many times.
+                tries = 1 if out.tell() > before else tries + 1
+                if tries >= TRIES:
+                    raise _failed(f"{why}, {tries} times", remote, path)
+                seconds = min(2.0**tries if seconds is None else seconds, LONGEST_WAIT_S)
+                log.warning("%s: %s after %d bytes; going on in %.0f s", remote.url, why, out.tell(), seconds)
+                wait(seconds)
+        except BaseException:
+            if aside.stat().st_size == 0:
+                _discard(aside)
+            raise
+
+
+def _until_next(error: Exception, out: IO[bytes], remote: Remote, path: Path) -> tuple[str, float | None]:
+    """What went wrong, and the seconds that the server asks for. Raises DataError where a later try cannot go better."""
+    reason = getattr(error, "reason", error)
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+        if error.code == RANGE_NOT_SATISFIABLE and out.tell():
+            _restart(out)
+        elif error.code not in BUSY:
+            raise _failed(f"HTTP {error.code} {reason}", remote, path) from error
+        return f"HTTP {error.code}", asked_wait(dict(error.headers))
+    lasting = isinstance(reason, socket.gaierror | FileNotFoundError | PermissionError | IsADirectoryError)
+    if lasting or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or "unknown url type" in str(reason):
+        raise _failed(str(reason), remote, path) from error
+    return str(reason), None
 
 
 def _continue(remote: Remote, out: IO[bytes]) -> None:
@@ -131,7 +149,8 @@ def _continue(remote: Remote, out: IO[bytes]) -> None:
     headers = {"Range": f"bytes={start}-", **({"If-Range": validator} if validator else {})} if start else {}
     log.info("downloading %s%s", remote.url, f" from byte {start} on" if start else "")
     with urllib.request.urlopen(urllib.request.Request(remote.url, headers=headers), timeout=TIMEOUT_S) as response:
-        if not start or not _goes_on(response, start):
+        goes_on = response.status == PARTIAL_CONTENT and (response.headers.get("Content-Range") or "").startswith(f"bytes {start}-")
+        if not start or not goes_on:
             start = _restart(out)
             note.write_text(_validator(response.headers), encoding="utf-8")
         said = int(response.headers.get("Content-Length") or 0)
@@ -147,11 +166,6 @@ def _continue(remote: Remote, out: IO[bytes]) -> None:
         raise DataError(f"{size} bytes arrived instead of {expected}", where=remote.url, fix="try again; the file may have changed")
 
 
-def _goes_on(response: Any, start: int) -> bool:
-    said = response.headers.get("Content-Range") or ""
-    return response.status == PARTIAL_CONTENT and said.startswith(f"bytes {start}-")
-
-
 def _validator(headers: Any) -> str:
     """What tells this version of the file from others: a strong ETag, or a date."""
     tag = headers.get("ETag") or ""
@@ -162,16 +176,6 @@ def _restart(out: IO[bytes]) -> int:
     out.seek(0)
     out.truncate()
     return 0
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether a later try may go better."""
-    reason = getattr(error, "reason", error)
-    if isinstance(reason, socket.gaierror | FileNotFoundError | PermissionError | IsADirectoryError):
-        return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return False
-    return not isinstance(reason, str) or "unknown url type" not in reason
 
 
 def _failed(why: str, remote: Remote, path: Path) -> DataError:

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets and tokenizers of the Hugging Face Hub: found, downloaded, read in blocks of rows. Knows no columns."""
+"""Datasets and tokenizers of the Hugging Face Hub: found, downloaded, read as Arrow tables with few pages of their files in memory."""
 
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from megatron.data.hf.request import Data
-from megatron.data.hf.rows import tables
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
 from megatron.data.preprocess.sources import BLOCK_BYTES
 from megatron.errors import DataError
@@ -19,6 +20,8 @@ from megatron.hub.retry import Sleep
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
 TOKENIZER_FILES += ["additional_chat_templates/*"]
+MAPPED_BYTES = 64 << 20
+"""So much of a file is read before it is mapped anew: pages of a mapping count as this process's memory until it ends."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,6 @@ class HubRows:
             self._loaded.append(_load(self))
         return self._loaded[0]
 
-    def select(self, columns: Sequence[str]) -> HubRows:
-        """The same rows with these columns only."""
-        return replace(self, columns=tuple(columns), _loaded=self._loaded)
-
     @property
     def total_bytes(self) -> int | None:
         """Of the rows in memory, the chosen columns only."""
@@ -55,18 +54,7 @@ class HubRows:
 
     def facts(self) -> list[dict[str, Any]]:
         """The dataset and its commit."""
-        data = self.data
-        return [
-            {
-                "dataset": data.dataset,
-                "commit": self.commit,
-                "revision": data.revision,
-                "subset": data.subset,
-                "split": data.split,
-                "data_dir": data.data_dir,
-                "data_files": list(data.data_files),
-            }
-        ]
+        return [{**asdict(self.data), "data_files": list(self.data.data_files), "commit": self.commit}]
 
     def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """About BLOCK_BYTES each."""
@@ -90,9 +78,9 @@ class HubRows:
                 )
 
 
-def find(data: Data, *, batch_rows: int = 10_000, workers: int = 1, wait: Sleep = time.sleep) -> HubRows:
-    """The dataset on the Hub, nothing downloaded yet. Raises DataError where there is none."""
-    return HubRows(data, dataset_commit(data.dataset, data.revision, sleep=wait), batch_rows, workers, wait)
+def find(data: Data, *, wait: Sleep = time.sleep, **how: Any) -> HubRows:
+    """The dataset on the Hub, nothing downloaded yet; how: further fields of HubRows. Raises DataError where there is none."""
+    return HubRows(data, dataset_commit(data.dataset, data.revision, sleep=wait), wait=wait, **how)
 
 
 def tokenizer_folder(name: str, wait: Sleep) -> str:
@@ -123,3 +111,41 @@ def _load(source: HubRows) -> Any:
     if len(rows) == 0:
         raise DataError("the dataset has no rows", where=f"{data.dataset}, split {data.split}", fix="choose another split or subset")
     return rows
+
+
+def tables(rows: Any, columns: Sequence[str] | None, *, split: str, start: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
+    """(number of the first row, table or record batch) from row `start` on, of `batch_rows` rows at most."""
+    files = [entry["filename"] for entry in rows.cache_files]
+    # A split such as train[:10%] is a part of its files.
+    if files and rows._indices is None and re.fullmatch(r"\w+(\.\w+)*", split):
+        yield from _of_files(files, columns, start, batch_rows)
+        return
+    chosen = (rows if columns is None else rows.select_columns(list(columns))).with_format("arrow")
+    for first in range(start, len(chosen), batch_rows):
+        yield first, chosen[first : first + batch_rows]
+
+
+def _of_files(files: Sequence[str], columns: Sequence[str] | None, start: int, batch_rows: int) -> Iterator[tuple[int, Any]]:
+    row = 0
+    for path in files:
+        for batch in _batches(path, columns):
+            for first in range(max(start - row, 0), batch.num_rows, batch_rows):
+                yield row + first, batch.slice(first, batch_rows)
+            row += batch.num_rows
+
+
+def _batches(path: str, columns: Sequence[str] | None) -> Iterator[Any]:
+    """The record batches of a file, which is mapped anew after each MAPPED_BYTES."""
+    import pyarrow as pa
+
+    number, taken = 0, MAPPED_BYTES
+    while taken >= MAPPED_BYTES:
+        taken = 0
+        with pa.memory_map(path) as mapped:
+            for batch in islice(pa.ipc.open_stream(mapped), number, None):
+                chosen = batch if columns is None else batch.select(list(columns))
+                yield chosen
+                number += 1
+                taken += chosen.nbytes
+                if taken >= MAPPED_BYTES:
+                    break

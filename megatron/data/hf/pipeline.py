@@ -1,49 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages LOAD, DETECT, COUNT, EXPORT, TOKENIZE one after the other. A stage that was done with the same data and settings is not
-done again. Knows no flags."""
+done again."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
+import orjson
+
+from megatron.atomic_io import atomic_write
 from megatron.data.chat.preview import preview
 from megatron.data.hf import hub
-from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.detect import Found, How, detect
-from megatron.data.hf.encoding import TEMPLATED, Opened, encoding_of, open_tokens
+from megatron.data.hf.encoders import TEMPLATED, Opened, encoding_of, open_tokens
 from megatron.data.hf.local import local_source
 from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.hf.request import PrepareRequest, check
-from megatron.data.hf.scan import count, export
 from megatron.data.hf.stage_cache import PrepareStage, Result, StageCache
 from megatron.data.indexed_dataset import data_file, index_file
 from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.encoders import Dropped, EncoderSource, Fault
+from megatron.data.preprocess.progress import EncodingProgress
 from megatron.data.preprocess.reading import FIRST_RECORDS
 from megatron.data.preprocess.resumable_output import Counts
 from megatron.data.preprocess.sources import Files, RecordSource
-from megatron.data.preprocess.writer import Options, stream_prefix, write
+from megatron.data.preprocess.writer import Options, encoded, open_encoder, stream_prefix, tally, write
 from megatron.errors import DataError, NeoXError
 from megatron.hub.retry import Sleep
 from megatron.log import get_logger
 from megatron.secrets import redact
 
 log = get_logger(__name__)
-Rows = Files | Arrays | hub.HubRows
+Rows = Files | hub.HubRows
 NO_TOKENS = ("_label", "_reward")
 PATHS = {
-    "text": ("train_data_paths",),
-    "messages": ("train_data_paths",),
-    "messages_label": ("train_label_data_paths",),
-    "messages_reward": ("train_reward_data_paths",),
-    "chosen": ("pos_train_data_paths",),
-    "chosen_label": ("pos_train_label_data_paths",),
-    "rejected": ("neg_train_data_paths",),
-    "rejected_label": ("neg_train_label_data_paths",),
+    "text": "train_data_paths",
+    "messages": "train_data_paths",
+    "messages_label": "train_label_data_paths",
+    "messages_reward": "train_reward_data_paths",
+    "chosen": "pos_train_data_paths",
+    "chosen_label": "pos_train_label_data_paths",
+    "rejected": "neg_train_data_paths",
+    "rejected_label": "neg_train_label_data_paths",
 }
 """Stream -> the YAML key that names it; `lengths` has none."""
 
@@ -62,7 +67,9 @@ def prepare(request: PrepareRequest, *, wait: Sleep = time.sleep) -> PreparedDat
     Raises DataError or ConfigError; then the results say status "failed" and why, unless nothing may be written.
     """
     check(request)
-    stage_cache = StageCache(None if request.count_only else request.folder, _head(request))
+    data = request.data
+    head = {"dataset": data.dataset, "subset": data.subset, "split": data.split, "output_dir": str(request.folder)}
+    stage_cache = StageCache(None if request.count_only else request.folder, head)
     try:
         findings = _Run(request, stage_cache, wait).stages()
     except BaseException as error:
@@ -70,11 +77,6 @@ def prepare(request: PrepareRequest, *, wait: Sleep = time.sleep) -> PreparedDat
         stage_cache.save("failed", error=redact(what))
         raise
     return PreparedDataset(stage_cache.save("completed", **findings), tuple(stage_cache.fresh))
-
-
-def _head(request: PrepareRequest) -> dict[str, Any]:
-    data = request.data
-    return {"dataset": data.dataset, "subset": data.subset, "split": data.split, "output_dir": str(request.folder)}
 
 
 class _Run:
@@ -100,10 +102,10 @@ class _Run:
         log.info("%s: columns %s", found.how.value, ", ".join(found.names))
         if found.how is How.WRITTEN:
             log.warning("--skip-chat-template writes Python's notation of the turns into the training text; it is rarely what is wanted")
-        chosen = _select(source, found.names)
+        chosen = replace(source, columns=found.names)
         tokens = request.tokenize and not request.count_only
         counts = request.count and not tokens
-        opened = open_tokens(request.tokens, found.how, ids=tokens or counts, fetch=lambda name: hub.tokenizer_folder(name, self.wait))
+        opened = open_tokens(request.tokens, found.how, ids=tokens or counts, wait=self.wait)
         if opened.template is not None and opened.template.moment is not None:
             # A template that tells the day would make every run another one.
             moment = stage_cache.keep("moment", [facts, opened.template.digest], opened.template.moment)
@@ -116,23 +118,22 @@ class _Run:
             result = stage_cache.run(PrepareStage.COUNT, measured, lambda: self._count(chosen, found, opened))
         if request.export and not request.count_only:
             path = request.folder / "dataset.jsonl"
-            exported = stage_cache.run(
-                PrepareStage.EXPORT, depends, lambda: (export(chosen, shape, path, skip_bad=request.skip_bad), (path,))
-            )
+            exported = stage_cache.run(PrepareStage.EXPORT, depends, lambda: (export(chosen, shape, path, request.skip_bad), (path,)))
             result = {"jsonl_path": str(path), "num_documents": exported["lines"], **result}
         if tokens:
             result |= stage_cache.run(PrepareStage.TOKENIZE, measured, lambda: self._tokenize(chosen, found, opened))
             result |= self._written(result["streams"])
         return {**_described(loaded, found, facts), **result}
 
+    def _encoding(self, source: RecordSource, found: Found, opened: Opened) -> tuple[EncoderSource, dict[str, Any]]:
+        return encoding_of(source, found, opened, max_length=self.request.tokens.max_length, workers=self.request.workers)
+
     def _count(self, source: RecordSource, found: Found, opened: Opened) -> Result:
-        encoder, _ = encoding_of(source, found, opened, max_length=self.request.tokens.max_length, workers=self.request.workers)
-        counts, tokens = count(source, encoder, self.options)
-        return _numbers(counts, tokens, found), ()
+        return _numbers(*count(source, self._encoding(source, found, opened)[0], self.options), found), ()
 
     def _tokenize(self, source: RecordSource, found: Found, opened: Opened) -> Result:
         request = self.request
-        encoder, made_with = encoding_of(source, found, opened, max_length=request.tokens.max_length, workers=request.workers)
+        encoder, made_with = self._encoding(source, found, opened)
         about = {
             "command": shlex.join(sys.argv),
             "dataset": source.facts() if isinstance(source, hub.HubRows) else request.data.dataset,
@@ -144,22 +145,15 @@ class _Run:
         files = [ending(prefix) for prefix in written.files.values() for ending in (data_file, index_file)]
         result = {**_numbers(written.counts, written.tokens, found), "streams": list(written.files), "tokenized": True}
         if found.how in TEMPLATED:
-            result["preview"] = preview(
-                cast(Any, encoder.open()), next((block.read().records for block in source.blocks(BlockStart())), [])
-            )
+            first = next((block.read().records for block in source.blocks(BlockStart())), [])
+            result["preview"] = preview(cast(Any, encoder.open()), first)
         return {**result, "tokenize_time": round(written.seconds, 3)}, files
 
     def _written(self, streams: Sequence[str]) -> dict[str, Any]:
         prefixes = {stream: stream_prefix(self.request.prefix, stream) for stream in streams}
         first = next(iter(prefixes.values()))
-        paths = {key: [str(prefixes[stream])] for stream in streams for key in PATHS.get(stream, ())}
+        paths = {PATHS[stream]: [str(prefixes[stream])] for stream in streams if stream in PATHS}
         return {"bin_path": str(data_file(first)), "idx_path": str(index_file(first)), "paths": paths}
-
-
-def _select(source: Rows, columns: tuple[str, ...]) -> RecordSource:
-    if isinstance(source, hub.HubRows):
-        return source.select(columns)
-    return replace(source, columns=columns) if isinstance(source, Files) else source
 
 
 def _load(source: Rows) -> dict[str, Any]:
@@ -212,3 +206,48 @@ def _described(loaded: dict[str, Any], found: Found, facts: list[dict[str, Any]]
         "idx_path": None,
         "sources": len(facts),
     }
+
+
+def count(source: RecordSource, encoder_source: EncoderSource, options: Options) -> tuple[Counts, dict[str, int]]:
+    """What `write` would write: counts, and tokens of each stream. Nothing is written."""
+    encoder = open_encoder(encoder_source, options) if options.workers == 1 else None
+    counts, tokens = Counts(), Counter[str]()
+    with EncodingProgress(source.total_bytes, counts, options.log_interval, options.num_docs) as progress:
+        for done in encoded(source, encoder, encoder_source, BlockStart(), options):
+            tally(counts, done, options.skip_bad)
+            for name, part in done.batch.streams.items():
+                tokens[name] += len(part.values)
+            progress.update(counts)
+    if counts.documents == 0:
+        raise DataError("no record gives a document", where="input", fix="check the columns: are their texts empty?")
+    return counts, dict(tokens)
+
+
+def export(source: RecordSource, shape: RecordAdapter, path: Path, skip_bad: int) -> dict[str, Any]:
+    """Write every shaped record as a line of JSON; the file appears when it is whole.
+
+    Raises DataError for bad records beyond `skip_bad`.
+    """
+    make = shape.open()
+    lines = bad = empty = 0
+    try:
+        with atomic_write(path, "wb") as out:
+            for block in source.blocks(BlockStart()):
+                read = block.read()
+                faults = list(read.faults)
+                for number, record in zip(read.numbers, read.records, strict=True):
+                    shaped = make(record)
+                    if isinstance(shaped, Fault):
+                        faults.append((number, shaped.what))
+                    elif isinstance(shaped, Dropped) or shaped.get("text") == "":
+                        empty += 1
+                    else:
+                        out.write(orjson.dumps(shaped, default=str, option=orjson.OPT_APPEND_NEWLINE))
+                        lines += 1
+                bad += len(faults)
+                if bad > skip_bad:
+                    number, what = min(faults)
+                    raise DataError(what, where=block.label(number), fix="fix it, name other columns, or allow some with --skip-bad N")
+    except OSError as error:
+        raise DataError(f"cannot write: {error.strerror}", where=str(path), fix="free some space, or --no-jsonl") from error
+    return {"lines": lines, "empty": empty, "bad": bad}

@@ -14,10 +14,11 @@ from typing import Any
 from megatron.atomic_io import write_durably
 from megatron.data.hf.corpora import Corpus, find
 from megatron.data.hf.download import Remote, fetch
+from megatron.data.hf.stage_cache import files_are_whole
+from megatron.data.indexed_dataset import data_file, index_file
 from megatron.data.preprocess.encoders import TextSource
 from megatron.data.preprocess.flags import choose
 from megatron.data.preprocess.reading import first_texts, texts
-from megatron.data.preprocess.sources import RecordSource
 from megatron.data.preprocess.writer import Options, stream_prefix, write
 from megatron.errors import DataError
 from megatron.log import get_logger
@@ -80,14 +81,14 @@ def prepare(request: CorpusRequest) -> PreparedCorpus:
     folder = request.data_dir / corpus.name
     prefix = folder / corpus.name
     record = folder / f"{corpus.name}_prepared.json"
-    trained = _trains(corpus, request)
-    source = _source(corpus, request, folder)
+    train_size = _train_size(corpus, request)
+    source = _source(request, folder, trained=train_size is not None)
     asked = {
         "corpus": corpus.name,
         "tokenizer_type": source.kind.value,
         "vocab_file": source.vocab_file,
         "merge_file": source.merge_file,
-        "trained_vocab_size": (request.vocab_size or corpus.vocab_size) if trained else None,
+        "trained_vocab_size": train_size,
         "python": platform.python_version() if corpus.local else None,
     }
     if not request.again and (done := _read_record(record, asked)) is not None:
@@ -95,8 +96,9 @@ def prepare(request: CorpusRequest) -> PreparedCorpus:
     record.unlink(missing_ok=True)
     log.info("%s: %s", corpus.name, corpus.about)
     documents = corpus.source(folder, again=request.again)
-    if trained:
-        _train(corpus, documents, request, folder)
+    if train_size is not None:
+        log.info("training a BPE tokenizer with %d ids on %s", train_size, corpus.name)
+        save_tokenizer(train_bpe(texts(documents), vocab_size=train_size), folder / "tokenizer.json")
     log.info("tokenising %s with %s", corpus.name, source.kind.value)
     chosen = choose(replace(source, backend=TokenizerBackend.AUTO), first_texts(documents, ("text",)), workers=request.workers)
     options = Options(workers=request.workers, about={"corpus": corpus.name, "about": corpus.about, "tokenizer": chosen.about})
@@ -104,20 +106,19 @@ def prepare(request: CorpusRequest) -> PreparedCorpus:
     encoder = texts_source.open(chosen.tokenizer) if chosen.tokenizer else None
     written = write(documents, texts_source, prefix, options, encoder=encoder)
     facts = {"documents": written.documents["text"], "tokens": written.tokens["text"], "tokenizer_digest": open_tokenizer(source).digest}
-    _write_record(record, {"asked": asked, **facts, "files": _sizes(written.files["text"])})
+    sizes = {file.name: file.stat().st_size for file in (data_file(written.files["text"]), index_file(written.files["text"]))}
+    write_durably(record, json.dumps({"asked": asked, **facts, "files": sizes}, indent=1) + "\n")
     return PreparedCorpus(written.files["text"], source, written.documents["text"], written.tokens["text"], True, time.monotonic() - start)
 
 
-def _trains(corpus: Corpus, request: CorpusRequest) -> bool:
-    return (
-        request.vocab_file is None
-        and request.tokenizer_type in (None, TokenizerKind.HF)
-        and (request.vocab_size or corpus.vocab_size) is not None
-    )
+def _train_size(corpus: Corpus, request: CorpusRequest) -> int | None:
+    """Size of the tokenizer that is trained on the corpus; None where another one is used."""
+    own = request.vocab_file is None and request.tokenizer_type in (None, TokenizerKind.HF)
+    return request.vocab_size or corpus.vocab_size if own else None
 
 
-def _source(corpus: Corpus, request: CorpusRequest, folder: Path) -> TokenizerSource:
-    if _trains(corpus, request):
+def _source(request: CorpusRequest, folder: Path, *, trained: bool) -> TokenizerSource:
+    if trained:
         return TokenizerSource(TokenizerKind.HF, str(folder / "tokenizer.json"))
     kind = request.tokenizer_type or (TokenizerKind.HF if request.vocab_file and request.merge_file is None else TokenizerKind.GPT2_BPE)
     if kind is TokenizerKind.GPT2_BPE and request.vocab_file is None and request.merge_file is None:
@@ -130,38 +131,13 @@ def _source(corpus: Corpus, request: CorpusRequest, folder: Path) -> TokenizerSo
     return TokenizerSource(kind, request.vocab_file, request.merge_file)
 
 
-def _train(corpus: Corpus, documents: RecordSource, request: CorpusRequest, folder: Path) -> None:
-    size = request.vocab_size or corpus.vocab_size
-    assert size is not None  # _trains
-    log.info("training a BPE tokenizer with %d ids on %s", size, corpus.name)
-    engine = train_bpe(texts(documents), vocab_size=size)
-    save_tokenizer(engine, folder / "tokenizer.json")
-
-
-def _sizes(prefix: Path) -> dict[str, int]:
-    files = [prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx")]
-    return {file.name: file.stat().st_size for file in files}
-
-
 def _read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an earlier call that asked for the same and whose files are whole, else None."""
-    if not path.exists():
-        return None
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
+    except (FileNotFoundError, json.JSONDecodeError):
         return None
-    if record.get("asked") != dict(asked):
+    if record.get("asked") != asked or not files_are_whole(path.parent, record["files"]):
         return None
-    for name, size in record["files"].items():
-        file = path.parent / name
-        if not file.exists() or file.stat().st_size != size:
-            return None
-    vocab_file = asked["vocab_file"]
-    if vocab_file is not None and (asked["trained_vocab_size"] is not None) and not Path(vocab_file).exists():
-        return None
-    return record
-
-
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    write_durably(path, json.dumps(record, indent=1) + "\n")
+    absent = asked["trained_vocab_size"] is not None and not Path(asked["vocab_file"]).exists()
+    return None if absent else record

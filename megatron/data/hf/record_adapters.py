@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a record as it was found to the record that an encoder reads. Knows no ids."""
+"""From a record as it was found to the record that an encoder reads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import orjson
 
 from megatron.data.chat.records import talk_of
 from megatron.data.chat.sources import ChatFormat
+from megatron.data.chat.template import ChatTemplate
 from megatron.data.chat.turns import UnmaskableError, rendered
 from megatron.data.hf.detect import Found, How
 from megatron.data.preprocess.blocks import keys_of
@@ -36,25 +37,11 @@ class RecordAdapter:
     def open(self) -> Callable[[Mapping[str, Any]], Shaped]:
         """The function from record to record; it raises nothing."""
         columns = self.found.columns
-        if self.found.how is How.RENDERED:
-            return self._renderer()
+        if self.form is not None and self.found.how is How.RENDERED:
+            template = self.form.open_template()
+            return lambda record: _rendered(record, columns, template)
         make = {How.TEXT: _text, How.JOINED: _joined, How.CONTENTS: _contents, How.WRITTEN: _written}.get(self.found.how, _roles)
         return lambda record: make(record, columns)
-
-    def _renderer(self) -> Callable[[Mapping[str, Any]], Shaped]:
-        assert self.form is not None  # the pipeline opens one for this How
-        template = self.form.open_template()
-
-        def render(record: Mapping[str, Any]) -> Shaped:
-            shaped = _roles(record, self.found.columns)
-            if not isinstance(shaped, dict):
-                return shaped
-            try:
-                return {"text": rendered(template, talk_of(shaped, "messages", "tools")).text}
-            except UnmaskableError as error:
-                return Fault(str(error))
-
-        return render
 
 
 Roles = Sequence[tuple[str, str]]
@@ -100,6 +87,16 @@ def _roles(record: Mapping[str, Any], columns: Roles) -> Shaped:
         except ValueError as error:
             return Fault(f"{name}: {error}")
     return shaped
+
+
+def _rendered(record: Mapping[str, Any], columns: Roles, template: ChatTemplate) -> Shaped:
+    shaped = _roles(record, columns)
+    if not isinstance(shaped, dict):
+        return shaped
+    try:
+        return {"text": rendered(template, talk_of(shaped, "messages", "tools")).text}
+    except UnmaskableError as error:
+        return Fault(str(error))
 
 
 def join(parts: Any) -> str:

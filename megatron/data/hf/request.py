@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user wants prepared, and where it goes. Knows no files and no network."""
+"""What a user wants prepared, and where it goes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from pathlib import Path
 
 from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerBackend
+
+PATH_STARTS = (".", "/", "~")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name that is not here can only have been meant as a path: one on the Hub is ORG/NAME."""
+    return name.startswith(PATH_STARTS) or name.count("/") > 1
 
 
 class As(str, Enum):

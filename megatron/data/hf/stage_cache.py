@@ -47,7 +47,7 @@ class StageCache:
         key = _digest(depends)
         self.wanted.append(stage.value)
         earlier = self.stages.get(stage.value)
-        if earlier and earlier["key"] == key and self._whole(earlier["files"]):
+        if earlier and earlier["key"] == key and files_are_whole(self.folder, earlier["files"]):
             log.info("%s: done before", stage.value)
             result: dict[str, Any] = earlier["result"]
             return result
@@ -79,8 +79,7 @@ class StageCache:
         """The value, kept for later runs; where it is None, that of an earlier run."""
         if value is not None:
             self.kept.pop(name, None)
-        key = _digest(depends)
-        if value is None and self.kept.get(name, {}).get("key") != key:
+        elif self.kept.get(name, {}).get("key") != _digest(depends):
             return None
         return self.keep(name, depends, value or "")
 
@@ -97,11 +96,13 @@ class StageCache:
                 raise DataError(f"cannot write: {error.strerror}", where=str(self.folder), fix="choose a writable --output-dir") from error
         return content
 
-    def _whole(self, files: Mapping[str, int]) -> bool:
-        if self.folder is None:
-            return not files
-        found = [(self.folder / name, size) for name, size in files.items()]
-        return all(path.exists() and path.stat().st_size == size for path, size in found)
+
+def files_are_whole(folder: Path | None, sizes: Mapping[str, int]) -> bool:
+    """Whether a folder's files are there, of the sizes noted when they were written."""
+    if folder is None:
+        return not sizes
+    found = [(folder / name, size) for name, size in sizes.items()]
+    return all(path.exists() and path.stat().st_size == size for path, size in found)
 
 
 def _digest(depends: Any) -> str:

@@ -17,8 +17,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron.data.cleaning.plan import CleaningSettings
 from megatron.data.cleaning.run import clean
-from megatron.data.cleaning.settings import CleaningSettings
 from megatron.errors import BackendError, ConfigError, DataError, NeoXError
 from support.cleaning import nonsense, prose, read_output, sentence, write_lines
 
@@ -205,7 +205,7 @@ def test_a_full_disk_is_said(tmp_path):
 def test_two_runs_at_once_are_refused(tool, tmp_path):
     (tmp_path / "out.part").mkdir()
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / "out.part" / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

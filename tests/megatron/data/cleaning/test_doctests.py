@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import doctest
 
-from megatron.data.cleaning import document, exact, language, minhash_dedup, normalise, pii, similarity, words
+from megatron.data.cleaning import deduplication, document, filters, pii, words
 
 
 def test_examples_in_docstrings() -> None:
-    for one in (document, exact, language, minhash_dedup, normalise, pii, similarity, words):
+    for one in (deduplication, document, filters, pii, words):
         found = doctest.testmod(one)
         assert found.failed == 0 and found.attempted > 0, one.__name__

@@ -16,8 +16,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.data.cleaning.document import StageStats
 from megatron.data.cleaning.sources import Reader, divide, find_inputs
-from megatron.data.cleaning.stage_stats import StageStats
 from megatron.errors import DataError
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.hf.arrays import Arrays
-from megatron.data.hf.local import local_source
+from megatron.data.hf.local import Arrays, local_source
 from megatron.data.hf.request import Data, default_folder
 from megatron.data.preprocess.blocks import BlockStart
 from megatron.errors import DataError

@@ -82,14 +82,10 @@ def test_a_corpus_from_a_server_is_downloaded_once(tmp_path: Path, monkeypatch: 
 def test_a_corpus_of_the_hub_is_read_there_unless_files_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Data] = []
 
-    class Rows(MadeHere):
-        def select(self, columns: list[str]) -> MadeHere:
-            assert columns == ["text"]
-            return self
-
-    def find_on_hub(data: Data) -> Rows:
+    def find_on_hub(data: Data, columns: tuple[str, ...]) -> MadeHere:
+        assert columns == ("text",)
         asked.append(data)
-        return Rows("hub", lambda: [{"text": "from the Hub"}])
+        return MadeHere("hub", lambda: [{"text": "from the Hub"}])
 
     monkeypatch.setattr(corpora, "find_on_hub", find_on_hub)
     request = CorpusRequest(corpus="ubuntu_irc", data_dir=tmp_path, tokenizer_type=TokenizerKind.CHAR_LEVEL)

@@ -11,14 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.cleaning.backend import datatrove
-from megatron.data.cleaning.blocklist import read_blocklist
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
-from megatron.data.cleaning.document import Document
-from megatron.data.cleaning.language import ByFunctionWords
-from megatron.data.cleaning.normalise import Normalise
-from megatron.data.cleaning.quality import Filter, Quality
-from megatron.data.cleaning.stage_stats import StageStats
+from megatron.data.cleaning.document import Document, StageStats
+from megatron.data.cleaning.filters import Filter, Language, Normalise, Quality, datatrove, read_blocklist
 from megatron.errors import BackendError, DataError
 from support.cleaning import nonsense, prose, run, sentence, write_lines
 
@@ -113,12 +108,12 @@ LANGUAGES, FOREIGN = json.loads((GOLDEN / "languages.json").read_text()).values(
 
 def test_language_by_function_words():
     for code, text in LANGUAGES.items():
-        assert judged(ByFunctionWords((code,)), text)[0] is None
-        assert judged(ByFunctionWords(tuple(set(LANGUAGES) - {code})), text)[0] == code
+        assert judged(Language((code,)), text)[0] is None
+        assert judged(Language(tuple(set(LANGUAGES) - {code})), text)[0] == code
 
 
 def test_unknown_languages_are_dropped():
-    assert [judged(ByFunctionWords(tuple(LANGUAGES)), text)[0] for text in FOREIGN] == ["unknown"] * len(FOREIGN)
+    assert [judged(Language(tuple(LANGUAGES)), text)[0] for text in FOREIGN] == ["unknown"] * len(FOREIGN)
 
 
 def test_fasttext_says_what_to_install():

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from megatron.data.hf import rows as room
+from megatron.data.hf import hub as room
 
 
 class Cached:

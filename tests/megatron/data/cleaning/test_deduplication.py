@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Near duplicates planted at known similarities: who is found, and that nobody else is."""
+"""Near duplicates planted at known similarities: who is found, and that nobody else is; equal documents, against a dictionary."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron.data.cleaning.minhash_dedup import ChooseNear, Keep, join
+from megatron.data.cleaning.deduplication import Keep, choose_near, find_same, join, write_hashes
+from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.pipeline import removed_of
-from megatron.data.cleaning.settings import NearSettings
+from megatron.data.cleaning.plan import NearSettings
 from support.cleaning import near_pair, nonsense, run
 
 PLANTED = {0.95: (5, 39), 0.8: (22, 9), 0.5: (66, 3)}
@@ -104,14 +107,14 @@ def test_pairs_are_checked_when_a_similarity_is_asked_for(tmp_path):
 @pytest.mark.parametrize(("keep", "gone"), [(Keep.LONGEST, {0: {0, 1}, 1: {1}}), (Keep.EARLIEST, {0: {1}, 1: {0, 1}})])
 def test_who_stays(keep, gone, tmp_path):
     """Task 0 holds documents of 5, 6 and 9 characters, task 1 of 7 and 7; all but the third belong together."""
-    for folder in ("pairs", "stored"):
+    for folder in ("pairs", "documents"):
         (tmp_path / folder).mkdir()
     np.array([[0, 0, 0, 1], [0, 1, 1, 1]], dtype="<u4").tofile(tmp_path / "pairs" / "00000_00.dups")
     np.array([[0, 0, 1, 0]], dtype="<u4").tofile(tmp_path / "pairs" / "00001_00.dups")
     for task, lengths in enumerate(([5, 6, 9], [7, 7])):
-        np.save(tmp_path / "stored" / f"{task:05d}.lengths.npy", np.array(lengths))
-    ChooseNear(str(tmp_path / "pairs"), str(tmp_path / "stored"), str(tmp_path / "removed"), keep)(None, 0, 1)
-    assert {task: removed_of(tmp_path / "removed", task) for task in (0, 1)} == gone
+        np.save(tmp_path / "documents" / f"{task:05d}.lengths.npy", np.array(lengths))
+    choose_near(None, 0, 1, folder=tmp_path, keep=keep)
+    assert {task: removed_of(tmp_path, task) for task in (0, 1)} == gone
 
 
 def test_groups_do_not_depend_on_the_order_of_pairs():
@@ -122,3 +125,38 @@ def test_groups_do_not_depend_on_the_order_of_pairs():
     assert groups.tolist() == backwards.tolist()
     assert all(groups[a] == groups[b] for a, b in pairs)
     assert all(groups[group] == group <= at for at, group in enumerate(groups))
+
+
+TEXTS = st.text(alphabet="aA b\n", max_size=6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tasks=st.lists(st.lists(TEXTS, max_size=8), min_size=1, max_size=4), ranges=st.sampled_from([1, 3, 16]))
+def test_all_but_the_earliest_go(tasks, ranges, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exact")
+    for rank, texts in enumerate(tasks):
+        documents = [Document(text, "") for text in texts]
+        assert list(write_hashes(iter(documents), rank, len(tasks), folder=folder)) == documents
+    for part in range(ranges):
+        find_same(None, part, ranges, folder=folder)
+    seen: set[str] = set()
+    for rank, texts in enumerate(tasks):
+        again = set()
+        for number, text in enumerate(texts):
+            plain = " ".join(text.lower().split())
+            if plain in seen:
+                again.add(number)
+            seen.add(plain)
+        assert removed_of(folder, rank) == again
+
+
+URLS = ["http://a.org/x", None, "https://A.org/x/", "a.org/x#top", "a.org/X", "a.org/x?q=1", "", "b.org"]
+
+
+def test_addresses_are_compared_before_texts(tmp_path):
+    records = [{"text": f"text {at % 3}", "meta": {"url": url}} for at, url in enumerate(URLS)]
+    kept, report = run(records, tmp_path, url_key="meta.url", exact=True, tasks=2)
+    assert report["dropped"] == {"url/same address": 2, "exact/same text": 3}
+    # 2 and 3 went for their addresses, so the first document with text 2 is 5.
+    assert kept == [records[at] for at in (0, 1, 5)]
+    assert [stage["documents_in"] for stage in report["stages"]] == [8, 6]
