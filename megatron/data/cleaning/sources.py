@@ -20,8 +20,7 @@ import orjson
 from megatron.data.cleaning.document import Document
 from megatron.data.cleaning.stage_stats import StageStats
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
-from megatron.data.preprocess.compressed import open_compressed
-from megatron.data.preprocess.inputs import FileKind, InputFile, kind_of
+from megatron.data.preprocess.inputs import FileKind, InputFile, kind_of, open_compressed
 from megatron.data.preprocess.sources import Files, line_blocks
 from megatron.errors import DataError
 

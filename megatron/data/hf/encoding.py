@@ -16,11 +16,9 @@ from megatron.data.hf.detect import Found, How
 from megatron.data.hf.encoders import LimitedSource, ShapedSource
 from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.hf.request import Tokens
-from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.blocks import FIRST_RECORDS, BlockStart, RecordSource
 from megatron.data.preprocess.encoders import EncoderSource, TextSource
 from megatron.data.preprocess.flags import choose
-from megatron.data.preprocess.reading import FIRST_RECORDS
-from megatron.data.preprocess.sources import RecordSource
 from megatron.errors import ConfigError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 

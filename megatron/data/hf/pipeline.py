@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from megatron.data.chat.preview import preview
+from megatron.data.chat.pairs import preview
 from megatron.data.hf import hub
 from megatron.data.hf.arrays import Arrays
 from megatron.data.hf.detect import Found, How, detect
@@ -22,11 +22,10 @@ from megatron.data.hf.request import PrepareRequest, check
 from megatron.data.hf.scan import count, export
 from megatron.data.hf.stage_cache import PrepareStage, Result, StageCache
 from megatron.data.indexed_dataset import data_file, index_file
-from megatron.data.preprocess.blocks import BlockStart
-from megatron.data.preprocess.reading import FIRST_RECORDS
-from megatron.data.preprocess.resumable_output import Counts
-from megatron.data.preprocess.sources import Files, RecordSource
-from megatron.data.preprocess.writer import Options, stream_prefix, write
+from megatron.data.preprocess.blocks import FIRST_RECORDS, BlockStart, RecordSource
+from megatron.data.preprocess.resumable_output import Counts, stream_prefix
+from megatron.data.preprocess.sources import Files
+from megatron.data.preprocess.writer import Options, write
 from megatron.errors import DataError, NeoXError
 from megatron.hub.retry import Sleep
 from megatron.log import get_logger

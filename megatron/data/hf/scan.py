@@ -11,12 +11,10 @@ import orjson
 
 from megatron.atomic_io import atomic_write
 from megatron.data.hf.record_adapters import RecordAdapter
-from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.blocks import BlockStart, RecordSource
 from megatron.data.preprocess.encoders import Dropped, EncoderSource, Fault
-from megatron.data.preprocess.progress import EncodingProgress
 from megatron.data.preprocess.resumable_output import Counts
-from megatron.data.preprocess.sources import RecordSource
-from megatron.data.preprocess.writer import Options, encoded, open_encoder, tally
+from megatron.data.preprocess.writer import EncodingProgress, Options, encoded, open_encoder, tally
 from megatron.errors import DataError
 
 
