@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron.data.blend import by_num_documents, normalise, split_bounds
 from megatron.data.dataset_builder import Amount, Paths, Recipe, open_dataset, open_epochs, open_mixture
 from megatron.data.fingerprint import fingerprint
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.loader import DataSplit
 from megatron.data.streams import MAINS, StreamKind, kind_of, main_of
-from megatron.data.weights import by_num_documents, normalise, split_bounds
 from megatron.errors import ConfigError, DataError
 from megatron.log import get_logger
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One dataset from its paths: opened, checked, its index map taken from the cache or built. Knows frozen recipes, no config object."""
+"""One dataset from its paths: opened, checked, its index map taken from the cache or built."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.atomic_io import atomic_write
 from megatron.data import index_map
-from megatron.data.blend import BlendedDataset, Dataset, blend_indices
-from megatron.data.cache import cached_arrays
+from megatron.data.blend import BlendedDataset, Dataset, blend_indices, normalise, samples_per_member
 from megatron.data.index_map import IndexMap, Ints
 from megatron.data.indexed_dataset import IndexedDataset, data_file
 from megatron.data.streams import MAINS, StreamDataset, StreamKind, check_aligned, kind_of
-from megatron.data.weights import normalise, samples_per_member
 from megatron.errors import DataError
 from megatron.log import get_logger
 
@@ -27,6 +27,7 @@ ARRAY_NAMES = ("doc_idx", "sample_idx", "shuffle_idx")
 BLEND_NAMES = ("dataset_index", "dataset_sample_index")
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 4096
+MAPPED_BYTES = 2**20
 Paths = Mapping[str, str | None]
 """Stream name -> prefix of its files; None: this stream has no file here."""
 
@@ -207,3 +208,60 @@ def _blend(paths: Paths, stem: str, weights: Sequence[float], recipe: Recipe, nu
 
 def _map_directory(paths: Paths, recipe: Recipe) -> Path:
     return Path(recipe.map_dir) if recipe.map_dir else Path(next(path for path in paths.values() if path)).parent
+
+
+def content_name(stem: str, key: Mapping[str, object]) -> str:
+    """`<stem>_<16 hex digits>` of a key of plain values.
+
+    >>> content_name("train", {"seed": 1}) == content_name("train", {"seed": 2})
+    False
+    """
+    return f"{stem}_{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def cached_arrays(
+    directory: Path, stem: str, key: Mapping[str, object], names: tuple[str, ...], build: Callable[[], Mapping[str, Ints]]
+) -> dict[str, Ints]:
+    """The arrays `names`, mapped from `<directory>/<stem>_<hash of key>_<name>.npy`; built and written first where one is missing.
+
+    Processes that build the same arrays at the same time do no harm: each writes its own file aside and renames it, and all are equal.
+    Raises DataError where the directory cannot be written.
+    """
+    base = content_name(stem, key)
+    paths = {name: directory / f"{base}_{name}.npy" for name in names}
+    found = _load(paths)
+    if found is not None:
+        return found
+    arrays = build()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, path in paths.items():
+            _write(path, arrays[name])
+    except OSError as error:
+        raise DataError(
+            f"the index map cannot be written: {error.strerror or error}",
+            where=str(directory),
+            fix="set index_map_dir to a folder that can be written",
+        ) from error
+    log.info("index map %s written to %s", base, directory)
+    return {name: arrays[name] for name in names}
+
+
+def _load(paths: Mapping[str, Path]) -> dict[str, Ints] | None:
+    if not all(path.is_file() for path in paths.values()):
+        return None
+    try:
+        return {name: _read(path) for name, path in paths.items()}
+    except (ValueError, EOFError, OSError) as error:
+        log.warning("index map %s cannot be read (%s): built again", next(iter(paths.values())), error)
+        return None
+
+
+def _read(path: Path) -> Ints:
+    # Small ones are simply read: an empty array cannot be mapped.
+    return np.asarray(np.load(path, mmap_mode="r" if path.stat().st_size > MAPPED_BYTES else None, allow_pickle=False))
+
+
+def _write(path: Path, values: Ints) -> None:
+    with atomic_write(path, "wb") as file:
+        np.save(file, values, allow_pickle=False)

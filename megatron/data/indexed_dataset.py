@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `.bin/.idx` token files: the format, its reader and its builder. Knows no tokenizer and no torch.
+"""The `.bin/.idx` token files: the format, its reader, and how its index is written.
 
 FORMAT, all integers little-endian. `<prefix>.bin`: the values of all sequences back to back, one dtype. `<prefix>.idx`:
 
@@ -20,17 +20,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import struct
-from array import array
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from megatron.errors import DataError
 
@@ -51,6 +47,7 @@ DTYPES: dict[int, np.dtype] = {
 COPY_BYTES = 16 * 2**20
 INDEX_STEP = COPY_BYTES // 8
 """Values of an index held in memory at once, where they are read from files."""
+DAMAGED = "the file is incomplete or damaged: copy or tokenize it again"
 
 
 def data_file(prefix: str | Path) -> Path:
@@ -66,6 +63,25 @@ def index_file(prefix: str | Path) -> Path:
 def exists(prefix: str | Path) -> bool:
     """Whether both files are there."""
     return data_file(prefix).is_file() and index_file(prefix).is_file()
+
+
+def publish(renames: Sequence[tuple[str | Path, str | Path]]) -> None:
+    """Give finished files their names, in order: those of `.bin` before those of `.idx`.
+
+    An old index is never seen beside new data: it goes first, the new one comes last. A renaming that was done before is passed over.
+    """
+    there = [(source, target) for source, target in renames if os.path.exists(source)]
+    if any(str(target).endswith(".bin") for _, target in there):
+        for _, target in renames:
+            if str(target).endswith(".idx"):
+                Path(target).unlink(missing_ok=True)
+    for source, target in there:
+        os.replace(source, target)
+
+
+def map_values(path: Path, dtype: np.dtype[Any]) -> NDArray[np.number]:
+    """The values of a file, mapped into memory; an empty file cannot be mapped."""
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
 
 
 def best_dtype(vocab_size: int | None) -> np.dtype:
@@ -158,19 +174,18 @@ class IndexedDataset:
 
     def _header(self, raw: NDArray[np.uint8]) -> tuple[np.dtype, int, int]:
         path = index_file(self.prefix)
-        fix = "the file is incomplete or damaged: copy or tokenize it again"
         if raw.size < HEADER.size:
-            raise DataError(f"the index has {raw.size} bytes, less than its header", where=str(path), fix=fix)
+            raise DataError(f"the index has {raw.size} bytes, less than its header", where=str(path), fix=DAMAGED)
         _, version, code, n, marks = HEADER.unpack(raw[: HEADER.size].tobytes())
         if version != VERSION:
             raise DataError(
                 f"index version {version} is not known (only {VERSION})", where=str(path), fix="tokenize again with this project's tools"
             )
         if code not in DTYPES:
-            raise DataError(f"dtype code {code} is not known (1 to 8)", where=str(path), fix=fix)
+            raise DataError(f"dtype code {code} is not known (1 to 8)", where=str(path), fix=DAMAGED)
         expected = HEADER.size + 12 * n + 8 * marks
         if raw.size != expected:
-            raise DataError(f"the index has {raw.size} bytes, its header promises {expected} ({n} sequences)", where=str(path), fix=fix)
+            raise DataError(f"the index has {raw.size} bytes, its header promises {expected} ({n} sequences)", where=str(path), fix=DAMAGED)
         return DTYPES[code], n, marks
 
     def _open_data(self) -> NDArray[np.number]:
@@ -188,7 +203,7 @@ class IndexedDataset:
             last = int(self._offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
             if int(self._offsets[0]) != 0 or last != found:
                 raise DataError("the index's offsets do not cover the data file", where=str(index_file(self.prefix)), fix="tokenize again")
-        return np.asarray(np.memmap(path, dtype=self.dtype, mode="r")) if found else np.zeros(0, self.dtype)
+        return map_values(path, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -227,91 +242,3 @@ class IndexedDataset:
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)
-
-
-class IndexedDatasetBuilder:
-    """Writes one pair. Files appear under their names only in `finalize`; without it nothing is left behind.
-
-    >>> import tempfile
-    >>> prefix = tempfile.mkdtemp() + "/letters"
-    >>> with IndexedDatasetBuilder(prefix, best_dtype(100)) as builder:
-    ...     builder.add_document([5, 6, 0])
-    ...     builder.finalize()
-    >>> IndexedDataset(prefix)[0].tolist()
-    [5, 6, 0]
-    """
-
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
-        self.prefix = str(prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if self.dtype not in DTYPES.values():
-            raise DataError(
-                f"dtype {self.dtype} has no code in the .idx format", where=self.prefix, fix=f"one of {[str(d) for d in DTYPES.values()]}"
-            )
-        self._sizes, self._marks = array("i"), array("q")
-        suffix = f".tmp.{os.getpid()}"
-        self._data_tmp, self._index_tmp = Path(f"{self.prefix}.bin{suffix}"), Path(f"{self.prefix}.idx{suffix}")
-        try:
-            self._data_tmp.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._data_tmp.open("wb")
-        except OSError as error:
-            raise DataError(f"cannot write: {error.strerror}", where=str(self._data_tmp), fix="choose a writable output prefix") from error
-
-    def add_document(self, ids: ArrayLike) -> None:
-        """Append one document, [length]; values must fit the dtype (nothing wraps around)."""
-        values = np.asarray(ids).reshape(-1)
-        self._write(values)
-        self._sizes.append(values.size)
-        self._marks.append(len(self._sizes))
-
-    def _write(self, values: NDArray[np.generic]) -> None:
-        if values.size and self.dtype.kind in "iu" and not np.can_cast(values.dtype, self.dtype):
-            low, high, info = values.min(), values.max(), np.iinfo(self.dtype)
-            if values.dtype.kind == "f" or low < info.min or high > info.max:
-                raise DataError(f"values {low} to {high} do not fit {self.dtype}", where=self.prefix, fix="choose a wider dtype (int32)")
-        self._file.write(values.astype(self.dtype, copy=False).tobytes())
-
-    def merge(self, prefix: str | Path) -> None:
-        """Append every document of another pair, keeping its document marks."""
-        other = IndexedDataset(prefix)
-        if other.dtype == self.dtype:
-            with data_file(prefix).open("rb") as source:
-                shutil.copyfileobj(source, self._file, COPY_BYTES)
-        else:
-            for start in range(0, other.values.size, COPY_BYTES):
-                self._write(other.values[start : start + COPY_BYTES])
-        before = len(self._sizes)
-        self._sizes.frombytes(np.asarray(other.sizes, dtype=np.int32).tobytes())
-        # A merge tool of old wrote [0] for the marks of N sequences: each sequence is then a document.
-        marks = other.doc_idx[1:] if len(other.doc_idx) > 1 else np.arange(1, len(other) + 1)
-        self._marks.frombytes((np.asarray(marks, dtype=np.int64) + before).tobytes())
-
-    def finalize(self) -> None:
-        """Write the index, then give both files their names."""
-        sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.zeros(0, np.int32)
-        ends = np.frombuffer(self._marks, dtype=np.int64) if self._marks else np.zeros(0, np.int64)
-        with self._index_tmp.open("wb") as index:
-            write_index(index, self.dtype, (len(sizes), len(ends)), lambda: [sizes], [ends])
-            index.flush()
-            os.fsync(index.fileno())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        # An old index must never be seen beside new data: it goes first, the new one comes last.
-        with suppress(FileNotFoundError):
-            index_file(self.prefix).unlink()
-        os.replace(self._data_tmp, data_file(self.prefix))
-        os.replace(self._index_tmp, index_file(self.prefix))
-
-    def abort(self) -> None:
-        """Remove what was written so far."""
-        self._file.close()
-        for path in (self._data_tmp, self._index_tmp):
-            with suppress(FileNotFoundError):
-                path.unlink()
-
-    def __enter__(self) -> IndexedDatasetBuilder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.abort()

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One split as this rank reads it: samples in sampler order, collated, read ahead by threads. Knows no files."""
+"""One split as this rank reads it: samples in sampler order, collated, read ahead by threads. Samples may be left out.
+
+A position is a count of samples over all ranks, those left out not counted; a number is a sample's place in the data.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron.data.blend import Dataset
-from megatron.data.sampler import micro_batches
-from megatron.data.skipping import Skipped
 from megatron.data.streams import Item
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron.data.batch import Batch
+
 
 Collate = Callable[[Sequence[Item]], "Batch"]
 READ_AHEAD = 2
@@ -86,3 +88,72 @@ def read_ahead(plan: Iterator[range], make: Callable[[range], Batch], num_worker
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def micro_batches(start: int, stop: int | None, *, micro_batch_size: int, rank: int, size: int) -> Iterator[range]:
+    """This rank's micro batches, one after the other, as ranges of global sample numbers.
+
+    Global micro batch k covers the samples [start + k m size, start + (k + 1) m size), m the micro batch size, and rank r its r-th
+    slice of m. So a step of B samples that begins at j B covers [j B, (j + 1) B) whatever the ranks, the micro batch and the
+    accumulation are, and a run that goes on from any count sees what it would have seen uninterrupted.
+
+    stop: samples there are; a global micro batch that is not wholly below it is not given. None: without end.
+
+    >>> list(micro_batches(0, 9, micro_batch_size=2, rank=1, size=2))
+    [range(2, 4), range(6, 8)]
+    """
+    if start < 0 or micro_batch_size < 1 or not 0 <= rank < size:
+        raise ConfigError(f"no micro batches for start {start}, micro batch size {micro_batch_size}, rank {rank} of {size}")
+    stride = micro_batch_size * size
+    while stop is None or start + stride <= stop:
+        first = start + rank * micro_batch_size
+        yield range(first, first + micro_batch_size)
+        start += stride
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Ranges [start, end) of sample numbers, in order, that do not touch.
+
+    >>> skipped = Skipped().with_ranges([(8, 12), (4, 6)])
+    >>> [skipped.number(position) for position in range(8)]
+    [0, 1, 2, 3, 6, 7, 12, 13]
+    >>> skipped.numbers(2, 7)
+    [(2, 4), (6, 8), (12, 13)]
+    """
+
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def with_ranges(self, more: Iterable[tuple[int, int]]) -> Skipped:
+        """These and more."""
+        joined: list[tuple[int, int]] = []
+        for start, end in sorted([*self.ranges, *more]):
+            if joined and start <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            elif start < end:
+                joined.append((start, end))
+        return Skipped(tuple(joined))
+
+    def number(self, position: int) -> int:
+        """The number of the sample at a position."""
+        for start, end in self.ranges:
+            if position < start:
+                break
+            position += end - start
+        return position
+
+    def numbers(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The numbers of the samples at positions [start, end), as ranges [start, end)."""
+        found: list[tuple[int, int]] = []
+        position, number = 0, 0  # where the samples between two ranges begin
+        for low, high in (*self.ranges, (None, 0)):
+            length = end if low is None else low - number
+            first, last = max(start, position), min(end, position + length)
+            if first < last:
+                found.append((number + first - position, number + last - position))
+            position, number = position + length, high
+        return found
+
+    def positions(self, size: int) -> int:
+        """How many positions `size` samples have."""
+        return size - sum(max(0, min(end, size) - start) for start, end in self.ranges)

@@ -10,7 +10,7 @@ from enum import Enum
 from statistics import median
 from typing import Any
 
-from megatron.data.skipping import Skipped
+from megatron.data.loader import Skipped
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import DivergenceError, TrainingError
 from megatron.hooks.base import BaseHook, TrainState, Verdict

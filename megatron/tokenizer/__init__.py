@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text <-> ids, whatever library does it."""
 
-from megatron.tokenizer.registry import open_tokenizer, set_library_threads
-from megatron.tokenizer.select_backend import Settled, select_backend, settle_open
+from megatron.tokenizer.registry import Settled, open_tokenizer, select_backend, set_library_threads, settle_open
 from megatron.tokenizer.tokenizer import (
     RaggedIds,
     Tokenizer,

@@ -53,7 +53,8 @@ def flip(folder: Path) -> None:
 
 def rewrite(folder: Path, order: Callable[[list[Any]], list[Any]]) -> None:
     """The documents of the corpus in another order, or fewer of them."""
-    from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    from megatron.data.indexed_dataset import IndexedDataset
+    from tests.support.indexed import IndexedDatasetBuilder
 
     dataset = IndexedDataset(str(folder / CORPUS))
     documents = [np.array(dataset[number]) for number in range(len(dataset))]

@@ -15,8 +15,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
 from megatron.atomic_io import atomic_path, write_durably  # noqa: E402
-from megatron.data.inspect.lengths import LIMITS, Lengths, Report, read_lengths, summarise  # noqa: E402
-from megatron.data.inspect.measuring import measure  # noqa: E402
+from megatron.data.inspect.lengths import (  # noqa: E402
+    LIMITS,
+    Lengths,
+    Report,
+    measure,  # noqa: E402
+    read_lengths,
+    summarise,
+)
 from megatron.data.preprocess import flags as shared  # noqa: E402
 from megatron.data.preprocess.encoders import TextSource  # noqa: E402
 from megatron.data.preprocess.inputs import find  # noqa: E402

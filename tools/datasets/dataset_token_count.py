@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.data.inspect.legacy import open_any  # noqa: E402
+from megatron.data.legacy_dataset import open_any  # noqa: E402
 from megatron.errors import NeoXError  # noqa: E402
 
 USAGE = "usage: dataset_token_count.py PREFIX [PREFIX ...]\n\nPrints the number of tokens of each dataset. PREFIX: path without .bin/.idx."

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
 from megatron.data.inspect.inspecting import Agreement, DatasetStatistics, Pair, compare, labels_beside, statistics  # noqa: E402
-from megatron.data.inspect.legacy import open_any  # noqa: E402
+from megatron.data.legacy_dataset import open_any  # noqa: E402
 from megatron.errors import DataError, ExitStatus, NeoXError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, open_tokenizer  # noqa: E402

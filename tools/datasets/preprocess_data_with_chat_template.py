@@ -11,8 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
 from megatron.data.chat.masks import Borders, Masking  # noqa: E402
-from megatron.data.chat.pairs import PairSource  # noqa: E402
-from megatron.data.chat.preview import preview  # noqa: E402
+from megatron.data.chat.pairs import (
+    PairSource,  # noqa: E402
+    preview,  # noqa: E402
+)
 from megatron.data.chat.sources import ChatFormat, ChatSource, chat_format  # noqa: E402
 from megatron.data.preprocess import flags as shared  # noqa: E402
 from megatron.data.preprocess.blocks import BlockStart  # noqa: E402

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
+from megatron.data.preprocess.blocks import texts  # noqa: E402
 from megatron.data.preprocess.inputs import find  # noqa: E402
-from megatron.data.preprocess.reading import texts  # noqa: E402
 from megatron.data.preprocess.sources import Files  # noqa: E402
 from megatron.errors import NeoXError  # noqa: E402
 from megatron.log import setup_logging  # noqa: E402

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megatron.data.chat.template import ChatTemplate, RenderError, Span
 from megatron.data.chat.turns import Conversation, UnmaskableError, check_prefix, mark, rendered, wanted_turns
 from megatron.data.preprocess.encoders import UNTRAINED
-from megatron.tokenizer.spans import Spans, SpanTokenizer
+from megatron.tokenizer.hugging_face import Spans, SpanTokenizer
 
 NEOX_FIX = "--turn-borders exact masks it"
 

@@ -6,20 +6,20 @@ Both answers have the same prompt ids: the text is cut where the answers begin u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron.data.chat.masks import Masked, close, count_trained, trained_tokens
 from megatron.data.chat.records import answered, common_turns, fixed
-from megatron.data.chat.sources import IDS, NOTHING, ChatFormat
+from megatron.data.chat.sources import IDS, NOTHING, ChatEncoder, ChatFormat
 from megatron.data.chat.turns import Conversation, Marked, UnmaskableError, mark
-from megatron.data.preprocess.encoders import UNTRAINED, Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
-from megatron.tokenizer.spans import Spans
+from megatron.data.preprocess.encoders import LENGTHS, UNTRAINED, Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
+from megatron.tokenizer.hugging_face import Spans, SpanTokenizer
 
-LENGTHS = "lengths"
 SAME = "chosen equals rejected"
 PROMPTS_DIFFER = "the prompts differ"
 
@@ -127,3 +127,28 @@ def _boundary(spans: Spans, cut: int) -> int | None:
     """How many tokens lie before the character `cut`; None where one lies across it."""
     count = int((spans.starts < cut).sum())
     return count if (spans.ends[:count] <= cut).all() else None
+
+
+SHOWN_TOKENS = 300
+
+
+def preview(encoder: ChatEncoder | PairEncoder, records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Stream -> the text of the first record that gives documents, with [[ ]] around what is trained; empty if none does."""
+    for record in records:
+        streams = encoder([record]).streams
+        if any(len(stream.sizes) for stream in streams.values()):
+            names = [name for name in streams if not name.endswith(("_label", "_reward")) and name != LENGTHS]
+            return {
+                name: shown(encoder.tokenizer, streams[name].values, streams[f"{name}_label"].values if f"{name}_label" in streams else ())
+                for name in names
+            }
+    return {}
+
+
+def shown(tokenizer: SpanTokenizer, ids: Iterable[int], labels: Iterable[int]) -> str:
+    """The text of the first SHOWN_TOKENS ids, with [[ ]] around what is trained."""
+    numbers, marks = list(map(int, ids)), [label != UNTRAINED for label in labels]
+    marks = marks or [False] * len(numbers)
+    runs = groupby(zip(numbers[:SHOWN_TOKENS], marks[:SHOWN_TOKENS], strict=True), key=lambda pair: pair[1])
+    text = "".join(f"[[{part}]]" if trained else part for trained, run in runs for part in [tokenizer.decode([one for one, _ in run])])
+    return text + (f" ... ({len(numbers) - SHOWN_TOKENS} more tokens)" if len(numbers) > SHOWN_TOKENS else "")

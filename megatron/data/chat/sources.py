@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.chat.folder import special_tokens, template_sources
 from megatron.data.chat.masks import Borders, EncodingPlan, Masked, Masking, close, count_trained, masked, plan
 from megatron.data.chat.records import answered, fixed, reward_of, talk_of
-from megatron.data.chat.template import ChatTemplate
+from megatron.data.chat.template import ChatTemplate, special_tokens, template_sources
 from megatron.data.chat.turns import UnmaskableError
 from megatron.data.preprocess.encoders import Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
-from megatron.tokenizer.hugging_face import from_hub
-from megatron.tokenizer.spans import SpanTokenizer
+from megatron.tokenizer.hugging_face import SpanTokenizer, from_hub
 
 IDS = StreamFormat(np.dtype("<i4"))
 REWARDS = StreamFormat(np.dtype("<f4"), integral=np.dtype("<i4"))

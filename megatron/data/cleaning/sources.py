@@ -19,8 +19,7 @@ import orjson
 
 from megatron.data.cleaning.document import Document, StageStats
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
-from megatron.data.preprocess.compressed import open_compressed
-from megatron.data.preprocess.inputs import FileKind, find, kind_of
+from megatron.data.preprocess.inputs import FileKind, find, kind_of, open_compressed
 from megatron.data.preprocess.sources import Files, line_blocks
 from megatron.errors import DataError
 

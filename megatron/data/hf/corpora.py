@@ -14,9 +14,10 @@ from typing import Any
 from megatron.data.hf.download import Remote, fetch
 from megatron.data.hf.hub import find as find_on_hub
 from megatron.data.hf.request import Data
+from megatron.data.preprocess.blocks import RecordSource
 from megatron.data.preprocess.inputs import KNOWN
 from megatron.data.preprocess.inputs import find as find_inputs
-from megatron.data.preprocess.sources import Files, MadeHere, RecordSource
+from megatron.data.preprocess.sources import Files, MadeHere
 from megatron.errors import DataError
 
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"

@@ -21,7 +21,7 @@ from megatron.data.hf.detect import Found, How
 from megatron.data.hf.hub import tokenizer_folder
 from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.hf.request import Tokens, is_path
-from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.blocks import FIRST_RECORDS, BlockStart, RecordSource
 from megatron.data.preprocess.encoders import (
     UNTRAINED,
     Dropped,
@@ -34,8 +34,6 @@ from megatron.data.preprocess.encoders import (
     TextSource,
 )
 from megatron.data.preprocess.flags import choose
-from megatron.data.preprocess.reading import FIRST_RECORDS
-from megatron.data.preprocess.sources import RecordSource
 from megatron.errors import ConfigError
 from megatron.hub.retry import Sleep
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer

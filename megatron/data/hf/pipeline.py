@@ -16,7 +16,7 @@ from typing import Any, cast
 import orjson
 
 from megatron.atomic_io import atomic_write
-from megatron.data.chat.preview import preview
+from megatron.data.chat.pairs import preview
 from megatron.data.hf import hub
 from megatron.data.hf.detect import Found, How, detect
 from megatron.data.hf.encoders import TEMPLATED, Opened, encoding_of, open_tokens
@@ -25,13 +25,11 @@ from megatron.data.hf.record_adapters import RecordAdapter
 from megatron.data.hf.request import PrepareRequest, check
 from megatron.data.hf.stage_cache import PrepareStage, Result, StageCache
 from megatron.data.indexed_dataset import data_file, index_file
-from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.blocks import FIRST_RECORDS, BlockStart, RecordSource
 from megatron.data.preprocess.encoders import Dropped, EncoderSource, Fault
-from megatron.data.preprocess.progress import EncodingProgress
-from megatron.data.preprocess.reading import FIRST_RECORDS
-from megatron.data.preprocess.resumable_output import Counts
-from megatron.data.preprocess.sources import Files, RecordSource
-from megatron.data.preprocess.writer import Options, encoded, open_encoder, stream_prefix, tally, write
+from megatron.data.preprocess.resumable_output import Counts, stream_prefix
+from megatron.data.preprocess.sources import Files
+from megatron.data.preprocess.writer import EncodingProgress, Options, encoded, open_encoder, tally, write
 from megatron.errors import DataError, NeoXError
 from megatron.hub.retry import Sleep
 from megatron.log import get_logger

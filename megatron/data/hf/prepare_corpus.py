@@ -16,10 +16,11 @@ from megatron.data.hf.corpora import Corpus, find
 from megatron.data.hf.download import Remote, fetch
 from megatron.data.hf.stage_cache import files_are_whole
 from megatron.data.indexed_dataset import data_file, index_file
+from megatron.data.preprocess.blocks import first_texts, texts
 from megatron.data.preprocess.encoders import TextSource
 from megatron.data.preprocess.flags import choose
-from megatron.data.preprocess.reading import first_texts, texts
-from megatron.data.preprocess.writer import Options, stream_prefix, write
+from megatron.data.preprocess.resumable_output import stream_prefix
+from megatron.data.preprocess.writer import Options, write
 from megatron.errors import DataError
 from megatron.log import get_logger
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer

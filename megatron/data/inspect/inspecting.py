@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.indexed_dataset import IndexedDataset, exists
-from megatron.data.inspect.legacy import LegacyDataset
+from megatron.data.legacy_dataset import LegacyDataset
 from megatron.data.preprocess.encoders import UNTRAINED
 
 BLOCK_VALUES = 4 * 2**20

@@ -7,6 +7,7 @@ Letters: n samples, k rows per sample (1 for single sequences; 2 for preference 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -14,9 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron.data.indexed_dataset import exists
+from megatron.data.indexed_dataset import IndexedDataset, exists
 from megatron.data.inspect.inspecting import first_trained, labels_beside, quantiles
-from megatron.data.inspect.legacy import open_any
+from megatron.data.legacy_dataset import LegacyDataset, open_any
+from megatron.data.preprocess.blocks import BlockStart, RecordSource
+from megatron.data.preprocess.encoders import LENGTHS, EncodedRecords, EncoderSource, Ragged
+from megatron.data.preprocess.writer import Options, encoded
 from megatron.errors import DataError
 
 LIMITS = tuple(2**power for power in range(10, 16))
@@ -112,8 +116,7 @@ def read_lengths(prefixes: Sequence[str], *, rejected: str | None = None) -> Len
     parts = [_read(prefix) for prefix in prefixes]
     if len({part.rows.shape[1] for part in parts}) > 1:
         raise DataError("some inputs are preference pairs, others single sequences", fix="look at them one after the other")
-    known = [part.prompt for part in parts if part.prompt is not None]
-    return Lengths(np.concatenate([part.rows for part in parts]), np.concatenate(known) if len(known) == len(parts) else None)
+    return _joined(parts)
 
 
 def summarise(lengths: Lengths, *, coverage: float = 0.95, max_length: int | None = None, tokens_per_second: float | None = None) -> Report:
@@ -173,15 +176,22 @@ def _read(prefix: str) -> Lengths:
 def _single(prefix: str) -> Lengths:
     tokens = open_any(prefix)
     beside = labels_beside(prefix)
-    rows = tokens.sizes.astype(np.int64)[:, None]
-    if beside is None:
-        return Lengths(rows)
-    labels = open_any(beside)
-    if not np.array_equal(tokens.sizes, labels.sizes):
+    labels = None if beside is None else open_any(beside)
+    if labels is not None and not np.array_equal(tokens.sizes, labels.sizes):
         raise DataError(
             "the labels have other lengths than the tokens", where=beside, fix="look at both with tools/datasets/inspect_dataset.py"
         )
-    return Lengths(rows, first_trained(labels.values, labels.sizes)[:, None])
+    return _of_sequences(tokens.sizes, labels)
+
+
+def _of_sequences(sizes: NDArray[np.int32], labels: IndexedDataset | LegacyDataset | Ragged | None) -> Lengths:
+    return Lengths(sizes.astype(np.int64)[:, None], None if labels is None else first_trained(labels.values, labels.sizes)[:, None])
+
+
+def _joined(parts: Sequence[Lengths], axis: int = 0) -> Lengths:
+    prompts = [part.prompt for part in parts if part.prompt is not None]
+    rows = np.concatenate([part.rows for part in parts], axis=axis)
+    return Lengths(rows, np.concatenate(prompts, axis=axis) if len(prompts) == len(parts) else None)
 
 
 def _pair(chosen: str, rejected: str) -> Lengths:
@@ -190,8 +200,7 @@ def _pair(chosen: str, rejected: str) -> Lengths:
         raise DataError(
             f"{len(sides[0].rows)} chosen documents, {len(sides[1].rows)} rejected", where=rejected, fix="make both from the same file"
         )
-    prompts = [side.prompt for side in sides if side.prompt is not None]
-    return Lengths(np.concatenate([side.rows for side in sides], axis=1), np.concatenate(prompts, axis=1) if len(prompts) == 2 else None)
+    return _joined(sides, axis=1)
 
 
 def _stored(stem: str) -> Lengths:
@@ -200,8 +209,46 @@ def _stored(stem: str) -> Lengths:
     stored = open_any(path)
     if bool((stored.sizes != 3).any()):
         raise DataError("a document of lengths must hold three numbers", where=path, fix="make the set again")
-    prompt, chosen, rejected = np.asarray(stored.values, dtype=np.int64).reshape(-1, 3).T
+    lengths = _of_triples(stored.values)
     tokens = f"{stem}_chosen_document"
-    if exists(tokens) and not np.array_equal(open_any(tokens).sizes, prompt + chosen):
+    if exists(tokens) and not np.array_equal(open_any(tokens).sizes, lengths.rows[:, 0]):
         raise DataError("the stored lengths are not those of the token files", where=path, fix="make the set again")
+    return lengths
+
+
+def _of_triples(values: NDArray[Any]) -> Lengths:
+    prompt, chosen, rejected = values.astype(np.int64).reshape(-1, 3).T
     return of_pairs(prompt, prompt + chosen, prompt + rejected)
+
+
+class Measured(NamedTuple):
+    """lengths: of the records that give a sample; left_out: reason -> records that give none"""
+
+    lengths: Lengths
+    left_out: Counter[str]
+
+
+def measure(source: RecordSource, encoder_source: EncoderSource, *, workers: int = 1, skip_bad: int = 0) -> Measured:
+    """Encode every record. Raises DataError for more than `skip_bad` malformed ones."""
+    parts: list[Lengths] = []
+    left_out: Counter[str] = Counter()
+    for done in encoded(source, None, encoder_source, BlockStart(), Options(workers=workers)):
+        if done.num_faults:
+            left_out["malformed"] += done.num_faults
+            if left_out["malformed"] > skip_bad:
+                where, what = done.faults[0]
+                raise DataError(what, where=where, fix="fix or remove the record, or leave some out with --skip-bad N")
+        left_out += done.batch.dropped
+        if done.batch.documents:
+            parts.append(_lengths(done.batch))
+    if not parts:
+        raise DataError("no record gives a sample", fix="check the input and its keys")
+    return Measured(_joined(parts), left_out)
+
+
+def _lengths(batch: EncodedRecords) -> Lengths:
+    """Pairs tell their lengths themselves; else the first stream is one of tokens."""
+    if LENGTHS in batch.streams:
+        return _of_triples(batch.streams[LENGTHS].values)
+    key = next(iter(batch.streams))
+    return _of_sequences(batch.streams[key].sizes, batch.streams.get(f"{key}_label"))

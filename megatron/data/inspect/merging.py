@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several `.bin/.idx` pairs into one, in memory that does not grow with them. Knows files and streams, no tokens' meaning."""
+"""Several `.bin/.idx` pairs into one, in memory that does not grow with them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import glob
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.atomic_io import atomic_path
 from megatron.data.indexed_dataset import COPY_BYTES, DTYPES, HEADER, INDEX_STEP, data_file, index_file, write_index
-from megatron.data.inspect.legacy import is_legacy, open_any
+from megatron.data.legacy_dataset import is_legacy, open_any
 from megatron.errors import DataError
 
 STREAM = re.compile(r"(?:_(chosen|rejected))?(?:_(label|reward|lengths))?_document$")
@@ -112,25 +113,19 @@ def merge(prefixes: Sequence[str], output: str | Path) -> Merged:
     )
     _check_space(done)
     _clear_leftovers(output)
-    data_tmp, index_tmp = (Path(f"{path}.tmp.{os.getpid()}") for path in (data_file(output), index_file(output)))
     try:
-        with data_tmp.open("wb") as file:
-            for prefix, head in zip(prefixes, heads, strict=True):
-                _copy_values(prefix, head.dtype, dtype, file)
-            _settle(file)
-        with index_tmp.open("wb") as file:
-            write_index(file, done.dtype, (done.sequences, done.documents), lambda: _all_sizes(done.parts), _all_ends(done.parts))
-            _settle(file)
-        # An old index must never be seen beside new data: it goes first, the new one comes last.
-        index_file(output).unlink(missing_ok=True)
-        os.replace(data_tmp, data_file(output))
-        os.replace(index_tmp, index_file(output))
+        with atomic_path(index_file(output)) as index, atomic_path(data_file(output)) as data:
+            with data.open("wb") as file:
+                for prefix, head in zip(prefixes, heads, strict=True):
+                    _copy_values(prefix, head.dtype, dtype, file)
+                _settle(file)
+            with index.open("wb") as file:
+                write_index(file, done.dtype, (done.sequences, done.documents), lambda: _all_sizes(done.parts), _all_ends(done.parts))
+                _settle(file)
+            # An old index must never be seen beside new data: it goes first, the new one comes last.
+            index_file(output).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write: {error.strerror}", where=str(output), fix="free some space, or choose another folder") from error
-    finally:
-        for path in (data_tmp, index_tmp):
-            with suppress(OSError):
-                path.unlink()
     return done
 
 
@@ -223,8 +218,8 @@ def _clear_leftovers(output: str | Path) -> None:
     """Remove what runs that were killed left behind."""
     for path in (data_file(output), index_file(output)):
         for left in path.parent.glob(f"{glob.escape(path.name)}.tmp.*"):
-            number = left.suffix[1:]
-            if number.isdecimal() and not Path(f"/proc/{number}").exists():
+            number, _, host = left.name.removeprefix(f"{path.name}.tmp.").partition(".")
+            if number.isdecimal() and host in ("", socket.gethostname()) and not Path(f"/proc/{number}").exists():
                 left.unlink(missing_ok=True)
 
 

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block: some records on their way from an input to an encoder, still as bytes. Knows no file system and no encoder."""
+"""A block: some records on their way from an input to an encoder, still as bytes; what gives blocks; and the texts that they hold."""
 
 from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
+from megatron.errors import DataError
+
 SHOWN_KEYS = 12
+FIRST_RECORDS = 64
+FIRST_CHARACTERS = 1 << 17
 
 
 class BlockStart(NamedTuple):
@@ -143,6 +148,23 @@ class RecordBlock(SourceBlock):
         return Records(self.payload, list(range(self.first, self.first + len(self.payload))))
 
 
+class RecordSource(Protocol):
+    """Records in a fixed order."""
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of the input, for progress; None = not known."""
+        ...
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What tells this input from any other: plain values, one dict per file."""
+        ...
+
+    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
+        """The blocks from `start` on."""
+        ...
+
+
 def keys_of(record: Any) -> str:
     """The keys of a record, for an error.
 
@@ -151,3 +173,28 @@ def keys_of(record: Any) -> str:
     """
     names = list(record) if isinstance(record, dict) else [type(record).__name__]
     return ", ".join(map(str, names[:SHOWN_KEYS])) + (", ..." if len(names) > SHOWN_KEYS else "")
+
+
+def texts(source: RecordSource, key: str = "text") -> Iterator[str]:
+    """The text under `key` of every record. Raises DataError naming file and line of one without, or that cannot be read."""
+    for block in source.blocks(BlockStart()):
+        read = block.read()
+        if read.faults:
+            number, what = read.faults[0]
+            raise DataError(what, where=block.label(number), fix="fix or remove it")
+        for number, record in zip(read.numbers, read.records, strict=True):
+            if not isinstance(record.get(key), str):
+                what = f"no text under {key!r} (found: {keys_of(record)})"
+                raise DataError(what, where=block.label(number), fix="name the key that holds the text")
+            yield record[key]
+
+
+def first_texts(source: RecordSource, keys: Sequence[str]) -> list[str]:
+    """What texts there are under `keys` in the first records; what cannot be read is passed over."""
+    first = (record for block in source.blocks(BlockStart()) for record in block.read().records)
+    found: list[str] = []
+    for record in islice(first, FIRST_RECORDS):
+        found += [record[key] for key in keys if isinstance(record.get(key), str)]
+        if sum(map(len, found)) > FIRST_CHARACTERS:
+            break
+    return found

@@ -18,6 +18,8 @@ from megatron.tokenizer.tokenizer import encodable
 
 UNTRAINED = -100
 """FORMAT: the label of a token that is not trained."""
+LENGTHS = "lengths"
+"""The stream of preference pairs: 3 values per pair, the tokens of the prompt, of the chosen and of the rejected answer."""
 
 Encoded = Mapping[str, NDArray[Any]]
 """StreamFormat -> values [n] of one document."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.data.preprocess.blocks import RecordSource, first_texts
 from megatron.data.preprocess.encoding_pool import usable_cores
 from megatron.data.preprocess.inputs import KNOWN
-from megatron.data.preprocess.reading import first_texts
-from megatron.data.preprocess.sources import RecordSource
 from megatron.data.preprocess.writer import Options, WrittenDataset
 from megatron.errors import ConfigError
 from megatron.log import get_logger

@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from megatron.data.fingerprint import digest_of, whole_limit
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, LineBlock, RecordBlock, SourceBlock, TextBlock
-from megatron.data.preprocess.compressed import DAMAGED, open_compressed, reader
-from megatron.data.preprocess.inputs import FileKind, InputFile, kind_of
+from megatron.data.preprocess.inputs import DAMAGED, FileKind, InputFile, kind_of, open_compressed, reader
 from megatron.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -26,23 +25,6 @@ DIGEST_THREADS = 8
 ROWS = 1024  # rows decoded of a Parquet file at once
 BOM = b"\xef\xbb\xbf"
 BROKEN = (*DAMAGED, zipfile.BadZipFile, tarfile.TarError)
-
-
-class RecordSource(Protocol):
-    """Records in a fixed order."""
-
-    @property
-    def total_bytes(self) -> int | None:
-        """Bytes of the input, for progress; None = not known."""
-        ...
-
-    def facts(self) -> list[dict[str, Any]]:
-        """What tells this input from any other: plain values, one dict per file."""
-        ...
-
-    def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
-        """The blocks from `start` on."""
-        ...
 
 
 @dataclass(frozen=True)

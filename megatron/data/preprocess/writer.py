@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source of records through an encoder into `.bin/.idx` streams: in order, in constant memory, all or nothing, resumable.
-Knows no text and no tokenizer."""
+"""A source of records through an encoder into `.bin/.idx` streams: in order, in constant memory, all or nothing, resumable."""
 
 from __future__ import annotations
 
 import errno
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from megatron.data.preprocess.blocks import BlockStart
+from tqdm import tqdm
+
+from megatron.data.preprocess.blocks import BlockStart, RecordSource
 from megatron.data.preprocess.encoders import Encoder, EncoderSource
 from megatron.data.preprocess.encoding_pool import SHOWN, Done, EncodingPool, encode, usable_cores
-from megatron.data.preprocess.progress import EncodingProgress
 from megatron.data.preprocess.resumable_output import Counts, ResumableOutput
-from megatron.data.preprocess.sources import RecordSource
-from megatron.data.preprocess.stream_files import StreamFiles
 from megatron.errors import DataError
 from megatron.log import get_logger
 from megatron.tokenizer import set_library_threads
 
 log = get_logger(__name__)
+LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,59 @@ class WrittenDataset:
     seconds: float
 
 
-def stream_prefix(prefix: Path, stream: str) -> Path:
-    """FORMAT: `<prefix>_<stream>_document`."""
-    return prefix.with_name(f"{prefix.name}_{stream}_document")
+class EncodingProgress:
+    """A context; `update` costs next to nothing.
+
+    total_bytes: of the input, None where not known; start: what an earlier run had done
+    log_interval: documents between two lines at least; num_docs: documents expected
+    """
+
+    def __init__(self, total_bytes: int | None, start: Counts, log_interval: int, num_docs: int | None) -> None:
+        self.total_bytes, self.num_docs, self.log_interval = total_bytes, num_docs, log_interval
+        self._documents = self._said_documents = start.documents
+        self._bytes = start.source_bytes
+        self._started = self._said = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_bytes, initial=self._bytes, unit="B", unit_scale=True, mininterval=0.5)
+
+    def __enter__(self) -> EncodingProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, counts: Counts) -> None:
+        """Show how far it is, if it is time."""
+        now = time.monotonic()
+        if self._bar is not None:
+            if now - self._said > 0.5:
+                self._said = now
+                self._bar.set_postfix_str(f"{counts.documents} docs, {self._rate(counts, now):.0f} docs/s", refresh=False)
+                self._bar.update(counts.source_bytes - self._bar.n)
+            return
+        if now - self._said > LINE_EVERY_S and counts.documents - self._said_documents >= self.log_interval:
+            self._said, self._said_documents = now, counts.documents
+            log.info("%s", self.line(counts, now))
+
+    def line(self, counts: Counts, now: float) -> str:
+        """Documents, speed and what is left, in one line."""
+        seconds = max(now - self._started, 1e-9)
+        parts = [f"{counts.documents} documents", f"{self._rate(counts, now):.1f} docs/s"]
+        speed = (counts.source_bytes - self._bytes) / seconds
+        if speed > 0:
+            parts.append(f"{speed / 1e6:.2f} MB/s")
+        if self.total_bytes and speed > 0:
+            left = max(self.total_bytes - counts.source_bytes, 0) / speed
+            parts.append(f"{100 * counts.source_bytes / self.total_bytes:.1f} %, {left:.0f} s left")
+        elif self.num_docs and counts.documents > self._documents:
+            left = max(self.num_docs - counts.documents, 0) / self._rate(counts, now)
+            parts.append(f"{100 * counts.documents / self.num_docs:.1f} %, {left:.0f} s left")
+        return ", ".join(parts)
+
+    def _rate(self, counts: Counts, now: float) -> float:
+        return (counts.documents - self._documents) / max(now - self._started, 1e-9)
 
 
 def write(
@@ -74,29 +125,24 @@ def write(
     """
     options = options or Options()
     if options.workers < 1:
-        raise DataError(f"{options.workers} workers cannot work", where="workers", fix="give 1 or more")
+        raise DataError(f"workers must be at least 1, got {options.workers}", where="workers", fix="give 1 or more")
     if encoder is None:
         encoder = open_encoder(encoder_source, options)
     inputs = source.facts()
     stored, asked = dict(encoder.streams), _asked(inputs, encoder_source, encoder, options)
     if options.workers > 1:
         encoder = None  # the other processes have their own; this one does not hold its memory
-    files = {stream: stream_prefix(prefix, stream) for stream in stored}
-    with ResumableOutput(prefix, files, asked=asked) as output:
-        streams = {name: StreamFiles(output.folder, name, stream) for name, stream in stored.items()}
+    with ResumableOutput(prefix, stored, asked=asked) as output:
         try:
-            if not output.publishing:
-                _fill(source, encoder, encoder_source, _Sinks(output, streams), options)
-                output.record(streams, output.position, done=True)
-                output.seal(streams, inputs, options.about, legacy=options.legacy)
+            if not output.journal.publishing:
+                _fill(source, encoder, encoder_source, output, options)
+                output.record(done=True)
+                output.seal(inputs, options.about, legacy=options.legacy)
             output.publish()
         except OSError as error:
             raise _disk_error(error, output) from error
-        finally:
-            for stream in streams.values():
-                stream.close()
-        facts = output.facts
-    return WrittenDataset(files, facts["tokens"], facts["documents"], output.counts, output.counts.seconds)
+    facts, counts = output.journal.facts, output.journal.counts
+    return WrittenDataset(output.files, facts["tokens"], facts["documents"], counts, counts.seconds)
 
 
 def open_encoder(source: EncoderSource, options: Options) -> Encoder:
@@ -109,39 +155,24 @@ def open_encoder(source: EncoderSource, options: Options) -> Encoder:
 def _asked(inputs: list[dict[str, Any]], encoder_source: EncoderSource, encoder: Encoder, options: Options) -> dict[str, Any]:
     """All that the bytes depend on."""
     digest = getattr(getattr(encoder, "tokenizer", None), "digest", "")
-    return {
-        "encoder": repr(encoder_source),
-        "tokenizer": digest,
-        "source": inputs,
-        "legacy": options.legacy,
-        "skip": options.skip_bad,
-    }
+    return {"encoder": repr(encoder_source), "tokenizer": digest, "source": inputs, "legacy": options.legacy, "skip": options.skip_bad}
 
 
-@dataclass
-class _Sinks:
-    output: ResumableOutput
-    streams: dict[str, StreamFiles]
-
-
-def _fill(source: RecordSource, encoder: Encoder | None, encoder_source: EncoderSource, sinks: _Sinks, options: Options) -> None:
+def _fill(source: RecordSource, encoder: Encoder | None, encoder_source: EncoderSource, output: ResumableOutput, options: Options) -> None:
     """Everything from where the unfinished run stopped to the end of the source."""
-    output, streams = sinks.output, sinks.streams
-    output.restore(streams)
-    if output.done:
+    output.restore()
+    journal, counts = output.journal, output.journal.counts
+    if journal.done:
         return
-    counts = output.counts
-    with ExitStack() as stack:
-        progress = stack.enter_context(EncodingProgress(source.total_bytes, counts, options.log_interval, options.num_docs))
-        for done in encoded(source, encoder, encoder_source, output.position, options):
+    with EncodingProgress(source.total_bytes, counts, options.log_interval, options.num_docs) as progress:
+        for done in encoded(source, encoder, encoder_source, journal.position, options):
             tally(counts, done, options.skip_bad)
             for name, part in done.batch.streams.items():
-                streams[name].append(part)
+                output.streams[name].append(part)
             progress.update(counts)
             if done.after is not None:
-                output.position = done.after
-                output.record_sometimes(streams)
-    if not any(stream.documents for stream in streams.values()):
+                output.advance(done.after)
+    if not any(stream.documents for stream in output.streams.values()):
         raise DataError(
             "no record gave a document" + _shown(counts.first_dropped),
             where=str(output.prefix),
@@ -152,8 +183,13 @@ def _fill(source: RecordSource, encoder: Encoder | None, encoder_source: Encoder
 def encoded(
     source: RecordSource, encoder: Encoder | None, encoder_source: EncoderSource, start: BlockStart, options: Options
 ) -> Iterator[Done]:
-    """The blocks from `start` on, encoded, in order. encoder: None = each of the other processes opens its own"""
+    """The blocks from `start` on, encoded, in order.
+
+    encoder: of this process; None = it is opened, by each of the other processes where there are several workers
+    """
     blocks = source.blocks(start)
+    if encoder is None and options.workers == 1:
+        encoder = open_encoder(encoder_source, options)
     if encoder is not None:
         for block in blocks:
             yield encode(block, encoder)

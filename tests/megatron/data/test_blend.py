@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.blend import MANY, BlendedDataset, _lagging, _lagging_many, blend_indices
-from megatron.data.weights import normalise, split_bounds
+from megatron.data.blend import MANY, BlendedDataset, _lagging, _lagging_many, blend_indices, normalise, split_bounds
 from megatron.errors import ConfigError, DataError
 
 MANIFEST = json.loads((Path(__file__).parents[2] / "golden" / "samples" / "manifest.json").read_text(encoding="utf-8"))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron.data.build import build_data
-from megatron.data.indexed_dataset import IndexedDatasetBuilder
 from megatron.data.loader import DataSplit
 from megatron.data.streams import Item
 from megatron.errors import ConfigError, DataError
 from megatron.neox_arguments import NeoXArgs
+from tests.support.indexed import IndexedDatasetBuilder
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "samples"
 FILES = {

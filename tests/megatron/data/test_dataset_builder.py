@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megatron.data.dataset_builder import Amount, Recipe, open_dataset, open_mixture, open_streams
-from megatron.data.indexed_dataset import IndexedDatasetBuilder
 from megatron.errors import DataError
+from tests.support.indexed import IndexedDatasetBuilder
 
 ROOT = Path(__file__).parents[3]
 RECIPE = Recipe(seq_length=8, seed=1)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron.data.blend import by_num_documents, normalise, samples_per_member, split_bounds
 from megatron.data.dataset_builder import Amount, Recipe, open_dataset, open_mixture
 from megatron.data.streams import StreamDataset
-from megatron.data.weights import by_num_documents, normalise, samples_per_member, split_bounds
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "samples"
 MANIFEST: dict[str, Any] = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))

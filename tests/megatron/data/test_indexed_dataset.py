@@ -13,17 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.data.indexed_dataset import (
-    DTYPES,
-    IndexedDataset,
-    IndexedDatasetBuilder,
-    best_dtype,
-    data_file,
-    exists,
-    index_file,
-    infer_impl,
-)
+from megatron.data.indexed_dataset import DTYPES, IndexedDataset, best_dtype, data_file, exists, index_file, infer_impl
 from megatron.errors import DataError
+from tests.support.indexed import IndexedDatasetBuilder
 
 SHARED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

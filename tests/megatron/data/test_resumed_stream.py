@@ -14,8 +14,8 @@ import torch
 
 from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import build_data
-from megatron.data.indexed_dataset import IndexedDatasetBuilder
 from megatron.neox_arguments import NeoXArgs
+from tests.support.indexed import IndexedDatasetBuilder
 
 DOCUMENTS, LENGTH = 10, 34  # 340 tokens: 20 samples of 17 an epoch
 PER_EPOCH = DOCUMENTS * LENGTH // 17

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.sampler import micro_batches
+from megatron.data.loader import micro_batches
 from megatron.errors import ConfigError
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data.loader import DataSplit
-from megatron.data.skipping import Skipped
+from megatron.data.loader import DataSplit, Skipped
 
 ranges = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8)).map(lambda pair: (pair[0], pair[0] + pair[1])), max_size=5)
 

@@ -17,7 +17,7 @@ from megatron.errors import DataError
 from megatron.tokenizer import Tokenizer, TokenizerKind, UnencodableText
 from megatron.tokenizer.gigatoken_backend import AT_A_TIME, CHECKED_SHARE, FREE_CHARACTERS, GigatokenTokenizer, newer_characters
 from megatron.tokenizer.hugging_face import EngineTokenizer
-from megatron.tokenizer.select_backend import hard_strings
+from megatron.tokenizer.registry import hard_strings
 from tests.support.engines import SUPPORTED, corpus
 
 # What the standard says nothing of: half of a surrogate pair is no character.

@@ -18,7 +18,7 @@ from megatron.errors import BackendError, DataError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer, select_backend
 from megatron.tokenizer.gigatoken_backend import GigatokenTokenizer
 from megatron.tokenizer.hugging_face import EngineTokenizer, open_hf
-from megatron.tokenizer.select_backend import HARD_STRINGS, hard_strings
+from megatron.tokenizer.registry import HARD_STRINGS, hard_strings
 from tests.support.engines import GOLDEN, SUPPORTED, UNSUPPORTED, corpus
 
 AUTO, HF, GIGATOKEN = TokenizerBackend.AUTO, TokenizerBackend.HF, TokenizerBackend.GIGATOKEN

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.indexed_dataset import IndexedDatasetBuilder
 from support.tree import ROOT
+from tests.support.indexed import IndexedDatasetBuilder
 
 sys.path.insert(0, str(ROOT / "tools" / "datasets"))
 

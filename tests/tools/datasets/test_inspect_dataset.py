@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.inspect.inspecting import compare, labels_beside, statistics
 from support.tree import ROOT
+from tests.support.indexed import IndexedDatasetBuilder
 
 sys.path.insert(0, str(ROOT / "tools" / "datasets"))
 

@@ -18,12 +18,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron.data.indexed_dataset import HEADER, MAGIC, VERSION, IndexedDataset, IndexedDatasetBuilder, data_file
-from megatron.data.inspect.legacy import LegacyDataset
+from megatron.data.indexed_dataset import HEADER, MAGIC, VERSION, IndexedDataset, data_file
 from megatron.data.inspect.merging import merge as library_merge
+from megatron.data.legacy_dataset import LegacyDataset
 from megatron.errors import DataError
 from megatron.tokenizer import TokenizerKind, TokenizerSource, open_tokenizer
 from support.tree import ROOT
+from tests.support.indexed import IndexedDatasetBuilder
 
 sys.path.insert(0, str(ROOT / "tools" / "datasets"))
 

@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from megatron.data.preprocess import progress as room
-from megatron.data.preprocess.progress import EncodingProgress
+from megatron.data.preprocess import writer as room
 from megatron.data.preprocess.resumable_output import Counts
+from megatron.data.preprocess.writer import EncodingProgress
 
 
 def test_speed_counts_from_where_the_run_was_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,8 @@ import pytest
 import zstandard
 
 from megatron.data.preprocess import sources
-from megatron.data.preprocess.blocks import BlockStart
+from megatron.data.preprocess.blocks import BlockStart, texts
 from megatron.data.preprocess.inputs import find
-from megatron.data.preprocess.reading import texts
 from megatron.data.preprocess.sources import Files, MadeHere
 from megatron.errors import DataError
 

@@ -1,25 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The legacy "cached" and "lazy" token files, read only, for tools that turn them into today's. Training never sees them.
-legacy_index.py tells the format, and writes it.
+"""The index of the legacy "cached" and "lazy" datasets: written for users whose other tools still read it, and read by the tools that
+merge, count and inspect. Training reads none of them.
+
+FORMAT, all integers little-endian: magic "TNTIDX\\0\\0", u64 version 1, u64 dtype code, u64 bytes per value, u64 number of sequences n,
+u64 number of sizes, u64 number of document marks, then int64 arrays: dimension marks [n + 1], value offsets [n + 1], sizes [n], document
+marks.
 """
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.indexed_dataset import LEGACY_MAGIC, IndexedDataset, data_file, index_file
-from megatron.data.preprocess.legacy_index import HEADER
+from megatron.data.indexed_dataset import DAMAGED, LEGACY_MAGIC, IndexedDataset, data_file, index_file, map_values
 from megatron.errors import DataError
 
+HEADER = struct.Struct("<8sQQQQQQ")
+# FORMAT: these codes are not those of the .idx format, and there is no uint16.
+CODES = {np.dtype("u1"): 1, np.dtype("i1"): 2, np.dtype("<i2"): 3, np.dtype("<i4"): 4, np.dtype("<i8"): 5}
 # 6 and 7 are the floats of C, or both of 8 bytes, whichever tool wrote them: their width tells.
 DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
-    **{(1, 1): np.dtype("u1"), (2, 1): np.dtype("i1"), (3, 2): np.dtype("<i2"), (4, 4): np.dtype("<i4"), (5, 8): np.dtype("<i8")},
+    **{(code, dtype.itemsize): dtype for dtype, code in CODES.items()},
     **{(code, width): np.dtype(f"<f{width}") for code in (6, 7) for width in (4, 8)},
 }
+
+
+def write_legacy_index(file: IO[bytes], sizes: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+    """The index of sequences of these sizes, one document each."""
+    count = len(sizes)
+    file.write(HEADER.pack(LEGACY_MAGIC, 1, CODES[dtype.newbyteorder("<")], dtype.itemsize, count, count, count + 1))
+    file.write(np.arange(count + 1, dtype="<i8").data)
+    file.write(np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype("<i8").data)
+    file.write(sizes.astype("<i8").data)
+    file.write(np.arange(count + 1, dtype="<i8").data)
 
 
 class LegacyDataset:
@@ -34,25 +51,24 @@ class LegacyDataset:
         self.prefix = str(prefix)
         path, data = index_file(prefix), data_file(prefix)
         raw = path.read_bytes()
-        fix = "the file is incomplete or damaged: copy or tokenize it again"
         if len(raw) < HEADER.size:
-            raise DataError(f"the index has {len(raw)} bytes, less than its header", where=str(path), fix=fix)
+            raise DataError(f"the index has {len(raw)} bytes, less than its header", where=str(path), fix=DAMAGED)
         _, version, code, width, n, dimensions, marks = HEADER.unpack_from(raw)
         if version != 1 or (code, width) not in DTYPES:
-            raise DataError(f"version {version}, dtype code {code}, {width} bytes per value: not known", where=str(path), fix=fix)
+            raise DataError(f"version {version}, dtype code {code}, {width} bytes per value: not known", where=str(path), fix=DAMAGED)
         self.dtype = DTYPES[code, width]
         expected = HEADER.size + 8 * (2 * (n + 1) + dimensions + marks)
         if len(raw) != expected:
-            raise DataError(f"the index has {len(raw)} bytes, its header promises {expected} ({n} sequences)", where=str(path), fix=fix)
+            raise DataError(f"the index has {len(raw)} bytes, its header promises {expected} ({n} sequences)", where=str(path), fix=DAMAGED)
         numbers = np.frombuffer(raw, dtype="<i8", offset=HEADER.size)
         _, starts, sizes, self.doc_idx = np.split(numbers, np.cumsum([n + 1, n + 1, dimensions]))
         if dimensions != n or not np.array_equal(np.diff(starts), sizes) or (n and int(starts[0]) != 0):
-            raise DataError("the sequences are no rows of tokens lying one after the other", where=str(path), fix=fix)
+            raise DataError("the sequences are no rows of tokens lying one after the other", where=str(path), fix=DAMAGED)
         self.sizes: NDArray[np.int32] = sizes.astype("<i4")
         wanted, found = int(starts[-1]) * width, data.stat().st_size
         if wanted != found:
-            raise DataError(f"the data file has {found} bytes, its index promises {wanted}", where=str(data), fix=fix)
-        self.values: NDArray[np.number] = np.asarray(np.memmap(data, dtype=self.dtype, mode="r")) if found else np.zeros(0, self.dtype)
+            raise DataError(f"the data file has {found} bytes, its index promises {wanted}", where=str(data), fix=DAMAGED)
+        self.values = map_values(data, self.dtype)
 
     def __len__(self) -> int:
         return len(self.sizes)
