@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron.checkpoint.formats.neox_files import bookkeeping
-from megatron.checkpoint.loading.hf_view import HFModel
+from megatron.checkpoint.loading.hf_model import HFFolder, HFModel, fetch, is_hf
 from megatron.checkpoint.loading.merge_tp import MLP_OUTPUTS, Shard, read_shards, shard_for, width_over
 from megatron.checkpoint.loading.resume_state import COMPARED_ARGS, only_filling_differs
-from megatron.checkpoint.remote.hub_resolve import HFFolder, fetch, is_hf
-from megatron.checkpoint.remote.s3 import Address, open_client, require_boto3
-from megatron.checkpoint.remote.upload import Uploader
 from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.discovery import Search, find, nothing_saved
 from megatron.checkpoint.steps.manifest import Verify
 from megatron.checkpoint.steps.run_lock import RunLock, held
 from megatron.checkpoint.steps.step_dirs import named_step
+from megatron.checkpoint.steps.upload import Uploader
+from megatron.hub.s3 import Address, open_client, require_boto3
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec

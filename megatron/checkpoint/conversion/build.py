@@ -28,8 +28,8 @@ from megatron.checkpoint.conversion.weights import Foreign, open_foreign
 from megatron.checkpoint.formats.hf_files import read_config
 from megatron.checkpoint.loading.merge_tp import read_shards, width_over
 from megatron.checkpoint.loading.reshard import target_rows
-from megatron.checkpoint.mapping.families.dialects import TE_KEYS, canonical_keys
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of, neox_keys
+from megatron.checkpoint.mapping.dialects import TE_KEYS, canonical_keys
+from megatron.checkpoint.mapping.families import FAMILIES, family_of, neox_keys
 from megatron.checkpoint.steps.manifest import read_manifest
 from megatron.checkpoint.steps.step_dirs import find_tag, named_step, step_of, step_tag
 from megatron.errors import ConfigError

@@ -16,7 +16,7 @@ from megatron.checkpoint.conversion.reward import scoring
 from megatron.checkpoint.conversion.step_writer import StepWriter
 from megatron.checkpoint.conversion.weights import Foreign, Whole, ahead, check_files
 from megatron.checkpoint.formats.hf_files import CONFIG, Planned, write_json, write_shards
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_named, hf_config
+from megatron.checkpoint.mapping.families import FAMILIES, family_named, hf_config
 from megatron.checkpoint.mapping.rows import Bound, Family, bound_rows, from_canonical, to_canonical, usual_names
 from megatron.checkpoint.steps.step_dirs import step_tag, write_latest
 from megatron.errors import CheckpointError, ConfigError

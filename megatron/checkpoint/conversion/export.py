@@ -20,7 +20,7 @@ from megatron.checkpoint.conversion.tokenizer_files import save_tokenizer, write
 from megatron.checkpoint.conversion.weights import Whole
 from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, write_json, write_shards
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.families.registry import FAMILIES, hf_config
+from megatron.checkpoint.mapping.families import FAMILIES, hf_config
 from megatron.checkpoint.mapping.rows import Family, bound_rows, from_canonical
 from megatron.checkpoint.steps.commit import EXPORTING, recover
 from megatron.checkpoint.steps.step_dirs import step_of

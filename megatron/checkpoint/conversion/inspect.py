@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION
 from megatron.checkpoint.formats.hf_files import read_tensor
+from megatron.checkpoint.formats.neox_files import LAYER, MODEL, PARTITION
 from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
 from megatron.checkpoint.steps.step_dirs import find_tag, saved_steps, step_tag
 from megatron.errors import CheckpointError

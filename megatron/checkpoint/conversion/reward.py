@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.checkpoint.formats.torch_file import load_canonical
 from megatron.checkpoint.mapping.config_rows import ConfigRow, Theirs
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of
+from megatron.checkpoint.mapping.families import FAMILIES, family_of
 from megatron.checkpoint.mapping.rows import Family, Row
 from megatron.errors import ConfigError
 from megatron.model.layer_state import LayerState

@@ -16,13 +16,11 @@ from torch import Tensor
 from megatron.atomic_io import digest_of
 from megatron.checkpoint.conversion.model import Described, NeoXChoice
 from megatron.checkpoint.conversion.weights import ahead
-from megatron.checkpoint.formats.file_names import layer_name
-from megatron.checkpoint.formats.neox_files import model_file
-from megatron.checkpoint.formats.torch_file import SEQUENTIAL
-from megatron.checkpoint.mapping.families.dialects import of_rank
-from megatron.checkpoint.mapping.families.registry import family_named
+from megatron.checkpoint.formats.neox_files import layer_name, model_file
+from megatron.checkpoint.formats.torch_file import SEQUENTIAL, Later, streaming
+from megatron.checkpoint.mapping.dialects import of_rank
+from megatron.checkpoint.mapping.families import family_named
 from megatron.checkpoint.mapping.rows import Bound, bound_rows
-from megatron.checkpoint.saving.streaming import Later, streaming
 from megatron.checkpoint.steps.manifest import Manifest, write_manifest
 from megatron.mpu.sharding import Replicated, split
 from megatron.provenance import code_version

@@ -15,14 +15,13 @@ from torch import Tensor
 from megatron.checkpoint.conversion.model import Described
 from megatron.checkpoint.conversion.reward import HEAD
 from megatron.checkpoint.formats.hf_files import CONFIG, read_config, read_state
-from megatron.checkpoint.formats.meta_files import PARAMS, read_meta, shard_files
 from megatron.checkpoint.formats.neox_files import bookkeeping_file, check_fit, zero3_partitioned
 from megatron.checkpoint.formats.torch_file import LazyState, canonical_name, read_torch_file
 from megatron.checkpoint.loading.merge_tp import read_shards
 from megatron.checkpoint.loading.reshard import AT_ONCE, let_go
-from megatron.checkpoint.mapping.families.dialects import canonical_weights
-from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.registry import family_of
+from megatron.checkpoint.mapping.dialects import canonical_weights
+from megatron.checkpoint.mapping.families import family_of
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA, PARAMS, read_meta, shard_files
 from megatron.checkpoint.mapping.rows import Family
 from megatron.checkpoint.steps.manifest import Verify, look_at
 from megatron.errors import CheckpointError

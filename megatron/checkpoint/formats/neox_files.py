@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights in a step's folder of a NeoX checkpoint, in either of their two forms.
+"""The files in a step's folder of a NeoX checkpoint: their names, and the weights in either of their two forms.
 
 FORMAT: pipe_parallel_size 0 keeps all weights in mp_rank_<TT>_model_states.pt under "module" with names
 `sequential.<slot>.<parameter>`; a pipeline keeps one layer_<slot>-model_<TT>-model_states.pt per slot with names
-`<parameter>`. Knows no optimizer and no Hugging Face names.
+`<parameter>`. Without one, mp_rank_<NN>_model_states.pt holds the bookkeeping of a model rank, too; under ZeRO-3 each data rank has one
+with zero_pp_rank_<NN>_ before. A spread optimizer has [bf16_]zero_pp_rank_<NN>_mp_rank_<NN>_optim_states.pt.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION, matched, model_name
 from megatron.checkpoint.formats.partitions import named_shapes, partitions
 from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_torch_file
 from megatron.errors import CheckpointError
@@ -209,3 +209,33 @@ def check_fit(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, 
         where=str(folder),
         fix="use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)",
     )
+
+
+MODEL = re.compile(r"^(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")
+LAYER = re.compile(r"^layer_(?P<slot>\d+)-model_(?P<tensor>\d+)-model_states\.pt$")
+PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<data>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt$")
+
+
+def model_name(rank: int) -> str:
+    """Of a model rank's weights and bookkeeping.
+
+    >>> model_name(3)
+    'mp_rank_03_model_states.pt'
+    """
+    return f"mp_rank_{rank:02d}_model_states.pt"
+
+
+def layer_name(slot: int, tensor_rank: int) -> str:
+    """Of a layer's weights.
+
+    >>> layer_name(2, 1)
+    'layer_02-model_01-model_states.pt'
+    """
+    return f"layer_{slot:02d}-model_{tensor_rank:02d}-model_states.pt"
+
+
+def matched(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, re.Match[str]]]:
+    """The files of a folder whose names fit a pattern, with what it found; none where there is no folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := pattern.match(path.name):
+            yield path, match

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron.atomic_io import digest_of
-from megatron.checkpoint.formats.file_names import layer_name
-from megatron.checkpoint.formats.neox_files import bookkeeping, bookkeeping_file, model_file, tensor_ranks
+from megatron.checkpoint.formats.neox_files import bookkeeping, bookkeeping_file, layer_name, model_file, tensor_ranks
 from megatron.checkpoint.formats.optimizer_files import RECORD, read_optimizer, recorded
 from megatron.checkpoint.formats.partitions import OptimizerShard
-from megatron.checkpoint.formats.torch_file import SEQUENTIAL, canonical_name, canonical_state, read_torch_file
+from megatron.checkpoint.formats.torch_file import SEQUENTIAL, Later, canonical_name, canonical_state, read_torch_file, save_streaming
 from megatron.checkpoint.loading.merge_tp import Shard, Spreading, read_shards, width_over, with_vocabulary
-from megatron.checkpoint.saving.streaming import Later, save_streaming
 from megatron.checkpoint.steps.commit import publish
 from megatron.checkpoint.steps.manifest import Manifest, read_manifest, write_manifest
 from megatron.checkpoint.steps.step_dirs import step_of, write_latest

@@ -28,7 +28,7 @@ from megatron.data.preprocess.resumable_output import Counts
 from megatron.data.preprocess.sources import Files, RecordSource
 from megatron.data.preprocess.writer import Options, stream_prefix, write
 from megatron.errors import DataError, NeoXError
-from megatron.hub.retry import Sleep
+from megatron.hub.client import Sleep
 from megatron.log import get_logger
 from megatron.secrets import redact
 

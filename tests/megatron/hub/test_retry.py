@@ -11,7 +11,7 @@ from email.utils import format_datetime
 import pytest
 
 from megatron.errors import DataError
-from megatron.hub.retry import is_limit, retry_busy
+from megatron.hub.client import is_limit, retry_busy
 
 
 @dataclass

@@ -18,7 +18,7 @@ from megatron.checkpoint.conversion.model import Rewrite, ToHF, ToNeoX
 from megatron.checkpoint.conversion.reward import ENDING, SCORED, scoring
 from megatron.checkpoint.formats.hf_files import read_state
 from megatron.checkpoint.formats.neox_files import read_weights
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_named
+from megatron.checkpoint.mapping.families import FAMILIES, family_named
 from megatron.errors import CheckpointError, ConfigError, NeoXError
 from support.foreign import check_same, make_hf
 from support.tree import ROOT

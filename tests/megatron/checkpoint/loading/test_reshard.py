@@ -83,7 +83,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 import deepspeed, torch
-from megatron.checkpoint.saving.streaming import save_streaming
+from megatron.checkpoint.formats.torch_file import save_streaming
 from support.large import spec_of_large, write_large
 from megatron.checkpoint.loading.reshard import Target, reshard
 save_streaming([torch.ones(2)], Path(sys.argv[1]) / "first.pt")  # what is imported for it

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megatron.checkpoint.formats.torch_file import LazyState, canonical_state, load_canonical
-from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_named, family_of
+from megatron.checkpoint.mapping.families import FAMILIES, family_named, family_of
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.rows import bound_rows, from_canonical, to_canonical
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.transformer import Transformer

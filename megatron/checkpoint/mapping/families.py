@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.checkpoint.mapping.families.dialects import DIALECTS
-from megatron.checkpoint.mapping.families.gpt import GPT2, GPT_NEOX
-from megatron.checkpoint.mapping.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.olmo import OLMO2, OLMO3
+from megatron.checkpoint.mapping.dialects import DIALECTS
+from megatron.checkpoint.mapping.gpt import GPT2, GPT_NEOX
+from megatron.checkpoint.mapping.llama import LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.rows import Family
 from megatron.errors import ConfigError
 from megatron.model.spec import ModelSpec

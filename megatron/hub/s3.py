@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files to and from one place in an S3 store, in parts and verified. Knows no layout of a checkpoint."""
+"""Files to and from one place in an S3 store, in parts and verified."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron.atomic_io import Entry, digest_of, sync_folder, write_durably
-from megatron.checkpoint.remote.s3 import Address, S3Prefix, Stopped
 from megatron.checkpoint.steps.commit import UPLOADING
 from megatron.checkpoint.steps.manifest import MANIFEST, read_manifest
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps, step_of, step_tag
 from megatron.errors import CheckpointError
 from megatron.hub.background_queue import BackgroundQueue
+from megatron.hub.s3 import Address, S3Prefix, Stopped
 from megatron.log import get_logger
 from megatron.secrets import redact
 

@@ -46,8 +46,8 @@ def checkpoint(save: Path, step: int, **files: bytes) -> Path:
 
 
 def uploader(store: Store, save: Path) -> Any:
-    from megatron.checkpoint.remote.s3 import Address, open_client
-    from megatron.checkpoint.remote.upload import Uploader
+    from megatron.checkpoint.steps.upload import Uploader
+    from megatron.hub.s3 import Address, open_client
 
     return Uploader(save, store.watched(open_client()), Address(BUCKET, "runs/run"), part_bytes=PART)
 
@@ -70,7 +70,7 @@ def expected(*folders: Path) -> dict[str, bytes]:
 
 
 def markers(save: Path) -> list[str]:
-    from megatron.checkpoint.remote.upload import marked
+    from megatron.checkpoint.steps.upload import marked
 
     return marked(save)
 
@@ -135,7 +135,7 @@ def test_an_unfinished_upload_of_other_content_is_replaced(store: Store, tmp_pat
 )
 def test_a_damaged_object_is_replaced(store: Store, tmp_path: Path, forged: bool) -> None:
     """An object of the right size that holds something else is sent again; the others are not."""
-    from megatron.checkpoint.remote.upload import mark
+    from megatron.checkpoint.steps.upload import mark
 
     content = os.urandom(PART + 5)
     folder = checkpoint(tmp_path, 10, **{"mp_rank_00_model_states.pt": content})
@@ -209,7 +209,7 @@ def test_an_outage_is_counted_and_waits_for_the_next_start(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Publishing returns at once, nothing is raised, no credential is told."""
-    from megatron.checkpoint.remote import s3
+    from megatron.hub import s3
 
     monkeypatch.setattr(s3, "ATTEMPTS", 2)
     folder = checkpoint(tmp_path, 10)
@@ -241,7 +241,7 @@ def test_drain_gives_up_when_nothing_moves(
 ) -> None:
     """With lines that say how far it is."""
     from megatron import fault_injection
-    from megatron.checkpoint.remote import upload
+    from megatron.checkpoint.steps import upload
 
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(upload, "PROGRESS_S", 0.3)
@@ -261,7 +261,7 @@ def test_what_is_missing_is_said_at_the_start(store: Store, tmp_path: Path, monk
     """The package, the credentials, the bucket: each is one error that says how to fix it."""
     import sys
 
-    from megatron.checkpoint.remote.s3 import Address, S3Prefix, open_client
+    from megatron.hub.s3 import Address, S3Prefix, open_client
 
     with pytest.raises(ConfigError, match="there is no such bucket") as caught:
         S3Prefix(open_client(), Address("absent"), part_bytes=PART).check()
@@ -282,8 +282,8 @@ def test_what_is_missing_is_said_at_the_start(store: Store, tmp_path: Path, monk
 
 def test_a_store_that_drops_what_it_gets_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every object is asked for again after it was sent."""
-    from megatron.checkpoint.remote.s3 import Address, S3Prefix, open_client
     from megatron.checkpoint.steps.manifest import Entry
+    from megatron.hub.s3 import Address, S3Prefix, open_client
 
     client = open_client()
     monkeypatch.setattr(client, "put_object", lambda **request: {})
