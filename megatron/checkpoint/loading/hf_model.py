@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face model to start from: `hf:<folder or hub id>[@revision]` as a folder on this host's disk, and that folder as one of our models."""
+"""A Hugging Face model to start from: `hf:<folder or hub id>[@revision]` becomes a folder on disk, and that folder one of our models."""
 
 from __future__ import annotations
 

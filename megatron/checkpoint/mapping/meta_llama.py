@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA's weights as Meta published them: the files consolidated.NN.pth (each a slice of most tensors) and params.json, and rows of their names."""
+"""LLaMA as Meta published it: the files consolidated.NN.pth (each a slice of most tensors) and params.json, and rows of their names."""
 
 from __future__ import annotations
 
