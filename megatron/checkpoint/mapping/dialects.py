@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.checkpoint.mapping.config_rows import Config
 from megatron.checkpoint.mapping.ops import Concat, GateFirst, GroupQKV
-from megatron.checkpoint.mapping.rows import Family, Row, attention_bias, mlp_bias, output_bias, to_canonical
+from megatron.checkpoint.mapping.rows import Family, Row, attention_bias, mlp_bias, output_bias, to_canonical, with_bias
 from megatron.model.spec import BlockSpec, ModelSpec, NormKind, Residual
 from megatron.mpu.sharding import local_size
 
@@ -51,32 +51,24 @@ def norm_rows(ours: str, theirs: str, *, absent: Residual | None = None) -> tupl
 ATTENTION_ROWS = {
     OURS: (),
     TE: (
-        Row(B + "attention.query_key_value.weight", B + "attention.qkv.weight", GroupQKV()),
-        Row(B + "attention.query_key_value.bias", B + "attention.qkv.bias", GroupQKV(), when=attention_bias),
-        Row(B + "attention.dense.weight", B + "attention.proj.weight"),
-        Row(B + "attention.dense.bias", B + "attention.proj.bias", when=output_bias),
+        *with_bias(B + "attention.query_key_value", B + "attention.qkv.", GroupQKV(), when=attention_bias),
+        *with_bias(B + "attention.dense", B + "attention.proj.", when=output_bias),
     ),
 }
 MLP_ROWS = {
     OURS: (),
     LEGACY: (
-        Row(B + "mlp.linear1.weight", B + "mlp.dense_h_to_4h.weight"),
-        Row(B + "mlp.linear1.bias", B + "mlp.dense_h_to_4h.bias", when=mlp_bias),
-        Row(B + "mlp.linear2.weight", B + "mlp.dense_4h_to_h.weight"),
-        Row(B + "mlp.linear2.bias", B + "mlp.dense_4h_to_h.bias", when=mlp_bias),
+        *with_bias(B + "mlp.linear1", B + "mlp.dense_h_to_4h.", when=mlp_bias),
+        *with_bias(B + "mlp.linear2", B + "mlp.dense_4h_to_h.", when=mlp_bias),
     ),
     LEGACY_LLAMA: (
-        Row(B + "mlp.linear1.weight", (B + "mlp.w3.weight", B + "mlp.w1.weight"), Concat(0, 2)),  # w3 is the value, w1 the gate
-        Row(B + "mlp.linear1.bias", (B + "mlp.w3.bias", B + "mlp.w1.bias"), Concat(0, 2), when=mlp_bias),
-        Row(B + "mlp.linear2.weight", B + "mlp.w2.weight"),
-        Row(B + "mlp.linear2.bias", B + "mlp.w2.bias", when=mlp_bias),
+        *with_bias(B + "mlp.linear1", (B + "mlp.w3.", B + "mlp.w1."), Concat(0, 2), when=mlp_bias),  # w3 is the value, w1 the gate
+        *with_bias(B + "mlp.linear2", B + "mlp.w2.", when=mlp_bias),
     ),
     TE: (
         *norm_rows(B + "post_attention_layernorm", B + "mlp.layer_norm_"),
-        Row(B + "mlp.linear1.weight", B + "mlp.fc1_weight", GateFirst()),
-        Row(B + "mlp.linear1.bias", B + "mlp.fc1_bias", GateFirst(), when=mlp_bias),
-        Row(B + "mlp.linear2.weight", B + "mlp.fc2_weight"),
-        Row(B + "mlp.linear2.bias", B + "mlp.fc2_bias", when=mlp_bias),
+        *with_bias(B + "mlp.linear1", B + "mlp.fc1_", GateFirst(), when=mlp_bias),
+        *with_bias(B + "mlp.linear2", B + "mlp.fc2_", when=mlp_bias),
     ),
 }
 FIRST, SECOND, LAST = "input_layernorm", "post_attention_layernorm", "norm"

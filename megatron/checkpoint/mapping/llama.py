@@ -16,128 +16,75 @@ from megatron.checkpoint.mapping.rows import (
     Row,
     attention_bias,
     mlp_bias,
+    sizes,
     untied,
+    with_bias,
 )
 
 B = "{slot}."
 L = "model.layers.{layer}."
 
 EMBEDDING_ROWS = (Row("0.word_embeddings.weight", "model.embed_tokens.weight", PadVocab()),)
-
-ATTENTION_ROWS = (
-    Row(
-        B + "attention.query_key_value.weight",
-        (L + "self_attn.q_proj.weight", L + "self_attn.k_proj.weight", L + "self_attn.v_proj.weight"),
-        FuseQKV(),
-    ),
-    Row(B + "attention.dense.weight", L + "self_attn.o_proj.weight"),
-)
-
-# linear1 is [value; gate], and theirs calls the value `up`.
-MLP_ROWS = (
-    Row(B + "mlp.linear1.weight", (L + "mlp.up_proj.weight", L + "mlp.gate_proj.weight"), Concat(0, 2)),
-    Row(B + "mlp.linear2.weight", L + "mlp.down_proj.weight"),
-)
-
 PRE_NORM_ROWS = (
     Row(B + "input_layernorm.scale", L + "input_layernorm.weight"),
     Row(B + "post_attention_layernorm.scale", L + "post_attention_layernorm.weight"),
 )
-
+QK_NORM_ROWS = (
+    Row(B + "attention.q_norm.scale", L + "self_attn.q_norm.weight"),
+    Row(B + "attention.k_norm.scale", L + "self_attn.k_norm.weight"),
+)
+# linear1 is [value; gate], and theirs calls the value `up`.
+(QKV_ROW, QKV_BIAS_ROW), (DENSE_ROW, DENSE_BIAS_ROW), (LINEAR1_ROW, LINEAR1_BIAS_ROW), (LINEAR2_ROW, LINEAR2_BIAS_ROW) = (
+    with_bias(B + "attention.query_key_value", tuple(f"{L}self_attn.{part}_proj." for part in "qkv"), FuseQKV(), when=attention_bias),
+    with_bias(B + "attention.dense", L + "self_attn.o_proj.", when=attention_bias),
+    with_bias(B + "mlp.linear1", (L + "mlp.up_proj.", L + "mlp.gate_proj."), Concat(0, 2), when=mlp_bias),
+    with_bias(B + "mlp.linear2", L + "mlp.down_proj.", when=mlp_bias),
+)
+MATRIX_ROWS = (QKV_ROW, DENSE_ROW, LINEAR1_ROW, LINEAR2_ROW)
+ATTENTION_BIAS_ROWS = (QKV_BIAS_ROW, DENSE_BIAS_ROW)
 HEAD_ROWS = (
     Row("{norm}.norm.scale", "model.norm.weight"),
     Row("{head}.final_linear.weight", "lm_head.weight", PadVocab(), when=untied),
 )
 
-QKV_BIAS_ROWS = (
-    Row(
-        B + "attention.query_key_value.bias",
-        (L + "self_attn.q_proj.bias", L + "self_attn.k_proj.bias", L + "self_attn.v_proj.bias"),
-        FuseQKV(),
-        when=attention_bias,
-    ),
-)
 
-ATTENTION_BIAS_ROWS = (*QKV_BIAS_ROWS, Row(B + "attention.dense.bias", L + "self_attn.o_proj.bias", when=attention_bias))
-
-MLP_BIAS_ROWS = (
-    Row(B + "mlp.linear1.bias", (L + "mlp.up_proj.bias", L + "mlp.gate_proj.bias"), Concat(0, 2), when=mlp_bias),
-    Row(B + "mlp.linear2.bias", L + "mlp.down_proj.bias", when=mlp_bias),
-)
-
-IGNORED = (r"rotary_emb\.inv_freq$",)
-
-
-def decoder_config(
-    architecture: str, *, kv_heads: int | None = None, epsilon: float = 1e-6, head_dim: int | None = None
-) -> tuple[ConfigRow, ...]:
-    """What LLaMA and its relatives say alike, but for rotary positions. The last three: what an absent field means there."""
-    return (
-        *COMMON,
-        FieldPair("hidden_size", "hidden_size"),
-        FieldPair("num_layers", "num_hidden_layers"),
-        FieldPair("num_attention_heads", "num_attention_heads"),
-        FieldPair("num_kv_heads", "num_key_value_heads", kv_heads),
-        FieldPair("padded_vocab_size", "vocab_size"),
-        Length(),
-        Heads(default=head_dim),
-        Width(),
-        Act(GATED_ACTIVATIONS),
-        Fixed("norm", "rmsnorm", "layernorm"),
-        FieldPair("rms_norm_epsilon", "rms_norm_eps", epsilon, 1e-8),
-        Fixed("use_bias_in_norms", False, True),
-        Fixed("gpt_j_residual", False, False),
-        Not("no_weight_tying", "tie_word_embeddings", False, False),
-        Fixed("hidden_dropout", 0.0, 0.0),
-        FieldPair("attention_dropout", "attention_dropout", 0.0, 0.0),
-        Theirs("architectures", [architecture], [architecture], written=True),
+def decoder(
+    name: str,
+    hf: str,
+    *,
+    rows: tuple[Row, ...],
+    config: tuple[ConfigRow, ...],
+    kv_heads: int | None = None,
+    epsilon: float = 1e-6,
+    head_dim: int | None = None,
+) -> Family:
+    """LLaMA or a relative. config: what not all of them say alike; the last three: what an absent field means there"""
+    return Family(
+        name=name,
+        hf=hf,
+        model_type=name,
+        prefix="model.",
+        ignored=(r"rotary_emb\.inv_freq$",),
+        tied_alias="lm_head.weight",
+        rows=rows,
+        config=(
+            *COMMON,
+            *sizes("hidden_size", "num_hidden_layers", "num_attention_heads", FieldPair("num_kv_heads", "num_key_value_heads", kv_heads)),
+            Length(),
+            Heads(default=head_dim),
+            Width(),
+            Act(GATED_ACTIVATIONS),
+            Fixed("norm", "rmsnorm", "layernorm"),
+            FieldPair("rms_norm_epsilon", "rms_norm_eps", epsilon, 1e-8),
+            Fixed("use_bias_in_norms", False, True),
+            Fixed("gpt_j_residual", False, False),
+            Not("no_weight_tying", "tie_word_embeddings", False, False),
+            Fixed("hidden_dropout", 0.0, 0.0),
+            FieldPair("attention_dropout", "attention_dropout", 0.0, 0.0),
+            Theirs("architectures", [hf], [hf], written=True),
+            *config,
+        ),
     )
-
-
-# Whether all four projections of attention have biases.
-ATTENTION_BIAS_CONFIG: tuple[ConfigRow, ...] = (FieldPair("use_bias_in_attn_linear", "attention_bias", False, True), ONE_ATTENTION_BIAS)
-NO_MLP_BIAS = Fixed("use_bias_in_mlp", False, True)
-
-LLAMA = Family(
-    name="llama",
-    hf="LlamaForCausalLM",
-    model_type="llama",
-    prefix="model.",
-    ignored=IGNORED,
-    tied_alias="lm_head.weight",
-    rows=(*EMBEDDING_ROWS, *PRE_NORM_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *ATTENTION_BIAS_ROWS, *MLP_BIAS_ROWS, *HEAD_ROWS),
-    config=(
-        *decoder_config("LlamaForCausalLM"),
-        *PLAIN_NORMS,
-        *NO_WINDOWS,
-        Rope(),
-        *ATTENTION_BIAS_CONFIG,
-        FieldPair("use_bias_in_mlp", "mlp_bias", False, True),
-    ),
-)
-
-
-MISTRAL = Family(
-    name="mistral",
-    hf="MistralForCausalLM",
-    model_type="mistral",
-    prefix="model.",
-    ignored=IGNORED,
-    tied_alias="lm_head.weight",
-    rows=(*EMBEDDING_ROWS, *PRE_NORM_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *HEAD_ROWS),
-    config=(
-        *decoder_config("MistralForCausalLM", kv_heads=8),
-        *PLAIN_NORMS,
-        Rope(),
-        Window(default=4096),
-        Fixed("use_bias_in_attn_linear", False, True),
-        ONE_ATTENTION_BIAS,
-        NO_MLP_BIAS,
-    ),
-)
-
-
-COMMON_ROWS = (*EMBEDDING_ROWS, *PRE_NORM_ROWS, *ATTENTION_ROWS, *MLP_ROWS, *HEAD_ROWS)
 
 
 def usual_types(config: Config) -> list[str]:
@@ -146,104 +93,87 @@ def usual_types(config: Config) -> list[str]:
     return [SLIDING if index >= first else FULL for index in range(config["num_hidden_layers"])]
 
 
-WINDOWS = LayerWindows(usual_types, switch="use_sliding_window")
-
-QWEN2 = Family(
-    name="qwen2",
-    hf="Qwen2ForCausalLM",
-    model_type="qwen2",
-    prefix="model.",
-    ignored=IGNORED,
-    tied_alias="lm_head.weight",
-    rows=(*COMMON_ROWS, *QKV_BIAS_ROWS),
-    config=(
-        *decoder_config("Qwen2ForCausalLM", kv_heads=32),
-        *PLAIN_NORMS,
-        Rope(),
-        WINDOWS,
-        Fixed("use_bias_in_attn_linear", True, True),
-        Fixed("use_bias_in_attn_output", False, None),
-        NO_MLP_BIAS,
-    ),
-)
-
-QWEN3 = Family(
-    name="qwen3",
-    hf="Qwen3ForCausalLM",
-    model_type="qwen3",
-    prefix="model.",
-    ignored=IGNORED,
-    tied_alias="lm_head.weight",
-    rows=(
-        *COMMON_ROWS,
-        *ATTENTION_BIAS_ROWS,
-        Row(B + "attention.q_norm.scale", L + "self_attn.q_norm.weight"),
-        Row(B + "attention.k_norm.scale", L + "self_attn.k_norm.weight"),
-    ),
-    config=(
-        *decoder_config("Qwen3ForCausalLM", kv_heads=32, head_dim=128),
-        Fixed("norm_placement", "pre", "pre"),
-        Fixed("use_qk_layernorm", True, False),
-        Fixed("use_separate_qk_norms", True, False),
-        Fixed("qk_norm_each_head", True, False),
-        Rope(),
-        WINDOWS,
-        *ATTENTION_BIAS_CONFIG,
-        NO_MLP_BIAS,
-    ),
-)
-
-
-ROWS = (
-    *EMBEDDING_ROWS,
-    Row(B + "post_attention_layernorm.scale", L + "post_attention_layernorm.weight"),
-    Row(B + "post_feedforward_layernorm.scale", L + "post_feedforward_layernorm.weight"),
-    Row(B + "attention.q_norm.scale", L + "self_attn.q_norm.weight"),
-    Row(B + "attention.k_norm.scale", L + "self_attn.k_norm.weight"),
-    *ATTENTION_ROWS,
-    *ATTENTION_BIAS_ROWS,
-    *MLP_ROWS,
-    *HEAD_ROWS,
-)
-
-NORMS: tuple[ConfigRow, ...] = (
-    Fixed("norm_placement", "olmo3", "pre"),
-    Fixed("use_qk_layernorm", True, False),
-    Fixed("use_separate_qk_norms", True, False),
-    Fixed("qk_norm_each_head", False, False),
-    *ATTENTION_BIAS_CONFIG,
-    NO_MLP_BIAS,
-)
-
-
 def three_of_four(config: Config) -> list[str]:
     """Types of layers that a config means which does not list them: every fourth sees everything."""
     return [SLIDING if (index + 1) % 4 else FULL for index in range(config["num_hidden_layers"])]
 
 
-OLMO2 = Family(
-    name="olmo2",
-    hf="Olmo2ForCausalLM",
-    model_type="olmo2",
-    prefix="model.",
-    ignored=IGNORED,
-    tied_alias="lm_head.weight",
-    rows=ROWS,
-    config=(
-        *decoder_config("Olmo2ForCausalLM", epsilon=1e-5),
-        *NORMS,
-        *NO_WINDOWS,
-        Rope(kinds=("linear",), kind_field="type"),  # transformers 4 accepts no other name there
-    ),
+# Whether all four projections of attention have biases.
+ATTENTION_BIAS: tuple[ConfigRow, ...] = (FieldPair("use_bias_in_attn_linear", "attention_bias", False, True), ONE_ATTENTION_BIAS)
+NO_MLP_BIAS = Fixed("use_bias_in_mlp", False, True)
+WINDOWS = LayerWindows(usual_types, switch="use_sliding_window")
+COMMON_ROWS = (*EMBEDDING_ROWS, *PRE_NORM_ROWS, *MATRIX_ROWS, *HEAD_ROWS)
+MLP_BIAS_ROWS = (LINEAR1_BIAS_ROW, LINEAR2_BIAS_ROW)
+
+
+def qk_norms(placement: str, *, each_head: bool) -> tuple[ConfigRow, ...]:
+    """Queries and keys have norms of their own. placement: of the norms of the sublayers"""
+    return (
+        Fixed("norm_placement", placement, "pre"),
+        Fixed("use_qk_layernorm", True, False),
+        Fixed("use_separate_qk_norms", True, False),
+        Fixed("qk_norm_each_head", each_head, False),
+    )
+
+
+LLAMA = decoder(
+    "llama",
+    "LlamaForCausalLM",
+    rows=(*EMBEDDING_ROWS, *PRE_NORM_ROWS, *MATRIX_ROWS, *ATTENTION_BIAS_ROWS, *MLP_BIAS_ROWS, *HEAD_ROWS),
+    config=(*PLAIN_NORMS, *NO_WINDOWS, Rope(), *ATTENTION_BIAS, FieldPair("use_bias_in_mlp", "mlp_bias", False, True)),
 )
 
-OLMO3 = Family(
-    name="olmo3",
-    hf="Olmo3ForCausalLM",
-    model_type="olmo3",
-    prefix="model.",
-    ignored=IGNORED,
-    tied_alias="lm_head.weight",
-    rows=ROWS,
-    config=(*decoder_config("Olmo3ForCausalLM", epsilon=1e-5), *NORMS, LayerWindows(three_of_four), Rope(layers="full")),
+NO_ATTENTION_BIAS = (Fixed("use_bias_in_attn_linear", False, True), ONE_ATTENTION_BIAS)
+MISTRAL = decoder(
+    "mistral",
+    "MistralForCausalLM",
+    kv_heads=8,
+    rows=COMMON_ROWS,
+    config=(*PLAIN_NORMS, Rope(), Window(default=4096), *NO_ATTENTION_BIAS, NO_MLP_BIAS),
+)
+
+QKV_BIAS_ALONE = (Fixed("use_bias_in_attn_linear", True, True), Fixed("use_bias_in_attn_output", False, None))
+QWEN2 = decoder(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    kv_heads=32,
+    rows=(*COMMON_ROWS, QKV_BIAS_ROW),
+    config=(*PLAIN_NORMS, Rope(), WINDOWS, *QKV_BIAS_ALONE, NO_MLP_BIAS),
+)
+
+QWEN3 = decoder(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    kv_heads=32,
+    head_dim=128,
+    rows=(*COMMON_ROWS, *ATTENTION_BIAS_ROWS, *QK_NORM_ROWS),
+    config=(*qk_norms("pre", each_head=True), Rope(), WINDOWS, *ATTENTION_BIAS, NO_MLP_BIAS),
+)
+
+# Norms after the sublayers, and of all queries and all keys.
+OLMO_ROWS = (
+    *EMBEDDING_ROWS,
+    PRE_NORM_ROWS[1],
+    Row(B + "post_feedforward_layernorm.scale", L + "post_feedforward_layernorm.weight"),
+    *QK_NORM_ROWS,
+    *MATRIX_ROWS[:2],
+    *ATTENTION_BIAS_ROWS,
+    *MATRIX_ROWS[2:],
+    *HEAD_ROWS,
+)
+OLMO_CONFIG = (*qk_norms("olmo3", each_head=False), *ATTENTION_BIAS, NO_MLP_BIAS)
+OLMO2 = decoder(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    epsilon=1e-5,
+    rows=OLMO_ROWS,
+    # transformers 4 accepts no other name of the kind there
+    config=(*OLMO_CONFIG, *NO_WINDOWS, Rope(kinds=("linear",), kind_field="type")),
+)
+OLMO3 = decoder(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    epsilon=1e-5,
+    rows=OLMO_ROWS,
+    config=(*OLMO_CONFIG, LayerWindows(three_of_four), Rope(layers="full")),
 )

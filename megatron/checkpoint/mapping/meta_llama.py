@@ -16,7 +16,7 @@ from megatron.checkpoint.formats.hf_files import read_json
 from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
 from megatron.checkpoint.mapping.config_rows import Config, FieldPair, Fixed, Heads, Theirs
 from megatron.checkpoint.mapping.ops import Chain, Concat, FuseQKV, PadVocab, RotaryPairs
-from megatron.checkpoint.mapping.rows import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, Family, Row
+from megatron.checkpoint.mapping.rows import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, Family, Row, sizes
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.spec import ModelSpec, RopeScaling
 
@@ -83,13 +83,8 @@ class MetaRope:
         scaling = attention.rotary.scaling
         if scaling is None:
             return fields
-        known = RopeScaling(
-            kind="llama3",
-            factor=scaling.factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=SCALED_LENGTH,
-        )
-        if scaling != known:
+        same = {"factor": scaling.factor, "high_freq_factor": scaling.high_freq_factor}
+        if scaling != RopeScaling(kind="llama3", original_max_position_embeddings=SCALED_LENGTH, **same):
             fix = f"only llama3 with low_freq_factor 1 and original_max_position_embeddings {SCALED_LENGTH} can be said"
             raise ConfigError("this architecture cannot express this 'rope_scaling'", where="rope_scaling", fix=fix)
         factors = {"rope_scaling_factor": scaling.factor, "rope_high_freq_factor": scaling.high_freq_factor}
@@ -107,7 +102,7 @@ META_LLAMA = Family(
         Row(B + "post_attention_layernorm.scale", L + "ffn_norm.weight"),
         Row(
             B + "attention.query_key_value.weight",
-            (L + "attention.wq.weight", L + "attention.wk.weight", L + "attention.wv.weight"),
+            tuple(f"{L}attention.w{part}.weight" for part in "qkv"),
             Chain((RotaryPairs(), FuseQKV())),
         ),
         Row(B + "attention.dense.weight", L + "attention.wo.weight"),
@@ -121,11 +116,7 @@ META_LLAMA = Family(
         *COMMON,
         *PLAIN_NORMS,
         *NO_WINDOWS,
-        FieldPair("hidden_size", "dim"),
-        FieldPair("num_layers", "n_layers"),
-        FieldPair("num_attention_heads", "n_heads"),
-        FieldPair("num_kv_heads", "n_kv_heads"),
-        FieldPair("padded_vocab_size", "vocab_size"),
+        *sizes("dim", "n_layers", "n_heads", FieldPair("num_kv_heads", "n_kv_heads")),
         Heads("dim", "n_heads", free=False),
         Multiples(),
         MetaRope(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of names and layouts, applied in both directions. Knows no ranks, no files and no particular family."""
+"""Rows of names and layouts, applied in both directions, and what several families have in common."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from megatron.checkpoint.formats.torch_file import LazyState, summary
-from megatron.checkpoint.mapping.config_rows import ConfigRow, Fixed, Holds, Theirs
+from megatron.checkpoint.mapping.config_rows import ConfigRow, FieldPair, Fixed, Holds, Theirs
 from megatron.checkpoint.mapping.ops import Op, OpContext, Same
 from megatron.errors import CheckpointError
 from megatron.model.block import UNUSED_NORM
@@ -73,6 +73,13 @@ class Family:
     tied_alias: str | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     same: tuple[str, ...] = ()
+
+
+def with_bias(ours: str, theirs: str | tuple[str, ...], op: Op | None = None, *, when: Condition | None = None) -> tuple[Row, Row]:
+    """The rows of a layer's weight and bias. ours, theirs: names up to the parameter's; when: the layer has a bias"""
+    stems = (theirs,) if isinstance(theirs, str) else theirs
+    weight, bias = (tuple(f"{stem}{end}" for stem in stems) for end in ("weight", "bias"))
+    return Row(f"{ours}.weight", weight, op or Same()), Row(f"{ours}.bias", bias, op or Same(), when)
 
 
 def bound_rows(family: Family, spec: ModelSpec, vocab_size: int) -> Iterator[Bound]:
@@ -186,6 +193,13 @@ COMMON: tuple[ConfigRow, ...] = (
     Fixed("moe_num_experts", 1, 1),
     Theirs("quantization_config", None, None),
 )
+
+
+def sizes(hidden: str, layers: str, heads: str, *more: ConfigRow) -> tuple[ConfigRow, ...]:
+    """Rows of the sizes that every model has. more: rows that stand before that of the vocabulary"""
+    named = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads}
+    return (*(FieldPair(ours, theirs) for ours, theirs in named.items()), *more, FieldPair("padded_vocab_size", "vocab_size"))
+
 
 # Norms before the sublayers, none on queries and keys.
 PLAIN_NORMS: tuple[ConfigRow, ...] = (Fixed("norm_placement", "pre", "pre"), Fixed("use_qk_layernorm", False, False))
