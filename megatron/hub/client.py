@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from socket import gaierror
@@ -90,9 +91,8 @@ def retry_busy(
     except Exception as error:
         if not (is_limit(error) or status_of(error) == UNAVAILABLE):
             raise
-        raise error_type(
-            f"{_reason(error)}, {patience.tries} times", where=what, fix="run this again later; with HF_TOKEN the limits are wider"
-        ) from error
+        fix = "run this again later; with HF_TOKEN the limits are wider"
+        raise error_type(f"{_reason(error)}, {patience.tries} times", where=what, fix=fix) from error
 
 
 def may_pass(error: BaseException) -> bool:
@@ -212,28 +212,20 @@ def dataset_commit(name: str, revision: str | None, *, sleep: Sleep = time.sleep
     return ask_hub(lambda: HfApi().dataset_info(name, revision=revision).sha, name, fix=DATASET_FIX, sleep=sleep)
 
 
-def snapshot(name: str, patterns: Sequence[str], *, revision: str | None = None, offline: bool = False, **asked: Any) -> Path:
+def snapshot(
+    name: str, patterns: Sequence[str], *, revision: str | None = None, offline: bool = False, cache: str | None = None, **asked: Any
+) -> Path:
     """A folder with the files of a model whose names match `patterns`, downloaded where they are not in the cache. Folders are left out.
 
-    offline: only from the cache
-    asked:   `cache` (another folder than HF_HOME's) and `folders` (take files in folders too), then those of `ask_hub`
+    offline: only from the cache; cache: another folder than HF_HOME's
+    asked:   `folders` (take files in folders too), then those of `ask_hub`
     """
     from huggingface_hub import snapshot_download
 
-    cache, folders = asked.pop("cache", None), asked.pop("folders", False)
-    folder = ask_hub(
-        lambda: snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache,
-            allow_patterns=list(patterns),
-            ignore_patterns=None if folders else ["*/*"],
-            local_files_only=offline,
-        ),
-        name if revision is None else f"{name}@{revision}",
-        **asked,
-    )
-    return Path(folder)
+    ignored = None if asked.pop("folders", False) else ["*/*"]
+    load = partial(snapshot_download, name, revision=revision, cache_dir=cache, local_files_only=offline)
+    action = partial(load, allow_patterns=list(patterns), ignore_patterns=ignored)
+    return Path(ask_hub(action, name if revision is None else f"{name}@{revision}", **asked))
 
 
 def upload_folder(folder: Path, repository: str) -> str:

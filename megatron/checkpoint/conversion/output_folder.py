@@ -9,16 +9,18 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 import yaml
 from torch import Tensor
 
-from megatron.atomic_io import new_digest, sync_folder
+from megatron.atomic_io import new_digest
 from megatron.checkpoint.formats.hf_files import read_json, write_json
+from megatron.checkpoint.formats.torch_file import LazyState
+from megatron.checkpoint.steps.step_dirs import publish
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 from megatron.provenance import code_version
@@ -49,27 +51,10 @@ def written_aside(out: Path, *, overwrite: bool) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        replace_folder(aside, out)
+        publish(aside, out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-
-
-def replace_folder(aside: Path, out: Path) -> None:
-    """Rename; what was there goes only afterwards."""
-    old = out.with_name(f"{out.name}.old.{uuid4().hex[:8]}")
-    replaces = out.exists()
-    if replaces:
-        out.rename(old)
-    try:
-        aside.rename(out)
-    except OSError:
-        if replaces:
-            old.rename(out)
-        raise
-    sync_folder(out.parent)
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 NAME = "neox_config.yml"
@@ -179,24 +164,16 @@ class Table:
         self.progress.add(len(content))
         return content
 
+    def noting(self, source: Mapping[str, Tensor]) -> LazyState:
+        """A lazy state whose tensors are noted when they are read for the first time."""
 
-class Noted(Mapping[str, Tensor]):
-    """A lazy state whose tensors are noted when they are read for the first time."""
+        def read(name: str) -> Tensor:
+            tensor = source[name]
+            if name not in self.rows:
+                self.add(name, tensor)
+            return tensor
 
-    def __init__(self, source: Mapping[str, Tensor], table: Table) -> None:
-        self._source, self._table = source, table
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._source[name]
-        if name not in self._table.rows:
-            self._table.add(name, tensor)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
+        return LazyState({name: partial(read, name) for name in source})
 
 
 def write_record(folder: Path, facts: Mapping[str, Any], table: Table) -> None:

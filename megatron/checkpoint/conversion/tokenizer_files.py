@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.conversion.model import ToHF
 from megatron.checkpoint.formats.hf_files import read_json, write_json
 from megatron.errors import ConfigError
 from megatron.log import get_logger
@@ -16,16 +17,9 @@ log = get_logger(__name__)
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
@@ -76,12 +70,13 @@ def special_fields(source: Mapping[str, Any], vocab_file: Path | None, pad: int 
     return fields if pad is None else {**fields, "pad_token_id": pad}
 
 
-def find_tokenizer(wanted: bool, folder: Path | None, kind: str | None, vocab_file: str | None, configs: Sequence[Path]) -> Path | None:
+def find_tokenizer(request: ToHF, kind: str | None, vocab_file: str | None) -> Path | None:
     """The tokenizer.json to be written beside the weights; None, with a warning, where there is none to be found.
 
-    folder: where somebody says it is; kind, vocab_file: what the configuration says, looked for from here and from its files
+    kind, vocab_file: what the configuration says, looked for from here and from its files
     """
-    if not wanted:
+    folder = request.tokenizer_folder
+    if not request.tokenizer:
         return None
     if folder is not None:
         if not (folder / "tokenizer.json").is_file():
@@ -90,7 +85,7 @@ def find_tokenizer(wanted: bool, folder: Path | None, kind: str | None, vocab_fi
     if kind != "HFTokenizer" or not vocab_file:
         log.warning("tokenizer_type is %s: no tokenizer is written", kind)
         return None
-    for place in (Path(vocab_file), *(config.parent / vocab_file for config in configs)):
+    for place in (Path(vocab_file), *(config.parent / vocab_file for config in request.configs)):
         found = place / "tokenizer.json" if place.is_dir() else place
         if found.is_file():
             return found
@@ -108,7 +103,7 @@ def save_tokenizer(vocab_file: Path, target: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_file=str(vocab_file)).save_pretrained(target)
 
 
-def write_generation_config(folder: Path, config: dict[str, Any]) -> None:
+def write_generation_config(folder: Path, config: Mapping[str, Any]) -> None:
     """generation_config.json from the special ids of config.json, where none was copied."""
     if not (folder / GENERATION).is_file():
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}

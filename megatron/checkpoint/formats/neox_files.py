@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint.formats.partitions import named_shapes, partitions
-from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_torch_file
+from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_torch_file, summary
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
 
@@ -96,11 +96,9 @@ def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
     """ZeRO-3: the float32 weights, joined on access, and what is whole in each file."""
     files = partition_files(folder, tensor_rank)
     if not files:
-        raise CheckpointError(
-            "the weights were spread over data-parallel ranks (ZeRO-3), and their files are not there",
-            where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"),
-            fix="copy all files of the folder, or choose another step",
-        )
+        what = "the weights were spread over data-parallel ranks (ZeRO-3), and their files are not there"
+        fix = "copy all files of the folder, or choose another step"
+        raise CheckpointError(what, where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"), fix=fix)
     content = read_torch_file(bookkeeping_file(folder, tensor_rank), deepspeed_types=True)
     parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
     masters = partitions(parts, named_shapes(content)).masters
@@ -119,6 +117,12 @@ def tensor_ranks(folder: Path) -> int:
 def zero3_partitioned(folder: Path) -> bool:
     """Whether no file of the folder holds a whole weight, as ZeRO-3 writes it."""
     return any(folder.glob("zero_pp_rank_*_model_states.pt"))
+
+
+def model_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Of the tensors that the bookkeeping file lists, by canonical name, as the model has them also under ZeRO-3; none with a pipeline."""
+    module = read_torch_file(bookkeeping_file(folder), deepspeed_types=True).get("module") or {}
+    return {canonical_name(name): tensor.dtype for name, tensor in module.items() if isinstance(tensor, Tensor)}
 
 
 def _read_model_file(path: Path) -> Any:
@@ -173,6 +177,11 @@ def copy_weights(
     return LoadReport(path=folder, tensors=len(target), parameters=sum(_whole_shape(t).numel() for t in target.values()))
 
 
+def load_canonical(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a canonical state that is in no folder into a `Transformer`. Raises CheckpointError as `copy_weights` does."""
+    copy_weights(state, module, Path())
+
+
 def slot_of(name: str) -> int:
     """Number of the layer that a canonical name begins with; -1 where there is none."""
     number = name.partition(".")[0]
@@ -200,15 +209,12 @@ def check_fit(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, 
     if not (missing or surplus or shapes):
         return
     parts = [
-        f"{label}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+        f"{label}: {summary(names)}"
         for label, names in (("missing in the checkpoint", missing), ("unknown to the model", surplus), ("other shapes", shapes))
         if names
     ]
-    raise CheckpointError(
-        "checkpoint and model differ. " + "; ".join(parts),
-        where=str(folder),
-        fix="use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)",
-    )
+    fix = "use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)"
+    raise CheckpointError("checkpoint and model differ. " + "; ".join(parts), where=str(folder), fix=fix)
 
 
 MODEL = re.compile(r"^(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")

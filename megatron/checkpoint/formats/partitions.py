@@ -92,10 +92,8 @@ def names_in_order(content: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
 
 
 def _other_shape(key: str, name: str, value: Tensor) -> CheckpointError:
-    return CheckpointError(
-        f"the optimizer's state {key} of {name} has the shape {tuple(value.shape)}, not the parameter's: it belongs to one layout",
-        fix=LAYOUT_FIX,
-    )
+    what = f"the optimizer's state {key} of {name} has the shape {tuple(value.shape)}, not the parameter's: it belongs to one layout"
+    return CheckpointError(what, fix=LAYOUT_FIX)
 
 
 @dataclass(frozen=True)
@@ -182,9 +180,8 @@ def _gathered(
 ) -> OptimizerShard:
     for name, found in places.items():
         if name not in shapes or sum(place.count for place in found) != math.prod(shapes[name]):
-            raise CheckpointError(
-                f"the parts of {name} in the optimizer's files are not the whole of it", fix="check that all files are there"
-            )
+            what = f"the parts of {name} in the optimizer's files are not the whole of it"
+            raise CheckpointError(what, fix="check that all files are there")
     scalars: dict[str, dict[str, Any]] = {}
     makers: dict[str, dict[str, Callable[[], Tensor]]] = {}
     for name, found in places.items():

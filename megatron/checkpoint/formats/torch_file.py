@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.errors import CheckpointError
 
@@ -54,34 +54,11 @@ def canonical_state(module: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix(SEQUENTIAL): tensor for name, tensor in module.state_dict().items()}
 
 
-def load_canonical(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy a canonical state into a `Transformer` of one tensor rank, one tensor at a time, in the module's dtype.
-
-    Raises CheckpointError naming missing, unknown or misshapen tensors.
-    """
-    own = canonical_state(module)
-    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing or unknown:
-        raise CheckpointError(
-            f"weights and model do not fit: missing {summary(missing)}; unknown {summary(unknown)}",
-            fix="check that the configuration is the one of the checkpoint",
-        )
-    with torch.no_grad():
-        for name, target in own.items():
-            source = state[name]
-            if source.shape != target.shape:
-                raise CheckpointError(
-                    f"{name} is {tuple(source.shape)} in the checkpoint and {tuple(target.shape)} in the model",
-                    fix="check the sizes in the configuration",
-                )
-            target.copy_(source)
-
-
-def summary(names: list[str], most: int = 6) -> str:
+def summary(names: list[str], most: int = 6, separator: str = ", ") -> str:
     """A list of names for an error message, cut after `most`."""
     if not names:
         return "none"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # Types a NeoX or DeepSpeed checkpoint holds besides tensors: pure data, no behaviour on construction.
@@ -136,15 +113,21 @@ def read_torch_file(path: Path, *, deepspeed_types: bool = False) -> Any:
         raise CheckpointError("checkpoint file is missing", where=str(path), fix="check the folder, or choose another step") from error
     except pickle.UnpicklingError as error:
         reason = _reason(error)
-        raise CheckpointError(
-            f"checkpoint file is damaged or holds objects that are not plain data: {reason}",
-            where=str(path),
-            fix="use a file written by this project or by GPT-NeoX; nothing in the file was executed",
-        ) from error
+        what = f"checkpoint file is damaged or holds objects that are not plain data: {reason}"
+        fix = "use a file written by this project or by GPT-NeoX; nothing in the file was executed"
+        raise CheckpointError(what, where=str(path), fix=fix) from error
     except Exception as error:  # a damaged pickle fails in any way: assertions, indices, unknown encodings
         raise CheckpointError(
             f"checkpoint file cannot be read: {_reason(error)}", where=str(path), fix="copy it again, or choose another step"
         ) from error
+
+
+def tensor_table(path: Path, fix: str) -> dict[str, Tensor]:
+    """The content of a file that holds tensors by name and nothing else. Raises CheckpointError where it does not."""
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError("not a table of tensors", where=str(path), fix=fix)
+    return content
 
 
 def _is_zip(path: Path) -> bool:
@@ -236,7 +219,7 @@ def streaming(content: Any, path: Path, *, plain: bool = False) -> Iterator[None
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(_outline(content, makers, FakeTensorMode()), path)
     with FakeTensorMode():
-        places = list(_places(read_torch_file(path, deepspeed_types=not plain)))
+        places = list(tensors_in(read_torch_file(path, deepspeed_types=not plain)))
     if len(places) != len(makers):
         raise CheckpointError(f"{len(makers)} tensors were to be written, and there is room for {len(places)}", where=str(path))
     with path.open("r+b") as file:
@@ -259,18 +242,7 @@ def _outline(content: Any, makers: list[Callable[[], Tensor]], mode: FakeTensorM
     return content
 
 
-def _places(content: Any) -> Iterator[FakeTensor]:
-    if isinstance(content, FakeTensor):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _places(value)
-    elif type(content) in (list, tuple):
-        for value in content:
-            yield from _places(value)
-
-
-def _write(file: BinaryIO, place: FakeTensor, tensor: Tensor) -> None:
+def _write(file: BinaryIO, place: Tensor, tensor: Tensor) -> None:
     if tensor.shape != place.shape:
         raise CheckpointError(f"a tensor of shape {tuple(place.shape)} was to be written, and it is {tuple(tensor.shape)}")
     if tensor.numel():

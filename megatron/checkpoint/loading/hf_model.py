@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatron.atomic_io import digest_of, new_digest
 from megatron.checkpoint.formats.hf_files import CONFIG, read_config, read_state
 from megatron.checkpoint.formats.torch_file import LazyState
 from megatron.checkpoint.mapping.config_rows import Fixed
-from megatron.checkpoint.mapping.families import FAMILIES, family_of, neox_keys
+from megatron.checkpoint.mapping.families import FAMILIES, expressed, family_of, neox_keys
 from megatron.checkpoint.mapping.rows import Family, to_canonical
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hub.client import STARTING, snapshot
@@ -82,11 +82,9 @@ class HFModel:
         """
         lines = differences(self.family, self.config, keys, spec)
         if lines:
-            raise ConfigError(
-                f"the configuration does not describe the model in {self.directory}:\n" + "\n".join(f"    {line}" for line in lines),
-                where=str(self.directory / CONFIG),
-                fix=f"change these keys, or take all of the model's: python tools/ckpts/hf_config.py {self.directory}",
-            )
+            what = f"the configuration does not describe the model in {self.directory}:\n" + "\n".join(f"    {line}" for line in lines)
+            fix = f"change these keys, or take all of the model's: python tools/ckpts/hf_config.py {self.directory}"
+            raise ConfigError(what, where=str(self.directory / CONFIG), fix=fix)
 
 
 def differences(family: Family, config: Mapping[str, Any], keys: Mapping[str, Any], spec: ModelSpec) -> list[str]:
@@ -95,22 +93,19 @@ def differences(family: Family, config: Mapping[str, Any], keys: Mapping[str, An
     Both are brought to the family's own form of our keys, so that two ways of writing the same thing are no difference.
     """
     lines: list[str] = []
-    fields: dict[str, Any] = {}
-    rows = [row for row in family.config if getattr(row, "neox", None) not in FREE]
-    refused = []
-    for row in rows:
-        try:
-            fields.update(row.to_hf(keys, spec))
-        except ConfigError as error:
-            refused.append(row)
-            if isinstance(row, Fixed):
-                lines.append(_line(row.neox, keys.get(row.neox), row.value))
-            else:
-                lines.append(f"{error.where}: {error.what}; {error.fix}")
-    rows = [row for row in rows if row not in refused]
-    ours, theirs = _complete(_merged(rows, fields)), _complete(_merged(rows, config))
+    family = replace(family, config=tuple(row for row in family.config if getattr(row, "neox", None) not in FREE))
+    fields, refusals = expressed(family, keys, spec)
+    for row, error in refusals:
+        if isinstance(row, Fixed):
+            lines.append(_line(row.neox, keys.get(row.neox), row.value))
+        else:
+            lines.append(f"{error.where}: {error.what}; {error.fix}")
+    refused = [row for row, _ in refusals]
+    family = replace(family, config=tuple(row for row in family.config if row not in refused))
+    ours, theirs = _complete(neox_keys(family, fields)), _complete(neox_keys(family, config))
     ours[ROWS] = spec.vocab_size
-    free = FREE | _positions_free(spec)
+    # Without a table of positions, their limit is no part of the weights.
+    free = FREE if spec.embedding.max_positions else FREE | {"max_position_embeddings"}
     for key in dict.fromkeys((*theirs, *ours)):
         if key in free or (key == ROWS and ours[key] >= theirs.get(key, 0)):
             continue
@@ -124,13 +119,6 @@ def _line(key: str, here: Any, there: Any) -> str:
     return f"{key}: {_shown(here)} here, {_shown(there)} in the model; set {key}: {'at least ' if key == ROWS else ''}{_shown(there)}"
 
 
-def _merged(rows: list[Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for row in rows:
-        keys.update(row.to_neox(config))
-    return keys
-
-
 def _complete(keys: dict[str, Any]) -> dict[str, Any]:
     """Keys that follow from others where they are absent."""
     whole = dict(keys)
@@ -139,11 +127,6 @@ def _complete(keys: dict[str, Any]) -> dict[str, Any]:
     if whole.get("intermediate_size") is None and "hidden_size" in whole:
         whole["intermediate_size"] = 4 * whole["hidden_size"]
     return whole
-
-
-def _positions_free(spec: ModelSpec) -> frozenset[str]:
-    """Without a table of positions, their limit is no part of the weights."""
-    return frozenset() if spec.embedding.max_positions else frozenset({"max_position_embeddings"})
 
 
 def _shown(value: Any) -> str:
@@ -223,9 +206,8 @@ def parse(load: str) -> HFAddress:
     name, _, revision = text.partition("@")
     given = HFAddress(name=name, revision=revision or None)
     if name and given.local:
-        raise CheckpointError(
-            f"a folder has no revisions, and '{revision}' is asked for", where=f"load: {load}", fix=f"load: {PREFIX}{name}"
-        )
+        what = f"a folder has no revisions, and '{revision}' is asked for"
+        raise CheckpointError(what, where=f"load: {load}", fix=f"load: {PREFIX}{name}")
     if not _ID.match(name):
         raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", fix=_FIX)
     return given
@@ -275,22 +257,13 @@ def digest(directory: Path, world: Group, *, contents: bool) -> str:
 def _require_folder(directory: Path, load: str) -> None:
     if not directory.is_dir():
         host = os.uname().nodename
-        raise CheckpointError(
-            f"{host} does not see the folder", where=f"load: {load}", fix="put the model on a file system that all hosts share"
-        )
+        what = f"{host} does not see the folder"
+        raise CheckpointError(what, where=f"load: {load}", fix="put the model on a file system that all hosts share")
 
 
 def _download(address: HFAddress, load: str, *, offline: bool = False) -> Path:
     """The hub's snapshot of a model on this host; files that are there already are not sent again."""
     if not offline:
         log.info("looking for %s on the Hugging Face hub%s", address.name, f" at {address.revision}" if address.revision else "")
-    return snapshot(
-        address.name,
-        FILES,
-        revision=address.revision,
-        offline=offline,
-        where=f"load: {load}",
-        fix=_FIX,
-        error_type=CheckpointError,
-        patience=STARTING,
-    )
+    told: dict[str, Any] = {"where": f"load: {load}", "fix": _FIX, "error_type": CheckpointError}
+    return snapshot(address.name, FILES, revision=address.revision, offline=offline, patience=STARTING, **told)

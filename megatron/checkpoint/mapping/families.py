@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.mapping.config_rows import ConfigRow
 from megatron.checkpoint.mapping.dialects import DIALECTS
 from megatron.checkpoint.mapping.gpt import GPT2, GPT_NEOX
 from megatron.checkpoint.mapping.llama import LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3
@@ -34,10 +35,25 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def neox_keys(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Our flat keys for the model that a Hugging Face config describes. Raises ConfigError for what our model cannot be."""
-    keys: dict[str, Any] = {}
+    return {key: value for row in family.config for key, value in row.to_neox(config).items()}
+
+
+Refusals = list[tuple[ConfigRow, ConfigError]]
+
+
+def expressed(family: Family, keys: Mapping[str, Any], spec: ModelSpec) -> tuple[dict[str, Any], Refusals]:
+    """The fields of our model in the Hugging Face form, and the rows that cannot express it, each with the reason.
+
+    keys: our flat keys, resolved; spec: the model they describe
+    """
+    fields: dict[str, Any] = {}
+    refusals: Refusals = []
     for row in family.config:
-        keys.update(row.to_neox(config))
-    return keys
+        try:
+            fields.update(row.to_hf(keys, spec))
+        except ConfigError as error:
+            refusals.append((row, error))
+    return fields, refusals
 
 
 def hf_config(family: Family, keys: Mapping[str, Any], spec: ModelSpec, *, vocab_size: int | None = None) -> dict[str, Any]:
@@ -47,8 +63,7 @@ def hf_config(family: Family, keys: Mapping[str, Any], spec: ModelSpec, *, vocab
     vocab_size: rows kept of the vocabulary; None = the padded size
     Raises ConfigError, naming the key, for what the family cannot express.
     """
-    config: dict[str, Any] = {"model_type": family.model_type}
-    for row in family.config:
-        config.update(row.to_hf(keys, spec))
-    config["vocab_size"] = spec.vocab_size if vocab_size is None else vocab_size
-    return config
+    fields, refusals = expressed(family, keys, spec)
+    for _, error in refusals:
+        raise error
+    return {"model_type": family.model_type, **fields, "vocab_size": spec.vocab_size if vocab_size is None else vocab_size}

@@ -16,10 +16,14 @@ from megatron.checkpoint.mapping.rows import (
     Row,
     attention_bias,
     mlp_bias,
+    rms_norms,
     sizes,
     untied,
     with_bias,
 )
+
+Rows = tuple[Row, ...]
+Configs = tuple[ConfigRow, ...]
 
 B = "{slot}."
 L = "model.layers.{layer}."
@@ -42,21 +46,11 @@ QK_NORM_ROWS = (
 )
 MATRIX_ROWS = (QKV_ROW, DENSE_ROW, LINEAR1_ROW, LINEAR2_ROW)
 ATTENTION_BIAS_ROWS = (QKV_BIAS_ROW, DENSE_BIAS_ROW)
-HEAD_ROWS = (
-    Row("{norm}.norm.scale", "model.norm.weight"),
-    Row("{head}.final_linear.weight", "lm_head.weight", PadVocab(), when=untied),
-)
+HEAD_ROWS = (Row("{norm}.norm.scale", "model.norm.weight"), Row("{head}.final_linear.weight", "lm_head.weight", PadVocab(), when=untied))
 
 
-def decoder(
-    name: str,
-    hf: str,
-    *,
-    rows: tuple[Row, ...],
-    config: tuple[ConfigRow, ...],
-    kv_heads: int | None = None,
-    epsilon: float = 1e-6,
-    head_dim: int | None = None,
+def decoder(  # noqa: PLR0913
+    name: str, hf: str, rows: Rows, config: Configs, *, kv_heads: int | None = None, epsilon: float = 1e-6, head_dim: int | None = None
 ) -> Family:
     """LLaMA or a relative. config: what not all of them say alike; the last three: what an absent field means there"""
     return Family(
@@ -74,9 +68,7 @@ def decoder(
             Heads(default=head_dim),
             Width(),
             Act(GATED_ACTIVATIONS),
-            Fixed("norm", "rmsnorm", "layernorm"),
-            FieldPair("rms_norm_epsilon", "rms_norm_eps", epsilon, 1e-8),
-            Fixed("use_bias_in_norms", False, True),
+            *rms_norms("rms_norm_eps", epsilon),
             Fixed("gpt_j_residual", False, False),
             Not("no_weight_tying", "tie_word_embeddings", False, False),
             Fixed("hidden_dropout", 0.0, 0.0),
@@ -99,14 +91,14 @@ def three_of_four(config: Config) -> list[str]:
 
 
 # Whether all four projections of attention have biases.
-ATTENTION_BIAS: tuple[ConfigRow, ...] = (FieldPair("use_bias_in_attn_linear", "attention_bias", False, True), ONE_ATTENTION_BIAS)
+ATTENTION_BIAS: Configs = (FieldPair("use_bias_in_attn_linear", "attention_bias", False, True), ONE_ATTENTION_BIAS)
 NO_MLP_BIAS = Fixed("use_bias_in_mlp", False, True)
 WINDOWS = LayerWindows(usual_types, switch="use_sliding_window")
 COMMON_ROWS = (*EMBEDDING_ROWS, *PRE_NORM_ROWS, *MATRIX_ROWS, *HEAD_ROWS)
 MLP_BIAS_ROWS = (LINEAR1_BIAS_ROW, LINEAR2_BIAS_ROW)
 
 
-def qk_norms(placement: str, *, each_head: bool) -> tuple[ConfigRow, ...]:
+def qk_norms(placement: str, *, each_head: bool) -> Configs:
     """Queries and keys have norms of their own. placement: of the norms of the sublayers"""
     return (
         Fixed("norm_placement", placement, "pre"),
@@ -116,64 +108,30 @@ def qk_norms(placement: str, *, each_head: bool) -> tuple[ConfigRow, ...]:
     )
 
 
-LLAMA = decoder(
-    "llama",
-    "LlamaForCausalLM",
-    rows=(*EMBEDDING_ROWS, *PRE_NORM_ROWS, *MATRIX_ROWS, *ATTENTION_BIAS_ROWS, *MLP_BIAS_ROWS, *HEAD_ROWS),
-    config=(*PLAIN_NORMS, *NO_WINDOWS, Rope(), *ATTENTION_BIAS, FieldPair("use_bias_in_mlp", "mlp_bias", False, True)),
-)
-
 NO_ATTENTION_BIAS = (Fixed("use_bias_in_attn_linear", False, True), ONE_ATTENTION_BIAS)
-MISTRAL = decoder(
-    "mistral",
-    "MistralForCausalLM",
-    kv_heads=8,
-    rows=COMMON_ROWS,
-    config=(*PLAIN_NORMS, Rope(), Window(default=4096), *NO_ATTENTION_BIAS, NO_MLP_BIAS),
-)
+QKV_BIAS = (Fixed("use_bias_in_attn_linear", True, True), Fixed("use_bias_in_attn_output", False, None))
+MLP_BIAS = FieldPair("use_bias_in_mlp", "mlp_bias", False, True)
 
-QKV_BIAS_ALONE = (Fixed("use_bias_in_attn_linear", True, True), Fixed("use_bias_in_attn_output", False, None))
-QWEN2 = decoder(
-    "qwen2",
-    "Qwen2ForCausalLM",
-    kv_heads=32,
-    rows=(*COMMON_ROWS, QKV_BIAS_ROW),
-    config=(*PLAIN_NORMS, Rope(), WINDOWS, *QKV_BIAS_ALONE, NO_MLP_BIAS),
-)
+LLAMA_ROWS = (*EMBEDDING_ROWS, *PRE_NORM_ROWS, *MATRIX_ROWS, *ATTENTION_BIAS_ROWS, *MLP_BIAS_ROWS, *HEAD_ROWS)
+LLAMA_CONFIG = (*PLAIN_NORMS, *NO_WINDOWS, Rope(), *ATTENTION_BIAS, MLP_BIAS)
+LLAMA = decoder("llama", "LlamaForCausalLM", LLAMA_ROWS, LLAMA_CONFIG)
 
-QWEN3 = decoder(
-    "qwen3",
-    "Qwen3ForCausalLM",
-    kv_heads=32,
-    head_dim=128,
-    rows=(*COMMON_ROWS, *ATTENTION_BIAS_ROWS, *QK_NORM_ROWS),
-    config=(*qk_norms("pre", each_head=True), Rope(), WINDOWS, *ATTENTION_BIAS, NO_MLP_BIAS),
-)
+MISTRAL_CONFIG = (*PLAIN_NORMS, Rope(), Window(default=4096), *NO_ATTENTION_BIAS, NO_MLP_BIAS)
+MISTRAL = decoder("mistral", "MistralForCausalLM", COMMON_ROWS, MISTRAL_CONFIG, kv_heads=8)
+
+QWEN2_CONFIG = (*PLAIN_NORMS, Rope(), WINDOWS, *QKV_BIAS, NO_MLP_BIAS)
+QWEN2 = decoder("qwen2", "Qwen2ForCausalLM", (*COMMON_ROWS, QKV_BIAS_ROW), QWEN2_CONFIG, kv_heads=32)
+
+QWEN3_ROWS = (*COMMON_ROWS, *ATTENTION_BIAS_ROWS, *QK_NORM_ROWS)
+QWEN3_CONFIG = (*qk_norms("pre", each_head=True), Rope(), WINDOWS, *ATTENTION_BIAS, NO_MLP_BIAS)
+QWEN3 = decoder("qwen3", "Qwen3ForCausalLM", QWEN3_ROWS, QWEN3_CONFIG, kv_heads=32, head_dim=128)
 
 # Norms after the sublayers, and of all queries and all keys.
-OLMO_ROWS = (
-    *EMBEDDING_ROWS,
-    PRE_NORM_ROWS[1],
-    Row(B + "post_feedforward_layernorm.scale", L + "post_feedforward_layernorm.weight"),
-    *QK_NORM_ROWS,
-    *MATRIX_ROWS[:2],
-    *ATTENTION_BIAS_ROWS,
-    *MATRIX_ROWS[2:],
-    *HEAD_ROWS,
-)
+OLMO_NORM_ROWS = (PRE_NORM_ROWS[1], Row(B + "post_feedforward_layernorm.scale", L + "post_feedforward_layernorm.weight"), *QK_NORM_ROWS)
+OLMO_ROWS = (*EMBEDDING_ROWS, *OLMO_NORM_ROWS, *MATRIX_ROWS[:2], *ATTENTION_BIAS_ROWS, *MATRIX_ROWS[2:], *HEAD_ROWS)
 OLMO_CONFIG = (*qk_norms("olmo3", each_head=False), *ATTENTION_BIAS, NO_MLP_BIAS)
-OLMO2 = decoder(
-    "olmo2",
-    "Olmo2ForCausalLM",
-    epsilon=1e-5,
-    rows=OLMO_ROWS,
-    # transformers 4 accepts no other name of the kind there
-    config=(*OLMO_CONFIG, *NO_WINDOWS, Rope(kinds=("linear",), kind_field="type")),
-)
-OLMO3 = decoder(
-    "olmo3",
-    "Olmo3ForCausalLM",
-    epsilon=1e-5,
-    rows=OLMO_ROWS,
-    config=(*OLMO_CONFIG, LayerWindows(three_of_four), Rope(layers="full")),
-)
+# transformers 4 accepts no other name of the kind of scaling there
+OLMO2_CONFIG = (*OLMO_CONFIG, *NO_WINDOWS, Rope(kinds=("linear",), kind_field="type"))
+OLMO2 = decoder("olmo2", "Olmo2ForCausalLM", OLMO_ROWS, OLMO2_CONFIG, epsilon=1e-5)
+OLMO3_CONFIG = (*OLMO_CONFIG, LayerWindows(three_of_four), Rope(layers="full"))
+OLMO3 = decoder("olmo3", "Olmo3ForCausalLM", OLMO_ROWS, OLMO3_CONFIG, epsilon=1e-5)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.formats.hf_files import read_json
-from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
+from megatron.checkpoint.formats.torch_file import LazyState, tensor_table
 from megatron.checkpoint.mapping.config_rows import Config, FieldPair, Fixed, Heads, Theirs
 from megatron.checkpoint.mapping.ops import Chain, Concat, FuseQKV, PadVocab, RotaryPairs
-from megatron.checkpoint.mapping.rows import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, Family, Row, sizes
+from megatron.checkpoint.mapping.rows import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, Family, Row, rms_norms, sizes
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.spec import ModelSpec, RopeScaling
 
@@ -121,9 +121,7 @@ META_LLAMA = Family(
         Multiples(),
         MetaRope(),
         Fixed("activation", "swiglu", "gelu"),
-        Fixed("norm", "rmsnorm", "layernorm"),
-        FieldPair("rms_norm_epsilon", "norm_eps", 1e-5, 1e-8),
-        Fixed("use_bias_in_norms", False, True),
+        *rms_norms("norm_eps", 1e-5),
         Fixed("use_bias_in_attn_linear", False, True),
         ONE_ATTENTION_BIAS,
         Fixed("use_bias_in_mlp", False, True),
@@ -207,7 +205,4 @@ def _joined(files: list[Path], name: str, dim: int | None) -> Tensor:
 
 
 def _content(path: Path) -> dict[str, Tensor]:
-    content = read_torch_file(path)
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError("not a table of tensors", where=str(path), fix="give raw weights of LLaMA as Meta publishes them")
-    return content
+    return tensor_table(path, "give raw weights of LLaMA as Meta publishes them")

@@ -164,11 +164,8 @@ def usual_names(family: Family, source: Mapping[str, Tensor], wanted: set[str]) 
 def check_names(where: str, *, missing: list[str], surplus: list[str]) -> None:
     """Raise CheckpointError unless both lists are empty."""
     if missing or surplus:
-        raise CheckpointError(
-            f"tensor names do not fit: missing {summary(missing)}; claimed by no row {summary(surplus)}",
-            where=where,
-            fix="check that the configuration describes this checkpoint",
-        )
+        what = f"tensor names do not fit: missing {summary(missing)}; claimed by no row {summary(surplus)}"
+        raise CheckpointError(what, where=where, fix="check that the configuration describes this checkpoint")
 
 
 # Our name -> theirs; the first row with a name wins in either direction.
@@ -199,6 +196,18 @@ def sizes(hidden: str, layers: str, heads: str, *more: ConfigRow) -> tuple[Confi
     """Rows of the sizes that every model has. more: rows that stand before that of the vocabulary"""
     named = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads}
     return (*(FieldPair(ours, theirs) for ours, theirs in named.items()), *more, FieldPair("padded_vocab_size", "vocab_size"))
+
+
+def layer_norms(epsilon: str) -> tuple[ConfigRow, ...]:
+    """Rows of a model with LayerNorms. epsilon: their field"""
+    row = FieldPair("layernorm_epsilon", epsilon, 1e-5, 1e-5)
+    return Fixed("norm", "layernorm", "layernorm"), row, Fixed("use_bias_in_norms", True, True)
+
+
+def rms_norms(epsilon: str, default: float) -> tuple[ConfigRow, ...]:
+    """Rows of a model with RMSNorms. epsilon: their field, whose absence means the default"""
+    row = FieldPair("rms_norm_epsilon", epsilon, default, 1e-8)
+    return Fixed("norm", "rmsnorm", "layernorm"), row, Fixed("use_bias_in_norms", False, True)
 
 
 # Norms before the sublayers, none on queries and keys.

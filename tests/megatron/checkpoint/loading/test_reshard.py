@@ -48,7 +48,8 @@ def test_there_and_back_again(tmp_path: Path) -> None:
     from megatron.checkpoint.formats.optimizer_files import read_optimizer
     from megatron.checkpoint.formats.torch_file import read_torch_file
     from megatron.checkpoint.loading.merge_tp import read_shards
-    from megatron.checkpoint.steps.manifest import Verify, survey
+    from megatron.checkpoint.steps.manifest import Verify
+    from megatron.checkpoint.steps.step_dirs import survey
 
     start = tmp_path / "start"
     trained(start, 2)
