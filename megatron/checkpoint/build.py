@@ -137,8 +137,9 @@ def hf_spec(args: NeoXArgs, model: HFModel) -> ModelSpec:
     Raises ConfigError naming every difference; no tensor is read.
     """
     spec = build_spec(args)
-    convention = None if model.mlp_width is None or not spec.blocks[0].mlp.gated else mlp_convention_of(args, model.mlp_width)
-    if convention is not None and spec.blocks[0].mlp.width != model.mlp_width:
+    width = model.keys.get("intermediate_size")  # columns of the MLP's second matrix
+    convention = None if width is None or not spec.blocks[0].mlp.gated else mlp_convention_of(args, int(width))
+    if convention is not None and spec.blocks[0].mlp.width != width:
         spec = build_spec(args, mlp_convention=convention)
     model.require_same(args.to_flat(), spec)
     return spec

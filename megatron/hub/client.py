@@ -51,7 +51,7 @@ class Patience:
 
     def exhausted(self, attempt: int, error: BaseException) -> bool:
         """Whether try number `attempt` was the last."""
-        return attempt >= (self.tries if is_limit(error) or status_of(error) == UNAVAILABLE else self.connection_tries)
+        return attempt >= (self.tries if is_busy(error) else self.connection_tries)
 
 
 PREPARING = Patience()
@@ -61,46 +61,12 @@ STARTING = Patience(tries=5, first_s=5.0, longest_s=60.0, longest_asked_s=120.0)
 """At the start of a run, when other ranks wait and will not wait for ever."""
 
 
-def retry_busy(
-    action: Callable[[], T],
-    what: str,
-    *,
-    patience: Patience = PREPARING,
-    sleep: Sleep = time.sleep,
-    error_type: type[NeoXError] = DataError,
-) -> T:
-    """The action's result; it is tried again while the server is busy or cannot be reached. Other errors are raised at once.
-
-    Raises `error_type` after the last try of a busy server, the connection's own error after the last try of a connection.
-    """
-
-    def told(state: tenacity.RetryCallState) -> None:
-        seconds = state.next_action.sleep if state.next_action else 0.0
-        log.warning("%s: %s, try %d; the next in %.0f s", what, _reason(_failure(state)), state.attempt_number, seconds)
-
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass),
-        wait=lambda state: patience.wait_s(state.attempt_number, _failure(state)),
-        stop=lambda state: patience.exhausted(state.attempt_number, _failure(state)),
-        before_sleep=told,
-        sleep=sleep,
-        reraise=True,
-    )
-    try:
-        return retrying(action)
-    except Exception as error:
-        if not (is_limit(error) or status_of(error) == UNAVAILABLE):
-            raise
-        fix = "run this again later; with HF_TOKEN the limits are wider"
-        raise error_type(f"{_reason(error)}, {patience.tries} times", where=what, fix=fix) from error
-
-
 def may_pass(error: BaseException) -> bool:
     """Whether a later try may go better."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     causes = list(_causes(error))
-    if is_limit(error) or status_of(error) == UNAVAILABLE:
+    if is_busy(error):
         return True
     if any(isinstance(one, (OfflineModeIsEnabled, gaierror)) or "Name or service not known" in str(one) for one in causes):
         return False
@@ -110,6 +76,11 @@ def may_pass(error: BaseException) -> bool:
 def is_limit(error: BaseException) -> bool:
     """Whether the error, or one that led to it, is HTTP 429."""
     return any(_status(one) == TOO_MANY or (_status(one) is None and _LIMITED.search(str(one))) for one in _causes(error))
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether the server has too much to do: HTTP 429 or 503."""
+    return is_limit(error) or status_of(error) == UNAVAILABLE
 
 
 def status_of(error: BaseException) -> int | None:
@@ -189,16 +160,32 @@ def ask_hub(
     patience: Patience = PREPARING,
     sleep: Sleep = time.sleep,
 ) -> T:
-    """The result of a request to the Hub about `name`, tried again while the Hub is busy.
+    """The result of a request to the Hub about `name`, tried again while the Hub is busy or cannot be reached.
 
     where: what the user wrote; fix: what helps if there is no such thing
     Raises `error_type`: whatever `datasets`, huggingface_hub and what they read with raise.
     """
+
+    def told(state: tenacity.RetryCallState) -> None:
+        seconds = state.next_action.sleep if state.next_action else 0.0
+        log.warning("%s: %s, try %d; the next in %.0f s", name, _reason(_failure(state)), state.attempt_number, seconds)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(may_pass),
+        wait=lambda state: patience.wait_s(state.attempt_number, _failure(state)),
+        stop=lambda state: patience.exhausted(state.attempt_number, _failure(state)),
+        before_sleep=told,
+        sleep=sleep,
+        reraise=True,
+    )
     try:
-        return retry_busy(action, name, patience=patience, sleep=sleep, error_type=error_type)
+        return retrying(action)
     except NeoXError:
         raise
     except Exception as error:
+        if is_busy(error):
+            what, help_ = f"{_reason(error)}, {patience.tries} times", "run this again later; with HF_TOKEN the limits are wider"
+            raise error_type(what, where=name, fix=help_) from error
         what, help_ = _explained(error, name, fix)
         raise error_type(what, where=where or name, fix=help_) from error
 
@@ -246,28 +233,20 @@ def upload_folder(folder: Path, repository: str) -> str:
 
 def _explained(error: Exception, name: str, fix: str) -> tuple[str, str]:
     """What is wrong and how to fix it."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants, errors
 
     download = f"when offline, download it where there is a network (`hf download {name.partition('@')[0]}`)"
     by_hand = f"{download} and share HF_HOME, or copy it and give its folder"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"the owner of {name} asks for consent first", f"accept its terms on its page at huggingface.co, and {LOGIN}"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"there is no such revision: {name}", "give a branch, tag or commit of it"
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         return f"there is neither a folder {name} nor anything of this name on the Hub", f"{fix}; for a private one {LOGIN}"
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) and constants.HF_HUB_OFFLINE:
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) and constants.HF_HUB_OFFLINE:
         off = f"there is no folder {name}, and nothing of this name in the Hub's cache, with the Hub switched off (HF_HUB_OFFLINE)"
         return off, f"unset HF_HUB_OFFLINE, or {by_hand}"
-    if isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, errors.LocalEntryNotFoundError):
         return f"there is no folder {name}, nothing of this name in the Hub's cache, and no way to the Hub", by_hand
     lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]
     status = status_of(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,22 @@ from megatron.checkpoint.conversion.convert import convert_to_hf, convert_to_neo
 from megatron.checkpoint.conversion.export import Export, Exporter, family_for, tokenizer_file
 from megatron.checkpoint.conversion.logit_compare import verify
 from megatron.checkpoint.conversion.model import Described, Finish, OutputLayout, Rewrite, ToHF, ToNeoX, score_fields
-from megatron.checkpoint.conversion.output_folder import NAME, TRAINING, read_record, render
-from megatron.checkpoint.conversion.tokenizer_files import (
+from megatron.checkpoint.conversion.output_folder import (
+    NAME,
+    TRAINING,
+    add_tokenizer,
     copy_tokenizer,
     find_tokenizer,
-    save_tokenizer,
+    read_record,
+    render,
     special_fields,
     tokenizer_keys,
-    write_generation_config,
 )
 from megatron.checkpoint.conversion.weights import Foreign, open_foreign
 from megatron.checkpoint.formats.hf_files import read_config
 from megatron.checkpoint.loading.merge_tp import read_shards, width_over
 from megatron.checkpoint.loading.reshard import target_rows
-from megatron.checkpoint.mapping.dialects import TE_KEYS, canonical_keys
-from megatron.checkpoint.mapping.families import FAMILIES, family_of, neox_keys
+from megatron.checkpoint.mapping.families import FAMILIES, TE_KEYS, canonical_keys, family_of, neox_keys
 from megatron.checkpoint.steps.manifest import read_manifest
 from megatron.checkpoint.steps.step_dirs import find_tag, named_step, step_of, step_tag
 from megatron.errors import ConfigError
@@ -78,13 +80,11 @@ def to_hf(request: ToHF) -> str:
         vocab_size=rows if rows is None or request.vocab_size or rows <= model.spec.vocab_size else None,
         fields=fields,
     )
-    finish: list[Finish] = []
-    if vocab_file is not None:
-        finish.append(lambda aside: save_tokenizer(vocab_file, aside))
-    if not model.reward:
-        finish.append(lambda aside: write_generation_config(aside, fields))
     lines: list[str] = []
-    finish.append(lambda aside: lines.extend(verify(step, aside, model, request.precision.dtype, asked=request.verify)))
+    finish: list[Finish] = [
+        partial(add_tokenizer, vocab_file=vocab_file, special=None if model.reward else fields),
+        lambda aside: lines.extend(verify(step, aside, model, request.precision.dtype, asked=request.verify)),
+    ]
     family = convert_to_hf(model, request, finish=finish)
     return "; ".join([f"wrote {out}: {family.hf}", *lines])
 
@@ -143,8 +143,8 @@ def describe_step(step: Path, configs: Sequence[Path] = (), keys: Mapping[str, A
     fixed = {**ALONE, "padded_vocab_size": width_over(read_shards(step), "word_embeddings.weight", 0)}
     if files:
         args = NeoXArgs.from_ymls([str(file) for file in files], overwrites=fixed)
-    elif (manifest is not None and manifest.config) or keys:
-        args = NeoXArgs.from_dict({**(keys or (manifest.config if manifest is not None else {})), **fixed})
+    elif kept := keys or (manifest.config if manifest is not None else {}):
+        args = NeoXArgs.from_dict({**kept, **fixed})
     else:
         raise ConfigError("the checkpoint holds no configuration", where=str(step / "configs"), fix="name it: --config_file FILE")
     if any(getattr(args.model, key) for key in TE_KEYS) or args.model.norm.startswith("te_"):

@@ -19,8 +19,7 @@ from megatron.checkpoint.conversion.weights import Foreign, Whole, ahead, check_
 from megatron.checkpoint.formats.hf_files import CONFIG, Planned, write_json, write_shards
 from megatron.checkpoint.formats.neox_files import layer_name, model_file
 from megatron.checkpoint.formats.torch_file import SEQUENTIAL, Later, streaming, summary
-from megatron.checkpoint.mapping.dialects import of_rank
-from megatron.checkpoint.mapping.families import FAMILIES, family_named, hf_config
+from megatron.checkpoint.mapping.families import FAMILIES, family_named, hf_config, of_rank
 from megatron.checkpoint.mapping.rows import Bound, Family, bound_rows, from_canonical, to_canonical, usual_names
 from megatron.checkpoint.steps.manifest import Manifest, files_in, write_manifest
 from megatron.checkpoint.steps.step_dirs import step_tag, write_latest
@@ -77,26 +76,21 @@ def candidates(model: Described, request: ToHF) -> list[Family]:
 
     Raises ConfigError, naming keys, when there is none.
     """
-    if request.architecture is not None:
-        family = _form(family_named(request.architecture), model)
-        hf_config(family, model.keys, model.spec)
-        return [family]
+    asked = [] if request.architecture is None else [family_named(request.architecture)]
     found, reasons = [], []
-    for family in sorted(FAMILIES, key=lambda one: one.name != request.preferred):
+    for family in asked or sorted(FAMILIES, key=lambda one: one.name != request.preferred):
         try:
-            form = _form(family, model)
+            form = scoring(family) if model.reward else family
             hf_config(form, model.keys, model.spec)
             found.append(form)
         except ConfigError as error:
+            if asked:
+                raise
             reasons.append(f"{family.name}: {error.what}")
     if not found:
         fix = "train a model that one of them has, or use its checkpoint here"
         raise ConfigError("no Hugging Face architecture can express this model. " + "; ".join(reasons), where="architecture", fix=fix)
     return found
-
-
-def _form(family: Family, model: Described) -> Family:
-    return scoring(family) if model.reward else family
 
 
 def fitting(families: Sequence[Family], model: Described, names: Sequence[str]) -> Family:
@@ -177,12 +171,10 @@ def check_shapes(source: Foreign, bound: Sequence[Bound], model: Described, stor
     if not source.cheap:
         return
     wrong = []
-    for row in bound:
-        parts = row.op.unpack([torch.empty(model.shapes[row.ours], device="meta")], row.place)
-        for name, part in zip(row.theirs, parts, strict=True):
-            found = tuple(stored[name].shape)
-            if found != tuple(part.shape):
-                wrong.append(f"{name}: {found} in the file, {tuple(part.shape)} by its configuration")
+    for one in planned(bound, model, dict.fromkeys(model.shapes, torch.float32), None):
+        found = tuple(stored[one.name].shape)
+        if found != one.shape:
+            wrong.append(f"{one.name}: {found} in the file, {one.shape} by its configuration")
     if wrong:
         what = f"weights and configuration differ. {summary(wrong, separator='; ')}"
         raise CheckpointError(what, where=str(source.path), fix="copy both from the same model")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ import torch
 
 from megatron.checkpoint.conversion.convert import write_hf
 from megatron.checkpoint.conversion.model import Described, Precision, ToHF
-from megatron.checkpoint.conversion.output_folder import dtype_name
-from megatron.checkpoint.conversion.tokenizer_files import save_tokenizer, write_generation_config
+from megatron.checkpoint.conversion.output_folder import add_tokenizer, dtype_name
 from megatron.checkpoint.conversion.weights import Whole
 from megatron.checkpoint.loading.merge_tp import shapes_of
 from megatron.checkpoint.mapping.families import FAMILIES, expressed
@@ -58,13 +58,9 @@ class Export:
         """
         precision = Precision.of(dtype_name(self.dtype))
         request = ToHF(source=step, out=out, precision=precision, vocab_size=self.rows, fields=self.fields, overwrite=True)
+        add = partial(add_tokenizer, vocab_file=self.tokenizer, special=self.fields)
         model = Described(self.keys, self.spec)
-        write_hf(Whole(step, model), model, self.family, request, title=f"exporting {step.name}", finish=[self._add_files])
-
-    def _add_files(self, aside: Path) -> None:
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, aside)
-        write_generation_config(aside, self.fields)
+        write_hf(Whole(step, model), model, self.family, request, title=f"exporting {step.name}", finish=[add])
 
 
 def tokenizer_file(kind: str, vocab_file: str | None) -> Path | None:
@@ -120,13 +116,8 @@ class Exporter(PublishedQueue):
     """
 
     def __init__(self, directory: Path, export: Export, *, every: int = 1) -> None:
-        super().__init__(
-            directory,
-            EXPORTING,
-            waiting="the export of %s",
-            undone="exported yet: %s; the next start of this run does it",
-            failed="%s was not exported, and stays as it is: %s",
-        )
+        undone, failed = "exported yet: %s; the next start of this run does it", "%s was not exported, and stays as it is: %s"
+        super().__init__(directory, EXPORTING, waiting="the export of %s", undone=undone, failed=failed)
         self.export = export
         self.every = every
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a checkpoint: names, shapes, numbers, and how two differ. Opens files one at a time, and knows no model."""
+"""What is in a checkpoint: names, shapes, numbers, and how two differ. Files are opened one at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron.checkpoint.formats.hf_files import tensor_makers
 from megatron.checkpoint.formats.neox_files import LAYER, MODEL, PARTITION
-from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
+from megatron.checkpoint.formats.torch_file import LazyState, read_plain_first
 from megatron.checkpoint.steps.step_dirs import find_tag, saved_steps, step_tag
 from megatron.errors import CheckpointError
 
@@ -111,15 +111,8 @@ def layout(files: Mapping[str, Path]) -> str:
 def read(path: Path) -> Content:
     """The content of one file, by flat names. Nothing in the file is executed. Raises CheckpointError."""
     if path.suffix != ".safetensors":
-        return dict(flatten(_torch_content(path)))
+        return dict(flatten(read_plain_first(path)))
     return LazyState(tensor_makers(path))
-
-
-def _torch_content(path: Path) -> Any:
-    try:
-        return read_torch_file(path)
-    except CheckpointError:  # importing DeepSpeed costs seconds, and few files hold its types
-        return read_torch_file(path, deepspeed_types=True)
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,8 +18,7 @@ from megatron.checkpoint.formats.neox_files import check_fit, model_dtypes, zero
 from megatron.checkpoint.formats.torch_file import LazyState
 from megatron.checkpoint.loading.merge_tp import read_shards
 from megatron.checkpoint.loading.reshard import AT_ONCE, let_go
-from megatron.checkpoint.mapping.dialects import canonical_weights
-from megatron.checkpoint.mapping.families import family_of
+from megatron.checkpoint.mapping.families import canonical_weights, family_of
 from megatron.checkpoint.mapping.meta_llama import META_LLAMA, PARAMS, read_meta, shard_files
 from megatron.checkpoint.mapping.rows import Family
 from megatron.checkpoint.steps.manifest import Verify, look_at
@@ -73,9 +72,8 @@ def open_foreign(directory: Path) -> Foreign:
         rows = int(params["vocab_size"])
         return Foreign(path=directory, config=params, family=META_LLAMA, tensors=tensors, vocab_size=rows, cheap=False)
     config = read_config(directory)
-    return Foreign(
-        path=directory, config=config, family=family_of(config), tensors=read_state(directory), vocab_size=int(config["vocab_size"])
-    )
+    family, rows = family_of(config), int(config["vocab_size"])
+    return Foreign(path=directory, config=config, family=family, tensors=read_state(directory), vocab_size=rows)
 
 
 def check_files(step: Path) -> None:

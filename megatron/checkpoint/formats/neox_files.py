@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint.formats.partitions import named_shapes, partitions
-from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_torch_file, summary
+from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_plain_first, read_torch_file, summary
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
 
@@ -84,7 +84,8 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     path = model_file(folder, tensor_rank)
     if not path.exists() and zero3_partitioned(folder):
         return _of_partitions(folder, tensor_rank)
-    module = _read_model_file(path).get("module")
+    # FORMAT: ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file.
+    module = read_plain_first(path).get("module")
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
     if not isinstance(module, Mapping) or not module:
@@ -123,19 +124,6 @@ def model_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Of the tensors that the bookkeeping file lists, by canonical name, as the model has them also under ZeRO-3; none with a pipeline."""
     module = read_torch_file(bookkeeping_file(folder), deepspeed_types=True).get("module") or {}
     return {canonical_name(name): tensor.dtype for name, tensor in module.items() if isinstance(tensor, Tensor)}
-
-
-def _read_model_file(path: Path) -> Any:
-    """With DeepSpeed's types only where it needs them, since importing them takes seconds.
-
-    ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file.
-    """
-    try:
-        return read_torch_file(path)
-    except CheckpointError:
-        if not path.is_file() or any(path.parent.glob("*zero_pp_rank_*")):
-            raise
-    return read_torch_file(path, deepspeed_types=True)
 
 
 Gather = Callable[[Any], AbstractContextManager[Any]]

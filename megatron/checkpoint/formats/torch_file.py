@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -91,10 +92,8 @@ def _deepspeed_globals() -> list[Any]:
     found = []
     for path in _DATA_TYPES:
         module, _, name = path.rpartition(".")
-        try:
+        with suppress(ImportError, AttributeError):
             found.append(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError):
-            continue
     return found
 
 
@@ -120,6 +119,16 @@ def read_torch_file(path: Path, *, deepspeed_types: bool = False) -> Any:
         raise CheckpointError(
             f"checkpoint file cannot be read: {_reason(error)}", where=str(path), fix="copy it again, or choose another step"
         ) from error
+
+
+def read_plain_first(path: Path) -> Any:
+    """The same, with DeepSpeed's types only where the file needs them: few do, and importing DeepSpeed takes seconds."""
+    try:
+        return read_torch_file(path)
+    except CheckpointError:
+        if not path.is_file():
+            raise
+        return read_torch_file(path, deepspeed_types=True)
 
 
 def tensor_table(path: Path, fix: str) -> dict[str, Tensor]:
@@ -182,11 +191,8 @@ def _on_host(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tenso
         storages[original._cdata] = flat.untyped_storage()
     same = torch.empty(0, dtype=tensor.dtype).set_(storages[original._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
     # What a file also tells of a tensor.
-    same = (
-        torch.nn.Parameter(same, tensor.requires_grad)
-        if isinstance(tensor, torch.nn.Parameter)
-        else same.requires_grad_(tensor.requires_grad)
-    )
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    same = torch.nn.Parameter(same, tensor.requires_grad) if is_parameter else same.requires_grad_(tensor.requires_grad)
     same.__dict__.update(tensor.__dict__)
     return same
 

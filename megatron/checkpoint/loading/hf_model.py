@@ -57,12 +57,6 @@ class HFModel:
         """Our flat keys for it. Raises ConfigError for what our model cannot be."""
         return neox_keys(self.family, self.config)
 
-    @property
-    def mlp_width(self) -> int | None:
-        """Columns of the MLP's second matrix; None where the config leaves it to its default."""
-        width = self.keys.get("intermediate_size")
-        return None if width is None else int(width)
-
     def facts(self) -> dict[str, Any]:
         """For a checkpoint to keep, so that an export is of the same kind: architecture, vocabulary, ids of special tokens."""
         ids = {name: self.config[name] for name in TOKEN_IDS if name in self.config}
@@ -158,15 +152,11 @@ _FIX = "write hf:<folder that a Hugging Face model was saved to>, or hf:<owner>/
 
 @dataclass(frozen=True, kw_only=True)
 class HFAddress:
-    """What was written. name: a folder or a hub id; revision: a branch, tag or commit of the hub, None = its main branch."""
+    """What was written. name: a hub id, or (local) a folder that is there; revision: a branch, tag or commit, None = the main branch."""
 
     name: str
     revision: str | None = None
-
-    @property
-    def local(self) -> bool:
-        """Whether it names a folder that is there."""
-        return Path(self.name).expanduser().is_dir()
+    local: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,20 +187,18 @@ def parse(load: str) -> HFAddress:
     """What stands behind the prefix. Raises CheckpointError for what can be neither a folder nor a hub id.
 
     >>> parse("hf:EleutherAI/pythia-70m@step3000")
-    HFAddress(name='EleutherAI/pythia-70m', revision='step3000')
+    HFAddress(name='EleutherAI/pythia-70m', revision='step3000', local=False)
     """
     text = load.removeprefix(PREFIX).strip()
-    whole = HFAddress(name=text)
-    if text and whole.local:
-        return whole
     name, _, revision = text.partition("@")
-    given = HFAddress(name=name, revision=revision or None)
-    if name and given.local:
+    if text and Path(text).expanduser().is_dir():
+        return HFAddress(name=text, local=True)
+    if name and Path(name).expanduser().is_dir():
         what = f"a folder has no revisions, and '{revision}' is asked for"
         raise CheckpointError(what, where=f"load: {load}", fix=f"load: {PREFIX}{name}")
     if not _ID.match(name):
         raise CheckpointError(f"there is no folder {name or '(nothing)'}", where=f"load: {load}", fix=_FIX)
-    return given
+    return HFAddress(name=name, revision=revision or None)
 
 
 def fetch(load: str, world: Group | None = None, *, contents: bool = True) -> HFFolder:
@@ -222,8 +210,8 @@ def fetch(load: str, world: Group | None = None, *, contents: bool = True) -> HF
     """
     world = world or Group.single()
     # One rank decides: another host may not see the folder.
-    address, local = on_first_rank(partial(_looked_up, load), world)
-    if local:
+    address = on_first_rank(partial(parse, load), world)
+    if address.local:
         directory, revision = Path(address.name).expanduser().resolve(), None
         on_every_rank(partial(_require_folder, directory, load), world)
     else:
@@ -233,11 +221,6 @@ def fetch(load: str, world: Group | None = None, *, contents: bool = True) -> HF
         on_every_rank(lambda: _download(pinned, load) if first_here and world.rank else None, world)
         directory = Path(on_every_rank(lambda: str(_download(pinned, load, offline=True)), world)[world.rank])
     return HFFolder(address=load, directory=directory, revision=revision, digest=digest(directory, world, contents=contents))
-
-
-def _looked_up(load: str) -> tuple[HFAddress, bool]:
-    address = parse(load)
-    return address, address.local
 
 
 def digest(directory: Path, world: Group, *, contents: bool) -> str:

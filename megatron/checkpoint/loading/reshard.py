@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint rewritten for other numbers of tensor ranks and pipeline stages, a piece at a time. Knows no engine and no configuration."""
+"""A checkpoint rewritten for other numbers of tensor ranks and pipeline stages, a piece at a time."""
 
 from __future__ import annotations
 

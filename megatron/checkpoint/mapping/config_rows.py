@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of configuration fields: our flat keys <-> a Hugging Face config, both ways. Knows no tensor and no family."""
+"""Rows of configuration fields: our flat keys <-> a Hugging Face config, both ways."""
 
 from __future__ import annotations
 

@@ -41,17 +41,6 @@ class Op(Protocol):
 
 
 @dataclass(frozen=True)
-class Same:
-    """No change."""
-
-    def pack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """As they are."""
-        return parts
-
-    unpack = pack
-
-
-@dataclass(frozen=True)
 class Transpose:
     """Matrices stored [in, out] on the other side (GPT-2's Conv1D). Vectors stay."""
 
@@ -176,3 +165,7 @@ class Chain:
         for op in reversed(self.ops):
             parts = op.unpack(parts, at)
         return parts
+
+
+SAME = Chain(())
+"""No change."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of configuration fields on positions and windows, which may differ from layer to layer. Knows no tensor and no family."""
+"""Rows of configuration fields on positions and windows, which may differ from layer to layer."""
 
 from __future__ import annotations
 

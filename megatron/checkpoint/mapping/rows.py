@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from megatron.checkpoint.formats.torch_file import LazyState, summary
 from megatron.checkpoint.mapping.config_rows import ConfigRow, FieldPair, Fixed, Holds, Theirs
-from megatron.checkpoint.mapping.ops import Op, OpContext, Same
+from megatron.checkpoint.mapping.ops import SAME, Op, OpContext
 from megatron.errors import CheckpointError
 from megatron.model.block import UNUSED_NORM
 from megatron.model.spec import ModelSpec
@@ -30,7 +30,7 @@ class Row:
 
     ours: str
     theirs: str | tuple[str, ...]
-    op: Op = field(default_factory=Same)
+    op: Op = SAME
     when: Condition | None = None
 
     @property
@@ -75,11 +75,11 @@ class Family:
     same: tuple[str, ...] = ()
 
 
-def with_bias(ours: str, theirs: str | tuple[str, ...], op: Op | None = None, *, when: Condition | None = None) -> tuple[Row, Row]:
+def with_bias(ours: str, theirs: str | tuple[str, ...], op: Op = SAME, *, when: Condition | None = None) -> tuple[Row, Row]:
     """The rows of a layer's weight and bias. ours, theirs: names up to the parameter's; when: the layer has a bias"""
     stems = (theirs,) if isinstance(theirs, str) else theirs
     weight, bias = (tuple(f"{stem}{end}" for stem in stems) for end in ("weight", "bias"))
-    return Row(f"{ours}.weight", weight, op or Same()), Row(f"{ours}.bias", bias, op or Same(), when)
+    return Row(f"{ours}.weight", weight, op), Row(f"{ours}.bias", bias, op, when)
 
 
 def bound_rows(family: Family, spec: ModelSpec, vocab_size: int) -> Iterator[Bound]:
@@ -168,20 +168,6 @@ def check_names(where: str, *, missing: list[str], surplus: list[str]) -> None:
         raise CheckpointError(what, where=where, fix="check that the configuration describes this checkpoint")
 
 
-# Our name -> theirs; the first row with a name wins in either direction.
-ACTIVATIONS = (
-    ("gelu", "gelu"),
-    ("gelu_tanh", "gelu_new"),
-    ("gelu_tanh", "gelu_pytorch_tanh"),
-    ("gelu_tanh", "gelu_fast"),
-    ("relu", "relu"),
-    ("silu", "silu"),
-    ("swish", "silu"),
-    ("mish", "mish"),
-)
-
-GATED_ACTIVATIONS = (("swiglu", "silu"), ("geglu", "gelu"), ("reglu", "relu"), ("bilinear", "linear"), ("glu", "sigmoid"))
-
 # No family here can express these keys.
 COMMON: tuple[ConfigRow, ...] = (
     Fixed("opt_pos_emb_offset", 0, 0),
@@ -196,12 +182,6 @@ def sizes(hidden: str, layers: str, heads: str, *more: ConfigRow) -> tuple[Confi
     """Rows of the sizes that every model has. more: rows that stand before that of the vocabulary"""
     named = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads}
     return (*(FieldPair(ours, theirs) for ours, theirs in named.items()), *more, FieldPair("padded_vocab_size", "vocab_size"))
-
-
-def layer_norms(epsilon: str) -> tuple[ConfigRow, ...]:
-    """Rows of a model with LayerNorms. epsilon: their field"""
-    row = FieldPair("layernorm_epsilon", epsilon, 1e-5, 1e-5)
-    return Fixed("norm", "layernorm", "layernorm"), row, Fixed("use_bias_in_norms", True, True)
 
 
 def rms_norms(epsilon: str, default: float) -> tuple[ConfigRow, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint is taken: the newest by number that its manifest confirms. All ranks agree; knows no configuration object."""
+"""Which checkpoint is taken: the newest by number that its manifest confirms. All ranks agree."""
 
 from __future__ import annotations
 

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from math import inf
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,13 +157,9 @@ class Uploader(PublishedQueue):
 
     def __init__(self, directory: Path, client: Any, address: Address, *, part_bytes: int) -> None:
         place = str(address).replace("%", "%%")
-        super().__init__(
-            directory,
-            UPLOADING,
-            waiting=f"uploads to {place}: %s",
-            undone="uploaded yet: %s; the next start of this run goes on with it",
-            failed=f"upload of %s to {place} failed (it is tried again later): %s",
-        )
+        undone = "uploaded yet: %s; the next start of this run goes on with it"
+        failed = f"upload of %s to {place} failed (it is tried again later): %s"
+        super().__init__(directory, UPLOADING, waiting=f"uploads to {place}: %s", undone=undone, failed=failed)
         self.place = S3Prefix(client=client, address=address, part_bytes=part_bytes, stopped=lambda: self.stopped, moved=self._count)
         self._moved = 0
         self._total = 0
@@ -246,27 +242,13 @@ class Uploader(PublishedQueue):
 
 def each(items: Iterable[T], work: Callable[[T], None], workers: int) -> None:
     """Work on all items, several at once, in threads that do not keep the process from ending. Raises the first error."""
-    waiting: queue.SimpleQueue[T] = queue.SimpleQueue()
-    for item in items:
-        waiting.put(item)
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        while not errors:
-            try:
-                work(waiting.get_nowait())
-            except queue.Empty:
-                return
-            except BaseException as error:  # told by the caller's thread
-                errors.append(error)
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    pool = ThreadPool(workers)
+    try:
+        for _ in pool.imap_unordered(work, items):
+            pass
+    finally:
+        pool.terminate()
+        pool.join()
 
 
 def _own_entry(folder: Path) -> Entry:

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.dialects import LEGACY, LEGACY_LLAMA, NEOX_TE, TE, dialect
-from megatron.checkpoint.mapping.families import FAMILIES
+from megatron.checkpoint.mapping.families import FAMILIES, LEGACY, LEGACY_LLAMA, NEOX_TE, TE, dialect
 from megatron.checkpoint.mapping.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.ops import Concat, FuseQKV, OpContext
 from megatron.checkpoint.mapping.rows import bound_rows
