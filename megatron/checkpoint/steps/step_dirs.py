@@ -68,7 +68,7 @@ def holds(directory: Path, tag: str) -> bool:
     >>> holds(Path("."), ".."), holds(Path("."), "../other"), holds(Path("."), "")
     (False, False, False)
     """
-    return Path(tag).name == tag != ".." and (directory / tag).is_dir()
+    return Path(tag).name == tag not in ("", "..") and (directory / tag).is_dir()
 
 
 def find_tag(directory: Path, iteration: int | None = None) -> str:
@@ -85,7 +85,7 @@ def find_tag(directory: Path, iteration: int | None = None) -> str:
         return step_tag(iteration)
     tag = latest_tag(directory)
     if tag is not None:
-        if tag and holds(directory, tag):
+        if holds(directory, tag):
             return tag
         what = f"`latest` names {tag}, which is not there; {there}"
         raise CheckpointError(what, where=str(directory / "latest"), fix="set `iteration` to one of them")
