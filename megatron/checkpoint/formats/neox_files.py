@@ -25,6 +25,26 @@ from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_na
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
 
+MODEL = re.compile(r"^(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")
+LAYER = re.compile(r"^layer_(?P<slot>\d+)-model_(?P<tensor>\d+)-model_states\.pt$")
+PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<data>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt$")
+
+
+def layer_name(slot: int, tensor_rank: int) -> str:
+    """Of a layer's weights.
+
+    >>> layer_name(2, 1)
+    'layer_02-model_01-model_states.pt'
+    """
+    return f"layer_{slot:02d}-model_{tensor_rank:02d}-model_states.pt"
+
+
+def matched(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, re.Match[str]]]:
+    """The files of a folder whose names fit a pattern, with what it found; none where there is no folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := pattern.match(path.name):
+            yield path, match
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -36,8 +56,12 @@ class LoadReport:
 
 
 def model_file(folder: Path, rank: int = 0) -> Path:
-    """The bookkeeping file of a model rank (and, without a pipeline, its weights)."""
-    return folder / model_name(rank)
+    """The bookkeeping file of a model rank (and, without a pipeline, its weights).
+
+    >>> model_file(Path(), 3).name
+    'mp_rank_03_model_states.pt'
+    """
+    return folder / f"mp_rank_{rank:02d}_model_states.pt"
 
 
 def bookkeeping_file(folder: Path, rank: int = 0) -> Path:
@@ -203,33 +227,3 @@ def check_fit(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, 
     ]
     fix = "use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)"
     raise CheckpointError("checkpoint and model differ. " + "; ".join(parts), where=str(folder), fix=fix)
-
-
-MODEL = re.compile(r"^(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")
-LAYER = re.compile(r"^layer_(?P<slot>\d+)-model_(?P<tensor>\d+)-model_states\.pt$")
-PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<data>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt$")
-
-
-def model_name(rank: int) -> str:
-    """Of a model rank's weights and bookkeeping.
-
-    >>> model_name(3)
-    'mp_rank_03_model_states.pt'
-    """
-    return f"mp_rank_{rank:02d}_model_states.pt"
-
-
-def layer_name(slot: int, tensor_rank: int) -> str:
-    """Of a layer's weights.
-
-    >>> layer_name(2, 1)
-    'layer_02-model_01-model_states.pt'
-    """
-    return f"layer_{slot:02d}-model_{tensor_rank:02d}-model_states.pt"
-
-
-def matched(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, re.Match[str]]]:
-    """The files of a folder whose names fit a pattern, with what it found; none where there is no folder."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if match := pattern.match(path.name):
-            yield path, match
