@@ -62,7 +62,7 @@ def sides(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Callable
 
     from megatron.atomic_io import digest_of
     from megatron.checkpoint.formats.torch_file import read_torch_file
-    from megatron.checkpoint.saving import write
+    from megatron.checkpoint.steps import write
 
     torch.set_num_threads(1)
     count = options.megabytes * (1 << 20) // 4 // 16

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.checkpoint.build import STARTED_FROM, CheckpointSource, Take, compared_args
 from megatron.checkpoint.formats.neox_files import bookkeeping
-from megatron.checkpoint.loading.hf_view import HFModel
+from megatron.checkpoint.loading.hf_model import HFModel
 from megatron.checkpoint.loading.resume_state import SCHEDULE, tell_changes, watched_values
 from megatron.data.build import data_fingerprint
 from megatron.data.fingerprint import differences, require_same

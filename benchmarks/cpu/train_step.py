@@ -103,8 +103,8 @@ def ours(options: argparse.Namespace) -> Callable[[int], float]:
     """This project's engine, the one that trains: DeepSpeed, schedule, clipping, metrics."""
     from megatron.checkpoint.build import CheckpointSource, Take
     from megatron.checkpoint.formats.hf_files import read_config, read_state
-    from megatron.checkpoint.formats.torch_file import load_canonical
-    from megatron.checkpoint.mapping.families.registry import family_of
+    from megatron.checkpoint.formats.neox_files import load_canonical
+    from megatron.checkpoint.mapping.families import family_of
     from megatron.checkpoint.mapping.rows import to_canonical
     from megatron.engine.build import build_engine, join_job
     from megatron.neox_arguments import NeoXArgs

@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron.checkpoint.formats.neox_files import bookkeeping
-from megatron.checkpoint.loading.hf_view import HFModel
+from megatron.checkpoint.loading.hf_model import HFFolder, HFModel, fetch, is_hf
 from megatron.checkpoint.loading.merge_tp import MLP_OUTPUTS, Shard, read_shards, shard_for, width_over
 from megatron.checkpoint.loading.resume_state import COMPARED_ARGS, only_filling_differs
-from megatron.checkpoint.remote.hub_resolve import HFFolder, fetch, is_hf
-from megatron.checkpoint.remote.s3 import Address, open_client, require_boto3
-from megatron.checkpoint.remote.upload import Uploader
-from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.discovery import Search, find, nothing_saved
 from megatron.checkpoint.steps.manifest import Verify
 from megatron.checkpoint.steps.run_lock import RunLock, held
-from megatron.checkpoint.steps.step_dirs import named_step
+from megatron.checkpoint.steps.step_dirs import named_step, recover
+from megatron.checkpoint.steps.upload import Uploader
+from megatron.hub.s3 import Address, open_client, require_boto3
 from megatron.log import get_logger
 from megatron.model.build import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec
@@ -86,9 +84,7 @@ def choose_source(args: NeoXArgs, world: Group | None = None) -> CheckpointSourc
         log.info("no checkpoint in %s yet: starting from the beginning", search.directory)
         return CheckpointSource(Take.NOTHING)
     tag = find(replace(search, own=same and not section.finetune), world)
-    if section.finetune:
-        return CheckpointSource(Take.WEIGHTS, search.directory, tag)
-    return CheckpointSource(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, search.directory, tag)
+    return CheckpointSource(Take.WEIGHTS if section.finetune else _resumed(args), search.directory, tag)
 
 
 def _hf_or_own(args: NeoXArgs, world: Group) -> CheckpointSource:
@@ -98,8 +94,12 @@ def _hf_or_own(args: NeoXArgs, world: Group) -> CheckpointSource:
         if section.iteration is not None or not on_first_rank(lambda: nothing_saved(directory), world):
             tag = find(Search(directory=directory, iteration=section.iteration, own=True, verify=verify), world)
             log.info("%s holds a checkpoint of this run: it goes on from %s, and %s is not read", directory, tag, section.load)
-            return CheckpointSource(Take.WEIGHTS_AND_POSITION if section.no_load_optim else Take.EVERYTHING, directory, tag)
+            return CheckpointSource(_resumed(args), directory, tag)
     return CheckpointSource(Take.WEIGHTS, hf=fetch(str(section.load), world, contents=verify is Verify.FULL))
+
+
+def _resumed(args: NeoXArgs) -> Take:
+    return Take.WEIGHTS_AND_POSITION if args.checkpoint.no_load_optim else Take.EVERYTHING
 
 
 class Weights(NamedTuple):
@@ -137,8 +137,9 @@ def hf_spec(args: NeoXArgs, model: HFModel) -> ModelSpec:
     Raises ConfigError naming every difference; no tensor is read.
     """
     spec = build_spec(args)
-    convention = None if model.mlp_width is None or not spec.blocks[0].mlp.gated else mlp_convention_of(args, model.mlp_width)
-    if convention is not None and spec.blocks[0].mlp.width != model.mlp_width:
+    width = model.keys.get("intermediate_size")  # columns of the MLP's second matrix
+    convention = None if width is None or not spec.blocks[0].mlp.gated else mlp_convention_of(args, int(width))
+    if convention is not None and spec.blocks[0].mlp.width != width:
         spec = build_spec(args, mlp_convention=convention)
     model.require_same(args.to_flat(), spec)
     return spec
@@ -185,13 +186,8 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     convention = mlp_convention_of(args, width)
     if convention is None or width == spec.blocks[0].mlp.width:
         return spec
-    log.info(
-        "intermediate_size %s is read in the %s sense, MLP width %d, as in the checkpoint %s",
-        args.model.intermediate_size,
-        convention,
-        width,
-        folder,
-    )
+    what = "intermediate_size %s is read in the %s sense, MLP width %d, as in the checkpoint %s"
+    log.info(what, args.model.intermediate_size, convention, width, folder)
     return build_spec(args, mlp_convention=convention)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron.checkpoint.saving.write import RankFileWriter
+from megatron.checkpoint.steps.write import RankFileWriter
 from megatron.data.batch import Batch
 from megatron.model.spec import ModelSpec
 from megatron.mpu.context import ContextPlan

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION, matched
+from megatron.checkpoint.formats.neox_files import LAYER, MODEL, PARTITION, matched
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from megatron import fault_injection
 from megatron.checkpoint.loading.resume_state import capture_rng, write_configs
-from megatron.checkpoint.saving.write import RankFileWriter, WrittenFiles, complete_folder
-from megatron.checkpoint.steps.commit import PARTIAL, prune, publish
 from megatron.checkpoint.steps.manifest import Manifest
-from megatron.checkpoint.steps.step_dirs import step_tag, write_latest
+from megatron.checkpoint.steps.step_dirs import PARTIAL, prune, publish, step_tag, write_latest
+from megatron.checkpoint.steps.write import RankFileWriter, WrittenFiles, complete_folder
 from megatron.engine.base import Engine
 from megatron.engine.logit_check import STORED
 from megatron.engine.restore import OURS, RNG

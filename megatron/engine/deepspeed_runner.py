@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron import deepspeed_private as private
 from megatron.checkpoint.formats.optimizer_files import RECORD, recorded
 from megatron.checkpoint.formats.torch_file import canonical_name, read_torch_file
-from megatron.checkpoint.saving.write import RankFileWriter
+from megatron.checkpoint.steps.write import RankFileWriter
 from megatron.engine.base import LocalShards
 from megatron.engine.checkpoint_layout import CheckpointLayout, stored_layout
 from megatron.engine.deepspeed_mpu import counted_here, grid_of, mark_split

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.saving.write import RankFileWriter
+from megatron.checkpoint.steps.write import RankFileWriter
 from megatron.data.batch import Batch
 from megatron.engine.base import LocalShards, StepResult
 from megatron.engine.deepspeed_runner import Runner

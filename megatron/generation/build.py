@@ -13,9 +13,8 @@ from typing import TextIO
 import torch
 
 from megatron.checkpoint.build import Weights, hf_shapes, hf_spec, search_of, spec_for
-from megatron.checkpoint.loading.hf_view import ROWS, HFModel
+from megatron.checkpoint.loading.hf_model import ROWS, HFModel, fetch, is_hf
 from megatron.checkpoint.loading.merge_tp import read_shards, shard_for, width_over
-from megatron.checkpoint.remote.hub_resolve import fetch, is_hf
 from megatron.checkpoint.steps.discovery import find
 from megatron.engine.build import build_model, join_job
 from megatron.engine.distributed import choose_device, stop

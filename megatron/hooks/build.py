@@ -15,7 +15,7 @@ from uuid import uuid4
 from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_args
 from megatron.checkpoint.conversion.build import build_exporter
 from megatron.checkpoint.conversion.export import Exporter
-from megatron.checkpoint.remote.upload import Uploader
+from megatron.checkpoint.steps.upload import Uploader
 from megatron.engine.base import Engine
 from megatron.engine.checkpointer import Checkpointer
 from megatron.engine.logit_check import forward_pass

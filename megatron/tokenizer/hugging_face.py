@@ -16,8 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Engine
 
 from megatron.errors import DataError
-from megatron.hub.client import snapshot
-from megatron.hub.retry import STARTING
+from megatron.hub.client import STARTING, snapshot
 from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, require_encodable, spans
 
 # Looked up among the tokenizer's own special tokens, in this order, when no file names the token.

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.steps import discovery
-from megatron.checkpoint.steps.commit import prune
 from megatron.checkpoint.steps.discovery import Search, find, wait_until_seen
 from megatron.checkpoint.steps.run_lock import acquire, held
-from megatron.checkpoint.steps.step_dirs import saved_steps, write_latest
+from megatron.checkpoint.steps.step_dirs import prune, saved_steps, write_latest
 from megatron.errors import CheckpointError, ConfigError
 from support.checkpoints import step_folder
 from support.dist import run_distributed

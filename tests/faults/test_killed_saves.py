@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.discovery import Search, find
 from megatron.checkpoint.steps.manifest import Verify, look_at, read_manifest
-from megatron.checkpoint.steps.step_dirs import latest_tag, step_of, step_tag
+from megatron.checkpoint.steps.step_dirs import latest_tag, recover, step_of, step_tag
 from support.jobs import Job, settings
 from support.saves import FILES, Server, server
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.steps.commit import recover
 from megatron.checkpoint.steps.discovery import Search, find
 from megatron.checkpoint.steps.manifest import Verify, look_at
-from megatron.checkpoint.steps.step_dirs import saved_steps, step_tag
+from megatron.checkpoint.steps.step_dirs import recover, saved_steps, step_tag
 from support.jobs import Job, settings
 
 pytestmark = pytest.mark.timeout(200)

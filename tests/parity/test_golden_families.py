@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron.checkpoint.formats.torch_file import load_canonical
-from megatron.checkpoint.mapping.families.dialects import NEOX_LEGACY, NEOX_TE, canonical_weights
-from megatron.checkpoint.mapping.families.registry import family_of, neox_keys
+from megatron.checkpoint.formats.neox_files import load_canonical
+from megatron.checkpoint.mapping.families import NEOX_LEGACY, NEOX_TE, canonical_weights, family_of, neox_keys
 from megatron.checkpoint.mapping.rows import Family, from_canonical, to_canonical
 from megatron.model.build import build_spec
 from megatron.model.transformer import Transformer

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron.checkpoint.formats.hf_files import read_state
-from megatron.checkpoint.formats.torch_file import load_canonical
-from megatron.checkpoint.mapping.families.registry import family_of, hf_config, neox_keys
+from megatron.checkpoint.formats.neox_files import load_canonical
+from megatron.checkpoint.mapping.families import family_of, hf_config, neox_keys
 from megatron.checkpoint.mapping.rows import from_canonical, to_canonical
 from megatron.model.build import build_spec
 from megatron.model.transformer import Transformer

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.saving.write import RankFileWriter
+from megatron.checkpoint.steps.write import RankFileWriter
 from megatron.data.batch import Batch
 from megatron.engine.base import LocalShards, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.conversion.output_folder import content_of
 from megatron.checkpoint.formats.hf_files import Planned, read_config, read_state, write_json, write_shards
-from megatron.checkpoint.formats.torch_file import load_canonical
+from megatron.checkpoint.formats.neox_files import load_canonical
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.families.registry import family_named, family_of, neox_keys
+from megatron.checkpoint.mapping.families import family_named, family_of, neox_keys
 from megatron.checkpoint.mapping.rows import bound_rows, to_canonical
 from megatron.model.build import build_spec
 from megatron.model.spec import ModelSpec

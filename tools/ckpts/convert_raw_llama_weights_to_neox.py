@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     given = flags.parse_args(argv)
     from megatron.checkpoint.conversion.build import to_neox
     from megatron.checkpoint.conversion.model import ToNeoX
-    from megatron.checkpoint.conversion.tokenizer_files import copy_tokenizer
+    from megatron.checkpoint.conversion.output_folder import copy_tokenizer
 
     if given.model_size == "tokenizer_only":
         print(f"copied {', '.join(copy_tokenizer(given.input_dir, given.output_dir / 'tokenizer')) or 'nothing'}")

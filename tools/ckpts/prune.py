@@ -9,9 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.checkpoint.steps.commit import prune, removable  # noqa: E402
 from megatron.checkpoint.steps.manifest import Verify  # noqa: E402
-from megatron.checkpoint.steps.step_dirs import saved_steps, step_tag  # noqa: E402
+from megatron.checkpoint.steps.step_dirs import prune, removable, saved_steps, step_tag  # noqa: E402  # noqa: E402
 from megatron.errors import CheckpointError, ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402

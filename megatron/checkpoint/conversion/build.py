@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,23 @@ from megatron.checkpoint.build import compared_args, spec_for
 from megatron.checkpoint.conversion.convert import convert_to_hf, convert_to_neox, rewrite_neox
 from megatron.checkpoint.conversion.export import Export, Exporter, family_for, tokenizer_file
 from megatron.checkpoint.conversion.logit_compare import verify
-from megatron.checkpoint.conversion.model import Described, Finish, HFChoice, NeoXChoice, OutputLayout, Rewrite, ToHF, ToNeoX
-from megatron.checkpoint.conversion.output_folder import NAME, TRAINING, read_record, render
-from megatron.checkpoint.conversion.reward import score_fields
-from megatron.checkpoint.conversion.tokenizer_files import (
+from megatron.checkpoint.conversion.model import Described, Finish, OutputLayout, Rewrite, ToHF, ToNeoX, score_fields
+from megatron.checkpoint.conversion.output_folder import (
+    NAME,
+    TRAINING,
+    add_tokenizer,
     copy_tokenizer,
     find_tokenizer,
-    save_tokenizer,
+    read_record,
+    render,
     special_fields,
     tokenizer_keys,
-    write_generation_config,
 )
 from megatron.checkpoint.conversion.weights import Foreign, open_foreign
 from megatron.checkpoint.formats.hf_files import read_config
 from megatron.checkpoint.loading.merge_tp import read_shards, width_over
 from megatron.checkpoint.loading.reshard import target_rows
-from megatron.checkpoint.mapping.families.dialects import TE_KEYS, canonical_keys
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_of, neox_keys
+from megatron.checkpoint.mapping.families import FAMILIES, TE_KEYS, canonical_keys, family_of, neox_keys
 from megatron.checkpoint.steps.manifest import read_manifest
 from megatron.checkpoint.steps.step_dirs import find_tag, named_step, step_of, step_tag
 from megatron.errors import ConfigError
@@ -61,35 +63,29 @@ def to_hf(request: ToHF) -> str:
     out = request.out.resolve()
     if request.reference is not None:
         model, record = _describe_by(step, request.reference)
-        vocab_file = find_tokenizer(
-            request.tokenizer, request.tokenizer_folder, "HFTokenizer", str(request.reference / "tokenizer.json"), ()
-        )
+        vocab_file = find_tokenizer(request, "HFTokenizer", str(request.reference / "tokenizer.json"))
     else:
         args, model = describe_step(step, request.configs)
         record = _origin(step, args)
-        data = args.data
-        vocab_file = find_tokenizer(request.tokenizer, request.tokenizer_folder, data.tokenizer_type, data.vocab_file, request.configs)
+        vocab_file = find_tokenizer(request, args.data.tokenizer_type, args.data.vocab_file)
     rows = request.vocab_size or record.get("vocab_size")
     fields = special_fields(record.get("source_config") or {}, vocab_file, request.pad_token_id)
     if model.reward:
         fields |= score_fields(request.pad_token_id, rows or model.spec.vocab_size)
-    choice = HFChoice(
-        architecture=request.architecture,
+    request = replace(
+        request,
+        source=step,
+        out=out,
         preferred=known_architecture(record),
-        precision=request.precision,
         vocab_size=rows if rows is None or request.vocab_size or rows <= model.spec.vocab_size else None,
-        shard_bytes=request.shard_bytes,
-        overwrite=request.overwrite,
         fields=fields,
     )
-    finish: list[Finish] = []
-    if vocab_file is not None:
-        finish.append(lambda aside: save_tokenizer(vocab_file, aside))
-    if not model.reward:
-        finish.append(lambda aside: write_generation_config(aside, fields))
     lines: list[str] = []
-    finish.append(lambda aside: lines.extend(verify(step, aside, model, request.precision.dtype, asked=request.verify)))
-    family = convert_to_hf(step, out, model, choice, finish=finish)
+    finish: list[Finish] = [
+        partial(add_tokenizer, vocab_file=vocab_file, special=None if model.reward else fields),
+        lambda aside: lines.extend(verify(step, aside, model, request.precision.dtype, asked=request.verify)),
+    ]
+    family = convert_to_hf(model, request, finish=finish)
     return "; ".join([f"wrote {out}: {family.hf}", *lines])
 
 
@@ -114,7 +110,7 @@ def to_neox(request: ToNeoX) -> str:
             log.warning("%s has no tokenizer: name one in %s (tokenizer_type, vocab_file)", source.path, out / NAME)
 
     finish = [copy, _configs(text, request.iteration), compare]
-    step = convert_to_neox(source, out, model, _choice(request, args), finish=finish)
+    step = convert_to_neox(source, model, replace(request, out=out, args=compared_args(args)), finish=finish)
     return "; ".join([f"wrote {step} ({_layout(request)}) and {out / NAME}", *lines])
 
 
@@ -128,8 +124,9 @@ def rewrite(request: Rewrite) -> str:
     given = {key: value for key, value in args.given().items() if key not in (*ALONE, *layout, "config_files")}
     text = render(f"{step}", {"Model and run": given, "Layout and weights": layout})
     args = args.replace(model_parallel_size=request.tensor, global_num_gpus=request.tensor)
-    choice = _choice(request, args, step_of(step.name) or request.iteration)
-    new = rewrite_neox(step, out, model, choice, finish=[_configs(text, choice.iteration)])
+    iteration = step_of(step.name) or request.iteration
+    request = replace(request, source=step, out=out, iteration=iteration, args=compared_args(args))
+    new = rewrite_neox(model, request, finish=[_configs(text, iteration)])
     return f"wrote {new} ({_layout(request)}) and {out / NAME}"
 
 
@@ -146,8 +143,8 @@ def describe_step(step: Path, configs: Sequence[Path] = (), keys: Mapping[str, A
     fixed = {**ALONE, "padded_vocab_size": width_over(read_shards(step), "word_embeddings.weight", 0)}
     if files:
         args = NeoXArgs.from_ymls([str(file) for file in files], overwrites=fixed)
-    elif (manifest is not None and manifest.config) or keys:
-        args = NeoXArgs.from_dict({**(keys or (manifest.config if manifest is not None else {})), **fixed})
+    elif kept := keys or (manifest.config if manifest is not None else {}):
+        args = NeoXArgs.from_dict({**kept, **fixed})
     else:
         raise ConfigError("the checkpoint holds no configuration", where=str(step / "configs"), fix="name it: --config_file FILE")
     if any(getattr(args.model, key) for key in TE_KEYS) or args.model.norm.startswith("te_"):
@@ -200,18 +197,6 @@ def _origin(step: Path, args: NeoXArgs) -> dict[str, Any]:
         if record.get("direction") == "hf -> neox":
             return record
     return {}
-
-
-def _choice(request: OutputLayout, args: NeoXArgs, iteration: int | None = None) -> NeoXChoice:
-    return NeoXChoice(
-        tensor=request.tensor,
-        pipe=request.pipe,
-        iteration=request.iteration if iteration is None else iteration,
-        precision=request.precision,
-        overwrite=request.overwrite,
-        dialect=request.dialect,
-        args=compared_args(args),
-    )
 
 
 def _check_layout(request: OutputLayout) -> None:

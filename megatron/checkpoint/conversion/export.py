@@ -4,28 +4,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.atomic_io import write_durably
-from megatron.checkpoint.conversion.convert import planned, unpacked
-from megatron.checkpoint.conversion.model import Described
-from megatron.checkpoint.conversion.output_folder import ByteProgress, Table, dtype_name, written_aside
-from megatron.checkpoint.conversion.tokenizer_files import save_tokenizer, write_generation_config
+from megatron.checkpoint.conversion.convert import write_hf
+from megatron.checkpoint.conversion.model import Described, Precision, ToHF
+from megatron.checkpoint.conversion.output_folder import add_tokenizer, dtype_name
 from megatron.checkpoint.conversion.weights import Whole
-from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, write_json, write_shards
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.families.registry import FAMILIES, hf_config
-from megatron.checkpoint.mapping.rows import Family, bound_rows, from_canonical
-from megatron.checkpoint.steps.commit import EXPORTING, recover
-from megatron.checkpoint.steps.step_dirs import step_of
+from megatron.checkpoint.mapping.families import FAMILIES, expressed
+from megatron.checkpoint.mapping.rows import Family, from_canonical
+from megatron.checkpoint.steps.step_dirs import EXPORTING, recover, step_of
+from megatron.checkpoint.steps.upload import PublishedQueue
 from megatron.errors import ConfigError, NeoXError
-from megatron.hub.background_queue import BackgroundQueue
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
 
@@ -59,20 +56,11 @@ class Export:
 
         Raises NeoXError or OSError; then `out` is as it was.
         """
+        precision = Precision.of(dtype_name(self.dtype))
+        request = ToHF(source=step, out=out, precision=precision, vocab_size=self.rows, fields=self.fields, overwrite=True)
+        add = partial(add_tokenizer, vocab_file=self.tokenizer, special=self.fields)
         model = Described(self.keys, self.spec)
-        config = hf_config(self.family, self.keys, self.spec, vocab_size=self.rows)
-        config |= {"torch_dtype": dtype_name(self.dtype), **self.fields}
-        weights = Whole(step, model)
-        bound = list(bound_rows(self.family, self.spec, config["vocab_size"]))
-        plan = planned(bound, model, weights.dtypes(), self.dtype)
-        with written_aside(out, overwrite=True) as aside:
-            table = Table(ByteProgress(f"exporting {step.name}", sum(one.bytes for one in plan)))
-            write_shards(aside, plan, unpacked(bound, weights), table.add, limit=SHARD_BYTES)
-            table.progress.close()
-            if self.tokenizer is not None:
-                save_tokenizer(self.tokenizer, aside)
-            write_json(aside / CONFIG, config)
-            write_generation_config(aside, config)
+        write_hf(Whole(step, model), model, self.family, request, title=f"exporting {step.name}", finish=[add])
 
 
 def tokenizer_file(kind: str, vocab_file: str | None) -> Path | None:
@@ -107,14 +95,8 @@ def family_for(keys: Mapping[str, Any], spec: ModelSpec, preferred: str | None =
 
 def refused(family: Family, keys: Mapping[str, Any], spec: ModelSpec) -> Sequence[NeoXError]:
     """Why a family cannot express a model, field by field, else tensor by tensor; nothing where it can."""
-    errors: list[NeoXError] = []
-    for row in family.config:
-        try:
-            row.to_hf(keys, spec)
-        except ConfigError as error:
-            errors.append(error)
-    if errors:
-        return errors
+    if refusals := expressed(family, keys, spec)[1]:
+        return [error for _, error in refusals]
     try:
         from_canonical(family, dict.fromkeys(shapes_of(spec), torch.empty(0)), spec)
     except NeoXError as error:
@@ -125,67 +107,34 @@ def refused(family: Family, keys: Mapping[str, Any], spec: ModelSpec) -> Sequenc
 FOLDER = "hf"
 """Beside the checkpoints; in it a folder for each exported one, under the same name."""
 
-PROGRESS_S = 15.0
 
-
-class Exporter:
-    """Exports published checkpoints of one run, in a thread of its own. The markers are its queue.
+class Exporter(PublishedQueue):
+    """Exports published checkpoints of one run. One that failed is given up: it keeps no checkpoint from being deleted.
 
     directory: `save`
     every:     checkpoints whose step is a multiple of it; 1 = all
-    failures:  exports that were given up so far: they keep no checkpoint from being deleted
     """
 
     def __init__(self, directory: Path, export: Export, *, every: int = 1) -> None:
-        self.directory = directory
+        undone, failed = "exported yet: %s; the next start of this run does it", "%s was not exported, and stays as it is: %s"
+        super().__init__(directory, EXPORTING, waiting="the export of %s", undone=undone, failed=failed)
         self.export = export
         self.every = every
-        self.failures = 0
-        self._queue = BackgroundQueue("export", self._left, self._attempt)
 
     def start(self) -> None:
         """Begin; what an earlier start left is taken up."""
         for line in recover(self.directory / FOLDER):
             log.warning("%s: %s", self.directory / FOLDER, line)
-        self._queue.start()
+        super().start()
 
     def published(self, folder: Path) -> None:
         """A checkpoint has got its name; returns at once."""
         step = step_of(folder.name)
-        if step is None or step % self.every:
-            return
-        try:
-            marker = self.directory / EXPORTING / folder.name
-            marker.parent.mkdir(exist_ok=True)
-            write_durably(marker, "")
-        except OSError as error:  # a full disk, say: the checkpoint is there, and training goes on
-            self._failed(folder.name, error)
-            return
-        self._queue.wake()
-
-    def drain(self, *, hurried: Callable[[], bool] = lambda: False, early_s: float = 0.0) -> bool:
-        """Wait until everything is exported; returns whether it is. The thread has ended, or ends with the process.
-
-        hurried: whether the process was told to end; then it waits no longer than early_s from there
-        """
-        if self._queue.busy:
-            log.info("waiting for the export of %s", ", ".join(self._left()) or "nothing")
-        done = self._queue.drain(hurried=hurried, early_s=early_s, report=self._report, report_s=PROGRESS_S)
-        if not done:
-            log.error("not exported yet: %s; the next start of this run does it", ", ".join(self._left()))
-        return done
-
-    def stop(self) -> None:
-        """Begin no further one."""
-        self._queue.stop()
+        if step is not None and step % self.every == 0:
+            super().published(folder)
 
     def _report(self) -> None:
-        log.info("  still exporting %s", ", ".join(self._left()))
-
-    def _left(self) -> list[str]:
-        place = self.directory / EXPORTING
-        names = [entry.name for entry in place.iterdir()] if place.is_dir() else []
-        return sorted((name for name in names if step_of(name) is not None), key=lambda name: step_of(name) or 0)
+        log.info("  still exporting %s", ", ".join(self.marked()))
 
     def _attempt(self, tag: str) -> None:
         step, marker = self.directory / tag, self.directory / EXPORTING / tag
@@ -201,7 +150,3 @@ class Exporter:
             self._failed(tag, error)
         with suppress(OSError):
             marker.unlink(missing_ok=True)
-
-    def _failed(self, tag: str, error: Exception) -> None:
-        self.failures += 1
-        log.error("%s was not exported, and stays as it is: %s", tag, error)

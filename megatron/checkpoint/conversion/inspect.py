@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a checkpoint: names, shapes, numbers, and how two differ. Opens files one at a time, and knows no model."""
+"""What is in a checkpoint: names, shapes, numbers, and how two differ. Files are opened one at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION
-from megatron.checkpoint.formats.hf_files import read_tensor
-from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
+from megatron.checkpoint.formats.hf_files import tensor_makers
+from megatron.checkpoint.formats.neox_files import LAYER, MODEL, PARTITION
+from megatron.checkpoint.formats.torch_file import LazyState, read_plain_first
 from megatron.checkpoint.steps.step_dirs import find_tag, saved_steps, step_tag
 from megatron.errors import CheckpointError
 
@@ -73,11 +72,9 @@ def locate(path: Path, iteration: int | None = None) -> dict[str, Path]:
     if files:
         return dict(sorted(files.items()))
     if (folder / ".metadata").exists():
-        raise CheckpointError(
-            "a folder of torch.distributed.checkpoint: its .metadata is a pickle, which could run anything, and is not read",
-            where=str(folder / ".metadata"),
-            fix="turn it into a .pt file where you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE",
-        )
+        what = "a folder of torch.distributed.checkpoint: its .metadata is a pickle, which could run anything, and is not read"
+        fix = "turn it into a .pt file where you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"
+        raise CheckpointError(what, where=str(folder / ".metadata"), fix=fix)
     raise CheckpointError(f"no checkpoint file ({', '.join(SUFFIXES)}) is in the folder", where=str(folder), fix="check the path")
 
 
@@ -114,19 +111,8 @@ def layout(files: Mapping[str, Path]) -> str:
 def read(path: Path) -> Content:
     """The content of one file, by flat names. Nothing in the file is executed. Raises CheckpointError."""
     if path.suffix != ".safetensors":
-        return dict(flatten(_torch_content(path)))
-    try:
-        with safe_open(path, framework="pt") as reader:
-            return LazyState({name: partial(read_tensor, path, name) for name in reader.keys()})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), fix="copy it again") from error
-
-
-def _torch_content(path: Path) -> Any:
-    try:
-        return read_torch_file(path)
-    except CheckpointError:  # importing DeepSpeed costs seconds, and few files hold its types
-        return read_torch_file(path, deepspeed_types=True)
+        return dict(flatten(read_plain_first(path)))
+    return LazyState(tensor_makers(path))
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

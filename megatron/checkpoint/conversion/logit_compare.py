@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.conversion.model import Described
+from megatron.checkpoint.conversion.model import Described, head_name, is_scoring, written_family
 from megatron.checkpoint.conversion.output_folder import content_of
-from megatron.checkpoint.conversion.reward import is_scoring, scores, written_family
 from megatron.checkpoint.conversion.weights import Whole
 from megatron.checkpoint.formats.hf_files import CONFIG, SHARD_BYTES, Planned, read_config, read_state, write_json, write_shards
-from megatron.checkpoint.formats.torch_file import LazyState, load_canonical, summary
+from megatron.checkpoint.formats.neox_files import load_canonical
+from megatron.checkpoint.formats.torch_file import LazyState, summary
 from megatron.checkpoint.mapping.config_rows import FieldPair
 from megatron.checkpoint.mapping.rows import Family, usual_names
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
+from megatron.model.layer_state import LayerState
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
 
@@ -67,11 +68,7 @@ def write_layers(hf: Path, target: Path, spec: ModelSpec, layers: Sequence[int])
     write_json(target / CONFIG, _config_of_layers(config, family, spec.num_layers, layers))
     plan = [Planned(new, tuple(stored[old].shape), stored[old].dtype) for new, old in names.items()]
     tensors = ((new, stored[old]) for new, old in names.items())
-    write_shards(target, plan, tensors, _bytes_of, limit=SHARD_BYTES)
-
-
-def _bytes_of(_: str, tensor: Tensor) -> memoryview:
-    return content_of(tensor)
+    write_shards(target, plan, tensors, lambda _, tensor: content_of(tensor), limit=SHARD_BYTES)
 
 
 def _names(family: Family, spec: ModelSpec, layers: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -127,14 +124,21 @@ def neox_logits(weights: Whole, described: Described, tokens: Tensor, rounded: t
 
 
 def _run(described: Described, state: Mapping[str, Tensor], tokens: Tensor, rounded: torch.dtype | None) -> Tensor:
-    if described.reward:
-        return scores(described.spec, state, tokens, rounded)
     model = Transformer(described.spec, dtype=torch.float32).eval()
-    load_canonical(model, state)
+    name, last = head_name(described.spec), model.plan[-1]
+    if described.reward and last.head is None:
+        del model.sequential[str(last.number)]
+    load_canonical(model, {other: state[other] for other in state if other != name} if described.reward else state)
     _round(model, rounded)
     with torch.no_grad():
-        logits: Tensor = model(tokens).full().float()
-    return logits
+        if not described.reward:
+            logits: Tensor = model(tokens).full().float()
+            return logits
+        # What the model has after its last norm, times the head.
+        stream = LayerState(tokens, torch.zeros_like(tokens, dtype=torch.int32))
+        for module in model.sequential.values():
+            stream = module(stream)
+        return stream.hidden @ state[name].to(rounded or torch.float32).float().t()
 
 
 def _round(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -12,17 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.conversion.model import Described
-from megatron.checkpoint.conversion.reward import HEAD
+from megatron.checkpoint.conversion.model import HEAD, Described
 from megatron.checkpoint.formats.hf_files import CONFIG, read_config, read_state
-from megatron.checkpoint.formats.meta_files import PARAMS, read_meta, shard_files
-from megatron.checkpoint.formats.neox_files import bookkeeping_file, check_fit, zero3_partitioned
-from megatron.checkpoint.formats.torch_file import LazyState, canonical_name, read_torch_file
+from megatron.checkpoint.formats.neox_files import check_fit, model_dtypes, zero3_partitioned
+from megatron.checkpoint.formats.torch_file import LazyState
 from megatron.checkpoint.loading.merge_tp import read_shards
 from megatron.checkpoint.loading.reshard import AT_ONCE, let_go
-from megatron.checkpoint.mapping.families.dialects import canonical_weights
-from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.registry import family_of
+from megatron.checkpoint.mapping.families import canonical_weights, family_of
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA, PARAMS, read_meta, shard_files
 from megatron.checkpoint.mapping.rows import Family
 from megatron.checkpoint.steps.manifest import Verify, look_at
 from megatron.errors import CheckpointError
@@ -75,17 +72,15 @@ def open_foreign(directory: Path) -> Foreign:
         rows = int(params["vocab_size"])
         return Foreign(path=directory, config=params, family=META_LLAMA, tensors=tensors, vocab_size=rows, cheap=False)
     config = read_config(directory)
-    return Foreign(
-        path=directory, config=config, family=family_of(config), tensors=read_state(directory), vocab_size=int(config["vocab_size"])
-    )
+    family, rows = family_of(config), int(config["vocab_size"])
+    return Foreign(path=directory, config=config, family=family, tensors=read_state(directory), vocab_size=rows)
 
 
 def check_files(step: Path) -> None:
     """Raise CheckpointError where the folder has a manifest and is not what it says."""
     if problems := look_at(step, Verify.FULL).problems:
-        raise CheckpointError(
-            "the checkpoint is damaged: " + "; ".join(problems[:6]), where=str(step), fix="copy it again, or choose another step"
-        )
+        what = "the checkpoint is damaged: " + "; ".join(problems[:6])
+        raise CheckpointError(what, where=str(step), fix="copy it again, or choose another step")
 
 
 class Whole:
@@ -130,8 +125,7 @@ class Whole:
     def dtypes(self) -> dict[str, torch.dtype]:
         """As the model has them; under ZeRO-3 the files have float32 ones only."""
         if zero3_partitioned(self._step):
-            module = read_torch_file(bookkeeping_file(self._step), deepspeed_types=True).get("module") or {}
-            found = {canonical_name(name): tensor.dtype for name, tensor in module.items() if isinstance(tensor, Tensor)}
+            found = model_dtypes(self._step)
             if set(self.names) <= set(found):
                 return {name: found[name] for name in self.names}
         return {name: self._shards[0][name].dtype for name in self.names}

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron.atomic_io import write_durably
-from megatron.checkpoint.formats.torch_file import LazyState, read_torch_file
+from megatron.checkpoint.formats.torch_file import LazyState, tensor_table
 from megatron.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 OLD_WEIGHTS = "pytorch_model.bin"
 OLD_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
+_OLD_FIX = "give a model as save_pretrained wrote it"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -38,14 +39,10 @@ def read_state(directory: Path, *, empty: bool = False) -> LazyState:
 
     empty: tensors without numbers (device "meta", float32) that have the shapes
     """
-    owners: dict[str, Path] = {}
+    makers: dict[str, Callable[[], Tensor]] = {}
     for path in weight_files(directory):
-        try:
-            names = names_of(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), fix="copy it again") from error
-        owners.update(dict.fromkeys(names, path))
-    return LazyState({name: partial(empty_tensor if empty else read_tensor, path, name) for name, path in owners.items()})
+        makers |= tensor_makers(path, empty=empty)
+    return LazyState(makers)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -56,48 +53,36 @@ def weight_files(directory: Path) -> list[Path]:
     files = sorted(set(read_json(directory / index)["weight_map"].values())) if (directory / index).is_file() else [single]
     for file in files:
         if Path(file).name != file:
-            raise CheckpointError(
-                f"{index} names {file}, which is not in the folder",
-                where=str(directory / index),
-                fix="copy the model again from its source",
-            )
+            what = f"{index} names {file}, which is not in the folder"
+            raise CheckpointError(what, where=str(directory / index), fix="copy the model again from its source")
         if not (directory / file).is_file():
             fix = "copy all files of the model (save_pretrained writes safetensors)"
             raise CheckpointError(f"{file} is missing", where=str(directory), fix=fix)
     return [directory / file for file in files]
 
 
-def names_of(path: Path) -> list[str]:
-    """The tensors of one file."""
+def tensor_makers(path: Path, *, empty: bool = False) -> dict[str, Callable[[], Tensor]]:
+    """What reads each tensor of one file. Raises CheckpointError when the file is damaged."""
     if path.suffix == ".bin":
-        return list(_old_content(path))
-    with safe_open(path, framework="pt") as reader:
-        return list(reader.keys())
+        names = list(tensor_table(path, _OLD_FIX))
+    else:
+        try:
+            with safe_open(path, framework="pt") as reader:
+                names = list(reader.keys())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"damaged safetensors file: {error}", where=str(path), fix="copy it again") from error
+    return {name: partial(_read_tensor, path, name, empty) for name in names}
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of one file."""
+def _read_tensor(path: Path, name: str, empty: bool) -> Tensor:
+    # A file is opened anew for each tensor: what is mapped into memory goes when the tensor is done.
+    tensor: Tensor
     if path.suffix == ".bin":
-        return _old_content(path)[name]
+        tensor = tensor_table(path, _OLD_FIX)[name]
+        return torch.empty(tensor.shape, device="meta") if empty else tensor
     with safe_open(path, framework="pt") as reader:
-        tensor: Tensor = reader.get_tensor(name)
+        tensor = torch.empty(reader.get_slice(name).get_shape(), device="meta") if empty else reader.get_tensor(name)
     return tensor
-
-
-def empty_tensor(path: Path, name: str) -> Tensor:
-    """The shape of one tensor of one file."""
-    if path.suffix == ".bin":
-        return torch.empty(_old_content(path)[name].shape, device="meta")
-    with safe_open(path, framework="pt") as reader:
-        return torch.empty(reader.get_slice(name).get_shape(), device="meta")
-
-
-def _old_content(path: Path) -> dict[str, Tensor]:
-    # Opened anew for each tensor: what is mapped into memory goes when the tensor is done.
-    content = read_torch_file(path)
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError("not a table of tensors", where=str(path), fix="give a model as save_pretrained wrote it")
-    return content
 
 
 def read_json(path: Path, fix: str = "copy it again") -> dict[str, Any]:

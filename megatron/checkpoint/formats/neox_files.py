@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights in a step's folder of a NeoX checkpoint, in either of their two forms.
+"""The files in a step's folder of a NeoX checkpoint: their names, and the weights in either of their two forms.
 
 FORMAT: pipe_parallel_size 0 keeps all weights in mp_rank_<TT>_model_states.pt under "module" with names
 `sequential.<slot>.<parameter>`; a pipeline keeps one layer_<slot>-model_<TT>-model_states.pt per slot with names
-`<parameter>`. Knows no optimizer and no Hugging Face names.
+`<parameter>`. Without one, mp_rank_<NN>_model_states.pt holds the bookkeeping of a model rank, too; under ZeRO-3 each data rank has one
+with zero_pp_rank_<NN>_ before. A spread optimizer has [bf16_]zero_pp_rank_<NN>_mp_rank_<NN>_optim_states.pt.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.formats.file_names import LAYER, MODEL, PARTITION, matched, model_name
 from megatron.checkpoint.formats.partitions import named_shapes, partitions
-from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_torch_file
+from megatron.checkpoint.formats.torch_file import TIED, LazyState, canonical_name, read_plain_first, read_torch_file, summary
 from megatron.errors import CheckpointError
 from megatron.model.block import unused_stored_prefixes
+
+MODEL = re.compile(r"^(?:zero_pp_rank_(?P<data>\d+)_)?mp_rank_(?P<model>\d+)_model_states\.pt$")
+LAYER = re.compile(r"^layer_(?P<slot>\d+)-model_(?P<tensor>\d+)-model_states\.pt$")
+PARTITION = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<data>\d+)_mp_rank_(?P<model>\d+)_optim_states\.pt$")
+
+
+def layer_name(slot: int, tensor_rank: int) -> str:
+    """Of a layer's weights.
+
+    >>> layer_name(2, 1)
+    'layer_02-model_01-model_states.pt'
+    """
+    return f"layer_{slot:02d}-model_{tensor_rank:02d}-model_states.pt"
+
+
+def matched(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[Path, re.Match[str]]]:
+    """The files of a folder whose names fit a pattern, with what it found; none where there is no folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := pattern.match(path.name):
+            yield path, match
 
 
 @dataclass(frozen=True)
@@ -36,8 +56,12 @@ class LoadReport:
 
 
 def model_file(folder: Path, rank: int = 0) -> Path:
-    """The bookkeeping file of a model rank (and, without a pipeline, its weights)."""
-    return folder / model_name(rank)
+    """The bookkeeping file of a model rank (and, without a pipeline, its weights).
+
+    >>> model_file(Path(), 3).name
+    'mp_rank_03_model_states.pt'
+    """
+    return folder / f"mp_rank_{rank:02d}_model_states.pt"
 
 
 def bookkeeping_file(folder: Path, rank: int = 0) -> Path:
@@ -84,7 +108,8 @@ def read_weights(folder: Path, tensor_rank: int = 0) -> Mapping[str, Tensor]:
     path = model_file(folder, tensor_rank)
     if not path.exists() and zero3_partitioned(folder):
         return _of_partitions(folder, tensor_rank)
-    module = _read_model_file(path).get("module")
+    # FORMAT: ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file.
+    module = read_plain_first(path).get("module")
     while isinstance(module, Mapping) and isinstance(module.get("module"), Mapping):
         module = module["module"]
     if not isinstance(module, Mapping) or not module:
@@ -96,11 +121,9 @@ def _of_partitions(folder: Path, tensor_rank: int) -> Mapping[str, Tensor]:
     """ZeRO-3: the float32 weights, joined on access, and what is whole in each file."""
     files = partition_files(folder, tensor_rank)
     if not files:
-        raise CheckpointError(
-            "the weights were spread over data-parallel ranks (ZeRO-3), and their files are not there",
-            where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"),
-            fix="copy all files of the folder, or choose another step",
-        )
+        what = "the weights were spread over data-parallel ranks (ZeRO-3), and their files are not there"
+        fix = "copy all files of the folder, or choose another step"
+        raise CheckpointError(what, where=str(folder / f"zero_pp_rank_*_mp_rank_{tensor_rank:02d}_optim_states.pt"), fix=fix)
     content = read_torch_file(bookkeeping_file(folder, tensor_rank), deepspeed_types=True)
     parts = [read_torch_file(path, deepspeed_types=True)["optimizer_state_dict"] for path in files]
     masters = partitions(parts, named_shapes(content)).masters
@@ -121,17 +144,10 @@ def zero3_partitioned(folder: Path) -> bool:
     return any(folder.glob("zero_pp_rank_*_model_states.pt"))
 
 
-def _read_model_file(path: Path) -> Any:
-    """With DeepSpeed's types only where it needs them, since importing them takes seconds.
-
-    ZeRO-0 in half precision keeps the optimizer, with DeepSpeed's loss scaler, in the weights' file.
-    """
-    try:
-        return read_torch_file(path)
-    except CheckpointError:
-        if not path.is_file() or any(path.parent.glob("*zero_pp_rank_*")):
-            raise
-    return read_torch_file(path, deepspeed_types=True)
+def model_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Of the tensors that the bookkeeping file lists, by canonical name, as the model has them also under ZeRO-3; none with a pipeline."""
+    module = read_torch_file(bookkeeping_file(folder), deepspeed_types=True).get("module") or {}
+    return {canonical_name(name): tensor.dtype for name, tensor in module.items() if isinstance(tensor, Tensor)}
 
 
 Gather = Callable[[Any], AbstractContextManager[Any]]
@@ -173,6 +189,11 @@ def copy_weights(
     return LoadReport(path=folder, tensors=len(target), parameters=sum(_whole_shape(t).numel() for t in target.values()))
 
 
+def load_canonical(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a canonical state that is in no folder into a `Transformer`. Raises CheckpointError as `copy_weights` does."""
+    copy_weights(state, module, Path())
+
+
 def slot_of(name: str) -> int:
     """Number of the layer that a canonical name begins with; -1 where there is none."""
     number = name.partition(".")[0]
@@ -200,12 +221,9 @@ def check_fit(folder: Path, target: Mapping[str, Tensor], weights: Mapping[str, 
     if not (missing or surplus or shapes):
         return
     parts = [
-        f"{label}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+        f"{label}: {summary(names)}"
         for label, names in (("missing in the checkpoint", missing), ("unknown to the model", surplus), ("other shapes", shapes))
         if names
     ]
-    raise CheckpointError(
-        "checkpoint and model differ. " + "; ".join(parts),
-        where=str(folder),
-        fix="use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)",
-    )
+    fix = "use the configuration the checkpoint was trained with (its copy is in the folder configs/ beside the weights)"
+    raise CheckpointError("checkpoint and model differ. " + "; ".join(parts), where=str(folder), fix=fix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer in a step's folder by canonical parameter name, whatever layout wrote it. Knows no engine, and reads what is asked for."""
+"""The optimizer in a step's folder by canonical parameter name, whatever layout wrote it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from megatron.checkpoint.formats.neox_files import bookkeeping_file, model_ranks, partition_files, read_weights, slot_of, tensor_ranks
-from megatron.checkpoint.formats.partitions import (
-    LAYOUT_FIX,
-    OptimizerShard,
-    fragments,
-    named_shapes,
-    names_in_order,
-    partitions,
-    whole_optimizer,
-)
+from megatron.checkpoint.formats.partitions import LAYOUT_FIX, OptimizerShard, fragments, named_shapes, partitions, whole_optimizer
 from megatron.checkpoint.formats.torch_file import read_torch_file
 from megatron.errors import CheckpointError
 
@@ -83,9 +75,29 @@ def _told_by_order(content: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
     slots = sorted({slot_of(name) for name in weights})
     for count in range(1, len(slots) + 1):
         of_stage = {name: tensor for name, tensor in weights.items() if slot_of(name) in slots[:count]}
-        if (names := names_in_order(content, of_stage)) is not None:
+        if (names := _names_in_order(content, of_stage)) is not None:
             return names
     return None
+
+
+def _names_in_order(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[str]] | None:
+    """The parameters of each group of an optimizer whose file does not name them; None where they cannot be told.
+
+    FORMAT: GPT-NeoX keeps two groups, of the matrices and of the vectors, both in the order of the module. Every state must have the
+    shape of the parameter that it would belong to.
+    content: "optimizer" of a model rank's file; weights: of that rank, all of them
+    """
+    inner = content.get("optimizer_state_dict", content)
+    matrices = [name for name, tensor in weights.items() if tensor.dim() > 1]
+    names = [matrices, [name for name in weights if name not in set(matrices)]]
+    if [len(group["params"]) for group in inner["param_groups"]] != [len(group) for group in names]:
+        return None
+    for numbers, group in zip(inner["param_groups"], names, strict=True):
+        for number, name in zip(numbers["params"], group, strict=True):
+            states = [value for value in inner["state"].get(number, {}).values() if isinstance(value, Tensor) and value.dim()]
+            if any(value.shape != weights[name].shape for value in states):
+                return None
+    return names
 
 
 def _over_stages(stages: Sequence[OptimizerShard]) -> OptimizerShard:

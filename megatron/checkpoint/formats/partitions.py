@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model rank's optimizer as tensors by parameter name, from each form in which DeepSpeed files it. Knows no tensor ranks and no engine.
+"""One model rank's optimizer as tensors by parameter name, from each form in which DeepSpeed files it.
 
 FORMAT: without ZeRO the optimizer is under "optimizer" of the model rank's file: torch's own state, or with it the float32 copies of
 16-bit weights ("fp32_groups"). ZeRO 1 and 2 and the bfloat16 optimizer keep a flat float32 buffer per group, cut over the data ranks
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,31 +71,9 @@ def whole_optimizer(content: Mapping[str, Any], names: Sequence[Sequence[str]], 
     return OptimizerShard(masters=masters, states=states, scalars=scalars, groups=inner["param_groups"], scaling=scaling_of(content))
 
 
-def names_in_order(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[list[str]] | None:
-    """The parameters of each group of an optimizer whose file does not name them; None where they cannot be told.
-
-    FORMAT: GPT-NeoX keeps two groups, of the matrices and of the vectors, both in the order of the module. Every state must have the
-    shape of the parameter that it would belong to.
-    content: "optimizer" of a model rank's file; weights: of that rank, all of them
-    """
-    inner = content.get("optimizer_state_dict", content)
-    matrices = [name for name, tensor in weights.items() if tensor.dim() > 1]
-    names = [matrices, [name for name in weights if name not in set(matrices)]]
-    if [len(group["params"]) for group in inner["param_groups"]] != [len(group) for group in names]:
-        return None
-    for numbers, group in zip(inner["param_groups"], names, strict=True):
-        for number, name in zip(numbers["params"], group, strict=True):
-            states = [value for value in inner["state"].get(number, {}).values() if isinstance(value, Tensor) and value.dim()]
-            if any(value.shape != weights[name].shape for value in states):
-                return None
-    return names
-
-
 def _other_shape(key: str, name: str, value: Tensor) -> CheckpointError:
-    return CheckpointError(
-        f"the optimizer's state {key} of {name} has the shape {tuple(value.shape)}, not the parameter's: it belongs to one layout",
-        fix=LAYOUT_FIX,
-    )
+    what = f"the optimizer's state {key} of {name} has the shape {tuple(value.shape)}, not the parameter's: it belongs to one layout"
+    return CheckpointError(what, fix=LAYOUT_FIX)
 
 
 @dataclass(frozen=True)
@@ -108,8 +86,7 @@ class _Place:
     count: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flat:
+class _Flat(NamedTuple):
     """One data rank's flat buffers: masters and states by group."""
 
     masters: Sequence[Tensor]
@@ -182,9 +159,8 @@ def _gathered(
 ) -> OptimizerShard:
     for name, found in places.items():
         if name not in shapes or sum(place.count for place in found) != math.prod(shapes[name]):
-            raise CheckpointError(
-                f"the parts of {name} in the optimizer's files are not the whole of it", fix="check that all files are there"
-            )
+            what = f"the parts of {name} in the optimizer's files are not the whole of it"
+            raise CheckpointError(what, fix="check that all files are there")
     scalars: dict[str, dict[str, Any]] = {}
     makers: dict[str, dict[str, Callable[[], Tensor]]] = {}
     for name, found in places.items():

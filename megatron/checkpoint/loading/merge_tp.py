@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of any number of tensor parallel ranks as the weights of one rank of any other number. Knows no file of an optimizer."""
+"""A checkpoint of any number of tensor parallel ranks as the weights of one rank of any other number."""
 
 from __future__ import annotations
 
@@ -36,20 +36,11 @@ def width_over(shards: Sequence[Shard], ending: str | tuple[str, ...], dim: int)
     return None if name is None else sum(shard[name].shape[dim] for shard in shards)
 
 
-def join_shards(shards: Sequence[Shard], spec: ModelSpec) -> Shard:
-    """Whole tensors from the shards, joined on access as the model itself says they are split.
-
-    Raises CheckpointError when the ranks do not hold the same names.
-    """
-    return Spreading(spec, len(shards), Group.single()).weights(shards)
-
-
 def _same_names(shards: Sequence[Shard]) -> None:
     for rank, shard in enumerate(shards):
         if odd := set(shard) ^ set(shards[0]):
-            raise CheckpointError(
-                f"tensor ranks 0 and {rank} hold different weights: {sorted(odd)[:6]}", fix="check that all files were copied"
-            )
+            what = f"tensor ranks 0 and {rank} hold different weights: {sorted(odd)[:6]}"
+            raise CheckpointError(what, fix="check that all files were copied")
 
 
 def shard_for(shards: Sequence[Shard], spec: ModelSpec, tp: Group, *, padding: bool = False) -> Shard:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint rewritten for other numbers of tensor ranks and pipeline stages, a piece at a time. Knows no engine and no configuration."""
+"""A checkpoint rewritten for other numbers of tensor ranks and pipeline stages, a piece at a time."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.atomic_io import digest_of
-from megatron.checkpoint.formats.file_names import layer_name
-from megatron.checkpoint.formats.neox_files import bookkeeping, bookkeeping_file, model_file, tensor_ranks
+from megatron.checkpoint.formats.neox_files import bookkeeping, layer_name, model_dtypes, model_file, tensor_ranks
 from megatron.checkpoint.formats.optimizer_files import RECORD, read_optimizer, recorded
 from megatron.checkpoint.formats.partitions import OptimizerShard
-from megatron.checkpoint.formats.torch_file import SEQUENTIAL, canonical_name, canonical_state, read_torch_file
+from megatron.checkpoint.formats.torch_file import SEQUENTIAL, Later, canonical_state, save_streaming
 from megatron.checkpoint.loading.merge_tp import Shard, Spreading, read_shards, width_over, with_vocabulary
-from megatron.checkpoint.saving.streaming import Later, save_streaming
-from megatron.checkpoint.steps.commit import publish
-from megatron.checkpoint.steps.manifest import Manifest, read_manifest, write_manifest
-from megatron.checkpoint.steps.step_dirs import step_of, write_latest
+from megatron.checkpoint.steps.manifest import Manifest, files_in, read_manifest, write_manifest
+from megatron.checkpoint.steps.step_dirs import publish, step_of, write_latest
 from megatron.errors import CheckpointError
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
@@ -148,7 +144,8 @@ def _write_rank(tensors: _Source, source: Path, aside: Path, spec: ModelSpec, tp
     """All files of one tensor rank."""
     model = canonical_state(Transformer(spec, groups=Groups(tp=tp), device="meta"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
-    kinds = _dtypes(source)
+    # Under ZeRO-3 the files have float32 weights only.
+    kinds = model_dtypes(source) or {name: tensor.dtype for name, tensor in read_shards(source)[0].items()}
     weights = {name: Later(shape=shapes[name], dtype=kinds[name], make=partial(tensors.take, "", name)) for name in shapes}
     slots = sorted({int(name.partition(".")[0]) for name in shapes})
     if target.pipe:
@@ -201,26 +198,11 @@ def _bookkeeping(source: Path, target: Target, stage: int, rows: int) -> dict[st
     return {**kept, "args": args, "dp_world_size": 1, "mp_world_size": target.tensor * target.stages}
 
 
-def _dtypes(folder: Path) -> dict[str, torch.dtype]:
-    """Of the weights as the model has them, by canonical name; under ZeRO-3 the files have float32 ones only."""
-    module = read_torch_file(bookkeeping_file(folder), deepspeed_types=True).get("module")
-    if isinstance(module, Mapping) and module:
-        return {canonical_name(name): tensor.dtype for name, tensor in module.items() if isinstance(tensor, Tensor)}
-    return {name: tensor.dtype for name, tensor in read_shards(folder)[0].items()}
-
-
 def _manifest(source: Path, aside: Path, target: Target) -> Manifest:
     state = bookkeeping(source, deepspeed_types=True)
     ours = state.get("run_state") or {}
     known = read_manifest(source)
     if known is None:
-        step, samples, tokens = step_of(source.name) or 0, int(ours.get("samples", 0)), int(ours.get("tokens", 0))
-        empty: dict[str, Any] = {"run_id": "", "code_version": "", "config": {}, "data": {}, "written": "", "layout": {}, "files": {}}
-        known = Manifest(step=step, samples=samples, tokens=tokens, **empty)
+        known = Manifest(step=step_of(source.name) or 0, samples=int(ours.get("samples", 0)), tokens=int(ours.get("tokens", 0)))
     layout = {**known.layout, "pipe": target.stages, "tensor": target.tensor, "pipelined": target.pipe > 0, "zero_stage": 0, "data": 1}
-    files = {path.relative_to(aside).as_posix(): digest_of(path) for path in _files(aside)}
-    return replace(known, layout=layout, files=files)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return replace(known, layout=layout, files=files_in(aside))

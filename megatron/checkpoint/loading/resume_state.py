@@ -67,15 +67,9 @@ def _plain(value: Any) -> Any:
 
 # FORMAT: what GPT-NeoX stores as "args" and compares on load.
 COMPARED_ARGS = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "make_vocab_size_divisible_by",
-    "padded_vocab_size",
-    "tokenizer_type",
-    "model_parallel_size",
-)
+    "num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "make_vocab_size_divisible_by", "padded_vocab_size",
+    "tokenizer_type", "model_parallel_size",
+)  # fmt: skip
 _MAY_DIFFER = ("max_position_embeddings", "tokenizer_type", "model_parallel_size")
 _FILLING = ("padded_vocab_size", "make_vocab_size_divisible_by")
 
@@ -99,11 +93,8 @@ def restore_rng(client_state: Mapping[str, Any], where: Path) -> None:
     """
     missing = [key for key in ("random_rng_state", "np_rng_state", "torch_rng_state") if client_state.get(key) is None]
     if missing:
-        raise CheckpointError(
-            f"no random state in the checkpoint ({', '.join(missing)})",
-            where=str(where),
-            fix="set `no_load_rng: true`, or `finetune: true`",
-        )
+        what = f"no random state in the checkpoint ({', '.join(missing)})"
+        raise CheckpointError(what, where=str(where), fix="set `no_load_rng: true`, or `finetune: true`")
     version, internal, gauss = client_state["random_rng_state"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(client_state["np_rng_state"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of configuration fields: our flat keys <-> a Hugging Face config, both ways. Knows no tensor and no family."""
+"""Rows of configuration fields: our flat keys <-> a Hugging Face config, both ways."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ class ConfigRow(Protocol):
 
     def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
         """Their fields. Raises ConfigError, naming the key, for what they cannot express."""
+
+
+def inexpressible(key: str, value: Any, fix: str) -> ConfigError:
+    """The error for a key of ours with a value that the other side's models cannot have."""
+    return ConfigError(f"this architecture cannot express '{key}: {value}'", where=key, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,7 @@ class Fixed:
         value = neox.get(self.neox)
         value = self.ours if value is None else value
         if value != self.value:
-            what = f"this architecture cannot express '{self.neox}: {value}'"
-            raise ConfigError(what, where=self.neox, fix=f"it needs {self.value}; choose another architecture")
+            raise inexpressible(self.neox, value, f"it needs {self.value}; choose another architecture")
         return {}
 
 
@@ -129,8 +133,7 @@ class Holds:
     def to_hf(self, neox: Config, spec: ModelSpec) -> dict[str, Any]:
         """Nothing, or a refusal."""
         if not self.test(spec):
-            what = f"this architecture cannot express '{self.neox}: {neox.get(self.neox)}'"
-            raise ConfigError(what, where=self.neox, fix=self.fix)
+            raise inexpressible(self.neox, neox.get(self.neox), self.fix)
         return {}
 
 
@@ -193,8 +196,8 @@ class Heads:
         if self.free:
             return {"head_dim": attention.head_dim}
         if attention.head_dim * attention.num_heads != spec.hidden_size:
-            what = f"this architecture cannot express 'head_dim: {attention.head_dim}'"
-            raise ConfigError(what, where="head_dim", fix="it needs hidden_size / num_attention_heads; choose another architecture")
+            fix = "it needs hidden_size / num_attention_heads; choose another architecture"
+            raise inexpressible("head_dim", attention.head_dim, fix)
         return {}
 
 
@@ -222,4 +225,4 @@ class Act:
             if name == ours:
                 return {self.hf: theirs}
         known = ", ".join(ours for ours, _ in self.table)
-        raise ConfigError(f"this architecture cannot express 'activation: {name}'", where="activation", fix=f"one of {known}")
+        raise inexpressible("activation", name, f"one of {known}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tensors of another naming become ours and back. Every op is its own inverse's other half; knows no names.
+"""How tensors of another naming become ours and back.
 
 `pack` takes the other side's tensors to ours, `unpack` ours to theirs; both take and give lists, so that ops chain.
 """
@@ -41,29 +41,14 @@ class Op(Protocol):
 
 
 @dataclass(frozen=True)
-class Same:
-    """No change."""
-
-    def pack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """As they are."""
-        return parts
-
-    def unpack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """As they are."""
-        return parts
-
-
-@dataclass(frozen=True)
 class Transpose:
     """Matrices stored [in, out] on the other side (GPT-2's Conv1D). Vectors stay."""
 
     def pack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """[in, out] -> [out, in]."""
+        """[in, out] <-> [out, in]."""
         return [part.t().contiguous() for part in parts]
 
-    def unpack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """[out, in] -> [in, out]."""
-        return self.pack(parts, at)
+    unpack = pack
 
 
 @dataclass(frozen=True)
@@ -82,20 +67,10 @@ class Concat:
         return [piece.contiguous() for piece in parts[0].chunk(self.count, self.dim)]
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(Concat):
     """One tensor of the other side is `count` equal parts along `dim`: the opposite of Concat."""
 
-    dim: int
-    count: int
-
-    def pack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """Cut."""
-        return Concat(self.dim, self.count).unpack(parts, at)
-
-    def unpack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """Join."""
-        return Concat(self.dim, self.count).pack(parts, at)
+    pack, unpack = Concat.unpack, Concat.pack
 
 
 @dataclass(frozen=True)
@@ -153,9 +128,7 @@ class GateFirst:
         """Exchange the halves."""
         return [torch.cat(parts[0].chunk(2)[::-1])] if at.spec.blocks[at.layer].mlp.gated else parts
 
-    def unpack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
-        """Exchange them again."""
-        return self.pack(parts, at)
+    unpack = pack
 
 
 @dataclass(frozen=True)
@@ -166,11 +139,8 @@ class PadVocab:
         """Add rows."""
         weight, rows = parts[0], at.spec.vocab_size
         if weight.shape[0] > rows:
-            raise CheckpointError(
-                f"a vocabulary of {weight.shape[0]} rows does not fit the model's {rows}",
-                where="padded_vocab_size",
-                fix="raise padded_vocab_size (or use the tokenizer of the checkpoint)",
-            )
+            what = f"a vocabulary of {weight.shape[0]} rows does not fit the model's {rows}"
+            raise CheckpointError(what, where="padded_vocab_size", fix="raise padded_vocab_size (or use the tokenizer of the checkpoint)")
         return [torch.cat((weight, weight.new_zeros(rows - weight.shape[0], *weight.shape[1:])))] if weight.shape[0] < rows else [weight]
 
     def unpack(self, parts: list[Tensor], at: OpContext) -> list[Tensor]:
@@ -195,3 +165,7 @@ class Chain:
         for op in reversed(self.ops):
             parts = op.unpack(parts, at)
         return parts
+
+
+SAME = Chain(())
+"""No change."""

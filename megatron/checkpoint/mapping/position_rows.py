@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of configuration fields on positions and windows, which may differ from layer to layer. Knows no tensor and no family."""
+"""Rows of configuration fields on positions and windows, which may differ from layer to layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.checkpoint.mapping.config_rows import Config
+from megatron.checkpoint.mapping.config_rows import Config, inexpressible
 from megatron.errors import ConfigError
 from megatron.model.spec import ModelSpec, RotarySpec
 
@@ -59,9 +59,8 @@ class LayerWindows:
         seen = hf.get("sliding_window", self.width) if self.switch is None or hf.get(self.switch, False) else None
         if seen is None:
             what = "there are sliding layers, but no sliding_window"
-            raise ConfigError(
-                what, where="config.json: layer_types", fix=f"set sliding_window{f' and {self.switch}' if self.switch else ''}"
-            )
+            fix = f"set sliding_window{f' and {self.switch}' if self.switch else ''}"
+            raise ConfigError(what, where="config.json: layer_types", fix=fix)
         if FULL not in types:
             return {"sliding_window_width": seen - 1}
         return {"sliding_window_pattern": shortest_period([seen - 1 if kind == SLIDING else None for kind in types])}
@@ -161,8 +160,7 @@ class Rope:
         """Their fields, under the names that both versions read."""
         rotary = spec.blocks[0].attention.rotary
         if rotary is None:
-            what = f"this architecture cannot express 'pos_emb: {neox.get('pos_emb')}'"
-            raise ConfigError(what, where="pos_emb", fix="it needs rotary positions")
+            raise inexpressible("pos_emb", neox.get("pos_emb"), "it needs rotary positions")
         whole = rotary.dim == spec.blocks[0].attention.head_dim
         if self.fraction is None and not whole:
             raise ConfigError("this architecture rotates whole heads", where="rotary_pct", fix="choose another architecture")

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of names and layouts, applied in both directions. Knows no ranks, no files and no particular family."""
+"""Rows of names and layouts, applied in both directions, and what several families have in common."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from megatron.checkpoint.formats.torch_file import LazyState, summary
-from megatron.checkpoint.mapping.config_rows import ConfigRow, Fixed, Holds, Theirs
-from megatron.checkpoint.mapping.ops import Op, OpContext, Same
+from megatron.checkpoint.mapping.config_rows import ConfigRow, FieldPair, Fixed, Holds, Theirs
+from megatron.checkpoint.mapping.ops import SAME, Op, OpContext
 from megatron.errors import CheckpointError
 from megatron.model.block import UNUSED_NORM
 from megatron.model.spec import ModelSpec
@@ -30,7 +30,7 @@ class Row:
 
     ours: str
     theirs: str | tuple[str, ...]
-    op: Op = field(default_factory=Same)
+    op: Op = SAME
     when: Condition | None = None
 
     @property
@@ -73,6 +73,13 @@ class Family:
     tied_alias: str | None = None
     renamed: tuple[tuple[str, str], ...] = ()
     same: tuple[str, ...] = ()
+
+
+def with_bias(ours: str, theirs: str | tuple[str, ...], op: Op = SAME, *, when: Condition | None = None) -> tuple[Row, Row]:
+    """The rows of a layer's weight and bias. ours, theirs: names up to the parameter's; when: the layer has a bias"""
+    stems = (theirs,) if isinstance(theirs, str) else theirs
+    weight, bias = (tuple(f"{stem}{end}" for stem in stems) for end in ("weight", "bias"))
+    return Row(f"{ours}.weight", weight, op), Row(f"{ours}.bias", bias, op, when)
 
 
 def bound_rows(family: Family, spec: ModelSpec, vocab_size: int) -> Iterator[Bound]:
@@ -157,26 +164,9 @@ def usual_names(family: Family, source: Mapping[str, Tensor], wanted: set[str]) 
 def check_names(where: str, *, missing: list[str], surplus: list[str]) -> None:
     """Raise CheckpointError unless both lists are empty."""
     if missing or surplus:
-        raise CheckpointError(
-            f"tensor names do not fit: missing {summary(missing)}; claimed by no row {summary(surplus)}",
-            where=where,
-            fix="check that the configuration describes this checkpoint",
-        )
+        what = f"tensor names do not fit: missing {summary(missing)}; claimed by no row {summary(surplus)}"
+        raise CheckpointError(what, where=where, fix="check that the configuration describes this checkpoint")
 
-
-# Our name -> theirs; the first row with a name wins in either direction.
-ACTIVATIONS = (
-    ("gelu", "gelu"),
-    ("gelu_tanh", "gelu_new"),
-    ("gelu_tanh", "gelu_pytorch_tanh"),
-    ("gelu_tanh", "gelu_fast"),
-    ("relu", "relu"),
-    ("silu", "silu"),
-    ("swish", "silu"),
-    ("mish", "mish"),
-)
-
-GATED_ACTIVATIONS = (("swiglu", "silu"), ("geglu", "gelu"), ("reglu", "relu"), ("bilinear", "linear"), ("glu", "sigmoid"))
 
 # No family here can express these keys.
 COMMON: tuple[ConfigRow, ...] = (
@@ -186,6 +176,19 @@ COMMON: tuple[ConfigRow, ...] = (
     Fixed("moe_num_experts", 1, 1),
     Theirs("quantization_config", None, None),
 )
+
+
+def sizes(hidden: str, layers: str, heads: str, *more: ConfigRow) -> tuple[ConfigRow, ...]:
+    """Rows of the sizes that every model has. more: rows that stand before that of the vocabulary"""
+    named = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads}
+    return (*(FieldPair(ours, theirs) for ours, theirs in named.items()), *more, FieldPair("padded_vocab_size", "vocab_size"))
+
+
+def rms_norms(epsilon: str, default: float) -> tuple[ConfigRow, ...]:
+    """Rows of a model with RMSNorms. epsilon: their field, whose absence means the default"""
+    row = FieldPair("rms_norm_epsilon", epsilon, default, 1e-8)
+    return Fixed("norm", "rmsnorm", "layernorm"), row, Fixed("use_bias_in_norms", False, True)
+
 
 # Norms before the sublayers, none on queries and keys.
 PLAIN_NORMS: tuple[ConfigRow, ...] = (Fixed("norm_placement", "pre", "pre"), Fixed("use_qk_layernorm", False, False))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step folders of a run: names, manifests, discovery, retention, lock."""
+"""Step folders of a run: names, manifests, writing, discovery, retention, lock, copies in S3."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint is taken: the newest by number that its manifest confirms. All ranks agree; knows no configuration object."""
+"""Which checkpoint is taken: the newest by number that its manifest confirms. All ranks agree."""
 
 from __future__ import annotations
 
@@ -81,11 +81,9 @@ def wait_until_seen(folder: Path, within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while not os.path.isdir(folder):
         if time.monotonic() >= deadline:
-            raise CheckpointError(
-                f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename} does not see the checkpoint after {within_s:g} s",
-                where=str(folder),
-                fix="put `save` and `load` on a file system that all hosts share, and look whether it is slow",
-            )
+            what = f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename} does not see the checkpoint after {within_s:g} s"
+            fix = "put `save` and `load` on a file system that all hosts share, and look whether it is slow"
+            raise CheckpointError(what, where=str(folder), fix=fix)
         time.sleep(_POLL_S)
 
 
@@ -173,9 +171,8 @@ def _refusal(search: Search, tag: str, finding: Finding, world: Group) -> Checkp
             fix += f", or take the newest one that is whole: `iteration: {step}`"
             break
     first = finding.problems[0].partition(":")[0]
-    return CheckpointError(
-        f"the checkpoint {tag} is damaged:\n{_listed(finding.problems)}", where=str(search.directory / tag / first), fix=fix
-    )
+    what = f"the checkpoint {tag} is damaged:\n{_listed(finding.problems)}"
+    return CheckpointError(what, where=str(search.directory / tag / first), fix=fix)
 
 
 def _none_left(directory: Path, bad: Mapping[str, Finding], unknown: Sequence[str]) -> CheckpointError:

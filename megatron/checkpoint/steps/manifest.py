@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron.atomic_io import Entry, digest_of, write_durably
-from megatron.checkpoint.steps.step_dirs import saved_steps, step_of, step_tag
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 
@@ -44,15 +43,15 @@ class Manifest:
     """
 
     step: int
-    run_id: str
-    files: Mapping[str, Entry]
-    samples: int
-    tokens: int
-    layout: Mapping[str, int | str | bool]
-    code_version: str
-    config: Mapping[str, Any]
-    data: Mapping[str, Any]
-    written: str
+    run_id: str = ""
+    files: Mapping[str, Entry] = field(default_factory=dict)
+    samples: int = 0
+    tokens: int = 0
+    layout: Mapping[str, int | str | bool] = field(default_factory=dict)
+    code_version: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    written: str = ""
     origin: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -135,6 +134,11 @@ def _problem(path: Path, entry: Entry, files: Mapping[str, Entry], digests: bool
     return "content differs (xxh128)"
 
 
+def files_in(folder: Path) -> dict[str, Entry]:
+    """What every file in a folder holds, by name relative to it."""
+    return {path.relative_to(folder).as_posix(): digest_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def _names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
@@ -203,16 +207,3 @@ def look_at(folder: Path, verify: Verify) -> Finding:
     if finding.manifest is None or verify is Verify.OFF:
         return finding
     return Finding(finding.manifest, tuple(problems_of(folder, finding.manifest, digests=verify is Verify.FULL)))
-
-
-def survey(place: Path, verify: Verify) -> dict[str, Finding]:
-    """{name: finding} of every step in a folder of checkpoints, by number; or of the one step that `place` is.
-
-    Raises CheckpointError when there is no step.
-    """
-    steps = saved_steps(place)
-    if steps:
-        return {step_tag(step): look_at(place / step_tag(step), verify) for step in steps}
-    if place.is_dir() and (step_of(place.name) is not None or (place / MANIFEST).exists()):
-        return {place.name: look_at(place, verify)}
-    raise CheckpointError("no global_step<N> folder is there", where=str(place), fix="name a step's folder, or the folder of several")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's lock on the folder it writes to: `run.lock`, a file that says who holds it. Knows nothing of checkpoints."""
+"""A run's lock on the folder it writes to: `run.lock`, a file that says who holds it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -86,11 +87,8 @@ class RunLock:
     def check(self) -> None:
         """Raise TrainingError when another run has taken the lock over: two runs must not write to one folder."""
         if self._lost is not None:
-            raise TrainingError(
-                f"another run took over the folder while this process did not respond: {self._lost}",
-                where=str(self.path),
-                fix="leave the folder to that run; nothing was written to it since",
-            )
+            what = f"another run took over the folder while this process did not respond: {self._lost}"
+            raise TrainingError(what, where=str(self.path), fix="leave the folder to that run; nothing was written to it since")
 
     def release(self) -> None:
         """Remove the file, unless it is another run's by now."""
@@ -142,11 +140,8 @@ def acquire(directory: Path) -> RunLock:
             if holder is None:
                 _forget_half_written(path)
             elif _alive(holder, path, me):
-                raise ConfigError(
-                    f"another run writes to this folder: {holder}",
-                    where=str(path),
-                    fix=f"wait until it has ended, or choose another `save`; if that run is gone for certain, remove {path}",
-                )
+                fix = f"wait until it has ended, or choose another `save`; if that run is gone for certain, remove {path}"
+                raise ConfigError(f"another run writes to this folder: {holder}", where=str(path), fix=fix)
             elif _take_away(path, holder):
                 log.warning("took over %s from a run that is gone: %s", path, holder)
     except OSError as error:
@@ -204,14 +199,11 @@ def _create(path: Path, holder: Holder) -> bool:
 
 def _write_new(path: Path, content: bytes) -> bool:
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with open(path, "xb", buffering=0, opener=partial(os.open, mode=0o644)) as file:
+            file.write(content)
+            os.fsync(file)
     except FileExistsError:
         return False
-    try:
-        os.write(handle, content)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
     return True
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from megatron.data.fingerprint import digest_of
 from megatron.errors import DataError
-from megatron.hub.retry import Sleep, asked_wait
+from megatron.hub.client import Sleep, asked_wait
 from megatron.log import get_logger
 
 log = get_logger(__name__)

@@ -15,8 +15,7 @@ from megatron.data.hf.request import Data
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, SourceBlock
 from megatron.data.preprocess.sources import BLOCK_BYTES
 from megatron.errors import DataError
-from megatron.hub.client import DATASET_FIX, ask_hub, dataset_commit, snapshot
-from megatron.hub.retry import Sleep
+from megatron.hub.client import DATASET_FIX, Sleep, ask_hub, dataset_commit, snapshot
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"]
 TOKENIZER_FILES += ["additional_chat_templates/*"]

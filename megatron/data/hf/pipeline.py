@@ -31,7 +31,7 @@ from megatron.data.preprocess.resumable_output import Counts, stream_prefix
 from megatron.data.preprocess.sources import Files
 from megatron.data.preprocess.writer import EncodingProgress, Options, encoded, open_encoder, tally, write
 from megatron.errors import DataError, NeoXError
-from megatron.hub.retry import Sleep
+from megatron.hub.client import Sleep
 from megatron.log import get_logger
 from megatron.secrets import redact
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron import fault_injection
-from megatron.checkpoint.saving.write import RankFileWriter
 from megatron.checkpoint.steps.manifest import Entry, Verify, look_at, read_manifest
 from megatron.checkpoint.steps.step_dirs import latest_tag, saved_steps
+from megatron.checkpoint.steps.write import RankFileWriter
 from megatron.engine.checkpointer import Checkpointer
 from megatron.errors import CheckpointError
 from support.dist import run_distributed

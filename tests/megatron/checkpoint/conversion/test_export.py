@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from megatron.checkpoint.conversion.export import FOLDER, Export, Exporter
-from megatron.checkpoint.steps.commit import EXPORTING, removable
+from megatron.checkpoint.steps.step_dirs import EXPORTING, removable
 
 
 @dataclass
@@ -68,7 +68,7 @@ def test_training_does_not_wait_and_deletion_does(tmp_path: Path) -> None:
     assert removable(tmp_path, keep=1) == []
     assert not work.drain(hurried=lambda: True) and marked(tmp_path) == [f"global_step{step}" for step in (1, 2, 3, 4)]
     fake.go.set()
-    work._queue.join(20)
+    work._thread.join(20)
     assert fake.done == ["global_step1"], "stopped, it begins no further one"
     again = Fake()
     again.go.set()

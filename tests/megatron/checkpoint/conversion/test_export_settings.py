@@ -14,7 +14,7 @@ import torch
 from megatron.checkpoint.conversion.build import require_exportable
 from megatron.checkpoint.conversion.export import Export, family_for, tokenizer_file
 from megatron.checkpoint.formats.hf_files import read_state
-from megatron.checkpoint.mapping.families.registry import family_named
+from megatron.checkpoint.mapping.families import family_named
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.build import build_spec
 from megatron.neox_arguments import NeoXArgs

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from megatron.checkpoint.conversion import logit_compare
 from megatron.checkpoint.conversion.build import describe_step, rewrite, to_hf, to_neox
 from megatron.checkpoint.conversion.export import family_for
-from megatron.checkpoint.conversion.model import Rewrite, ToHF, ToNeoX
-from megatron.checkpoint.conversion.reward import ENDING, SCORED, scoring
+from megatron.checkpoint.conversion.model import ENDING, SCORED, Rewrite, ToHF, ToNeoX, scoring
 from megatron.checkpoint.formats.hf_files import read_state
 from megatron.checkpoint.formats.neox_files import read_weights
-from megatron.checkpoint.mapping.families.registry import FAMILIES, family_named
+from megatron.checkpoint.mapping.families import FAMILIES, family_named
 from megatron.errors import CheckpointError, ConfigError, NeoXError
 from support.foreign import check_same, make_hf
 from support.tree import ROOT

@@ -15,8 +15,8 @@ from megatron.checkpoint.conversion.weights import Whole
 from megatron.checkpoint.formats.hf_files import read_state
 from megatron.checkpoint.formats.neox_files import read_weights
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.registry import hf_config
+from megatron.checkpoint.mapping.families import hf_config
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.rows import from_canonical
 from megatron.checkpoint.steps.manifest import Verify, look_at
 from megatron.model.build import build_spec

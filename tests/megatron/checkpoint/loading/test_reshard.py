@@ -49,7 +49,8 @@ def test_there_and_back_again(tmp_path: Path) -> None:
     from megatron.checkpoint.formats.optimizer_files import read_optimizer
     from megatron.checkpoint.formats.torch_file import read_torch_file
     from megatron.checkpoint.loading.merge_tp import read_shards
-    from megatron.checkpoint.steps.manifest import Verify, survey
+    from megatron.checkpoint.steps.manifest import Verify
+    from megatron.checkpoint.steps.step_dirs import survey
 
     start = tmp_path / "start"
     trained(start, 2)
@@ -84,7 +85,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 import deepspeed, torch
-from megatron.checkpoint.saving.streaming import save_streaming
+from megatron.checkpoint.formats.torch_file import save_streaming
 from support.large import spec_of_large, write_large
 from megatron.checkpoint.loading.reshard import Target, reshard
 save_streaming([torch.ones(2)], Path(sys.argv[1]) / "first.pt")  # what is imported for it

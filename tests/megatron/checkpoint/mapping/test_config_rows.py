@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.checkpoint.mapping.families.registry import family_named, hf_config, neox_keys
+from megatron.checkpoint.mapping.families import family_named, hf_config, neox_keys
 from megatron.checkpoint.mapping.position_rows import LayerWindows
 from megatron.errors import ConfigError
 from megatron.model.build import build_spec

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.checkpoint.loading.merge_tp import shapes_of
-from megatron.checkpoint.mapping.families.dialects import LEGACY, LEGACY_LLAMA, NEOX_TE, TE, dialect
-from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.registry import FAMILIES
+from megatron.checkpoint.mapping.families import FAMILIES, LEGACY, LEGACY_LLAMA, NEOX_TE, TE, dialect
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.ops import Concat, FuseQKV, OpContext
 from megatron.checkpoint.mapping.rows import bound_rows
 from megatron.model.spec import ModelSpec

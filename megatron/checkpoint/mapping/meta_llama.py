@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA's weights as Meta published them: consolidated.NN.pth and params.json. Rows of names and of that file's fields."""
+"""LLaMA as Meta published it: the files consolidated.NN.pth (each a slice of most tensors) and params.json, and rows of their names."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.formats.hf_files import read_json
+from megatron.checkpoint.formats.torch_file import LazyState, tensor_table
 from megatron.checkpoint.mapping.config_rows import Config, FieldPair, Fixed, Heads, Theirs
 from megatron.checkpoint.mapping.ops import Chain, Concat, FuseQKV, PadVocab, RotaryPairs
-from megatron.checkpoint.mapping.rows import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, Family, Row
-from megatron.errors import ConfigError
+from megatron.checkpoint.mapping.rows import COMMON, NO_WINDOWS, ONE_ATTENTION_BIAS, PLAIN_NORMS, Family, Row, rms_norms, sizes
+from megatron.errors import CheckpointError, ConfigError
 from megatron.model.spec import ModelSpec, RopeScaling
 
 B = "{slot}."
@@ -75,13 +83,8 @@ class MetaRope:
         scaling = attention.rotary.scaling
         if scaling is None:
             return fields
-        known = RopeScaling(
-            kind="llama3",
-            factor=scaling.factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=SCALED_LENGTH,
-        )
-        if scaling != known:
+        same = {"factor": scaling.factor, "high_freq_factor": scaling.high_freq_factor}
+        if scaling != RopeScaling(kind="llama3", original_max_position_embeddings=SCALED_LENGTH, **same):
             fix = f"only llama3 with low_freq_factor 1 and original_max_position_embeddings {SCALED_LENGTH} can be said"
             raise ConfigError("this architecture cannot express this 'rope_scaling'", where="rope_scaling", fix=fix)
         factors = {"rope_scaling_factor": scaling.factor, "rope_high_freq_factor": scaling.high_freq_factor}
@@ -99,7 +102,7 @@ META_LLAMA = Family(
         Row(B + "post_attention_layernorm.scale", L + "ffn_norm.weight"),
         Row(
             B + "attention.query_key_value.weight",
-            (L + "attention.wq.weight", L + "attention.wk.weight", L + "attention.wv.weight"),
+            tuple(f"{L}attention.w{part}.weight" for part in "qkv"),
             Chain((RotaryPairs(), FuseQKV())),
         ),
         Row(B + "attention.dense.weight", L + "attention.wo.weight"),
@@ -113,18 +116,12 @@ META_LLAMA = Family(
         *COMMON,
         *PLAIN_NORMS,
         *NO_WINDOWS,
-        FieldPair("hidden_size", "dim"),
-        FieldPair("num_layers", "n_layers"),
-        FieldPair("num_attention_heads", "n_heads"),
-        FieldPair("num_kv_heads", "n_kv_heads"),
-        FieldPair("padded_vocab_size", "vocab_size"),
+        *sizes("dim", "n_layers", "n_heads", FieldPair("num_kv_heads", "n_kv_heads")),
         Heads("dim", "n_heads", free=False),
         Multiples(),
         MetaRope(),
         Fixed("activation", "swiglu", "gelu"),
-        Fixed("norm", "rmsnorm", "layernorm"),
-        FieldPair("rms_norm_epsilon", "norm_eps", 1e-5, 1e-8),
-        Fixed("use_bias_in_norms", False, True),
+        *rms_norms("norm_eps", 1e-5),
         Fixed("use_bias_in_attn_linear", False, True),
         ONE_ATTENTION_BIAS,
         Fixed("use_bias_in_mlp", False, True),
@@ -138,3 +135,74 @@ META_LLAMA = Family(
         Theirs("vision_chunk_size", None, None),
     ),
 )
+
+
+PARAMS = "params.json"
+_SHARD = re.compile(r"^consolidated\.(\d+)\.pth$")
+_ROWS = re.compile(r"(\.attention\.w[qkv]|\.feed_forward\.w[13]|^output)\.weight$")
+_COLUMNS = re.compile(r"(\.attention\.wo|\.feed_forward\.w2)\.weight$")
+_EMBEDDING = "tok_embeddings.weight"
+
+
+def shard_files(directory: Path) -> list[Path]:
+    """The files in order. Raises CheckpointError when there is none, or one is missing between others."""
+    found = {int(m.group(1)): path for path in directory.iterdir() if (m := _SHARD.match(path.name))} if directory.is_dir() else {}
+    absent = [f"consolidated.{number:02d}.pth" for number in range(max(found, default=0) + 1) if number not in found]
+    if absent:
+        fix = "give the folder with params.json and all consolidated.NN.pth"
+        raise CheckpointError(f"{absent[0]} is missing", where=str(directory), fix=fix)
+    return [found[number] for number in range(len(found))]
+
+
+def read_meta(directory: Path) -> tuple[dict[str, Any], LazyState]:
+    """params.json with the vocabulary's size filled in, and all tensors, joined from their slices on access.
+
+    Raises CheckpointError when files are missing or damaged, or together do not have the sizes that params.json says.
+    """
+    params = read_json(directory / PARAMS, fix="give the folder with params.json and all consolidated.NN.pth")
+    files = shard_files(directory)
+    shards = [{name: tensor.shape for name, tensor in _content(path).items()} for path in files]
+    dims: dict[str, int | None] = {}
+    for number, shard in enumerate(shards):
+        if odd := sorted(set(shard) ^ set(shards[0])):
+            raise CheckpointError(f"{files[0].name} and {files[number].name} hold different tensors: {odd[:6]}", where=str(directory))
+    for name, shape in shards[0].items():
+        dims[name] = _slice_dim(name, shape, params["dim"])
+    _check_sizes(params, shards, dims, directory)
+    if params.get("vocab_size", -1) < 0:
+        rows = shards[0][_EMBEDDING][0]
+        params["vocab_size"] = rows * len(files) if dims[_EMBEDDING] == 0 else rows
+    return params, LazyState({name: partial(_joined, files, name, dim) for name, dim in dims.items()})
+
+
+def _slice_dim(name: str, shape: torch.Size, width: int) -> int | None:
+    """The dimension along which a tensor is spread over the files; None = each has all of it."""
+    if name == _EMBEDDING:
+        return 0 if shape[1] == width else 1  # LLaMA 3 spreads the vocabulary, its forerunners the features
+    if _ROWS.search(name):
+        return 0
+    return 1 if _COLUMNS.search(name) else None
+
+
+def _check_sizes(params: dict[str, Any], shards: list[dict[str, torch.Size]], dims: dict[str, int | None], directory: Path) -> None:
+    """A missing last file, or one of another model, shows in the sums of sizes."""
+    heads, width = params["n_heads"], params["dim"]
+    kv = (params.get("n_kv_heads") or heads) * (width // heads)
+    wanted = {"wq": width, "wk": kv, "wv": kv, "wo": width}
+    for name, dim in dims.items():
+        size = wanted.get(name.split(".")[-2]) if dim is not None else None
+        found = None if dim is None else sum(shard[name][dim] for shard in shards)
+        if size is not None and found != size:
+            what = f"{name} has {found} {('rows', 'columns')[dim or 0]} in {len(shards)} files, and {size} by {PARAMS}"
+            raise CheckpointError(what, where=str(directory), fix="copy all consolidated.NN.pth of one model")
+
+
+def _joined(files: list[Path], name: str, dim: int | None) -> Tensor:
+    """One tensor. Files are opened for it alone: what is mapped into memory goes when it is done."""
+    if dim is None or len(files) == 1:
+        return _content(files[0])[name]
+    return torch.cat([_content(path)[name] for path in files], dim)
+
+
+def _content(path: Path) -> dict[str, Tensor]:
+    return tensor_table(path, "give raw weights of LLaMA as Meta publishes them")

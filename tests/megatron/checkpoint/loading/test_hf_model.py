@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from megatron.checkpoint.build import Take, choose_source, hf_spec, opened
-from megatron.checkpoint.loading.hf_view import HFModel, ready_yaml
-from megatron.checkpoint.mapping.families.registry import FAMILIES
+from megatron.checkpoint.loading.hf_model import HFAddress, HFModel, fetch, is_hf, parse, ready_yaml
+from megatron.checkpoint.mapping.families import FAMILIES
 from megatron.checkpoint.mapping.rows import Family
-from megatron.checkpoint.remote.hub_resolve import HFAddress, fetch, is_hf, parse
 from megatron.errors import CheckpointError, ConfigError
 from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs

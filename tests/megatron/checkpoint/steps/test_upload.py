@@ -46,8 +46,8 @@ def checkpoint(save: Path, step: int, **files: bytes) -> Path:
 
 
 def uploader(store: Store, save: Path) -> Any:
-    from megatron.checkpoint.remote.s3 import Address, open_client
-    from megatron.checkpoint.remote.upload import Uploader
+    from megatron.checkpoint.steps.upload import Uploader
+    from megatron.hub.s3 import Address, open_client
 
     return Uploader(save, store.watched(open_client()), Address(BUCKET, "runs/run"), part_bytes=PART)
 
@@ -70,7 +70,7 @@ def expected(*folders: Path) -> dict[str, bytes]:
 
 
 def markers(save: Path) -> list[str]:
-    from megatron.checkpoint.remote.upload import marked
+    from megatron.checkpoint.steps.upload import marked
 
     return marked(save)
 
@@ -109,7 +109,7 @@ def test_what_was_sent_before_an_interruption_is_not_sent_again(store: Store, tm
     assert not first.drain(patience_s=30) and markers(tmp_path) == ["global_step10"]
     sent = sum(request == "UploadPart" for request, _ in store.asked)
     assert 0 < sent < 4 and "runs/run/global_step10/MANIFEST.json" not in store.objects()
-    first._queue.join(30)
+    first._thread.join(30)
     monkeypatch.undo()
     store.asked.clear()
     assert uploaded(store, tmp_path).done
@@ -135,7 +135,6 @@ def test_an_unfinished_upload_of_other_content_is_replaced(store: Store, tmp_pat
 )
 def test_a_damaged_object_is_replaced(store: Store, tmp_path: Path, forged: bool) -> None:
     """An object of the right size that holds something else is sent again; the others are not."""
-    from megatron.checkpoint.remote.upload import mark
 
     content = os.urandom(PART + 5)
     folder = checkpoint(tmp_path, 10, **{"mp_rank_00_model_states.pt": content})
@@ -144,7 +143,7 @@ def test_a_damaged_object_is_replaced(store: Store, tmp_path: Path, forged: bool
     beside = {"Metadata": {"xxh128": xxh3_128_hexdigest(content)}, "ChecksumAlgorithm": "SHA256"} if forged else {}
     store.client.put_object(Bucket=BUCKET, Key=key, Body=content[:-1] + bytes([content[-1] ^ 1]), **beside)
     store.asked.clear()
-    mark(tmp_path, folder.name)
+    uploader(store, tmp_path).mark(folder.name)
     assert uploaded(store, tmp_path).done
     assert store.objects() == expected(folder)
     assert {name for _, name in store.asked} == {key, "runs/run/latest"}
@@ -158,7 +157,7 @@ def test_a_file_that_changed_on_disk_is_not_uploaded(store: Store, tmp_path: Pat
     made = uploader(store, tmp_path)
     made.start()
     made.published(bad)
-    assert not made._queue.wait_idle(0) and made._queue.wait_idle(30)
+    assert not made._idle.is_set() and made._idle.wait(30)
     assert made.failures >= 1 and "not what its manifest says" in caplog.text
     assert not {"runs/run/latest", "runs/run/global_step10/MANIFEST.json"} & set(store.objects())
     (bad / "mp_rank_00_model_states.pt").write_bytes(whole)
@@ -190,7 +189,7 @@ def test_a_step_saved_again_replaces_the_copy(store: Store, tmp_path: Path) -> N
 def test_retention_waits_for_the_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that is published stays until its copy is whole, whatever keep_last_n_checkpoints says."""
     from megatron import fault_injection
-    from megatron.checkpoint.steps.commit import prune
+    from megatron.checkpoint.steps.step_dirs import prune
 
     go_on = threading.Event()
     monkeypatch.setattr(fault_injection, "point", lambda site: go_on.wait(60))
@@ -209,7 +208,7 @@ def test_an_outage_is_counted_and_waits_for_the_next_start(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Publishing returns at once, nothing is raised, no credential is told."""
-    from megatron.checkpoint.remote import s3
+    from megatron.hub import s3
 
     monkeypatch.setattr(s3, "ATTEMPTS", 2)
     folder = checkpoint(tmp_path, 10)
@@ -241,7 +240,7 @@ def test_drain_gives_up_when_nothing_moves(
 ) -> None:
     """With lines that say how far it is."""
     from megatron import fault_injection
-    from megatron.checkpoint.remote import upload
+    from megatron.checkpoint.steps import upload
 
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(upload, "PROGRESS_S", 0.3)
@@ -261,10 +260,10 @@ def test_what_is_missing_is_said_at_the_start(store: Store, tmp_path: Path, monk
     """The package, the credentials, the bucket: each is one error that says how to fix it."""
     import sys
 
-    from megatron.checkpoint.remote.s3 import Address, S3Prefix, open_client
+    from megatron.hub.s3 import Address, S3Prefix, open_client
 
     with pytest.raises(ConfigError, match="there is no such bucket") as caught:
-        S3Prefix(open_client(), Address("absent"), part_bytes=PART).check()
+        S3Prefix(client=open_client(), address=Address("absent"), part_bytes=PART).check()
     assert caught.value.where == "s3_path" and caught.value.fix
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -282,12 +281,12 @@ def test_what_is_missing_is_said_at_the_start(store: Store, tmp_path: Path, monk
 
 def test_a_store_that_drops_what_it_gets_is_noticed(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every object is asked for again after it was sent."""
-    from megatron.checkpoint.remote.s3 import Address, S3Prefix, open_client
     from megatron.checkpoint.steps.manifest import Entry
+    from megatron.hub.s3 import Address, S3Prefix, open_client
 
     client = open_client()
     monkeypatch.setattr(client, "put_object", lambda **request: {})
     (tmp_path / "a").write_bytes(b"content")
     entry = Entry(7, xxh3_128_hexdigest(b"content"))
     with pytest.raises(CheckpointError, match="does not hold what it was sent"):
-        S3Prefix(client, Address(BUCKET), part_bytes=PART).send(tmp_path / "a", "a", entry)
+        S3Prefix(client=client, address=Address(BUCKET), part_bytes=PART).send(tmp_path / "a", "a", entry)

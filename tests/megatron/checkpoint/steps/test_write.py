@@ -13,8 +13,8 @@ import torch
 
 from megatron import fault_injection
 from megatron.atomic_io import CHUNK_BYTES, Entry, digest_of
-from megatron.checkpoint.saving.streaming import host_copy
-from megatron.checkpoint.saving.write import RankFileWriter, write_torch_file
+from megatron.checkpoint.formats.torch_file import host_copy
+from megatron.checkpoint.steps.write import RankFileWriter, write_torch_file
 
 BIG = CHUNK_BYTES // 2  # float32 entries: two pieces
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron.checkpoint.formats.torch_file import canonical_state
 from megatron.checkpoint.loading.merge_tp import shardings_of
-from megatron.checkpoint.mapping.families.dialects import (
+from megatron.checkpoint.mapping.families import (
     DIALECTS,
     LEGACY_LLAMA,
     NEOX_LEGACY,

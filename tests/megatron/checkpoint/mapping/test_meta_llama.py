@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.checkpoint.formats.meta_files import read_meta
-from megatron.checkpoint.formats.torch_file import canonical_state, load_canonical
-from megatron.checkpoint.mapping.families.meta_llama import META_LLAMA
-from megatron.checkpoint.mapping.families.registry import hf_config, neox_keys
+from megatron.checkpoint.formats.neox_files import load_canonical
+from megatron.checkpoint.formats.torch_file import canonical_state
+from megatron.checkpoint.mapping.families import hf_config, neox_keys
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA, read_meta
 from megatron.checkpoint.mapping.rows import from_canonical, to_canonical
 from megatron.errors import CheckpointError, ConfigError
 from megatron.model.build import build_spec

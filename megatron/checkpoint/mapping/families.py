@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that other versions of NeoX gave to our tensors, as families: older ones, and those of TransformerEngine's layers.
+"""All families of models, and a configuration of either side as the other's.
 
-A dialect has a form of attention, one of the MLP and one of the norms. It is spoken rank by rank, so rows apply to the tensors
-of one tensor rank, with the spec of that rank (`of_rank`).
+Beside those of Hugging Face there are dialects: names that other versions of NeoX gave to our tensors, older ones and those of
+TransformerEngine's layers. A dialect has a form of attention, one of the MLP and one of the norms. It is spoken rank by rank, so its
+rows apply to the tensors of one tensor rank, with the spec of that rank (`of_rank`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,68 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.mapping.config_rows import Config
+from megatron.checkpoint.mapping.config_rows import Config, ConfigRow
+from megatron.checkpoint.mapping.decoders import GPT2, GPT_NEOX, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3
+from megatron.checkpoint.mapping.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.ops import Concat, GateFirst, GroupQKV
-from megatron.checkpoint.mapping.rows import Family, Row, attention_bias, mlp_bias, output_bias, to_canonical
+from megatron.checkpoint.mapping.rows import Family, Row, attention_bias, mlp_bias, output_bias, to_canonical, with_bias
+from megatron.errors import ConfigError
 from megatron.model.spec import BlockSpec, ModelSpec, NormKind, Residual
 from megatron.mpu.sharding import local_size
+
+FAMILIES: tuple[Family, ...] = (GPT_NEOX, GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, OLMO3)
+"""Of Hugging Face."""
+
+
+def family_named(name: str) -> Family:
+    """By short name (`llama`), class name (`LlamaForCausalLM`) or model type. Raises ConfigError for an unknown one."""
+    for family in (*FAMILIES, META_LLAMA, *DIALECTS):
+        if name in (family.name, family.hf, family.model_type):
+            return family
+    raise ConfigError(f"unknown architecture '{name}'", where="architecture", fix=f"one of {', '.join(f.name for f in FAMILIES)}")
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """By the content of a Hugging Face config.json."""
+    names = config.get("architectures") or [config.get("model_type", "")]
+    return family_named(names[0])
+
+
+def neox_keys(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our flat keys for the model that a Hugging Face config describes. Raises ConfigError for what our model cannot be."""
+    return {key: value for row in family.config for key, value in row.to_neox(config).items()}
+
+
+Refusals = list[tuple[ConfigRow, ConfigError]]
+
+
+def expressed(family: Family, keys: Mapping[str, Any], spec: ModelSpec) -> tuple[dict[str, Any], Refusals]:
+    """The fields of our model in the Hugging Face form, and the rows that cannot express it, each with the reason.
+
+    keys: our flat keys, resolved; spec: the model they describe
+    """
+    fields: dict[str, Any] = {}
+    refusals: Refusals = []
+    for row in family.config:
+        try:
+            fields.update(row.to_hf(keys, spec))
+        except ConfigError as error:
+            refusals.append((row, error))
+    return fields, refusals
+
+
+def hf_config(family: Family, keys: Mapping[str, Any], spec: ModelSpec, *, vocab_size: int | None = None) -> dict[str, Any]:
+    """The Hugging Face config of our model.
+
+    keys:       our flat keys, resolved; spec: the model they describe
+    vocab_size: rows kept of the vocabulary; None = the padded size
+    Raises ConfigError, naming the key, for what the family cannot express.
+    """
+    fields, refusals = expressed(family, keys, spec)
+    for _, error in refusals:
+        raise error
+    return {"model_type": family.model_type, **fields, "vocab_size": spec.vocab_size if vocab_size is None else vocab_size}
+
 
 B = "{slot}."
 OURS, TE, LEGACY, LEGACY_LLAMA = "ours", "te", "legacy", "legacy_llama"
@@ -51,32 +109,24 @@ def norm_rows(ours: str, theirs: str, *, absent: Residual | None = None) -> tupl
 ATTENTION_ROWS = {
     OURS: (),
     TE: (
-        Row(B + "attention.query_key_value.weight", B + "attention.qkv.weight", GroupQKV()),
-        Row(B + "attention.query_key_value.bias", B + "attention.qkv.bias", GroupQKV(), when=attention_bias),
-        Row(B + "attention.dense.weight", B + "attention.proj.weight"),
-        Row(B + "attention.dense.bias", B + "attention.proj.bias", when=output_bias),
+        *with_bias(B + "attention.query_key_value", B + "attention.qkv.", GroupQKV(), when=attention_bias),
+        *with_bias(B + "attention.dense", B + "attention.proj.", when=output_bias),
     ),
 }
 MLP_ROWS = {
     OURS: (),
     LEGACY: (
-        Row(B + "mlp.linear1.weight", B + "mlp.dense_h_to_4h.weight"),
-        Row(B + "mlp.linear1.bias", B + "mlp.dense_h_to_4h.bias", when=mlp_bias),
-        Row(B + "mlp.linear2.weight", B + "mlp.dense_4h_to_h.weight"),
-        Row(B + "mlp.linear2.bias", B + "mlp.dense_4h_to_h.bias", when=mlp_bias),
+        *with_bias(B + "mlp.linear1", B + "mlp.dense_h_to_4h.", when=mlp_bias),
+        *with_bias(B + "mlp.linear2", B + "mlp.dense_4h_to_h.", when=mlp_bias),
     ),
     LEGACY_LLAMA: (
-        Row(B + "mlp.linear1.weight", (B + "mlp.w3.weight", B + "mlp.w1.weight"), Concat(0, 2)),  # w3 is the value, w1 the gate
-        Row(B + "mlp.linear1.bias", (B + "mlp.w3.bias", B + "mlp.w1.bias"), Concat(0, 2), when=mlp_bias),
-        Row(B + "mlp.linear2.weight", B + "mlp.w2.weight"),
-        Row(B + "mlp.linear2.bias", B + "mlp.w2.bias", when=mlp_bias),
+        *with_bias(B + "mlp.linear1", (B + "mlp.w3.", B + "mlp.w1."), Concat(0, 2), when=mlp_bias),  # w3 is the value, w1 the gate
+        *with_bias(B + "mlp.linear2", B + "mlp.w2.", when=mlp_bias),
     ),
     TE: (
         *norm_rows(B + "post_attention_layernorm", B + "mlp.layer_norm_"),
-        Row(B + "mlp.linear1.weight", B + "mlp.fc1_weight", GateFirst()),
-        Row(B + "mlp.linear1.bias", B + "mlp.fc1_bias", GateFirst(), when=mlp_bias),
-        Row(B + "mlp.linear2.weight", B + "mlp.fc2_weight"),
-        Row(B + "mlp.linear2.bias", B + "mlp.fc2_bias", when=mlp_bias),
+        *with_bias(B + "mlp.linear1", B + "mlp.fc1_", GateFirst(), when=mlp_bias),
+        *with_bias(B + "mlp.linear2", B + "mlp.fc2_", when=mlp_bias),
     ),
 }
 FIRST, SECOND, LAST = "input_layernorm", "post_attention_layernorm", "norm"

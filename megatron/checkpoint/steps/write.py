@@ -16,7 +16,7 @@ import torch
 
 from megatron import fault_injection
 from megatron.atomic_io import CHUNK_BYTES, Entry, digest_of, new_digest, sync_folder
-from megatron.checkpoint.saving.streaming import host_copy
+from megatron.checkpoint.formats.torch_file import host_copy
 from megatron.checkpoint.steps.manifest import Manifest, write_manifest
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files to and from one place in an S3 store, in parts and verified. Knows no layout of a checkpoint."""
+"""Files to and from one place in an S3 store, in parts and verified."""
 
 from __future__ import annotations
 
@@ -66,11 +66,8 @@ def require_boto3() -> None:
     try:
         import boto3  # noqa: F401
     except ImportError as error:
-        raise BackendError(
-            f"uploads to S3 need the package boto3: {error}",
-            where=KEY,
-            fix="bash setup_uv_env.sh --extra s3 (or: pip install 'megatron-neox[s3]'), or remove s3_path",
-        ) from error
+        fix = "bash setup_uv_env.sh --extra s3 (or: pip install 'megatron-neox[s3]'), or remove s3_path"
+        raise BackendError(f"uploads to S3 need the package boto3: {error}", where=KEY, fix=fix) from error
 
 
 def open_client() -> Any:
@@ -94,6 +91,7 @@ def open_client() -> Any:
         raise ConfigError(f"S3 cannot be used: {redact(str(error))}", where=KEY, fix=fix) from error
 
 
+@dataclass(frozen=True, kw_only=True)
 class S3Prefix:
     """The objects under one address.
 
@@ -102,38 +100,26 @@ class S3Prefix:
     moved:      is told the number of bytes of each part that is in the store
     """
 
-    def __init__(
-        self,
-        client: Any,
-        address: Address,
-        *,
-        part_bytes: int,
-        stopped: Callable[[], bool] = lambda: False,
-        moved: Callable[[int], None] = lambda count: None,
-    ) -> None:
-        self.address = address
-        self.stopped = stopped
-        self.moved = moved
-        self._client = client
-        self._part_bytes = part_bytes
+    client: Any
+    address: Address
+    part_bytes: int
+    stopped: Callable[[], bool] = lambda: False
+    moved: Callable[[int], None] = lambda count: None
 
     def check(self) -> None:
         """Raise ConfigError where the bucket is absent or closed to us; a store that cannot be reached now may be reached later."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            self._client.head_bucket(Bucket=self.address.bucket)
+            self.client.head_bucket(Bucket=self.address.bucket)
         except ClientError as error:
             status = _status(error)
             if status >= 500:
                 log.error("S3 does not answer properly; uploads are tried all the same: %s", redact(str(error)))
                 return
             what = {404: "there is no such bucket", 403: "access to the bucket is denied"}.get(status, redact(str(error)))
-            raise ConfigError(
-                f"{self.address} cannot be used: {what}",
-                where=KEY,
-                fix="correct s3_path, create the bucket, or use credentials that may list, read and write it",
-            ) from error
+            fix = "correct s3_path, create the bucket, or use credentials that may list, read and write it"
+            raise ConfigError(f"{self.address} cannot be used: {what}", where=KEY, fix=fix) from error
         except BotoCoreError as error:
             log.error("S3 cannot be reached; uploads are tried all the same: %s", redact(str(error)))
 
@@ -142,14 +128,9 @@ class S3Prefix:
 
         checksum: what the store's own checksum must be, where it keeps one
         """
-        from botocore.exceptions import ClientError
-
-        try:
-            head = self._client.head_object(Bucket=self.address.bucket, Key=self.address.key(name), ChecksumMode="ENABLED")
-        except ClientError as error:
-            if _status(error) == 404:
-                return False
-            raise
+        head = _unless_absent(lambda: self.client.head_object(**self._object(name), ChecksumMode="ENABLED"))
+        if head is None:
+            return False
         if head["ContentLength"] != entry.bytes or head.get("Metadata", {}).get(DIGEST) != entry.xxh128:
             return False
         stored = head.get("ChecksumSHA256")
@@ -161,7 +142,7 @@ class S3Prefix:
         entry: what the file must hold
         Raises CheckpointError when it does not, or when the store does not keep what it was sent.
         """
-        size = max(self._part_bytes, -(-entry.bytes // MOST_PARTS))
+        size = max(self.part_bytes, -(-entry.bytes // MOST_PARTS))
         if self.has(name, entry) and self.has(name, entry, self._checksum_of(path, entry, size)):
             self.moved(entry.bytes)
             return False
@@ -174,25 +155,20 @@ class S3Prefix:
 
     def write(self, name: str, content: bytes) -> None:
         """A small object of any content."""
-        self._client.put_object(
-            Bucket=self.address.bucket, Key=self.address.key(name), Body=content, ChecksumSHA256=_base64(_sha256(content))
-        )
+        self.client.put_object(**self._object(name), Body=content, ChecksumSHA256=_base64(_sha256(content)))
 
     def read(self, name: str) -> bytes | None:
         """A small object; None when it is not there."""
-        from botocore.exceptions import ClientError
-
-        try:
-            content: bytes = self._client.get_object(Bucket=self.address.bucket, Key=self.address.key(name))["Body"].read()
-            return content
-        except ClientError as error:
-            if _status(error) == 404:
-                return None
-            raise
+        found = _unless_absent(lambda: self.client.get_object(**self._object(name)))
+        return None if found is None else bytes(found["Body"].read())
 
     def delete(self, name: str) -> None:
         """Remove an object, if it is there."""
-        self._client.delete_object(Bucket=self.address.bucket, Key=self.address.key(name))
+        self.client.delete_object(**self._object(name))
+
+    def _object(self, name: str) -> dict[str, str]:
+        """What a request for the object of a file names."""
+        return {"Bucket": self.address.bucket, "Key": self.address.key(name)}
 
     def _checksum_of(self, path: Path, entry: Entry, size: int) -> str:
         if entry.bytes <= size:
@@ -206,21 +182,16 @@ class S3Prefix:
         seen.update(content)
         if seen.hexdigest() != entry.xxh128:
             raise _damaged(path)
-        self._client.put_object(
-            Bucket=self.address.bucket,
-            Key=self.address.key(name),
-            Body=content,
-            ChecksumSHA256=_base64(digest),
-            Metadata={DIGEST: entry.xxh128},
-        )
+        sums = {"ChecksumSHA256": _base64(digest), "Metadata": {DIGEST: entry.xxh128}}
+        self.client.put_object(**self._object(name), Body=content, **sums)
         self.moved(len(content))
         return _base64(digest)
 
     def _put_parts(self, path: Path, name: str, entry: Entry, size: int) -> str:
-        where = {"Bucket": self.address.bucket, "Key": self.address.key(name)}
+        where = self._object(name)
         upload = self._unfinished(where["Key"])
         if upload is None:
-            made = self._client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256", Metadata={DIGEST: entry.xxh128})
+            made = self.client.create_multipart_upload(**where, ChecksumAlgorithm="SHA256", Metadata={DIGEST: entry.xxh128})
             upload, there = str(made["UploadId"]), {}
         else:
             there = self._parts_of(where, upload)
@@ -232,26 +203,26 @@ class S3Prefix:
             tag = _tag_of(there.get(number), piece, digest)
             if tag is None:
                 sent = {"UploadId": upload, "PartNumber": number, "Body": piece, "ChecksumSHA256": _base64(digest)}
-                tag = str(self._client.upload_part(**where, **sent)["ETag"])
+                tag = str(self.client.upload_part(**where, **sent)["ETag"])
             digests.append(digest)
             parts.append({"PartNumber": number, "ETag": tag, "ChecksumSHA256": _base64(digest)})
             self.moved(len(piece))
         if whole.hexdigest() != entry.xxh128:
-            self._client.abort_multipart_upload(**where, UploadId=upload)
+            self.client.abort_multipart_upload(**where, UploadId=upload)
             raise _damaged(path)
-        self._client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
+        self.client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
         return _combined(digests)
 
     def _unfinished(self, key: str) -> str | None:
         """The newest upload of a key that was begun and not ended; older ones are thrown away."""
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.address.bucket, Prefix=key)
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.address.bucket, Prefix=key)
         found = sorted((u for page in pages for u in page.get("Uploads", ()) if u["Key"] == key), key=lambda upload: upload["Initiated"])
         for upload in found[:-1]:
-            self._client.abort_multipart_upload(Bucket=self.address.bucket, Key=key, UploadId=upload["UploadId"])
+            self.client.abort_multipart_upload(Bucket=self.address.bucket, Key=key, UploadId=upload["UploadId"])
         return str(found[-1]["UploadId"]) if found else None
 
     def _parts_of(self, where: dict[str, str], upload: str) -> dict[int, dict[str, Any]]:
-        pages = self._client.get_paginator("list_parts").paginate(**where, UploadId=upload)
+        pages = self.client.get_paginator("list_parts").paginate(**where, UploadId=upload)
         return {int(part["PartNumber"]): part for page in pages for part in page.get("Parts", ())}
 
     def _go_on(self) -> None:
@@ -291,6 +262,18 @@ def _base64(digest: bytes) -> str:
 def _combined(digests: Sequence[bytes]) -> str:
     """S3's checksum of an object made of parts: the digest of the parts' digests."""
     return _base64(_sha256(b"".join(digests)))
+
+
+def _unless_absent(request: Callable[[], Any]) -> Any:
+    """The store's answer; None when the object is not there."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return request()
+    except ClientError as error:
+        if _status(error) == 404:
+            return None
+        raise
 
 
 def _status(error: Any) -> int:
