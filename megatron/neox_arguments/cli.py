@@ -17,13 +17,12 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
-from megatron.launch.environment import place_from
+from megatron.launch.environment import place_from, visible_devices
 from megatron.launch.rank_events import claim, leave
 from megatron.log import setup_logging
 
 from .deepspeed import deepspeed_config
 from .flags import HELP, INSIDE, Words, decode_config, encode_config, sort_words
-from .hostfile import visible_devices
 from .neox_args import NeoXArgs
 from .yaml_loader import read_files
 

@@ -12,18 +12,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron.launch.environment import visible_devices
 from megatron.provenance import git_commit
 
 from . import sections as parts
 from . import yaml_loader as flat_files
-from .hostfile import visible_devices
 from .nested import check_block
 from .problems import DEFAULT, ConfigProblems, Origin, Problem, unknown_key, value_problems
 from .resolve import ResolutionState
 from .resolvers import RESOLVERS, resolve_world
-from .rules import broken_rules
+from .rules import RULES
 from .sections import SECTION_OF, SECTIONS, Section
-from .unused_keys import idle_keys
+from .unfinished import idle_keys
 from .yaml_loader import Flat, fold
 
 
@@ -127,7 +127,7 @@ class NeoXArgs:
         if state["git_hash"] is None:
             state.derive("git_hash", (git_commit(Path(__file__).resolve().parents[2]) or "")[:9] or None, "the repository")
         sections = _sections(state)
-        for problem in broken_rules(state):
+        for problem in (problem for rule in RULES for problem in rule.broken(state.values, state.bad)):
             state.refuse(problem, spoils=False)
         if state.problems:
             raise ConfigProblems(state.problems)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from .hostfile import HostError, Hosts, count_ranks
 from .nested import OPTIMIZER_PARAMS
+from .placement import HostError, Hosts, count_ranks
 from .problems import Problem, closest, plain, shown
 from .resolve import TRIPLE, ResolutionState, Unsolvable, batch_triple, choose_precision, decay_iters, expand_attention, parse_split
-from .unused_keys import RECOMPUTE_ENTRIES
+from .unfinished import RECOMPUTE_ENTRIES
 
 # Data that is made of separate texts: tokens of one must not depend on another.
 ISOLATING: Final = tuple(
@@ -24,17 +24,8 @@ def resolve_world(d: ResolutionState, environ: Mapping[str, str], devices: int) 
     """global_num_gpus, world_size, the pipeline and launcher flags; data-parallel ranks must be whole."""
     ranks = d.agree("global_num_gpus", "world_size", d["world_size"])
     if ranks is None:
-        hosts = Hosts(
-            hostfile=d["hostfile"],
-            include=d["include"],
-            exclude=d["exclude"],
-            num_nodes=d["num_nodes"],
-            num_gpus=d["num_gpus"],
-            slurm=d["deepspeed_slurm"] or d["launcher"] == "slurm",
-            local=d["launcher"] == "local",
-        )
         try:
-            ranks, source = count_ranks(hosts, environ, devices=devices)
+            ranks, source = count_ranks(Hosts.of(d.values), environ, devices=devices)
         except HostError as error:
             keys = tuple(key for key in ("hostfile", "include", "exclude", "num_nodes") if key in d.given)
             d.refuse(Problem(str(error), fix="correct the hostfile or the filter, or set global_num_gpus", keys=keys))

@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ..problems import Problem, plain, shown
-from .rule import Rule, Values, divides, simple
+from .rule import Rule, Values, divides, lacks, simple
 
 GATED: Final = ("geglu", "reglu", "swiglu", "bilinear", "glu")
 RECURRENT: Final = ("mamba", "rwkv")
 
 
-def _layers(v: Values, *names: str) -> bool:
+def has_layers(v: Values, *names: str) -> bool:
     return any(name in names for name in v["attention_config"] or ())
 
 
 def _needs_heads(v: Values) -> bool:
-    return not _layers(v, *RECURRENT)
+    return not has_layers(v, *RECURRENT)
 
 
 def _head_dim(v: Values) -> int:
@@ -75,18 +75,12 @@ _ROPE_NEEDS: Final[dict[str, tuple[str, ...]]] = {
 def _rope_scaling(v: Values) -> Iterable[Problem]:
     block: dict[str, Any] = v["rope_scaling"]
     if v["pos_emb"] != "rotary":
-        yield Problem(
-            f"rope_scaling works on rotary positions, pos_emb is {v['pos_emb']}",
-            fix="set pos_emb: rotary",
-            keys=("rope_scaling", "pos_emb"),
-        )
+        what = f"rope_scaling works on rotary positions, pos_emb is {v['pos_emb']}"
+        yield Problem(what, fix="set pos_emb: rotary", keys=("rope_scaling", "pos_emb"))
     kind = block.get("rope_type", block.get("type"))
     if block.get("rope_type") and block.get("type") and block["rope_type"] != block["type"]:
-        yield Problem(
-            "rope_scaling.rope_type and rope_scaling.type differ",
-            fix="keep rope_type",
-            keys=("rope_scaling.rope_type", "rope_scaling.type"),
-        )
+        keys = ("rope_scaling.rope_type", "rope_scaling.type")
+        yield Problem("rope_scaling.rope_type and rope_scaling.type differ", fix="keep rope_type", keys=keys)
     elif kind is None:
         names = ", ".join(_ROPE_NEEDS)
         yield Problem("rope_scaling lacks `rope_type`", allowed=f"one of {names}", fix="add rope_type", keys=("rope_scaling",))
@@ -95,10 +89,8 @@ def _rope_scaling(v: Values) -> Iterable[Problem]:
         if missing:
             yield Problem(f"rope_scaling of type {kind} lacks {missing}", fix=f"add {missing}", keys=("rope_scaling",))
     if block.get("factor") is not None and block["factor"] < 1:
-        yield Problem(
-            f"rope_scaling.factor is {plain(block['factor'])}", allowed="a number >= 1", fix="give the ratio of new to old length",
-            keys=("rope_scaling.factor",),
-        )  # fmt: skip
+        what, fix = f"rope_scaling.factor is {plain(block['factor'])}", "give the ratio of new to old length"
+        yield Problem(what, allowed="a number >= 1", fix=fix, keys=("rope_scaling.factor",))
 
 
 def _window_pattern(v: Values) -> Iterable[Problem]:
@@ -112,143 +104,60 @@ def _window_pattern(v: Values) -> Iterable[Problem]:
         )
 
 
+# fmt: off
 MODEL_RULES: Final[tuple[Rule, ...]] = (
-    Rule("required", (), _required),
-    divides("heads-divide-width", "num_attention_heads", "hidden_size", _even_heads),
-    divides("kv-heads-divide-heads", "num_kv_heads", "num_attention_heads"),
-    divides("tp-divides-heads", "model_parallel_size", "num_attention_heads", _needs_heads),
-    divides("tp-divides-kv-heads", "model_parallel_size", "num_kv_heads", _needs_heads),
-    divides("tp-divides-width", "model_parallel_size", "hidden_size"),
-    divides("tp-divides-experts", "model_parallel_size", "moe_num_experts", lambda v: v["moe_num_experts"] > 1),
-    divides(
-        "tp-divides-sequence",
-        "model_parallel_size",
-        "seq_length",
-        lambda v: bool(v["sequence_parallel"]) and v["context_parallel_size"] == 1,
-    ),
-    Rule("kv-heads-and-layer-types", ("num_kv_heads", "num_attention_heads"), _kv_layers),
-    Rule("rotary-pairs", ("rotary_pct", "hidden_size", "num_attention_heads"), _rotary),
-    Rule("rope-scaling", ("rope_scaling",), _rope_scaling),
-    Rule("window-pattern", ("sliding_window_pattern",), _window_pattern),
-    simple(
-        "sequence-fits",
-        ("seq_length", "max_position_embeddings"),
-        lambda v: v["seq_length"] > v["max_position_embeddings"],
-        "seq_length {seq_length} is greater than max_position_embeddings {max_position_embeddings}",
-        "raise max_position_embeddings to {seq_length}, or shorten seq_length",
-    ),
-    simple(
-        "one-width",
-        ("intermediate_size", "expansion_factor"),
-        lambda v: True,
-        "intermediate_size {intermediate_size} and expansion_factor {expansion_factor} both set the width of the MLP",
-        "keep one of the two",
-    ),
-    simple(
-        "qk-norms",
-        ("use_separate_qk_norms",),
-        lambda v: v["use_separate_qk_norms"] and not v["use_qk_layernorm"],
-        "use_separate_qk_norms does nothing without use_qk_layernorm",
-        "add use_qk_layernorm: true",
-        ("use_separate_qk_norms", "use_qk_layernorm"),
-    ),
-    simple(
-        "norm-each-head",
-        ("qk_norm_each_head",),
-        lambda v: v["qk_norm_each_head"] and not v["use_separate_qk_norms"],
-        "qk_norm_each_head does nothing without use_separate_qk_norms",
-        "add use_separate_qk_norms: true",
-        ("qk_norm_each_head", "use_separate_qk_norms"),
-    ),
-    simple(
-        "olmo3-is-sequential",
-        ("norm_placement", "gpt_j_residual"),
-        lambda v: v["norm_placement"] == "olmo3" and v["gpt_j_residual"],
-        "norm_placement olmo3 and gpt_j_residual are two different block layouts",
-        "keep one of the two",
-    ),
-    simple(
-        "tied-norm-is-parallel",
-        ("gpt_j_tied",),
-        lambda v: v["gpt_j_tied"] and not v["gpt_j_residual"],
-        "gpt_j_tied shares the norm of a parallel block, but gpt_j_residual is off",
-        "add gpt_j_residual: true, or remove gpt_j_tied",
-        ("gpt_j_tied", "gpt_j_residual"),
-    ),
-    simple(
-        "gmlp-keeps-activations-whole",
-        ("attention_config",),
-        lambda v: _layers(v, "gmlp", "amlp") and v["partition_activations"],
-        "gmlp and amlp layers do not work with partition_activations",
-        "set partition_activations: false",
-        ("partition_activations", "attention_config"),
-    ),
-    simple(
-        "recurrent-without-dropout",
-        ("attention_config",),
-        lambda v: _layers(v, *RECURRENT) and (v["hidden_dropout"] or v["attention_dropout"]),
-        "mamba and rwkv layers have no dropout, but hidden_dropout is {hidden_dropout} and attention_dropout {attention_dropout}",
-        "set both to 0",
-        ("hidden_dropout", "attention_dropout"),
-    ),
-    simple(
-        "rwkv-on-one-rank",
-        ("attention_config", "model_parallel_size"),
-        lambda v: _layers(v, "rwkv") and v["model_parallel_size"] > 1,
-        "rwkv layers cannot be split over {model_parallel_size} tensor-parallel ranks",
-        "set model_parallel_size: 1",
-        ("model_parallel_size", "attention_config"),
-    ),
-    simple(
-        "experts-enough",
-        ("moe_top_k", "moe_num_experts"),
-        lambda v: v["moe_top_k"] > v["moe_num_experts"],
-        "moe_top_k {moe_top_k} is greater than moe_num_experts {moe_num_experts}",
-        "lower moe_top_k",
-    ),
-    simple(
-        "mup-base",
-        ("use_mup",),
-        lambda v: v["use_mup"] and v["mup_base_hidden_size"] is None,
-        "use_mup scales from a base width, but mup_base_hidden_size is not set",
-        "add mup_base_hidden_size: N, the hidden_size at which the learning rate was found",
-        ("use_mup", "mup_base_hidden_size"),
-    ),
-    simple(
-        "mup-and-orthogonal",
-        ("use_mup", "init_method"),
-        lambda v: v["use_mup"] and "orthogonal" in v["init_method"],
-        "muP needs embeddings of one spread at all widths; those of init_method {init_method} depend on it",
-        "set init_method: normal; output_layer_init_method may stay",
-        ("init_method", "use_mup"),
-    ),
-    simple(
-        "mup-and-relative-positions",
-        ("use_mup", "pos_emb"),
-        lambda v: v["use_mup"] and v["pos_emb"] == "rpe",
-        "the position bias of pos_emb rpe grows with the head size, which muP forbids",
-        "use another pos_emb",
-        ("pos_emb", "use_mup"),
-    ),
-    simple(
-        "coordinate-check-is-a-command",
-        ("coord_check",),
-        lambda v: v["coord_check"],
-        "coord_check is a command of its own, not a way to train",
-        "run python tools/mup/coord_check.py with this config, and remove coord_check",
-    ),
-    simple(
-        "half-precision-loss",
-        ("fp16_lm_cross_entropy", "precision"),
-        lambda v: v["fp16_lm_cross_entropy"] and v["precision"] != "fp16",
-        "fp16_lm_cross_entropy needs precision fp16, precision is {precision}",
-        "remove fp16_lm_cross_entropy",
-    ),
-    simple(
-        "stages-and-layers",
-        ("pipe_parallel_size", "num_layers"),
-        lambda v: v["pipe_parallel_size"] > v["num_layers"],
-        "pipe_parallel_size {pipe_parallel_size} is greater than num_layers {num_layers}",
-        "use at most {num_layers} pipeline stages",
-    ),
+    Rule("", _required),
+    divides("num_attention_heads", "hidden_size", _even_heads),
+    divides("num_kv_heads", "num_attention_heads"),
+    divides("model_parallel_size", "num_attention_heads", _needs_heads),
+    divides("model_parallel_size", "num_kv_heads", _needs_heads),
+    divides("model_parallel_size", "hidden_size"),
+    divides("model_parallel_size", "moe_num_experts", lambda v: v["moe_num_experts"] > 1),
+    divides("model_parallel_size", "seq_length", lambda v: bool(v["sequence_parallel"]) and v["context_parallel_size"] == 1),
+    Rule("num_kv_heads num_attention_heads", _kv_layers),
+    Rule("rotary_pct hidden_size num_attention_heads", _rotary),
+    Rule("rope_scaling", _rope_scaling),
+    Rule("sliding_window_pattern", _window_pattern),
+    simple("seq_length max_position_embeddings", lambda v: v["seq_length"] > v["max_position_embeddings"],
+           "seq_length {seq_length} is greater than max_position_embeddings {max_position_embeddings}",
+           "raise max_position_embeddings to {seq_length}, or shorten seq_length"),
+    simple("intermediate_size expansion_factor", lambda v: True,
+           "intermediate_size {intermediate_size} and expansion_factor {expansion_factor} both set the width of the MLP",
+           "keep one of the two"),
+    simple("use_separate_qk_norms", lambda v: v["use_separate_qk_norms"] and not v["use_qk_layernorm"],
+           "use_separate_qk_norms does nothing without use_qk_layernorm", "add use_qk_layernorm: true",
+           "use_separate_qk_norms use_qk_layernorm"),
+    simple("qk_norm_each_head", lambda v: v["qk_norm_each_head"] and not v["use_separate_qk_norms"],
+           "qk_norm_each_head does nothing without use_separate_qk_norms", "add use_separate_qk_norms: true",
+           "qk_norm_each_head use_separate_qk_norms"),
+    simple("norm_placement gpt_j_residual", lambda v: v["norm_placement"] == "olmo3" and v["gpt_j_residual"],
+           "norm_placement olmo3 and gpt_j_residual are two different block layouts", "keep one of the two"),
+    simple("gpt_j_tied", lambda v: v["gpt_j_tied"] and not v["gpt_j_residual"],
+           "gpt_j_tied shares the norm of a parallel block, but gpt_j_residual is off",
+           "add gpt_j_residual: true, or remove gpt_j_tied", "gpt_j_tied gpt_j_residual"),
+    simple("attention_config", lambda v: has_layers(v, "gmlp", "amlp") and v["partition_activations"],
+           "gmlp and amlp layers do not work with partition_activations", "set partition_activations: false",
+           "partition_activations attention_config"),
+    simple("attention_config", lambda v: has_layers(v, *RECURRENT) and (v["hidden_dropout"] or v["attention_dropout"]),
+           "mamba and rwkv layers have no dropout, but hidden_dropout is {hidden_dropout} and attention_dropout {attention_dropout}",
+           "set both to 0", "hidden_dropout attention_dropout"),
+    simple("attention_config model_parallel_size", lambda v: has_layers(v, "rwkv") and v["model_parallel_size"] > 1,
+           "rwkv layers cannot be split over {model_parallel_size} tensor-parallel ranks", "set model_parallel_size: 1",
+           "model_parallel_size attention_config"),
+    simple("moe_top_k moe_num_experts", lambda v: v["moe_top_k"] > v["moe_num_experts"],
+           "moe_top_k {moe_top_k} is greater than moe_num_experts {moe_num_experts}", "lower moe_top_k"),
+    lacks("use_mup", "mup_base_hidden_size", "use_mup scales from a base width",
+          "add mup_base_hidden_size: N, the hidden_size at which the learning rate was found"),
+    simple("use_mup init_method", lambda v: v["use_mup"] and "orthogonal" in v["init_method"],
+           "muP needs embeddings of one spread at all widths; those of init_method {init_method} depend on it",
+           "set init_method: normal; output_layer_init_method may stay", "init_method use_mup"),
+    simple("use_mup pos_emb", lambda v: v["use_mup"] and v["pos_emb"] == "rpe",
+           "the position bias of pos_emb rpe grows with the head size, which muP forbids", "use another pos_emb", "pos_emb use_mup"),
+    simple("coord_check", lambda v: v["coord_check"], "coord_check is a command of its own, not a way to train",
+           "run python tools/mup/coord_check.py with this config, and remove coord_check"),
+    simple("fp16_lm_cross_entropy precision", lambda v: v["fp16_lm_cross_entropy"] and v["precision"] != "fp16",
+           "fp16_lm_cross_entropy needs precision fp16, precision is {precision}", "remove fp16_lm_cross_entropy"),
+    simple("pipe_parallel_size num_layers", lambda v: v["pipe_parallel_size"] > v["num_layers"],
+           "pipe_parallel_size {pipe_parallel_size} is greater than num_layers {num_layers}",
+           "use at most {num_layers} pipeline stages"),
 )

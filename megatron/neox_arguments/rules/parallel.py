@@ -107,20 +107,19 @@ def _cuts(v: Values) -> Iterable[Problem]:
 
 LAYER_CLASSES: Final = ("Embedding", "TransformerBlock", "FinalNorm", "LMHead")
 
-_SHARED: Final = (*HEADS, "model_parallel_size", "context_parallel_size")
+_SHARED: Final = "num_attention_heads num_kv_heads model_parallel_size context_parallel_size"
 
 PARALLEL_RULES: Final[tuple[Rule, ...]] = (
-    Rule("context-divides-sequence", (*_SHARED, "seq_length"), _chunks),
-    Rule("ring-is-plain", (*_SHARED, "pos_emb", "attention_dropout", "attention_backend"), _ring),
-    Rule("stages-are-cut", ("pipe_partition_method", "pipe_parallel_size", "num_layers"), _cuts),
-    Rule("tp-divides-mlp", ("model_parallel_size", "hidden_size", "mlp_multiple_of", "activation"), _mlp_width),
-    divides("tp-divides-vocabulary", "model_parallel_size", "padded_vocab_size"),
+    Rule(f"{_SHARED} seq_length", _chunks),
+    Rule(f"{_SHARED} pos_emb attention_dropout attention_backend", _ring),
+    Rule("pipe_partition_method pipe_parallel_size num_layers", _cuts),
+    Rule("model_parallel_size hidden_size mlp_multiple_of activation", _mlp_width),
+    divides("model_parallel_size", "padded_vocab_size"),
     simple(
-        "position-table-on-one-stage",
-        ("pos_emb", "pipe_parallel_size"),
+        "pos_emb pipe_parallel_size",
         lambda v: v["pos_emb"] == "rpe" and v["pipe_parallel_size"] > 1,
         "the table of pos_emb rpe is shared by all layers and cannot be spread over {pipe_parallel_size} pipeline stages",
         "set pipe_parallel_size to 0 or 1, or use another pos_emb",
-        ("pipe_parallel_size", "pos_emb"),
+        "pipe_parallel_size pos_emb",
     ),
 )
