@@ -6,8 +6,7 @@ from typing import Final
 from .data import DATA_RULES
 from .model import MODEL_RULES
 from .optimizers import OPTIMIZER_RULES, REPORT_RULES
-from .parallel import PARALLEL_RULES
 from .rule import Rule
 from .run import RUN_RULES
 
-RULES: Final[tuple[Rule, ...]] = (*MODEL_RULES, *PARALLEL_RULES, *RUN_RULES, *OPTIMIZER_RULES, *DATA_RULES, *REPORT_RULES)
+RULES: Final[tuple[Rule, ...]] = (*MODEL_RULES, *RUN_RULES, *OPTIMIZER_RULES, *DATA_RULES, *REPORT_RULES)

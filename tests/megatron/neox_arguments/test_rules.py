@@ -157,7 +157,7 @@ def test_sequences_are_refused_where_the_model_could_not_cut_them(sequence_paral
     from megatron.errors import ConfigError
     from megatron.mpu.context import ContextKind, ContextPlan
     from megatron.mpu.groups import Group
-    from megatron.neox_arguments.rules.parallel import is_ring
+    from megatron.neox_arguments.rules.model import is_ring
 
     seen = set()
     for heads, kv_heads, tensor, context in ((8, 8, 1, 2), (8, 2, 2, 2), (8, 4, 2, 2), (12, 12, 2, 3), (12, 4, 2, 4), (8, 8, 2, 3)):
