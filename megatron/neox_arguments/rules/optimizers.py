@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ..problems import Problem, plain
+from ..resolve import model_ranks
 from .rule import Rule, Values, simple, zero_stage
 
 
@@ -101,8 +102,7 @@ def _states_are_whole(v: Values) -> bool:
 
 def _micro_batches(v: Values) -> int:
     """Micro batches of a step, over all data-parallel ranks."""
-    model_ranks = max(v["pipe_parallel_size"], 1) * v["model_parallel_size"] * v["context_parallel_size"]
-    return int((v["gradient_accumulation_steps"] or 1) * ((v["global_num_gpus"] or 1) // model_ranks))
+    return int((v["gradient_accumulation_steps"] or 1) * ((v["global_num_gpus"] or 1) // model_ranks(v)))
 
 
 # fmt: off
