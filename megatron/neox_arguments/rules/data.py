@@ -90,12 +90,6 @@ def _weights(v: Values) -> Iterable[Problem]:
             yield Problem(f"{key} is {shown(weights)}", allowed="numbers >= 0, not all 0", fix="give each prefix its share", keys=(key,))
 
 
-def _split(v: Values) -> Iterable[Problem]:
-    if parse_split(v["split"]) is None:
-        allowed = 'up to three numbers >= 0, such as "969, 30, 1"'
-        yield Problem(f"split is {shown(v['split'])}", allowed=allowed, fix="correct the numbers", keys=("split",))
-
-
 def _epochs(v: Values) -> Iterable[Problem]:
     reasons = {
         "pack_impl": v["pack_impl"] != "packed" and f"pack_impl is {v['pack_impl']}, not packed",
@@ -136,16 +130,6 @@ def _objective(v: Values) -> Iterable[Problem]:
         yield Problem(what, allowed="unpacked", fix="set pack_impl: unpacked", keys=keys)
 
 
-def _small_kto_batch(v: Values) -> Iterable[Problem]:
-    if v["train_impl"] == "kto" and v["train_micro_batch_size_per_gpu"] < 2:
-        yield Problem(
-            "train_impl kto compares the samples of a micro batch, which has 1",
-            allowed="a whole number >= 2",
-            fix="raise train_micro_batch_size_per_gpu",
-            keys=("train_micro_batch_size_per_gpu", "train_impl"),
-        )
-
-
 def _ascent_bursts(v: Values) -> Iterable[Problem]:
     for key in ("ga_interval", "ga_iters"):
         if v["ga_mode"] == "interval" and v[key] is None:
@@ -172,12 +156,15 @@ DATA_RULES: Final[tuple[Rule, ...]] = (
     Rule("", _pairs),
     Rule("", _labels_everywhere),
     Rule("", _weights),
-    Rule("split", _split),
+    simple("split", lambda v: parse_split(v["split"]) is None, lambda v: f"split is {shown(v['split'])}", "correct the numbers",
+           allowed='up to three numbers >= 0, such as "969, 30, 1"'),
     Rule("train_epochs", _epochs),
     Rule("train_impl dataset_impl pack_impl", _objective),
     simple("train_impl train_micro_batch_size_per_gpu", lambda v: v["train_impl"] == "kto" and not v["train_reward_data_paths"],
            "train_impl kto needs rewards", "add train_reward_data_paths", "train_reward_data_paths train_impl"),
-    Rule("train_impl train_micro_batch_size_per_gpu", _small_kto_batch),
+    simple("train_impl train_micro_batch_size_per_gpu", lambda v: v["train_impl"] == "kto" and v["train_micro_batch_size_per_gpu"] < 2,
+           "train_impl kto compares the samples of a micro batch, which has 1", "raise train_micro_batch_size_per_gpu",
+           "train_micro_batch_size_per_gpu train_impl", allowed="a whole number >= 2"),
     Rule("ga_mode ga_dataset", _ascent_bursts),
     Rule("gd_mode", _difference),
     simple("online_dataserver_ips online_dataserver_ports", _uneven_servers,

@@ -96,15 +96,9 @@ def _rope_scaling(v: Values) -> Iterable[Problem]:
         yield Problem(what, allowed="a number >= 1", fix=fix, keys=("rope_scaling.factor",))
 
 
-def _window_pattern(v: Values) -> Iterable[Problem]:
+def _wrong_widths(v: Values) -> bool:
     pattern = v["sliding_window_pattern"]
-    if not pattern or any(width is not None and width < 1 for width in pattern):
-        yield Problem(
-            f"sliding_window_pattern is {shown(pattern)}",
-            allowed="at least one entry, each a whole number >= 1 or null",
-            fix="write for instance [4095, 4095, 4095, null]",
-            keys=("sliding_window_pattern",),
-        )
+    return not pattern or any(width is not None and width < 1 for width in pattern)
 
 
 # Sharing one model among ranks: what must divide by what, and which parts cannot be shared
@@ -218,7 +212,9 @@ MODEL_RULES: Final[tuple[Rule, ...]] = (
     Rule("num_kv_heads num_attention_heads", _kv_layers),
     Rule("rotary_pct hidden_size num_attention_heads", _rotary),
     Rule("rope_scaling", _rope_scaling),
-    Rule("sliding_window_pattern", _window_pattern),
+    simple("sliding_window_pattern", _wrong_widths,
+           lambda v: f"sliding_window_pattern is {shown(v['sliding_window_pattern'])}", "write for instance [4095, 4095, 4095, null]",
+           allowed="at least one entry, each a whole number >= 1 or null"),
     simple("seq_length max_position_embeddings", lambda v: v["seq_length"] > v["max_position_embeddings"],
            "seq_length {seq_length} is greater than max_position_embeddings {max_position_embeddings}",
            "raise max_position_embeddings to {seq_length}, or shorten seq_length"),

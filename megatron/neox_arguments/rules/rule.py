@@ -33,7 +33,15 @@ class Rule:
             yield from self.check(values)
 
 
-def simple(needs: str, broken: Callable[[Values], bool], what: str | Callable[[Values], str], fix: str, about: str = "") -> Rule:
+def simple(
+    needs: str,
+    broken: Callable[[Values], bool],
+    what: str | Callable[[Values], str],
+    fix: str,
+    about: str = "",
+    *,
+    allowed: str | None = None,
+) -> Rule:
     """A rule with one outcome. `what` and `fix` may use the values: "{hidden_size} features".
 
     about: the keys it is about, `needs` unless given
@@ -42,7 +50,7 @@ def simple(needs: str, broken: Callable[[Values], bool], what: str | Callable[[V
     def check(v: Values) -> Iterable[Problem]:
         if broken(v):
             text = what(v) if callable(what) else what.format_map(v)
-            yield Problem(text, fix=fix.format_map(v), keys=tuple((about or needs).split()))
+            yield Problem(text, fix=fix.format_map(v), allowed=allowed, keys=tuple((about or needs).split()))
 
     return Rule(needs, check)
 

@@ -12,12 +12,10 @@ from .model import RECURRENT, has_layers
 from .rule import Rule, Values, lacks, simple, zero_stage
 
 
-def _stage_range(v: Values) -> Iterable[Problem]:
+def _no_stage(v: Values) -> bool:
     stage = v["zero_optimization"].get("stage")
     tuned = v["autotuning"] and v["autotuning"].get("enabled")
-    if not tuned and (isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3):
-        what, key = f"zero_optimization.stage is {shown(stage)}", "zero_optimization.stage"
-        yield Problem(what, allowed="0, 1, 2 or 3", fix="choose a stage", keys=(key,))
+    return not tuned and (type(stage) is not int or not 0 <= stage <= 3)
 
 
 def _offload(v: Values) -> Iterable[Problem]:
@@ -51,18 +49,6 @@ def _superoffload(v: Values) -> Iterable[Problem]:
         )
 
 
-def _checkpoint_factor(v: Values) -> Iterable[Problem]:
-    factor, scale = v["checkpoint_factor"], v["checkpoint_scale"]
-    if scale == "linear" and (factor < 1 or factor != int(factor)):
-        allowed, fix, keys = "a whole number >= 1", "give the number of steps between two checkpoints", ("checkpoint_factor",)
-    elif scale == "log" and factor <= 1:
-        allowed, fix = "a number > 1", "give the ratio of the steps of two checkpoints, such as 2"
-        keys = ("checkpoint_factor", "checkpoint_scale")
-    else:
-        return
-    yield Problem(f"checkpoint_factor is {plain(factor)} with checkpoint_scale {scale}", allowed=allowed, fix=fix, keys=keys)
-
-
 def _rollback(v: Values) -> Iterable[Problem]:
     for key in ("nonfinite_policy", "loss_spike_policy"):
         if v[key] != "rollback":
@@ -75,23 +61,6 @@ def _rollback(v: Values) -> Iterable[Problem]:
         if v["train_epochs"] is not None:
             what = f"{key} rollback makes up for the samples left out, for which train_epochs leaves none"
             yield Problem(what, fix="use train_iters", keys=(key, "train_epochs"))
-
-
-def _spikes(v: Values) -> Iterable[Problem]:
-    if v["loss_spike_factor"] is None and v["loss_spike_policy"] != "warn":
-        yield Problem(
-            f"loss_spike_policy {v['loss_spike_policy']} does nothing: loss_spike_factor is not set",
-            allowed="a number > 1",
-            fix="add loss_spike_factor: 4, for instance, or remove loss_spike_policy",
-            keys=("loss_spike_policy", "loss_spike_factor"),
-        )
-
-
-def _extra_saves(v: Values) -> Iterable[Problem]:
-    steps = v["extra_save_iters"]
-    if any(step < 0 for step in steps):
-        what = f"extra_save_iters is {shown(steps)}"
-        yield Problem(what, allowed="whole numbers >= 0", fix="remove negative steps", keys=("extra_save_iters",))
 
 
 def _extra_args(v: Values) -> Iterable[Problem]:
@@ -144,7 +113,8 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
            lambda v: v["override_lr_scheduler"] and v["use_checkpoint_lr_scheduler"],
            "override_lr_scheduler and use_checkpoint_lr_scheduler exclude each other", "keep one of the two"),
     # ZeRO and precision
-    Rule("zero_optimization", _stage_range),
+    simple("zero_optimization", _no_stage, lambda v: f"zero_optimization.stage is {shown(v['zero_optimization'].get('stage'))}",
+           "choose a stage", "zero_optimization.stage", allowed="0, 1, 2 or 3"),
     Rule("zero_optimization", _offload),
     Rule("zero_optimization", _superoffload),
     simple("pipe_parallel_size", lambda v: v["pipe_parallel_size"] >= 1 and zero_stage(v) >= 2,
@@ -175,10 +145,20 @@ RUN_RULES: Final[tuple[Rule, ...]] = (
     simple("save", lambda v: v["checkpoint_factor"] is None and not v["extra_save_iters"],
            lambda v: f"save is {shown(v['save'])}, but nothing says when to save", "add checkpoint_factor or extra_save_iters",
            "save checkpoint_factor"),
-    Rule("checkpoint_factor", _checkpoint_factor),
+    simple("checkpoint_factor",
+           lambda v: v["checkpoint_scale"] == "linear" and (v["checkpoint_factor"] < 1 or v["checkpoint_factor"] % 1 != 0),
+           lambda v: f"checkpoint_factor is {plain(v['checkpoint_factor'])} with checkpoint_scale linear",
+           "give the number of steps between two checkpoints", allowed="a whole number >= 1"),
+    simple("checkpoint_factor", lambda v: v["checkpoint_scale"] == "log" and v["checkpoint_factor"] <= 1,
+           lambda v: f"checkpoint_factor is {plain(v['checkpoint_factor'])} with checkpoint_scale log",
+           "give the ratio of the steps of two checkpoints, such as 2", "checkpoint_factor checkpoint_scale", allowed="a number > 1"),
     Rule("nonfinite_policy loss_spike_policy", _rollback),
-    Rule("loss_spike_policy", _spikes),
-    Rule("extra_save_iters", _extra_saves),
+    simple("loss_spike_policy", lambda v: v["loss_spike_factor"] is None and v["loss_spike_policy"] != "warn",
+           "loss_spike_policy {loss_spike_policy} does nothing: loss_spike_factor is not set",
+           "add loss_spike_factor: 4, for instance, or remove loss_spike_policy", "loss_spike_policy loss_spike_factor",
+           allowed="a number > 1"),
+    simple("extra_save_iters", lambda v: min(v["extra_save_iters"], default=0) < 0,
+           lambda v: f"extra_save_iters is {shown(v['extra_save_iters'])}", "remove negative steps", allowed="whole numbers >= 0"),
     simple("keep_every", lambda v: v["keep_last_n_checkpoints"] is None,
            "keep_every {keep_every} says what is not deleted, and nothing is: keep_last_n_checkpoints is not set",
            "set keep_last_n_checkpoints, or remove keep_every", "keep_every keep_last_n_checkpoints"),
