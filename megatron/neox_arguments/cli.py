@@ -200,9 +200,8 @@ def _take_place() -> None:
         return
     place = place_from(os.environ)
     if place.world_size > 1:
-        names = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size, "MASTER_ADDR": place.master_addr}
-        names |= {"MASTER_PORT": place.master_port} if place.master_port else {}
-        os.environ.update({name: str(value) for name, value in names.items()})
+        names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", *(["MASTER_PORT"] if place.master_port else [])]
+        os.environ.update({name: place.environment()[name] for name in names})
 
 
 def _prepare_environment() -> None:
