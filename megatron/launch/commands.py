@@ -17,7 +17,7 @@ from megatron.secrets import mask
 
 # What every program below takes for one plain host name or address.
 HOST_NAME = re.compile(r"(\w[\w.-]*@)?\w[\w.:-]*")
-AGENT = ("-u", "-m", "megatron.launch.agent", "--task")
+AGENT = ("-u", "-m", "megatron.launch.agent")
 
 
 def check_names(hosts: Iterable[Host]) -> None:
@@ -30,9 +30,9 @@ def check_names(hosts: Iterable[Host]) -> None:
 
 
 def pdsh(hosts: Sequence[Host]) -> tuple[str, ...]:
-    """pdsh starts one `reach` per host, which goes there with ssh; pdsh itself replaces %h, so a % in a path is doubled."""
+    """pdsh starts one `agent --ssh` per host, which goes there with ssh; pdsh itself replaces %h, so a % in a path is doubled."""
     names = ",".join(host.name for host in hosts)
-    reach = (sys.executable.replace("%", "%%"), "-u", "-m", "megatron.launch.ssh_agent", "%h")
+    reach = (sys.executable.replace("%", "%%"), *AGENT, "--ssh", "%h")
     # -S: the largest exit status; -N: lines as they are; -R exec: a local program per host
     return ("pdsh", "-S", "-N", "-R", "exec", "-f", str(len(hosts)), "-w", names, *reach)
 
@@ -46,7 +46,7 @@ def openmpi(hosts: Sequence[Host], names: Sequence[str], worker: Sequence[str], 
     argv += ["--allow-run-as-root"] if root else []
     for name in names:
         argv += ["-x", name]
-    return (*argv, sys.executable, *AGENT, *worker)
+    return (*argv, sys.executable, *AGENT, "--task", *worker)
 
 
 def mpich(hosts: Sequence[Host], names: Sequence[str], worker: Sequence[str]) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def mpich(hosts: Sequence[Host], names: Sequence[str], worker: Sequence[str]) ->
     total = sum(len(host.slots) for host in hosts)
     argv = [program("mpirun.mpich", "mpiexec.hydra", "mpirun"), "-n", str(total)]
     argv += ["-hosts", ",".join(f"{host.name}:{len(host.slots)}" for host in hosts), "-wdir", os.getcwd(), "-genvlist", ",".join(names)]
-    return (*argv, sys.executable, *AGENT, *worker)
+    return (*argv, sys.executable, *AGENT, "--task", *worker)
 
 
 def slurm(
@@ -78,7 +78,7 @@ def slurm(
     if name_hosts:
         argv.append(f"--nodelist={','.join(host.name for host in hosts)}")
     argv += [f"--{name}={value}" for name, value in options.items() if value]
-    return (*argv, sys.executable, *AGENT, *worker)
+    return (*argv, sys.executable, *AGENT, "--task", *worker)
 
 
 def program(*names: str) -> str:

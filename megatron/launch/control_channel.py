@@ -27,7 +27,7 @@ DISCARD_PORT = 9
 
 
 @dataclass
-class _Line:
+class _AgentLine:
     """One agent's connection. rank: None until it has shown that it belongs to this run; over: its rank's end was told"""
 
     connection: socket.socket
@@ -37,7 +37,7 @@ class _Line:
     over: bool = False
 
 
-class Wires:
+class ControlServer:
     """The launcher's end.
 
     note: called with every Event, and with a loss for a line that breaks before its rank's end was told
@@ -48,7 +48,7 @@ class Wires:
         self._secret = secrets.token_hex(16)
         self._listener = socket.create_server(("", 0), backlog=1024)
         self._listener.setblocking(False)
-        self._lines: list[_Line] = []
+        self._lines: list[_AgentLine] = []
 
     def environment(self, hosts: Iterable[str]) -> dict[str, str]:
         """What agents need to find this end; hosts: where they will be, as far as that is known."""
@@ -64,10 +64,10 @@ class Wires:
         if line is None:
             connection, _ = self._listener.accept()
             _keep_alive(connection)
-            new = _Line(connection)
+            new = _AgentLine(connection)
             self._lines.append(new)
             selector.register(connection, selectors.EVENT_READ, new)
-        elif isinstance(line, _Line):
+        elif isinstance(line, _AgentLine):
             try:
                 data = line.connection.recv(1 << 16)
             except OSError:
@@ -89,7 +89,7 @@ class Wires:
             line.connection.close()
         self._listener.close()
 
-    def _read(self, line: _Line, data: bytes) -> bool:
+    def _read(self, line: _AgentLine, data: bytes) -> bool:
         """Take what came; False for a stranger."""
         *whole, line.received = (line.received + data).split(b"\n")
         try:
@@ -107,7 +107,7 @@ class Wires:
             return False
         return len(line.received) < LONGEST_LINE
 
-    def _drop(self, line: _Line) -> None:
+    def _drop(self, line: _AgentLine) -> None:
         self._lines.remove(line)
         line.connection.close()
         if line.rank is not None and not line.over:

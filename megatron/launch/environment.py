@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from megatron.errors import ConfigError
@@ -19,14 +21,9 @@ PREFIXES = tuple(
     " PYTHON PYTORCH_ S3_ TENSORBOARD TORCH TRANSFORMERS_ TRITON_ UCX WANDB_".split()
 )
 # Devices are numbered per machine, and the launcher's own notes are for one process.
-PRIVATE = (
-    "CUDA_VISIBLE_DEVICES",
-    "NEOX_FAILURE_FILE",
-    "NEOX_FAILURE_FILE_OF",
-    "NEOX_LAUNCH_FOLDER",
-    "NEOX_LAUNCH_WIRE",
-    "NEOX_LAUNCH_SECRET",
-    "NEOX_LAUNCH_END",
+PRIVATE = tuple(
+    "CUDA_VISIBLE_DEVICES NEOX_FAILURE_FILE NEOX_FAILURE_FILE_OF NEOX_LAUNCH_FOLDER NEOX_LAUNCH_WIRE NEOX_LAUNCH_SECRET"
+    " NEOX_LAUNCH_END".split()
 )
 DEEPSPEED_ENV = ".deepspeed_env"
 
@@ -45,11 +42,7 @@ def environment_file(environ: Mapping[str, str], home: Path, here: Path) -> dict
     paths = [Path(named)] if named else [folder / DEEPSPEED_ENV for folder in dict.fromkeys((home, here))]
     if named and not paths[0].is_file():
         raise ConfigError(f"DS_ENV_FILE names {named}, which does not exist", where="DS_ENV_FILE", fix="name a file, or unset it")
-    found: dict[str, str] = {}
-    for path in paths:
-        if path.is_file():
-            found |= dict(_lines(path))
-    return found
+    return dict(pair for path in paths if path.is_file() for pair in _lines(path))
 
 
 def _lines(path: Path) -> Iterable[tuple[str, str]]:
@@ -76,34 +69,6 @@ def visible_devices(environ: Mapping[str, str], dev: Path = Path("/dev")) -> int
     valid = names[: next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))]
     # MIG slices may outnumber the device files.
     return len(valid) if any(name.startswith("MIG") for name in valid) else min(len(valid), found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """One rank's place: its number in the run and on its host, the sizes of both, where all meet, and its host's number."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_size: int
-    master_addr: str
-    master_port: int
-    node: int = 0
-    nodes: int = 1
-
-    def environment(self) -> dict[str, str]:
-        """As torch and DeepSpeed read it."""
-        return {
-            "RANK": str(self.rank),
-            "LOCAL_RANK": str(self.local_rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.local_size),
-            "LOCAL_SIZE": str(self.local_size),
-            "CROSS_RANK": str(self.node),
-            "CROSS_SIZE": str(self.nodes),
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
-        }
 
 
 def machine_environment(environ: Mapping[str, str], ranks: int) -> dict[str, str]:
@@ -142,13 +107,34 @@ PART = r"(?:[^,\[\]\s]|\[[^\[\]]*\])+"
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """This process's rank in the job, and the address where all ranks meet."""
+    """One rank's place: its number in the run and on its host, the sizes of both, where all meet, and its host's number.
+
+    master_port: None where nothing says it
+    local_size, node, nodes: filled in by whoever starts the rank
+    """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_size: int = 1
     master_addr: str = LOOPBACK
     master_port: int | None = None
+    node: int = 0
+    nodes: int = 1
+
+    def environment(self) -> dict[str, str]:
+        """As torch and DeepSpeed read it."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.local_size),
+            "LOCAL_SIZE": str(self.local_size),
+            "CROSS_RANK": str(self.node),
+            "CROSS_SIZE": str(self.nodes),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
 
 
 # How each kind of start names rank, local rank, world size and the ranks on this host. mpirun inside a SLURM job starts its
@@ -239,35 +225,29 @@ def expand(nodelist: str) -> list[str]:
     >>> expand("r[1-2]n[08-09]")
     ['r1n08', 'r1n09', 'r2n08', 'r2n09']
     """
-    if not re.fullmatch(rf"{PART}(,{PART})*", nodelist.strip()):
-        raise _damaged(nodelist)
     hosts: list[str] = []
-    for part in re.findall(PART, nodelist.strip()):
-        names = [""]
-        for text, choices in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", part):
-            tails = [text] if text else list(_choices(choices, nodelist))
-            if len(names) * len(tails) > MOST_HOSTS:
-                raise _damaged(nodelist)
-            names = [name + tail for name in names for tail in tails]
-        hosts += names
+    try:
+        if not re.fullmatch(rf"{PART}(,{PART})*", nodelist.strip()):
+            raise ValueError(nodelist)
+        for part in re.findall(PART, nodelist.strip()):
+            pieces = [[text] if text else _choices(choices) for text, choices in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", part)]
+            if math.prod(map(len, pieces)) > MOST_HOSTS:
+                raise ValueError(part)
+            hosts += map("".join, product(*pieces))
+    except ValueError:
+        raise ConfigError(
+            f"{nodelist!r} is not a SLURM node list", where="SLURM_JOB_NODELIST", fix="export MASTER_ADDR=<host of rank 0> to do without it"
+        ) from None
     return hosts
 
 
-def _choices(text: str, nodelist: str) -> list[str]:
+def _choices(text: str) -> list[str]:
     """001-003,007 -> 001 002 003 007"""
     found: list[str] = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", item.strip())
-        if not match:
-            raise _damaged(nodelist)
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not 0 <= last - first < MOST_HOSTS:
-            raise _damaged(nodelist)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not match or not 0 <= last - first < MOST_HOSTS:
+            raise ValueError(item)
         found += [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
     return found
-
-
-def _damaged(nodelist: str) -> ConfigError:
-    return ConfigError(
-        f"{nodelist!r} is not a SLURM node list", where="SLURM_JOB_NODELIST", fix="export MASTER_ADDR=<host of rank 0> to do without it"
-    )

@@ -17,13 +17,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron.errors import BackendError
+from megatron.launch.agent import FOLDER, ORDERS_FILE, PLAN_FILE
 from megatron.launch.commands import LaunchPlan
-from megatron.launch.control_channel import Wires
+from megatron.launch.control_channel import ControlServer
 from megatron.launch.environment import PRIVATE
 from megatron.launch.rank_events import MARK, SIGNALLED, Event, Lines, RankEvents, shell_status
-from megatron.launch.signals import noting_signals
-from megatron.launch.ssh_agent import FOLDER, ORDERS_FILE, PLAN_FILE
-from megatron.launch.supervisor import GRACE_S, LAST_S, PATIENCE, PATIENT_LAST_S, POLL_S, Supervisor, dying_with_parent, host_ranks
+from megatron.launch.signals import HANDED_ON, noting_signals
+from megatron.launch.supervisor import (
+    GRACE_S,
+    LAST_S,
+    PATIENCE,
+    PATIENT_LAST_S,
+    POLL_S,
+    Supervisor,
+    dying_with_parent,
+    host_ranks,
+    signal_group,
+)
 
 # Agents have this much longer than ranks of this machine to end what is theirs before the launcher is told to.
 AGENT_GRACE_S = GRACE_S + 1.0
@@ -41,7 +51,7 @@ INSTALL = {
 }
 
 
-class Launched:
+class LauncherProcess:
     """One launcher program and the agents behind it.
 
     rank_events:   takes the events
@@ -54,7 +64,7 @@ class Launched:
         self.received = received
         self.environ = {**environ, **plan.env}
         self.folder = Path(tempfile.mkdtemp(prefix="neox-launch-")) if plan.launcher == "pdsh" else None
-        self.wires = Wires(rank_events.note) if plan.launcher in ("openmpi", "mpich", "slurm") else None
+        self.control = ControlServer(rank_events.note) if plan.launcher in ("openmpi", "mpich", "slurm") else None
         self._lines = Lines()
         self._partial: dict[int, bytes] = {}
         self._handled = 0
@@ -68,16 +78,16 @@ class Launched:
             if self.folder:
                 _write_plan(self.plan, self.folder)
                 self.environ[FOLDER] = str(self.folder)
-            if self.wires:
-                self.environ |= self.wires.environment([host.name for host in self.plan.hosts])
+            if self.control:
+                self.environ |= self.control.environment([host.name for host in self.plan.hosts])
             if self.plan.launcher == "mpich":
                 self.environ |= {HYDRA_END: "1"}
             return self._attend(self._start())
         finally:
             if self.folder:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            if self.wires:
-                self.wires.close()
+            if self.control:
+                self.control.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         try:
@@ -102,20 +112,20 @@ class Launched:
             for stream in outs:
                 if stream is not None:
                     selector.register(stream, selectors.EVENT_READ)
-            if self.wires:
-                self.wires.register(selector)
+            if self.control:
+                self.control.register(selector)
             while True:
                 for key, _ in selector.select(POLL_S):
                     if key.fileobj not in outs:
-                        if self.wires:
-                            self.wires.serve(selector, key.data)
+                        if self.control:
+                            self.control.serve(selector, key.data)
                         continue
                     data = os.read(key.fd, 1 << 16)
                     self._pass_on(key.fd, data, outs[key.fileobj])
                     if not data:
                         selector.unregister(key.fileobj)
                 open_streams = any(stream in selector.get_map() for stream in outs)
-                if not open_streams and not self.wires:
+                if not open_streams and not self.control:
                     time.sleep(POLL_S)
                 now = time.monotonic()
                 self._direct(process, now)
@@ -139,7 +149,7 @@ class Launched:
             self._end_at = now + (PATIENT_LAST_S if self._handled else LAST_S) + 1.0
             self._order(process, "stop")
         if self._end_at is not None and now >= self._end_at and self._endings:
-            _signal_group(process, self._endings.pop(0))
+            signal_group(process, self._endings.pop(0))
             self._end_at = now + LAUNCHER_LAST_S
 
     def _order(self, process: subprocess.Popen[bytes], line: str) -> None:
@@ -147,7 +157,7 @@ class Launched:
         if self.folder:
             with open(self.folder / ORDERS_FILE, "a", encoding="utf-8") as orders:
                 orders.write(line + "\n")
-        elif self.wires and self.wires.order(line):
+        elif self.control and self.control.order(line):
             return
         elif process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -177,7 +187,7 @@ class Launched:
 
 
 def _write_plan(plan: LaunchPlan, folder: Path) -> None:
-    """What `ssh_agent` tells each host's agent; secret values stay in the environment."""
+    """What `agent --ssh` tells each host's agent; secret values stay in the environment."""
     environment = dict(plan.handed_on) | {name: value for name, value in plan.env.items() if name not in plan.secrets}
     shared = {**_told_to_all(plan, environment), "folder": os.getcwd()}
     hosts = {host.name: _told_to_host(plan, index) for index, host in enumerate(plan.hosts)}
@@ -197,16 +207,6 @@ def _told_to_host(plan: LaunchPlan, node: int) -> dict[str, Any]:
     return {"first_rank": host.first, "local_size": len(host.slots), "node": node, "devices": devices}
 
 
-def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
-    try:
-        os.killpg(process.pid, signum)
-    except ProcessLookupError:
-        return
-
-
-HANDED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-
-
 def run(plan: LaunchPlan, environ: Mapping[str, str], *, told: Callable[[str], object]) -> int:
     """Start the plan, hand signals on to its ranks, wait, and return the exit status a shell would show.
 
@@ -217,7 +217,7 @@ def run(plan: LaunchPlan, environ: Mapping[str, str], *, told: Callable[[str], o
     rank_events = RankEvents(plan.places())
     base = {name: value for name, value in environ.items() if name not in PRIVATE or name == "CUDA_VISIBLE_DEVICES"}
     with noting_signals(HANDED_ON) as received:
-        code = _run_here(plan, base, rank_events, received) if not plan.argv else Launched(plan, base, rank_events, received).run()
+        code = _run_here(plan, base, rank_events, received) if not plan.argv else LauncherProcess(plan, base, rank_events, received).run()
     left = rank_events.left()
     rank_events.close(failed=code != 0 and not received and left is None)
     if report := rank_events.report():
@@ -233,15 +233,5 @@ def _run_here(plan: LaunchPlan, environ: Mapping[str, str], rank_events: RankEve
     """The ranks as our own children."""
     (host,) = plan.hosts
     ranks = host_ranks({**_told_to_all(plan, plan.env), **_told_to_host(plan, 0)}, environ)
-    supervisor = Supervisor(host.name, rank_events.note)
-    handled = 0
-    try:
-        supervisor.start(ranks)
-        while supervisor.alive():
-            for signum in received[handled:]:
-                handled += 1
-                supervisor.signal(signum)
-            time.sleep(POLL_S)
-    finally:
-        supervisor.close()
+    Supervisor(host.name, rank_events.note).run(ranks, received, lambda: time.sleep(POLL_S))
     return 0

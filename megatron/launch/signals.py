@@ -14,6 +14,9 @@ from typing import Any
 STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")
 """What a run is asked to save and leave with: by a person, by a launcher, or by Slurm (sbatch --signal)."""
 
+HANDED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+"""What a launcher and its agents hand on to ranks."""
+
 
 def note_signals(names: Sequence[str] = STOPPING, *, insisting: bool = False) -> list[int]:
     """As `noting_signals`, to the process's end: a signal while it clears up must not change its exit status."""

@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.launch.environment import Seat, machine_environment
+from megatron.launch.environment import Rendezvous, machine_environment
 from megatron.launch.rank_events import FAILURE_FILE, LEAVING, Event, found
 
 POLL_S = 0.05
@@ -43,7 +44,7 @@ class Rank:
 def host_ranks(told: Mapping[str, Any], environ: Mapping[str, str]) -> list[Rank]:
     """The ranks of one host.
 
-    told: argv, environment, devices (one number per rank; None leaves them as they are), and the fields of a Seat of its first rank
+    told: argv, environment, devices (one number per rank; None leaves them as they are), and the fields of a Rendezvous of its first rank
     """
     base = {**environ, **told["environment"]}
     devices = told["devices"]
@@ -53,8 +54,8 @@ def host_ranks(told: Mapping[str, Any], environ: Mapping[str, str]) -> list[Rank
     shared = {name: told[name] for name in ("world_size", "local_size", "master_addr", "master_port", "node", "nodes")}
     ranks = []
     for local_rank in range(told["local_size"]):
-        seat = Seat(rank=told["first_rank"] + local_rank, local_rank=local_rank, **shared)
-        ranks.append(Rank(number=seat.rank, argv=told["argv"], environment={**base, **seat.environment()}))
+        place = Rendezvous(rank=told["first_rank"] + local_rank, local_rank=local_rank, **shared)
+        ranks.append(Rank(number=place.rank, argv=told["argv"], environment={**base, **place.environment()}))
     return ranks
 
 
@@ -98,13 +99,30 @@ class Supervisor:
             self._children.append(_Child(number=rank.number, process=process, note=note))
             self._tell(Event(what="started", host=self.host, rank=rank.number, at=time.time()))
 
+    def run(self, ranks: Sequence[Rank], received: Sequence[int], pause: Callable[[], object], *, stdin: int | None = None) -> None:
+        """Start the ranks, and wait until all have ended.
+
+        received: signals to this process, which are handed on
+        pause:    waits a moment between two looks
+        """
+        handled = 0
+        try:
+            self.start(ranks, stdin=stdin)
+            while self.alive():
+                for signum in received[handled:]:
+                    handled += 1
+                    self.signal(signum)
+                pause()
+        finally:
+            self.close()
+
     def signal(self, signum: int) -> None:
         """Hand a user's signal on. Ranks may take their time, but not after several signals."""
         self._signals += 1
         if self._signals > PATIENCE:
             self._kill_at = time.monotonic()
         for child in self._running():
-            _send(child, signum)
+            child.process.send_signal(signum)
 
     def stop(self) -> None:
         """End all ranks: another one has died, here or elsewhere, or nobody is left to report to."""
@@ -123,17 +141,17 @@ class Supervisor:
             self._kill_at = now + (PATIENT_LAST_S if self._signals else LAST_S)
             for child in self._running():
                 child.told = True
-                _send(child, signal.SIGTERM)
+                child.process.send_signal(signal.SIGTERM)
         if self._kill_at is not None and now >= self._kill_at:
             for child in self._running():
                 child.told = True
-                _kill(child)
+                signal_group(child.process, signal.SIGKILL)
         return bool(self._children)
 
     def close(self) -> None:
         """Kill what is left and remove the folder."""
         for child in self._running():
-            _kill(child)
+            signal_group(child.process, signal.SIGKILL)
             child.process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -156,25 +174,14 @@ class Supervisor:
             if self._kill_at is None:
                 self._stop_soon(LEAVING_S if quiet and code in LEAVING else GRACE_S)
         # What it started itself, such as data workers, must not outlive it.
-        try:
-            os.killpg(child.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        signal_group(child.process, signal.SIGKILL)
         self._tell(event)
 
 
-def _send(child: _Child, signum: int) -> None:
-    try:
-        child.process.send_signal(signum)
-    except ProcessLookupError:
-        return
-
-
-def _kill(child: _Child) -> None:
-    try:
-        os.killpg(child.process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
+    """Signal a process that leads a session of its own, and what it started; nothing where all of them have ended."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signum)
 
 
 def dying_with_parent(signum: signal.Signals) -> Callable[[], None] | None:

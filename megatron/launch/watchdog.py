@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches a rank from a thread of its own: keeps its heartbeat file, and ends a job that is stuck, naming the rank that it waits for."""
+"""Watches a rank from a thread of its own: keeps its heartbeat file, and ends a job that is stuck, naming the rank that it waits for.
+
+Which rank that is, their stacks say, or their silence, or who is furthest behind.
+"""
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import re
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from pathlib import Path
 
 from megatron.launch import heartbeat
-from megatron.launch.heartbeat import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Heartbeat, Pulse, Seen, Standing, causes, standing_of
+from megatron.launch.heartbeat import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Heartbeat, Pulse
 from megatron.launch.rank_events import leave
 from megatron.secrets import redact
 
@@ -180,21 +185,26 @@ class Watch:
             self._over.wait(min(self._tick_s, SHORT_S))
             if self.pulse.moves != self._moves or self._over.is_set():
                 return  # it goes on after all
-        seen = [_seen(own, 0.0, self._late_s()), *(_seen(record, age, self._late_s()) for record, age in others)]
-        self._leave(sorted(seen, key=lambda rank: rank.rank), "".join(stack.format()).rstrip())
+        ranks = [own, *(self._as_seen(record, age) for record, age in others)]
+        self._leave(sorted(ranks, key=lambda rank: rank.rank), "".join(stack.format()).rstrip())
         sys.stdout.flush()
         time.sleep(AFTER_S)
         self._end(STATUS)
 
-    def _leave(self, seen: list[Seen], stack: str) -> None:
+    def _as_seen(self, record: Heartbeat, age: float) -> Heartbeat:
+        """Another rank's record, written `age` seconds ago, as it is now: silent where it should have said more by then."""
+        silent = record.standing is None and age > self._late_s()
+        return replace(record, idle_s=record.idle_s + age, standing=Standing.SILENT if silent else record.standing)
+
+    def _leave(self, ranks: list[Heartbeat], stack: str) -> None:
         """Say who is stuck; every rank speaks for itself, and of one that cannot, the first of the others tells."""
-        own = next(rank for rank in seen if rank.rank == self.plan.rank)
-        guilty = causes(seen)
-        silent = next((rank for rank in guilty if rank.standing is Standing.SILENT), None)
-        speaker = min(rank.rank for rank in seen if rank.standing is not Standing.SILENT)
+        own = next(rank for rank in ranks if rank.rank == self.plan.rank)
+        guilty = causes(ranks)
+        silent = next((rank for rank in guilty if _standing(rank) is Standing.SILENT), None)
+        speaker = min(rank.rank for rank in ranks if _standing(rank) is not Standing.SILENT)
         if own in guilty:
             # Alone in view, and waiting: whoever it waits for is not in view.
-            alone = len(seen) == 1 and self.plan.world > 1 and own.standing is Standing.WAITING
+            alone = len(ranks) == 1 and self.plan.world > 1 and _standing(own) is Standing.WAITING
             self._say(f"stuck: {_name(own)} {_state(own)}\n{stack}", consequence=alone)
         elif silent is not None and own.rank == speaker:
             text = f"stuck: {_name(silent)} {_state(silent)}\n{_name(own)} {_state(own)}"
@@ -208,6 +218,15 @@ class Watch:
         else:
             sys.stderr.write(f"[rank {self.plan.rank}] {redact(text)}\n")
             sys.stderr.flush()
+
+
+def _bytes_moved() -> int:
+    """Bytes this process has read and written, on Linux; elsewhere 0, and only moves count."""
+    try:
+        with open("/proc/self/io", encoding="ascii") as file:
+            return sum(int(line.split(":")[1]) for line in file if line.startswith(("rchar", "wchar")))
+    except (OSError, ValueError):
+        return 0
 
 
 @contextmanager
@@ -224,37 +243,64 @@ def watching(plan: WatchPlan) -> Iterator[Pulse]:
         watch.stop(phase)
 
 
-def _seen(record: Heartbeat, age: float, late_s: float) -> Seen:
-    standing = Standing.UNCLEAR if record.standing is None else Standing(record.standing)
-    silent = record.standing is None and age > late_s
-    return Seen(
-        rank=record.rank,
-        host=record.host,
-        step=record.step,
-        phase=record.phase,
-        moves=record.moves,
-        idle_s=record.idle_s + age,
-        standing=Standing.SILENT if silent else standing,
-        place=record.place,
-    )
+# Which rank is the cause
+
+# A rank inside these files waits for the others: its own doing is over.
+_TOGETHER = re.compile(
+    r"/(torch/distributed/(?!elastic/)|deepspeed/comm/|deepspeed/runtime/pipe/p2p\.py|megatron/mpu/(comm|collectives)\.py)"
+)
+# A line that waits for a device or for a collective that was started before.
+_WAITING = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(|run_backward")
+_OURS = re.compile(r"/megatron/")
 
 
-def _name(rank: Seen) -> str:
+class Standing(IntEnum):
+    """How likely a rank is the cause, the likeliest first."""
+
+    SILENT = 0  # nothing is heard of it at all
+    BUSY = 1  # in code of its own
+    UNCLEAR = 2  # waits for a device, or is within a backward pass, where both can be
+    WAITING = 3  # in a collective
+
+
+def standing_of(stack: Sequence[traceback.FrameSummary]) -> tuple[Standing, str]:
+    """What the stack of a rank's main thread (outermost first) says, and the place of ours that it is in."""
+    if not stack:
+        return Standing.UNCLEAR, ""
+    ours = next((frame for frame in reversed(stack) if _OURS.search(frame.filename) and not _TOGETHER.search(frame.filename)), stack[-1])
+    place = f"{ours.name} ({ours.filename}:{ours.lineno})"
+    if any(_TOGETHER.search(frame.filename) for frame in stack):
+        return Standing.WAITING, place
+    if _WAITING.search(stack[-1].line or ""):
+        return Standing.UNCLEAR, place
+    return Standing.BUSY, place
+
+
+def causes(ranks: Sequence[Heartbeat]) -> list[Heartbeat]:
+    """The ranks without which the others would go on: those most likely so, and among ranks that all wait, those furthest behind."""
+    if not ranks:
+        return []
+    first = min(_standing(rank) for rank in ranks)
+    likely = [rank for rank in ranks if _standing(rank) is first]
+    if first in (Standing.SILENT, Standing.BUSY):
+        return likely
+    behind = min((rank.step, rank.moves) for rank in likely)
+    return [rank for rank in likely if (rank.step, rank.moves) == behind]
+
+
+def _standing(rank: Heartbeat) -> Standing:
+    """What a rank's record says; one that has not looked at its own stack yet is unclear."""
+    return Standing.UNCLEAR if rank.standing is None else Standing(rank.standing)
+
+
+def _name(rank: Heartbeat) -> str:
     return f"rank {rank.rank} on {rank.host}"
 
 
-def _state(rank: Seen) -> str:
+def _state(rank: Heartbeat) -> str:
     """What is known of a rank, in one line."""
     at = f"for {rank.idle_s:.0f} s (step {rank.step}, phase {rank.phase})"
-    if rank.standing is Standing.SILENT:
+    standing = _standing(rank)
+    if standing is Standing.SILENT:
         return f"has not been heard of {at}: its process is stopped, or its host hangs"
-    return f"{'waits' if rank.standing is Standing.WAITING else 'has not moved'} {at}" + (f" in {rank.place}" if rank.place else "")
-
-
-def _bytes_moved() -> int:
-    """Bytes this process has read and written, on Linux; elsewhere 0, and only moves count."""
-    try:
-        with open("/proc/self/io", encoding="ascii") as file:
-            return sum(int(line.split(":")[1]) for line in file if line.startswith(("rchar", "wchar")))
-    except (OSError, ValueError):
-        return 0
+    return f"{'waits' if standing is Standing.WAITING else 'has not moved'} {at}" + (f" in {rank.place}" if rank.place else "")

@@ -17,13 +17,12 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
-from megatron.launch.environment import place_from
+from megatron.launch.environment import place_from, visible_devices
 from megatron.launch.rank_events import claim, leave
 from megatron.log import setup_logging
 
 from .deepspeed import deepspeed_config
 from .flags import HELP, INSIDE, Words, decode_config, encode_config, sort_words
-from .hostfile import visible_devices
 from .neox_args import NeoXArgs
 from .yaml_loader import read_files
 
@@ -201,9 +200,8 @@ def _take_place() -> None:
         return
     place = place_from(os.environ)
     if place.world_size > 1:
-        names = {"RANK": place.rank, "LOCAL_RANK": place.local_rank, "WORLD_SIZE": place.world_size, "MASTER_ADDR": place.master_addr}
-        names |= {"MASTER_PORT": place.master_port} if place.master_port else {}
-        os.environ.update({name: str(value) for name, value in names.items()})
+        names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", *(["MASTER_PORT"] if place.master_port else [])]
+        os.environ.update({name: place.environment()[name] for name in names})
 
 
 def _prepare_environment() -> None:

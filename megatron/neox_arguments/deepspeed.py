@@ -21,8 +21,6 @@ REMOVED = {
     "sparse_attention": ("attention", "use attention_config and sparsity_config"),
     "sparse_gradients": ("optim", "leave it out: embedding gradients are reduced dense"),
 }
-# Always sent, whether the user said them or not.
-DEFAULT_GRAD_ACCUM = {"grad_accum_dtype": "fp32"}
 
 
 def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
@@ -33,16 +31,33 @@ def deepspeed_config(args: NeoXArgs) -> dict[str, Any]:
     has no implementation of the combination asked for.
     """
     _refuse_removed(args)
-    config = _batch(args) | _gradients(args) | _precision(args) | _reports(args)
-    config["zero_optimization"] = _zero(args)
+    run, optim, logs = args.run, args.optim, args.logs
+    # The progress line says more than DeepSpeed's, so the latter appears only where it was asked for.
+    asked = logs.wall_clock_breakdown or args.origin("steps_per_print").kind != "default"
+    config: dict[str, Any] = {
+        # DeepSpeed counts ranks that share a sequence as data ranks.
+        "train_batch_size": (run.train_batch_size or 0) * args.runtime.context_parallel_size or None,
+        "train_micro_batch_size_per_gpu": run.train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "gradient_clipping": float(optim.gradient_clipping or 0.0),
+        "prescale_gradients": optim.prescale_gradients,
+        "gradient_predivide_factor": optim.gradient_predivide_factor,
+        "steps_per_print": logs.steps_per_print if asked else None,
+        "wall_clock_breakdown": logs.wall_clock_breakdown,
+        "dump_state": logs.dump_state,
+        "zero_optimization": _zero(args),
+        # Our optimizers are ordinary torch optimizers: DeepSpeed need not know them by name, offloaded or not.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if (reduce_in := _reduce_dtype(args)) is not None:
+        config["communication_data_type"] = reduce_in
     if args.runtime.pipe_parallel_size >= 1:
         # Cutting what stages send among tensor ranks costs a wait for the host each time, and cannot be where they hold different parts.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-    # Our optimizers are ordinary torch optimizers: DeepSpeed need not know them by name, offloaded or not.
-    config["zero_allow_untested_optimizer"] = True
-    config["zero_force_ds_cpu_optimizer"] = False
-    config |= _given(args.optim, PASSED_ON) | _given(args.logs, PASSED_ON_LOGS)
-    return _with_extra(config, args)
+    passed_on = [(optim, name) for name in PASSED_ON] + [(logs, name) for name in PASSED_ON_LOGS]
+    config |= {name: dict(value) for section, name in passed_on if (value := getattr(section, name)) is not None}
+    return _with_extra(config | _precision(args), args)
 
 
 def _refuse_removed(args: NeoXArgs) -> None:
@@ -57,34 +72,6 @@ def _refuse_removed(args: NeoXArgs) -> None:
         problems.append(Problem("DeepSpeed no longer has OneBitAdam", where=where, fix="use type: Adam", keys=("optimizer.type",)))
     if problems:
         raise ConfigProblems(problems)
-
-
-def _given(section: object, names: tuple[str, ...]) -> dict[str, Any]:
-    """The named dicts of a section that are set."""
-    return {name: dict(value) for name in names if (value := getattr(section, name)) is not None}
-
-
-def _batch(args: NeoXArgs) -> dict[str, Any]:
-    run = args.run
-    return {
-        # DeepSpeed counts ranks that share a sequence as data ranks.
-        "train_batch_size": (run.train_batch_size or 0) * args.runtime.context_parallel_size or None,
-        "train_micro_batch_size_per_gpu": run.train_micro_batch_size_per_gpu,
-        "gradient_accumulation_steps": run.gradient_accumulation_steps,
-    }
-
-
-def _gradients(args: NeoXArgs) -> dict[str, Any]:
-    optim = args.optim
-    config: dict[str, Any] = {
-        "gradient_clipping": float(optim.gradient_clipping or 0.0),
-        "prescale_gradients": optim.prescale_gradients,
-        "gradient_predivide_factor": optim.gradient_predivide_factor,
-    }
-    reduce_in = _reduce_dtype(args)
-    if reduce_in is not None:
-        config["communication_data_type"] = reduce_in
-    return config
 
 
 def _reduce_dtype(args: NeoXArgs) -> str | None:
@@ -106,26 +93,22 @@ def _precision(args: NeoXArgs) -> dict[str, Any]:
     config: dict[str, Any] = {}
     data_types = dict(optim.data_types) if optim.data_types else {}
     if args.model.precision == "fp16":
-        config["fp16"] = _fp16(args)
+        # The four top-level loss-scale keys fill what the dict does not say; a loss_scale of 0 means dynamic.
+        config["fp16"] = {
+            "loss_scale": optim.loss_scale or 0,
+            "loss_scale_window": int(optim.loss_scale_window),
+            "hysteresis": optim.hysteresis,
+            "min_loss_scale": optim.min_scale,
+            **{key: value for key, value in (optim.fp16 or {}).items() if key != "type"},
+            "enabled": True,
+        }
     elif args.model.precision == "bfloat16":
         config["bf16"] = {**(optim.bf16 or {}), "enabled": True}
-        data_types = DEFAULT_GRAD_ACCUM | data_types
+        # Always sent, whether the user said it or not.
+        data_types = {"grad_accum_dtype": "fp32"} | data_types
     if data_types:
         config["data_types"] = data_types
     return config
-
-
-def _fp16(args: NeoXArgs) -> dict[str, Any]:
-    """The fp16 block; the four top-level loss-scale keys fill what the dict does not say."""
-    optim = args.optim
-    block = {
-        "loss_scale": optim.loss_scale or 0,  # 0 means dynamic
-        "loss_scale_window": int(optim.loss_scale_window),
-        "hysteresis": optim.hysteresis,
-        "min_loss_scale": optim.min_scale,
-    }
-    block.update({key: value for key, value in (optim.fp16 or {}).items() if key != "type"})
-    return {**block, "enabled": True}
 
 
 def _zero(args: NeoXArgs) -> dict[str, Any]:
@@ -135,17 +118,6 @@ def _zero(args: NeoXArgs) -> dict[str, Any]:
     if args.model.precision == "bfloat16" and block.get("stage", 0) == 0 and not keeps_bf16_sums:
         block["stage"] = 1
     return block
-
-
-def _reports(args: NeoXArgs) -> dict[str, Any]:
-    logs = args.logs
-    # The progress line says more than DeepSpeed's, so the latter appears only where it was asked for.
-    asked = logs.wall_clock_breakdown or args.origin("steps_per_print").kind != "default"
-    return {
-        "steps_per_print": logs.steps_per_print if asked else None,
-        "wall_clock_breakdown": logs.wall_clock_breakdown,
-        "dump_state": logs.dump_state,
-    }
 
 
 def _with_extra(config: dict[str, Any], args: NeoXArgs) -> dict[str, Any]:

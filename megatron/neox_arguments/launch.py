@@ -15,12 +15,11 @@ from megatron.errors import ConfigError
 from megatron.launch import commands
 from megatron.launch.commands import Host, LaunchPlan
 from megatron.launch.control_channel import ADDRESSES, SECRET
-from megatron.launch.environment import LOOPBACK, environment_file, expand, handed_on, python_path
+from megatron.launch.environment import LOOPBACK, environment_file, expand, handed_on, python_path, slurm_port
 from megatron.secrets import is_secret
 
-from .hostfile import Hosts, find_hostfile
 from .neox_args import NeoXArgs
-from .placement import chosen_hosts, cuda_devices, is_here, local_port, meeting_port, this_machine
+from .placement import Hosts, chosen_hosts, cuda_devices, find_hostfile, is_here, this_machine
 
 # What a remote shell takes literally: DeepSpeed's pdsh runner hands its command to one.
 SHELL_SAFE = re.compile(r"[\w@%+=:,./~-]*")
@@ -38,29 +37,26 @@ def plan_launch(args: NeoXArgs, script: str, script_args: Sequence[str], environ
     if runtime.launcher == "local" and (runtime.hostfile or runtime.force_multi):
         key = "hostfile" if runtime.hostfile else "force_multi"
         raise ConfigError(f"launcher is local, but {key} is set", where=f"launcher, {key}", fix=f"drop {key}, or choose another launcher")
-    hosts = chosen_hosts(args, environ)
+    hosts = chosen_hosts(runtime, environ)
     if runtime.autotuning_run or (runtime.launcher in DEEPSPEED_ONLY and (hosts or runtime.force_multi)):
         return _deepspeed_plan(args, script, script_args, environ)
     if runtime.launcher == "slurm" or runtime.deepspeed_slurm:
-        if not environ.get("SLURM_JOB_ID") and (hosts or runtime.force_multi):
+        if environ.get("SLURM_JOB_ID"):
+            return _remote_plan(args, "slurm", worker, hosts, environ)
+        if hosts or runtime.force_multi:
             raise ConfigError(
                 "the slurm launcher starts ranks inside a SLURM job, and this is none (SLURM_JOB_ID is not set)",
                 where="launcher",
                 fix="start deepy.py in a job: sbatch pretrain_neox.sbatch CONF, or salloc first",
             )
-        if environ.get("SLURM_JOB_ID"):
-            return _slurm_plan(args, worker, hosts, environ)
     alone = not hosts or (len(hosts) == 1 and is_here(hosts[0].name))
     if alone and not runtime.force_multi:
         return _local_plan(args, worker, hosts, environ)
-    return _remote_plan(args, worker, hosts or (this_machine(args, environ),), environ)
-
-
-# One machine
+    return _remote_plan(args, runtime.launcher, worker, hosts or (this_machine(runtime, environ),), environ)
 
 
 def _local_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> LaunchPlan:
-    slots = (hosts[0] if hosts else this_machine(args, environ)).slots
+    slots = (hosts[0] if hosts else this_machine(args.runtime, environ)).slots
     return LaunchPlan(
         launcher="local",
         hosts=(Host(name=socket.gethostname(), slots=slots, first=0),),
@@ -68,108 +64,80 @@ def _local_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...]
         env={"PYTHONPATH": python_path(environ)},
         set_devices=cuda_devices(environ) > 0,
         master_addr=args.runtime.master_addr or LOOPBACK,
-        master_port=local_port(args, environ),
+        master_port=_local_port(args, environ),
     )
 
 
-# Several machines
-
-
-def _remote_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> LaunchPlan:
+def _remote_plan(args: NeoXArgs, launcher: str, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> LaunchPlan:
+    """Several machines: pdsh, mpirun, or srun inside a SLURM job, whose step the hostfile narrows if there is one."""
     runtime = args.runtime
-    address, port = runtime.master_addr or environ.get("MASTER_ADDR") or hosts[0].name, meeting_port(args, environ)
-    additions = _additions(environ)
-    names, secrets = _handed_on(environ, additions)
-    if runtime.launcher == "pdsh":
+    job = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    first = hosts[0].name if hosts else expand(job)[0] if job else socket.gethostname()
+    address, port = runtime.master_addr or environ.get("MASTER_ADDR") or first, _meeting_port(args, environ)
+    # Beyond this process's own environment: what the user's environment file says, and the project's folder for Python.
+    additions = environment_file(environ, Path(environ.get("HOME") or "~").expanduser(), Path.cwd())
+    additions["PYTHONPATH"] = python_path({**environ, **additions})
+    if launcher != "pdsh":
+        additions |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    told = {**handed_on(environ), **additions}
+    secrets = tuple(name for name in told if is_secret(name))
+    told = {name: value for name, value in told.items() if name not in secrets}
+    listed = [*told, *secrets, ADDRESSES, SECRET]
+    if launcher == "pdsh":
         argv = commands.pdsh(hosts)
+    elif launcher == "openmpi":
+        argv = commands.openmpi(hosts, listed, worker, root=os.geteuid() == 0)
+    elif launcher == "mpich":
+        argv = commands.mpich(hosts, listed, worker)
     else:
-        meeting = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        additions |= meeting
-        listed = [*dict.fromkeys((*names, *meeting)), *secrets, ADDRESSES, SECRET]
-        if runtime.launcher == "openmpi":
-            argv = commands.openmpi(hosts, listed, worker, root=os.geteuid() == 0)
-        else:
-            argv = commands.mpich(hosts, listed, worker)
+        options = {"comment": runtime.comment, "account": runtime.account}
+        filtered = bool(hosts and (runtime.include or runtime.exclude or runtime.num_nodes > 0))
+        argv = commands.slurm(hosts, runtime.global_num_gpus or 1, worker, options, name_hosts=filtered)
     return LaunchPlan(
-        launcher=runtime.launcher,
+        launcher=launcher,
         hosts=hosts,
         worker=worker,
         argv=argv,
         env=additions,
-        handed_on=names,
+        handed_on=told,
         secrets=secrets,
         # Each rank of mpirun picks its device by its local rank; only pdsh's agent can choose for a whole host.
-        set_devices=runtime.launcher == "pdsh" and environ.get("DS_ACCELERATOR") != "cpu" and environ.get("CUDA_VISIBLE_DEVICES") != "",
+        set_devices=launcher == "pdsh" and environ.get("DS_ACCELERATOR") != "cpu" and environ.get("CUDA_VISIBLE_DEVICES") != "",
         master_addr=address,
         master_port=port,
     )
-
-
-def _slurm_plan(args: NeoXArgs, worker: tuple[str, ...], hosts: tuple[Host, ...], environ: Mapping[str, str]) -> LaunchPlan:
-    """Inside a SLURM job: srun, whose step the hostfile narrows if there is one."""
-    runtime = args.runtime
-    job = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
-    first = hosts[0].name if hosts else expand(job)[0] if job else socket.gethostname()
-    address, port = runtime.master_addr or environ.get("MASTER_ADDR") or first, meeting_port(args, environ)
-    options = {"comment": runtime.comment, "account": runtime.account}
-    filtered = bool(hosts and (runtime.include or runtime.exclude or (runtime.num_nodes or -1) > 0))
-    additions = {**_additions(environ), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    names, secrets = _handed_on(environ, additions)
-    return LaunchPlan(
-        launcher="slurm",
-        hosts=hosts,
-        worker=worker,
-        argv=commands.slurm(hosts, runtime.global_num_gpus or 1, worker, options, name_hosts=filtered),
-        env=additions,
-        handed_on=names,
-        secrets=secrets,
-        master_addr=address,
-        master_port=port,
-    )
-
-
-def _additions(environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment beyond this process's own: the project's folder for Python, and what the user's environment file says."""
-    extra = environment_file(environ, Path(environ.get("HOME") or "~").expanduser(), Path.cwd())
-    return {**extra, "PYTHONPATH": python_path({**environ, **extra})}
-
-
-def _handed_on(environ: Mapping[str, str], additions: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Variables for ranks on other machines, and the names of the secret ones among them."""
-    found = {**handed_on(environ), **additions}
-    secrets = tuple(name for name in found if is_secret(name))
-    return {name: value for name, value in found.items() if name not in secrets}, secrets
-
-
-# Left to DeepSpeed
 
 
 def _deepspeed_plan(args: NeoXArgs, script: str, script_args: Sequence[str], environ: Mapping[str, str]) -> LaunchPlan:
     """DeepSpeed's own runner: its autotuner, and the MPIs that only it knows."""
     runtime = args.runtime
-    hostfile = find_hostfile(Hosts(hostfile=runtime.hostfile), environ)
     level = "debug" if environ.get("LOGLEVEL", "").upper() == "DEBUG" else "critical"
     argv = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--no_local_rank", f"--log_level={level}"]
-    filtered = runtime.include or runtime.exclude
-    address, port = runtime.master_addr or environ.get("MASTER_ADDR"), meeting_port(args, environ)
+    address, port = runtime.master_addr or environ.get("MASTER_ADDR"), _meeting_port(args, environ)
+    slurm = {"comment": runtime.comment, "account": runtime.account} if runtime.launcher == "slurm" else {}
     flags = {
-        "hostfile": hostfile,
+        "hostfile": find_hostfile(Hosts(hostfile=runtime.hostfile), environ),
         "launcher": "pdsh" if runtime.launcher == "local" else runtime.launcher,
         "master_port": port,
         "master_addr": address,
         "include": runtime.include,
         "exclude": runtime.exclude,
-        "num_nodes": runtime.num_nodes if (runtime.num_nodes or -1) > 0 else None,
+        "num_nodes": runtime.num_nodes if runtime.num_nodes > 0 else None,
         # DeepSpeed takes a count or a filter, not both; the filter says more.
-        "num_gpus": None if filtered else runtime.num_gpus,
+        "num_gpus": None if runtime.include or runtime.exclude else runtime.num_gpus,
         "autotuning": runtime.autotuning_run,
-        "launcher_args": _launcher_args(args),
+        # Flags for srun, quoted as DeepSpeed splits them.
+        "launcher_args": shlex.join(f"--{name}={value}" for name, value in slurm.items() if value),
     }
     argv += [f"--{name}={value}" for name, value in flags.items() if value]
-    argv += ["--force_multi"] if runtime.force_multi else []
-    argv += ["--no_ssh_check"] if runtime.no_ssh_check else []
-    if runtime.launcher == "pdsh":
-        _refuse_unsafe([script, *script_args, address or ""])
+    argv += [f"--{name}" for name in ("force_multi", "no_ssh_check") if getattr(runtime, name)]
+    unsafe = next((word for word in (script, *script_args, address or "") if not SHELL_SAFE.fullmatch(word)), None)
+    if runtime.launcher == "pdsh" and unsafe is not None:
+        raise ConfigError(
+            f"DeepSpeed's pdsh runner would hand {unsafe!r} to a remote shell",
+            where="launcher",
+            fix="use a name of letters, digits and @%+=:,./~-_ only, or another launcher",
+        )
     return LaunchPlan(
         launcher="deepspeed",
         hosts=(),
@@ -181,21 +149,22 @@ def _deepspeed_plan(args: NeoXArgs, script: str, script_args: Sequence[str], env
     )
 
 
-def _launcher_args(args: NeoXArgs) -> str | None:
-    """Flags for srun, quoted as DeepSpeed splits them."""
-    runtime = args.runtime
-    if runtime.launcher != "slurm":
-        return None
-    words = [f"--comment={runtime.comment}"] if runtime.comment else []
-    words += [f"--account={runtime.account}"] if runtime.account else []
-    return shlex.join(words) or None
+# The port where the ranks meet
 
 
-def _refuse_unsafe(words: list[str]) -> None:
-    unsafe = [word for word in words if not SHELL_SAFE.fullmatch(word)]
-    if unsafe:
-        raise ConfigError(
-            f"DeepSpeed's pdsh runner would hand {unsafe[0]!r} to a remote shell",
-            where="launcher",
-            fix="use a name of letters, digits and @%+=:,./~-_ only, or another launcher",
-        )
+def _local_port(args: NeoXArgs, environ: Mapping[str, str]) -> int:
+    """The key where it was given, else MASTER_PORT, else a free port, so that two runs on one machine do not meet."""
+    if args.origin("master_port").kind != "default" or environ.get("MASTER_PORT", "").isdecimal():
+        return _meeting_port(args, environ)
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _meeting_port(args: NeoXArgs, environ: Mapping[str, str]) -> int:
+    """The key where it was given, else MASTER_PORT, else one that belongs to the SLURM job, else the key's default."""
+    if args.origin("master_port").kind != "default":
+        return args.runtime.master_port
+    if environ.get("MASTER_PORT", "").isdecimal():
+        return int(environ["MASTER_PORT"])
+    return slurm_port(environ) if environ.get("SLURM_JOB_ID", "").isdecimal() else args.runtime.master_port

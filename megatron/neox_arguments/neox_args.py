@@ -6,25 +6,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron.launch.environment import visible_devices
 from megatron.provenance import git_commit
 
 from . import sections as parts
-from . import yaml_loader as flat_files
-from .hostfile import visible_devices
 from .nested import check_block
-from .problems import DEFAULT, ConfigProblems, Origin, Problem, unknown_key, value_problems
-from .resolve import ResolutionState
+from .problems import DEFAULT, ConfigProblems, Origin, unknown_key, value_problems
+from .resolve import ResolutionState, model_ranks
 from .resolvers import RESOLVERS, resolve_world
-from .rules import broken_rules
+from .rules import RULES
 from .sections import SECTION_OF, SECTIONS, Section
-from .unused_keys import idle_keys
-from .yaml_loader import Flat, fold
+from .unfinished import idle_keys
+from .yaml_loader import Flat, add_overwrites, fold, from_mapping, read_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +53,14 @@ class NeoXArgs:
         paths: config files, `.yml` appended where the name ends in none of .yml, .yaml, .json; joined to conf_dir
         overwrites: settings from the command line, which win over the files'
         """
-        flat = flat_files.read_files([str(path) for path in paths], conf_dir)
-        flat_files.add_overwrites(flat, overwrites)
+        flat = read_files([str(path) for path in paths], conf_dir)
+        add_overwrites(flat, overwrites)
         return cls._build(flat)
 
     @classmethod
     def from_dict(cls, flat: Mapping[str, Any]) -> NeoXArgs:
         """Resolve settings that a program holds; the same rules as for files."""
-        return cls._build(flat_files.from_mapping(flat))
+        return cls._build(from_mapping(flat))
 
     def replace(self, **flat: Any) -> NeoXArgs:
         """The configuration with some settings changed, and everything derived derived anew."""
@@ -92,9 +91,7 @@ class NeoXArgs:
     @property
     def data_parallel_size(self) -> int:
         """Over how many ranks samples are spread: ranks / pipeline stages / tensor-parallel ranks / context-parallel ranks."""
-        runtime = self.runtime
-        replica = max(runtime.pipe_parallel_size, 1) * runtime.model_parallel_size * runtime.context_parallel_size
-        return (runtime.global_num_gpus or 1) // replica
+        return (self.runtime.global_num_gpus or 1) // model_ranks(vars(self.runtime))
 
     @property
     def config_files(self) -> dict[str, str]:
@@ -127,8 +124,8 @@ class NeoXArgs:
         if state["git_hash"] is None:
             state.derive("git_hash", (git_commit(Path(__file__).resolve().parents[2]) or "")[:9] or None, "the repository")
         sections = _sections(state)
-        for problem in broken_rules(state):
-            state.refuse(problem, spoils=False)
+        for problem in (problem for rule in RULES for problem in rule.broken(state.values, state.bad)):
+            state.note(problem, spoils=False)
         if state.problems:
             raise ConfigProblems(state.problems)
         origins = {
@@ -142,14 +139,14 @@ def _read(flat: Flat) -> ResolutionState:
     """Values of all keys as far as each is right by itself; unknown keys and wrong values become problems."""
     state = ResolutionState({}, frozenset(), flat.origins, files=tuple(flat.files))
     for problem in flat.problems:
-        state.refuse(problem)
+        state.note(problem)
     state.bad.clear()
     autotuning = flat.values.get("autotuning")
     relaxed = isinstance(autotuning, dict) and bool(autotuning.get("enabled"))
     given: dict[str, Any] = {}
     for key, value in flat.values.items():
         if key not in SECTION_OF:
-            state.refuse(unknown_key(key, state.place((key,))))
+            state.note(unknown_key(key, state.place((key,))))
         elif not (relaxed and value == "auto"):
             given[key] = _checked_block(state, key, value, relaxed) if isinstance(value, dict) else value
     for name, section in SECTIONS.items():
@@ -161,7 +158,7 @@ def _read(flat: Flat) -> ResolutionState:
 def _checked_block(state: ResolutionState, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
     checked, problems = check_block(key, block, relaxed=relaxed)
     for problem in problems:
-        state.refuse(Problem(**{**vars(problem), "where": state.place(problem.keys[-1:]), "keys": problem.keys[-1:]}))
+        state.note(replace(problem, where=state.place(problem.keys[-1:]), keys=problem.keys[-1:]))
     return checked
 
 
@@ -171,7 +168,7 @@ def _valid_values(state: ResolutionState, section: type[Section], given: dict[st
         made = section.model_validate(given)
     except ValidationError as error:
         for problem in value_problems(section, error, given):
-            state.refuse(problem)
+            state.note(problem)
         made = section.model_validate({key: value for key, value in given.items() if key not in state.bad})
     return {key: getattr(made, key) for key in section.model_fields}
 
@@ -185,5 +182,5 @@ def _sections(state: ResolutionState) -> dict[str, Any]:
             made[name] = section.model_validate(values)
         except ValidationError as error:
             for problem in value_problems(section, error, values):
-                state.refuse(problem)
+                state.note(problem)
     return made

@@ -20,15 +20,14 @@ TRIPLE: Final = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient
 class Unsolvable(ValueError):
     """Values that cannot be brought together; `fix` says what would."""
 
-    def __init__(self, what: str, fix: str, allowed: str | None = None, near: str | None = None) -> None:
+    def __init__(self, what: str, fix: str, *, allowed: str | None = None, closest: str | None = None) -> None:
         super().__init__(what)
-        self.fix = fix
-        self.allowed = allowed
-        self.near = near
+        self.problem = Problem(what, fix=fix, allowed=allowed, closest=closest)
 
-    def problem(self, keys: tuple[str, ...]) -> Problem:
-        """As a problem about `keys`."""
-        return Problem(str(self), fix=self.fix, allowed=self.allowed, closest=self.near, keys=keys)
+
+def model_ranks(values: Mapping[str, Any]) -> int:
+    """Ranks that share one copy of the model: pipeline stages * tensor-parallel ranks * context-parallel ranks."""
+    return int(max(values["pipe_parallel_size"], 1) * values["model_parallel_size"] * values["context_parallel_size"])
 
 
 def batch_triple(train: int | None, micro: int | None, accumulation: int | None, ranks: int) -> tuple[int, int, int]:
@@ -96,7 +95,7 @@ def expand_attention(config: list[Any] | None, num_layers: int) -> list[str]:
                     )
                 repeats = left // len(types)
             if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
-                raise Unsolvable(f"attention_config repeats a pattern {shown(repeats)} times", form, "a whole number, or all")
+                raise Unsolvable(f"attention_config repeats a pattern {shown(repeats)} times", form, allowed="a whole number, or all")
             layers += types * repeats
     return _checked_layers(layers, num_layers)
 
@@ -109,8 +108,8 @@ def _checked_layers(layers: list[Any], num_layers: int) -> list[str]:
             raise Unsolvable(
                 f"attention_config names the layer type {shown(name)}",
                 f"write {near}" if near else "use a layer type that exists",
-                "one of " + ", ".join(LAYER_TYPES),
-                near,
+                allowed="one of " + ", ".join(LAYER_TYPES),
+                closest=near,
             )
     if len(lower) != num_layers:
         raise Unsolvable(
@@ -205,7 +204,11 @@ class ResolutionState:
             self.sources[key] = source
         self.values[key] = value
 
-    def refuse(self, problem: Problem, *, spoils: bool = True) -> None:
+    def refuse(self, what: str, fix: str, *keys: str, allowed: str | None = None, closest: str | None = None) -> None:
+        """Note a problem about `keys`."""
+        self.note(Problem(what, allowed=allowed, closest=closest, fix=fix, keys=keys))
+
+    def note(self, problem: Problem, *, spoils: bool = True) -> None:
         """Note a problem, in its place, unless it follows from one already noted.
 
         spoils: whether what is found later about the same keys is taken to follow from this problem
@@ -237,11 +240,6 @@ class ResolutionState:
         outer = self.values[key]
         if inner is None or inner == outer:
             return outer
-        self.refuse(
-            Problem(
-                f"{key} is {shown(outer)}, but {path} is {shown(inner)}",
-                fix=f"set one of the two; {path} is enough" if "." in path else "set one of the two, or both alike",
-                keys=(key, path),
-            )
-        )
+        fix = f"set one of the two; {path} is enough" if "." in path else "set one of the two, or both alike"
+        self.refuse(f"{key} is {shown(outer)}, but {path} is {shown(inner)}", fix, key, path)
         return inner

@@ -4,13 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
-from .hostfile import HostError, Hosts, count_ranks
 from .nested import OPTIMIZER_PARAMS
-from .problems import Problem, closest, plain, shown
-from .resolve import TRIPLE, ResolutionState, Unsolvable, batch_triple, choose_precision, decay_iters, expand_attention, parse_split
-from .unused_keys import RECOMPUTE_ENTRIES
+from .placement import HostError, Hosts, count_ranks
+from .problems import closest, plain, shown
+from .resolve import (
+    TRIPLE,
+    ResolutionState,
+    Unsolvable,
+    batch_triple,
+    choose_precision,
+    decay_iters,
+    expand_attention,
+    model_ranks,
+    parse_split,
+)
+from .unfinished import RECOMPUTE_ENTRIES
 
 # Data that is made of separate texts: tokens of one must not depend on another.
 ISOLATING: Final = tuple(
@@ -22,40 +33,26 @@ ISOLATING: Final = tuple(
 
 def resolve_world(d: ResolutionState, environ: Mapping[str, str], devices: int) -> None:
     """global_num_gpus, world_size, the pipeline and launcher flags; data-parallel ranks must be whole."""
-    ranks = d.agree("global_num_gpus", "world_size", d["world_size"])
+    ranks, source = d.agree("global_num_gpus", "world_size", d["world_size"]), "world_size"
     if ranks is None:
-        hosts = Hosts(
-            hostfile=d["hostfile"],
-            include=d["include"],
-            exclude=d["exclude"],
-            num_nodes=d["num_nodes"],
-            num_gpus=d["num_gpus"],
-            slurm=d["deepspeed_slurm"] or d["launcher"] == "slurm",
-            local=d["launcher"] == "local",
-        )
         try:
-            ranks, source = count_ranks(hosts, environ, devices=devices)
+            ranks, source = count_ranks(Hosts.of(d.values), environ, devices=devices)
         except HostError as error:
-            keys = tuple(key for key in ("hostfile", "include", "exclude", "num_nodes") if key in d.given)
-            d.refuse(Problem(str(error), fix="correct the hostfile or the filter, or set global_num_gpus", keys=keys))
+            keys = (key for key in ("hostfile", "include", "exclude", "num_nodes") if key in d.given)
+            d.refuse(str(error), "correct the hostfile or the filter, or set global_num_gpus", *keys)
             d.bad.update(("global_num_gpus", *TRIPLE))
             ranks, source = 1, "nothing"
-        d.derive("global_num_gpus", ranks, source)
-    else:
-        d.derive("global_num_gpus", ranks, "world_size")
+    d.derive("global_num_gpus", ranks, source)
     d.derive("world_size", ranks, "global_num_gpus")
     pipe, tensor, context = d["pipe_parallel_size"], d["model_parallel_size"], d["context_parallel_size"]
-    shards = max(pipe, 1) * tensor * context
+    shards = model_ranks(d.values)
     if ranks % shards:
         known = d.sources.get("global_num_gpus")
         d.refuse(
-            Problem(
-                f"{ranks} ranks{f' ({known})' if known else ''} cannot be shared by"
-                f" pipe_parallel_size {pipe} * model_parallel_size {tensor}"
-                f"{f' * context_parallel_size {context}' if context > 1 else ''}: {ranks} / {shards} data-parallel ranks is not whole",
-                fix=f"set global_num_gpus to a multiple of {shards}, or change the parallel sizes",
-                keys=("global_num_gpus", "pipe_parallel_size", "model_parallel_size", *(["context_parallel_size"] if context > 1 else [])),
-            )
+            f"{ranks} ranks{f' ({known})' if known else ''} cannot be shared by pipe_parallel_size {pipe} * model_parallel_size {tensor}"
+            f"{f' * context_parallel_size {context}' if context > 1 else ''}: {ranks} / {shards} data-parallel ranks is not whole",
+            f"set global_num_gpus to a multiple of {shards}, or change the parallel sizes",
+            *("global_num_gpus", "pipe_parallel_size", "model_parallel_size", "context_parallel_size")[: 4 if context > 1 else 3],
         )
     d.derive("is_pipe_parallel", d.agree("is_pipe_parallel", "pipe_parallel_size", None) or pipe >= 1, "pipe_parallel_size")
     if d["deepspeed_slurm"] or d["deepspeed_mpi"]:
@@ -65,14 +62,12 @@ def resolve_world(d: ResolutionState, environ: Mapping[str, str], devices: int) 
 def resolve_batch(d: ResolutionState) -> None:
     """The batch triangle; batch_size is another name of the micro batch."""
     micro = d.agree("batch_size", TRIPLE[1], d[TRIPLE[1]])
-    shards = max(d["pipe_parallel_size"], 1) * d["model_parallel_size"] * d["context_parallel_size"]
-    ranks = max(1, d["global_num_gpus"] // shards)
+    ranks = max(1, d["global_num_gpus"] // model_ranks(d.values))
     try:
         solved = batch_triple(d[TRIPLE[0]], micro, d[TRIPLE[2]], ranks)
     except Unsolvable as error:
-        parallel = {"global_num_gpus", "pipe_parallel_size", "model_parallel_size", "context_parallel_size"}
-        if not d.bad & parallel:
-            d.refuse(error.problem(TRIPLE))
+        if d.bad.isdisjoint(("global_num_gpus", "pipe_parallel_size", "model_parallel_size", "context_parallel_size")):
+            d.note(replace(error.problem, keys=TRIPLE))
         return
     source = ", ".join(key for key in (*TRIPLE, "batch_size") if key in d.given) + f" and {ranks} data-parallel ranks"
     for key, value in zip(TRIPLE, solved, strict=True):
@@ -84,11 +79,11 @@ def resolve_precision(d: ResolutionState) -> None:
     """precision and the two blocks; the four single loss-scale keys are entries of the fp16 block."""
     fp16, bf16 = dict(d["fp16"] or {}), dict(d["bf16"] or {})
     if str(fp16.get("type", "fp16")).lower() == "bfloat16":
-        d.refuse(Problem("fp16.type is bfloat16", fix="write bf16: {enabled: true} instead of the fp16 block", keys=("fp16", "fp16.type")))
+        d.refuse("fp16.type is bfloat16", "write bf16: {enabled: true} instead of the fp16 block", "fp16", "fp16.type")
     try:
         precision = choose_precision(d["precision"], fp16, bf16)
     except Unsolvable as error:
-        d.refuse(error.problem(("precision", "fp16.enabled", "bf16.enabled")))
+        d.note(replace(error.problem, keys=("precision", "fp16.enabled", "bf16.enabled")))
         return
     blocks = [key for key in ("fp16", "bf16") if key in d.given]
     d.derive("precision", precision, ", ".join(blocks) if blocks else "default")
@@ -105,16 +100,14 @@ def _loss_scale(d: ResolutionState, fp16: dict[str, Any]) -> None:
     for key, entry in (("loss_scale",) * 2, ("hysteresis",) * 2, ("loss_scale_window",) * 2, ("min_scale", "min_loss_scale")):
         value = d.agree(key, f"fp16.{entry}", fp16.get(entry))
         value = d[key] if value is None else value
-        if value is None:
-            continue
-        fp16[entry] = value
-        d.derive(key, value, f"fp16.{entry}")
+        if value is not None:
+            fp16[entry] = value
+            d.derive(key, value, f"fp16.{entry}")
 
 
 def resolve_zero(d: ResolutionState) -> None:
     """The ZeRO block and its derived copies."""
-    block = dict(d["zero_optimization"] or {})
-    source = "zero_optimization"
+    block, source = dict(d["zero_optimization"] or {}), "zero_optimization"
     if d["zero_optimization"] is None:
         sizes = {"allgather_bucket_size": 500000000, "reduce_bucket_size": 500000000}
         flags = {"allgather_partitions": True, "reduce_scatter": True, "overlap_comm": False, "contiguous_gradients": False}
@@ -124,23 +117,21 @@ def resolve_zero(d: ResolutionState) -> None:
     for entry in ("stage", "reduce_scatter", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"):
         key = f"zero_{entry}"
         value = d.agree(key, f"zero_optimization.{entry}", block.get(entry))
-        if value is not None:
-            block[entry] = value
-        if value is not None and value != "auto":
+        if value is None:
+            continue
+        block[entry] = value
+        if value != "auto":
             d.derive(key, value, f"zero_optimization.{entry}")
     if "stage" not in block:
-        d.refuse(
-            Problem(
-                "zero_optimization lacks `stage`", fix="add stage: 0, 1, 2 or 3", allowed="0, 1, 2 or 3", keys=("zero_optimization.stage",)
-            )
-        )
+        stages = "0, 1, 2 or 3"
+        d.refuse("zero_optimization lacks `stage`", f"add stage: {stages}", "zero_optimization.stage", allowed=stages)
         block["stage"] = 0
     d.derive("zero_optimization", block, source)
 
 
 def resolve_optimizer(d: ResolutionState) -> None:
     """The optimizer block, its type, learning rate and weight decay; the scheduler of onebitadam."""
-    block = dict(d["optimizer"] or {})
+    block, source = dict(d["optimizer"] or {}), "default" if d["optimizer"] is None else "optimizer"
     params = dict(block.get("params") or {})
     if d["optimizer"] is None:
         block["type"] = d["optimizer_type"] if "optimizer_type" in d.given else "Adam"
@@ -148,15 +139,8 @@ def resolve_optimizer(d: ResolutionState) -> None:
     name = str(block.get("type", "")).lower()
     if "type" in block and name not in OPTIMIZER_PARAMS:
         near = closest(name, OPTIMIZER_PARAMS)
-        d.refuse(
-            Problem(
-                f"optimizer.type is {shown(block['type'])}",
-                allowed="one of " + ", ".join(OPTIMIZER_PARAMS),
-                closest=near,
-                fix=f"write {near}" if near else "use an optimizer that exists",
-                keys=("optimizer.type",),
-            )
-        )
+        fix, allowed = f"write {near}" if near else "use an optimizer that exists", "one of " + ", ".join(OPTIMIZER_PARAMS)
+        d.refuse(f"optimizer.type is {shown(block['type'])}", fix, "optimizer.type", allowed=allowed, closest=near)
         name = "adam"
     d.derive("optimizer_type", d.agree("optimizer_type", "optimizer.type", name or None) or "adam", "optimizer.type")
     lr = d.agree("lr", "optimizer.params.lr", params.get("lr"))
@@ -166,7 +150,7 @@ def resolve_optimizer(d: ResolutionState) -> None:
     decay = d.agree("weight_decay", "optimizer.params.weight_decay", params.pop("weight_decay", None))
     if decay is not None:
         d.derive("weight_decay", float(decay), "optimizer.params.weight_decay")
-    d.derive("optimizer", {**block, "params": params}, "default" if d["optimizer"] is None else "optimizer")
+    d.derive("optimizer", {**block, "params": params}, source)
 
 
 def resolve_clipping(d: ResolutionState) -> None:
@@ -179,22 +163,15 @@ def resolve_clipping(d: ResolutionState) -> None:
 
 def resolve_schedule(d: ResolutionState) -> None:
     """lr_decay_iters, and the DeepSpeed scheduler that onebitadam needs."""
-    if d["lr_decay_iters"] is not None and d["lr_decay_fraction"] is not None and d["train_iters"] is not None:
-        wanted = decay_iters(None, d["lr_decay_fraction"], d["train_iters"])
-        if wanted != d["lr_decay_iters"]:
-            d.refuse(
-                Problem(
-                    f"lr_decay_iters is {d['lr_decay_iters']},"
-                    f" but lr_decay_fraction {plain(d['lr_decay_fraction'])} of train_iters is {wanted}",
-                    fix="set one of the two",
-                    keys=("lr_decay_iters", "lr_decay_fraction"),
-                )
-            )
-    source = "train_iters" if d["lr_decay_fraction"] is None else "train_iters, lr_decay_fraction"
-    d.derive("lr_decay_iters", decay_iters(d["lr_decay_iters"], d["lr_decay_fraction"], d["train_iters"]), source)
-    if d["optimizer_type"] == "onebitadam" and d["scheduler"] is None and d["train_iters"] is not None:
-        steps = {"warmup_num_steps": int(d["train_iters"] * d["warmup"]), "total_num_steps": d["lr_decay_iters"]}
-        params = {"warmup_min_lr": 0, "warmup_max_lr": d["lr"], **steps}
+    last, fraction, steps = d["lr_decay_iters"], d["lr_decay_fraction"], d["train_iters"]
+    if last is not None and fraction is not None and steps is not None and last != (wanted := decay_iters(None, fraction, steps)):
+        what = f"lr_decay_iters is {last}, but lr_decay_fraction {plain(fraction)} of train_iters is {wanted}"
+        d.refuse(what, "set one of the two", "lr_decay_iters", "lr_decay_fraction")
+    source = "train_iters" if fraction is None else "train_iters, lr_decay_fraction"
+    d.derive("lr_decay_iters", decay_iters(last, fraction, steps), source)
+    if d["optimizer_type"] == "onebitadam" and d["scheduler"] is None and steps is not None:
+        params = {"warmup_min_lr": 0, "warmup_max_lr": d["lr"]}
+        params |= {"warmup_num_steps": int(steps * d["warmup"]), "total_num_steps": d["lr_decay_iters"]}
         d.derive("scheduler", {"type": "WarmupDecayLR", "params": params}, "optimizer.type")
 
 
@@ -211,13 +188,11 @@ def resolve_model(d: ResolutionState) -> None:
         try:
             d.derive("attention_config", expand_attention(d["attention_config"], d["num_layers"]), "attention_config, num_layers")
         except Unsolvable as error:
-            d.refuse(error.problem(("attention_config", "num_layers")))
+            d.note(replace(error.problem, keys=("attention_config", "num_layers")))
     if d["attention_over_documents"] is None:
         reason = next((key for key in ISOLATING if d[key]), None)
-        if d["train_impl"] != "normal":
-            reason = "train_impl"
-        if d["dataset_impl"] == "pairwise":
-            reason = "dataset_impl"
+        reason = "train_impl" if d["train_impl"] != "normal" else reason
+        reason = "dataset_impl" if d["dataset_impl"] == "pairwise" else reason
         d.derive("attention_over_documents", "isolated" if reason else "joined", reason or "default")
 
 

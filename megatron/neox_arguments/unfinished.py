@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of what configurations may ask for and what is not built yet, with what to do instead."""
+"""Keys that ask for what is not built yet, with what to do instead, and keys a user set that do nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from .problems import ConfigProblems, Problem
-from .sections import SECTION_OF
+from .sections import SECTION_OF, SECTIONS
+from .sections.run import RunArgs, RuntimeArgs
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ def _above(limit: float) -> Callable[[Any], bool]:
     return lambda value: value is not None and value > limit
 
 
-ATTENTION: Final = "use the layer types global and flash in attention_config"
+_ATTENTION: Final = "use the layer types global and flash in attention_config"
 
 # One row per feature; whoever builds a feature deletes its row.
 UNFINISHED: Final[tuple[Unfinished, ...]] = (
-    Unfinished("Mamba layers", "attention_config", _among("mamba"), ATTENTION),
-    Unfinished("RWKV layers", "attention_config", _among("rwkv"), ATTENTION),
-    Unfinished("gMLP layers", "attention_config", _among("gmlp", "amlp"), ATTENTION),
+    Unfinished("Mamba layers", "attention_config", _among("mamba"), _ATTENTION),
+    Unfinished("RWKV layers", "attention_config", _among("rwkv"), _ATTENTION),
+    Unfinished("gMLP layers", "attention_config", _among("gmlp", "amlp"), _ATTENTION),
     Unfinished(
-        "sparse attention", "attention_config", _among("local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer"), ATTENTION
+        "sparse attention", "attention_config", _among("local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer"), _ATTENTION
     ),
     Unfinished("mixture-of-experts layers", "moe_num_experts", _above(1), "set moe_num_experts: 1"),
     Unfinished("Transformer Engine", "te_columnparallel"),
@@ -110,3 +111,40 @@ UNFINISHED: Final[tuple[Unfinished, ...]] = (
         training=False,
     ),
 )
+
+
+# Single key -> the entry of the activation_checkpointing block that replaces it.
+RECOMPUTE_ENTRIES: Final = {"partition_activations": "partition_activations", "checkpoint_in_cpu": "cpu_checkpointing"}
+# What only refines checkpoint_activations.
+_RECOMPUTE: Final = ("checkpoint_num_layers", "checkpoint_granularity", *RECOMPUTE_ENTRIES)
+
+NO_EFFECT_KEYS: Final[Mapping[str, Any]] = {
+    key: info.default
+    for section in SECTIONS.values()
+    for key, info in section.model_fields.items()
+    if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("effect") == "none"
+}
+
+
+def idle_keys(given: Mapping[str, Any], run: RunArgs, runtime: RuntimeArgs) -> tuple[str, ...]:
+    """Names of keys and of a block's entries, in the user's order.
+
+    Beside those that never do anything: refinements of recomputation where nothing is recomputed, and `sequence_parallel` where there
+    are no tensor ranks to share a sequence.
+    given: keys the user set, as set; run, runtime: these sections, resolved
+    """
+    always = [key for key, value in given.items() if key in NO_EFFECT_KEYS and value != NO_EFFECT_KEYS[key]]
+    alone = ["sequence_parallel"] if given.get("sequence_parallel") and runtime.model_parallel_size == 1 else []
+    return (*always, *alone, *_idle_recompute(given, run))
+
+
+def _idle_recompute(given: Mapping[str, Any], run: RunArgs) -> Iterator[str]:
+    block = given.get("activation_checkpointing")
+    used = RECOMPUTE_ENTRIES.values() if run.checkpoint_activations else ()
+    yield from (f"activation_checkpointing.{entry}" for entry, value in (block or {}).items() if value and entry not in used)
+    for key in _RECOMPUTE:
+        if key not in given:
+            continue
+        replaced = block is not None and key in RECOMPUTE_ENTRIES and given[key] != getattr(run, key)
+        if replaced or (not run.checkpoint_activations and getattr(run, key) != RunArgs.model_fields[key].default):
+            yield key

@@ -28,6 +28,10 @@ class Flat:
     files: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    def refuse(self, what: str, where: object, fix: str, *keys: str, closest: str | None = None) -> None:
+        """Note a problem about `keys`."""
+        self.problems.append(Problem(what, where=str(where), closest=closest, fix=fix, keys=keys))
+
 
 class ConfigLoader(yaml.SafeLoader):
     """SafeLoader whose numbers are those people mean.
@@ -100,13 +104,8 @@ def read_files(paths: Sequence[str], conf_dir: str | None = None) -> Flat:
     seen: dict[str, Path] = {}
     for path in (config_path(str(name), conf_dir) for name in paths):
         if path.name in seen:
-            flat.problems.append(
-                Problem(
-                    f"two config files are called {path.name}",
-                    where=f"{seen[path.name]}, {path}",
-                    fix="rename one: copies of both are kept side by side in every checkpoint",
-                )
-            )
+            fix = "rename one: copies of both are kept side by side in every checkpoint"
+            flat.refuse(f"two config files are called {path.name}", f"{seen[path.name]}, {path}", fix)
             continue
         seen[path.name] = path
         text = _text(path, flat)
@@ -125,21 +124,18 @@ def read_text(text: str, name: str, flat: Flat) -> None:
             if node is None or node.tag == "tag:yaml.org,2002:null":
                 return
             if not isinstance(node, yaml.MappingNode):
-                flat.problems.append(
-                    Problem(
-                        "a config file holds `key: value` pairs, this one does not",
-                        where=f"{name}:{node.start_mark.line + 1}",
-                        fix='write `key: value`, one pair per line, or { "key": value, ... }',
-                    )
-                )
+                where, fix = f"{name}:{node.start_mark.line + 1}", 'write `key: value`, one pair per line, or { "key": value, ... }'
+                flat.refuse("a config file holds `key: value` pairs, this one does not", where, fix)
                 return
             _add_mapping(loader, node, name, flat)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        flat.problems.append(_syntax_problem(error, name))
+        mark = error.problem_mark or error.context_mark
+        cause = error.problem or error.context or "syntax error"
+        flat.refuse(f"not valid YAML: {cause}", f"{name}:{mark.line + 1 if mark else 1}", _syntax_fix(cause))
     except (yaml.YAMLError, ValueError) as error:
-        flat.problems.append(Problem(f"not readable as YAML: {error}", where=f"{name}:1", fix="save the file as UTF-8 text"))
+        flat.refuse(f"not readable as YAML: {error}", f"{name}:1", "save the file as UTF-8 text")
 
 
 def _text(path: Path, flat: Flat) -> str | None:
@@ -148,34 +144,22 @@ def _text(path: Path, flat: Flat) -> str | None:
     except OSError as error:
         names = [other.name for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
         near = closest(path.name, names)
-        flat.problems.append(
-            Problem(
-                f"cannot read the config file: {error.strerror}",
-                where=str(path),
-                closest=str(path.parent / near) if near else None,
-                fix="give the path of a .yml, .yaml or .json file; other names get .yml appended",
-            )
-        )
+        fix = "give the path of a .yml, .yaml or .json file; other names get .yml appended"
+        flat.refuse(f"cannot read the config file: {error.strerror}", path, fix, closest=str(path.parent / near) if near else None)
     except UnicodeDecodeError as error:
-        flat.problems.append(Problem(f"the config file is not UTF-8 text: {error.reason}", where=str(path), fix="save it as UTF-8"))
+        flat.refuse(f"the config file is not UTF-8 text: {error.reason}", path, "save it as UTF-8")
     return None
 
 
-def _syntax_problem(error: yaml.MarkedYAMLError, name: str) -> Problem:
-    mark = error.problem_mark or error.context_mark
-    line = mark.line + 1 if mark else 1
-    cause = error.problem or error.context or "syntax error"
-    if "\\t" in cause:
-        fix = "indent with spaces, not tabs"
-    elif "expected ',' or" in cause:
-        fix = "put a comma between the entries, and close every bracket that is open"
-    elif "mapping values are not allowed" in cause:
-        fix = "put one `key: value` per line, and quote values that hold `: `"
-    elif "single document" in cause or "another document" in cause:
-        fix = "keep one document per file: remove the `---` line"
-    else:
-        fix = "correct the line, or the one before it"
-    return Problem(f"not valid YAML: {cause}", where=f"{name}:{line}", fix=fix)
+def _syntax_fix(cause: str) -> str:
+    hints = {
+        "\\t": "indent with spaces, not tabs",
+        "expected ',' or": "put a comma between the entries, and close every bracket that is open",
+        "mapping values are not allowed": "put one `key: value` per line, and quote values that hold `: `",
+        "single document": "keep one document per file: remove the `---` line",
+        "another document": "keep one document per file: remove the `---` line",
+    }
+    return next((fix for words, fix in hints.items() if words in cause), "correct the line, or the one before it")
 
 
 def _add_mapping(loader: ConfigLoader, node: yaml.MappingNode, name: str, flat: Flat) -> None:
@@ -183,23 +167,17 @@ def _add_mapping(loader: ConfigLoader, node: yaml.MappingNode, name: str, flat: 
     for key_node, value_node in node.value:
         here = Origin("file", name, key_node.start_mark.line + 1)
         if key_node.tag == "tag:yaml.org,2002:merge":
-            flat.problems.append(Problem("`<<` does not work at the top of a config", where=str(here), fix="write the keys out"))
+            flat.refuse("`<<` does not work at the top of a config", here, "write the keys out")
             continue
         raw = loader.construct_object(key_node, deep=True)
         if not isinstance(raw, str):
-            flat.problems.append(Problem(f"a key is a name, {raw!r} is none", where=str(here), fix="write `name: value`"))
+            flat.refuse(f"a key is a name, {raw!r} is none", here, "write `name: value`")
             continue
         key = fold(raw)
         _note_nested(value_node, key, name, flat, frozenset())
         if key in flat.values:
-            flat.problems.append(
-                Problem(
-                    f"{key} is set twice",
-                    where=f"{flat.origins[key]}, {here}",
-                    fix="keep one of the two; `-` and `_` in a key are the same",
-                    keys=(key,),
-                )
-            )
+            fix = "keep one of the two; `-` and `_` in a key are the same"
+            flat.refuse(f"{key} is set twice", f"{flat.origins[key]}, {here}", fix, key)
             continue
         flat.values[key] = loader.construct_object(value_node, deep=True)
         flat.origins[key] = here
@@ -220,7 +198,7 @@ def _note_nested(node: yaml.Node, path: str, name: str, flat: Flat, above: froze
         inner = f"{path}.{key_node.value}"
         here = Origin("file", name, key_node.start_mark.line + 1)
         if inner in lines and key_node.tag != "tag:yaml.org,2002:merge":
-            flat.problems.append(Problem(f"{inner} is set twice", where=f"{lines[inner]}, {here}", fix="keep one of the two", keys=(path,)))
+            flat.refuse(f"{inner} is set twice", f"{lines[inner]}, {here}", "keep one of the two", path)
         lines[inner] = here
         flat.origins.setdefault(inner, here)
         _note_nested(value_node, inner, name, flat, above)
@@ -236,13 +214,13 @@ def add_overwrites(flat: Flat, overwrites: Mapping[str, Any] | None) -> None:
         flat.origins[key] = Origin("flag", detail=f"--{key}")
 
 
-def from_mapping(values: Mapping[str, Any], kind: str = "from_dict") -> Flat:
+def from_mapping(values: Mapping[str, Any]) -> Flat:
     """Settings that come from a program instead of files."""
     flat = Flat()
     for raw, value in values.items():
         key = fold(str(raw))
         if key in flat.values:
-            flat.problems.append(Problem(f"{key} is set twice", where=kind, fix="keep one of `-` and `_`", keys=(key,)))
+            flat.refuse(f"{key} is set twice", "from_dict", "keep one of `-` and `_`", key)
         flat.values[key] = value
-        flat.origins[key] = Origin(kind)
+        flat.origins[key] = Origin("from_dict")
     return flat

@@ -6,16 +6,12 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-from .attention import AttentionArgs
 from .base import Section, accepts_null, allowed
-from .checkpoint import CheckpointArgs
-from .data import DataArgs
-from .logs import LogsArgs
-from .model import ModelArgs
-from .objective import ObjectiveArgs
+from .data import DataArgs, ObjectiveArgs
+from .model import AttentionArgs, ModelArgs
 from .optim import OptimArgs
-from .run import RunArgs, TextArgs
-from .runtime import RuntimeArgs
+from .outputs import CheckpointArgs, LogsArgs
+from .run import RunArgs, RuntimeArgs, TextArgs
 
 SECTIONS: Final = MappingProxyType[str, type[Section]](
     {

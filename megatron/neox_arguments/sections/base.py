@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every configuration section shares: frozen, closed, strict fields."""
+"""What all configuration sections share: frozen, closed, strict fields, declared by `key`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -21,6 +21,16 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+Block = dict[str, Any] | None
+
+
+def key(default: Any, description: str, mark: JsonDict | None = None, **bounds: Any) -> Any:
+    """A key of a section.
+
+    mark:   NO_EFFECT, DERIVED or RUNTIME
+    bounds: ge, gt, le, lt
+    """
+    return Field(default, description=description, json_schema_extra=mark, **bounds)
 
 
 def literal_choices(annotation: Any) -> tuple[str, ...]:

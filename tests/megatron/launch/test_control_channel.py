@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from megatron.launch.commands import Host, LaunchPlan
-from megatron.launch.control_channel import ADDRESSES, Wires, connect, tell
+from megatron.launch.control_channel import ADDRESSES, ControlServer, connect, tell
 from megatron.launch.launcher_process import run
 from megatron.launch.rank_events import Event
 
 
-def serve(wires: Wires, selector: selectors.BaseSelector, until: Callable[[], bool]) -> None:
+def serve(wires: ControlServer, selector: selectors.BaseSelector, until: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not until():
         assert time.monotonic() < deadline
@@ -29,7 +29,7 @@ def serve(wires: Wires, selector: selectors.BaseSelector, until: Callable[[], bo
 
 def test_events_come_orders_go_and_a_break_is_a_loss() -> None:
     heard: list[Event] = []
-    wires = Wires(heard.append)
+    wires = ControlServer(heard.append)
     with selectors.DefaultSelector() as selector:
         wires.register(selector)
         told = wires.environment([])

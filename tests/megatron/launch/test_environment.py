@@ -9,7 +9,7 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.launch import environment
-from megatron.launch.environment import Rendezvous, Seat, expand, handed_on, machine_environment, place_from
+from megatron.launch.environment import Rendezvous, expand, handed_on, machine_environment, place_from
 from megatron.secrets import mask, redact
 
 
@@ -33,7 +33,7 @@ def test_secrets_are_masked_by_name_and_redacted_by_value() -> None:
 
 
 def test_a_rank_is_told_its_seat_and_its_share_of_the_machine() -> None:
-    seat = Seat(rank=5, local_rank=1, world_size=8, local_size=4, master_addr="a", master_port=1, node=1, nodes=2).environment()
+    seat = Rendezvous(rank=5, local_rank=1, world_size=8, local_size=4, master_addr="a", master_port=1, node=1, nodes=2).environment()
     assert (seat["RANK"], seat["LOCAL_RANK"], seat["WORLD_SIZE"], seat["LOCAL_SIZE"], seat["CROSS_RANK"]) == ("5", "1", "8", "4", "1")
     assert machine_environment({"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cuda"}, 2) == {}
     assert machine_environment({"SLURM_CPUS_PER_TASK": "7", "DS_ACCELERATOR": "cuda"}, 2) == {"OMP_NUM_THREADS": "7"}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron.launch import ssh_agent
+from megatron.launch import agent as agent_module
 from megatron.launch.rank_events import Event, Lines
 from support.tree import ROOT
 
@@ -19,7 +19,7 @@ EVIL = 'it\'s a "name"; touch pwned; $(touch pwned2) `touch pwned3` %h & *'
 
 
 def test_a_shell_takes_the_folder_literally(tmp_path: Path) -> None:
-    assert doctest.testmod(ssh_agent).failed == 0
+    assert doctest.testmod(agent_module).failed == 0
     root = tmp_path / EVIL
     root.mkdir()
     python = root / "py thon"
@@ -28,7 +28,7 @@ def test_a_shell_takes_the_folder_literally(tmp_path: Path) -> None:
     for shell in ("sh", "bash", "dash"):
         if shutil.which(shell):
             done = subprocess.run(
-                [shell, "-c", ssh_agent.remote_text(root, str(python))], capture_output=True, text=True, timeout=30, cwd=tmp_path
+                [shell, "-c", agent_module.remote_text(root, str(python))], capture_output=True, text=True, timeout=30, cwd=tmp_path
             )
             assert done.stdout.splitlines() == [str(root), "-u", "-m", "megatron.launch.agent"], done.stderr
     assert sorted(os.listdir(tmp_path)) == [EVIL] and os.listdir(root) == ["py thon"]
@@ -36,7 +36,7 @@ def test_a_shell_takes_the_folder_literally(tmp_path: Path) -> None:
 
 def agent(task: dict[str, object], orders: str = "", *, end: bool = False) -> tuple[int, str, list[Event]]:
     """Run the agent of one host on `task`, through a shell as ssh does; its exit status, output and events."""
-    command = ["sh", "-c", ssh_agent.remote_text(ROOT, sys.executable)]
+    command = ["sh", "-c", agent_module.remote_text(ROOT, sys.executable)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdin and process.stdout and process.stderr
     process.stdin.write(json.dumps(task) + "\n")

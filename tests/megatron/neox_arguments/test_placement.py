@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.neox_arguments.hostfile import HostError, Hosts, count_ranks, parse_hostfile, visible_devices
+from megatron.launch.environment import visible_devices
+from megatron.neox_arguments.placement import HostError, Hosts, count_ranks, parse_hostfile
 
 HOSTS = "# cluster\nnode-1 slots=4\nnode-2 slots=4  # second\n\nnode-3 slots=2\n"
 
