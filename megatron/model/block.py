@@ -17,7 +17,7 @@ from megatron.mpu.groups import Group
 from megatron.mpu.random import dropout
 
 if TYPE_CHECKING:
-    from megatron.model.cache import LayerCache
+    from megatron.model.layer_state import LayerCache
 
 # FORMAT: norms that the reference builds and never uses. They are not parameters here; a checkpoint may hold them.
 UNUSED_NORM = {Residual.POST_SUBLAYER: "input_layernorm", Residual.PARALLEL_TIED: "post_attention_layernorm"}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import nn
 
 from megatron.errors import ConfigError
 from megatron.model.init import Gather
-from megatron.model.mup import Mup, with_mup
 from megatron.model.pipeline import PipelineChoices, pipeline_module, topology_of
 from megatron.model.recompute import Granularity, Recompute
 from megatron.model.spec import (
@@ -33,8 +32,7 @@ from megatron.model.spec import (
     RotarySpec,
     RpeSpec,
 )
-from megatron.model.staged import StagedTransformer
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import StagedTransformer, Transformer
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.resolve import feed_forward_width
@@ -405,3 +403,41 @@ def mlp_convention_of(args: NeoXArgs, linear2_columns: int) -> str | None:
         if mlp_width(args, convention) == linear2_columns:
             return convention
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mup:
+    """Maximal update parametrisation (Yang et al., arXiv 2203.03466, table 8).
+
+    width_mult:     hidden_size over the base width, at which the hyper-parameters were found
+    init_scale:     factor on the spread of all matrices
+    attn_temp, output_temp: temperatures of attention scores and of logits
+    embedding_mult: factor on the embedding's output
+    """
+
+    width_mult: float
+    init_scale: float = 1.0
+    attn_temp: float = 1.0
+    output_temp: float = 1.0
+    embedding_mult: float = 1.0
+
+
+def with_mup(spec: ModelSpec, mup: Mup) -> ModelSpec:
+    """`spec` under muP; at the base width only the scale of attention differs.
+
+    Table 8 and not table 3, which is the same training: its embedding and head are drawn with one spread and may be one matrix.
+    Widths of heads and MLP are taken to grow with hidden_size; how learning rates follow is said in optim/groups.py.
+    """
+    return replace(
+        spec,
+        embedding=replace(spec.embedding, multiplier=spec.embedding.multiplier * mup.embedding_mult),
+        blocks=tuple(_block(block, mup) for block in spec.blocks),
+        head=replace(spec.head, multiplier=spec.head.multiplier / (mup.width_mult * mup.output_temp)),
+        init=replace(spec.init, width_mult=mup.width_mult, scale=mup.init_scale),
+    )
+
+
+def _block(block: BlockSpec, mup: Mup) -> BlockSpec:
+    """Scores are q k / d: once trained, q and k are correlated, and their product grows with d and not with its root (def. 4.1)."""
+    attention = block.attention
+    return replace(block, mixer=replace(attention, softmax_scale=1.0 / (attention.head_dim * mup.attn_temp)))

@@ -16,8 +16,20 @@ from torch import Tensor, nn
 from megatron.errors import ConfigError
 from megatron.model.spec import InitSpec
 from megatron.mpu.groups import Group, Groups
-from megatron.mpu.roles import Fill, Initial, Role, dimensions, initial_values_of, roles_of
-from megatron.mpu.sharding import Axis, Sharding, Split, local_size, sharding_of, split
+from megatron.mpu.sharding import (
+    Axis,
+    Fill,
+    Initial,
+    Role,
+    Sharding,
+    Split,
+    dimensions,
+    initial_values_of,
+    local_size,
+    roles_of,
+    sharding_of,
+    split,
+)
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 

@@ -13,8 +13,7 @@ from megatron.errors import ConfigError
 from megatron.model.spec import NormKind, NormSpec
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
-from megatron.mpu.roles import Initial, InitialValue
-from megatron.mpu.sharding import Sharding, Split, local_size
+from megatron.mpu.sharding import Initial, InitialValue, Sharding, Split, local_size
 
 ALONE = Group.single()
 

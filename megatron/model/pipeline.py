@@ -20,10 +20,10 @@ from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
 from megatron.model.layer_state import LayerState
-from megatron.model.plan import Builder, Slot, layer_plan, share_between
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.slots import adds_aux, check_slots, context_plan
 from megatron.model.spec import ModelSpec
+from megatron.model.transformer import Builder, Slot, layer_plan, share_between
 from megatron.mpu.groups import Group, Groups
 
 log = get_logger(__name__)

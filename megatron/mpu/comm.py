@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mpu.groups import Group, Groups
-from megatron.mpu.topology import AXES, Topology
+from megatron.mpu.groups import AXES, Group, Groups, Topology
 
 # ---- without gradients -------------------------------------------------------------------------------------------
 

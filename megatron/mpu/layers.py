@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
-from megatron.mpu.roles import Initial, InitialValue
-from megatron.mpu.sharding import Replicated, Sharding, Split, Summed, local_size
+from megatron.mpu.sharding import Initial, InitialValue, Replicated, Sharding, Split, Summed, local_size
 
 LinearOp = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [..., k], weight [m, k], bias [m] or None) -> [..., m], all as this rank holds them. It must be linear in x."""

@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.neox_arguments.deepspeed import deepspeed_config
 from megatron.neox_arguments.unfinished import refuse_value
+from megatron.optim.cpu_adam import cpu_adam
 from megatron.optim.groups import groups_by_role, mup_rates, parameter_groups, slow_shares
-from megatron.optim.muon import muon_groups
-from megatron.optim.optimizers import make_optimizer
+from megatron.optim.optimizers import MADGRADW, SM3, Lion, Muon, deepspeed_muon, muon_groups
 from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
 
 if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
+
 
 log = get_logger(__name__)
 
@@ -94,3 +97,121 @@ def build_scheduler(args: NeoXArgs, optimizer: Optimizer) -> LRScheduler:
     elif section.use_checkpoint_lr_scheduler:
         on_resume = OnResume.SAVED
     return LRScheduler(optimizer, build_schedule(args), on_resume=on_resume)
+
+
+Groups = list[dict[str, Any]]
+
+_IGNORED = frozenset({"freeze_step", "cuda_aware", "torch_adam"})
+"""Parameters that select or tune an implementation we do not use; the numbers do not depend on them."""
+
+
+def make_optimizer(name: str, params: Mapping[str, Any], groups: Groups, device: torch.device) -> Optimizer:
+    """An optimizer over `groups`.
+
+    name:   lower case: adam, adamw, cpu_torch_adam, cpu_adam, sgd, lion, sm3, madgrad_wd, muon, or zero_muon: muon under ZeRO
+    params: numbers from the configuration: lr, betas, eps, ... (weight decay stands in the groups)
+
+    Raises ConfigError for an unknown name or parameter, BackendError when the implementation is not on this machine.
+    """
+    if name not in _MAKERS:
+        gone = "DeepSpeed no longer has OneBitAdam" if name == "onebitadam" else f"unknown optimizer {name!r}"
+        raise ConfigError(gone, where="optimizer.type", fix=f"use one of: {', '.join(key for key in _MAKERS if key != 'zero_muon')}")
+    make, allowed = _MAKERS[name]
+    numbers = {key: value for key, value in params.items() if key not in _IGNORED and key != "weight_decay"}
+    if not numbers.get("momentum", 1) and "momentum" not in allowed:
+        del numbers["momentum"]  # the default block of a configuration without an optimizer carries momentum 0
+    unknown = sorted(set(numbers) - allowed)
+    if unknown:
+        raise ConfigError(
+            f"optimizer {name!r} has no parameter {', '.join(unknown)}",
+            where=f"optimizer.params.{unknown[0]}",
+            fix=f"allowed: {', '.join(sorted(allowed | {'weight_decay'}))}",
+        )
+    if "betas" in numbers:
+        numbers["betas"] = _betas(numbers["betas"])
+    return make(groups, numbers, device)
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(0.0 <= float(v) < 1.0 for v in value):
+        raise ConfigError(f"betas {value!r}: two numbers in [0, 1) are needed", where="optimizer.params.betas", fix="e.g. [0.9, 0.95]")
+    return float(value[0]), float(value[1])
+
+
+def _adam(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """Adam with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101), or with L2 in the gradient for `adam_w_mode: false`.
+
+    torch's fused kernel: on CUDA one launch per dtype, on CPU one pass over each tensor instead of a dozen.
+    """
+    decoupled = numbers.pop("adam_w_mode", True)
+    if not numbers.pop("bias_correction", True):
+        raise ConfigError("Adam without bias correction is not offered", where="optimizer.params.bias_correction", fix="remove the key")
+    if numbers.pop("amsgrad", False):
+        raise ConfigError("the fused Adam kernels have no amsgrad", where="optimizer.params.amsgrad", fix="remove the key")
+    kind = AdamW if decoupled else Adam
+    return kind(groups, fused=device.type in ("cpu", "cuda"), **numbers)
+
+
+def _adamw(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """AdamW; an explicit `adam_w_mode: false` contradicts the name."""
+    if not numbers.get("adam_w_mode", True):
+        raise ConfigError("AdamW with adam_w_mode: false", where="optimizer.params.adam_w_mode", fix="use type: Adam, or remove the key")
+    return _adam(groups, numbers, device)
+
+
+def _cpu_adam(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """DeepSpeed's Adam for CPUs; a user who asks for it by name has it compiled where it is not installed."""
+    return cpu_adam(groups, numbers)
+
+
+def _sgd(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """Stochastic gradient descent; weight decay is added to the gradient."""
+    return SGD(groups, fused=device.type in ("cpu", "cuda"), **numbers)
+
+
+def _lion(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    return Lion(groups, **numbers)
+
+
+def _sm3(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    return SM3(groups, **numbers)
+
+
+def _madgrad(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    return MADGRADW(groups, **numbers)
+
+
+def _muon(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """Muon over whole parameters. Both methods of the iteration are the same mathematics."""
+    _ns_method(numbers.pop("ns_method", "standard"))
+    return Muon(groups, **numbers)
+
+
+def _zero_muon(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """Muon through DeepSpeed, which fixes what a configuration rule asks for: five rounds, with Nesterov's look ahead."""
+    _ns_method(numbers.get("ns_method", "standard"))
+    return deepspeed_muon(groups, numbers)
+
+
+def _ns_method(value: Any) -> None:
+    if value not in ("standard", "gram"):
+        raise ConfigError(f"ns_method {value!r} is not known", where="optimizer.params.ns_method", fix="use standard or gram")
+
+
+_ADAM_KEYS = frozenset({"lr", "betas", "eps", "adam_w_mode", "bias_correction", "amsgrad"})
+_MUON_KEYS = frozenset({"lr", "momentum", "nesterov", "ns_steps", "ns_method", "betas", "eps"})
+_Maker = Callable[[Groups, dict[str, Any], torch.device], Optimizer]
+_MAKERS: Mapping[str, tuple[_Maker, frozenset[str]]] = MappingProxyType(
+    {
+        "adam": (_adam, _ADAM_KEYS),
+        "adamw": (_adamw, _ADAM_KEYS),
+        "cpu_torch_adam": (_adam, _ADAM_KEYS),
+        "cpu_adam": (_cpu_adam, _ADAM_KEYS | {"adamw_mode", "fp32_optimizer_states"}),
+        "sgd": (_sgd, frozenset({"lr", "momentum", "nesterov", "dampening"})),
+        "lion": (_lion, frozenset({"lr", "betas"})),
+        "sm3": (_sm3, frozenset({"lr", "momentum", "beta", "eps"})),
+        "madgrad_wd": (_madgrad, frozenset({"lr", "momentum", "eps"})),
+        "muon": (_muon, _MUON_KEYS),
+        "zero_muon": (_zero_muon, _MUON_KEYS),
+    }
+)

@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from megatron.errors import ConfigError
-from megatron.mpu.roles import Role, dimensions, exempt_from_decay, roles_of
-from megatron.mpu.sharding import Summed, sharding_of
+from megatron.mpu.sharding import Role, Summed, dimensions, exempt_from_decay, roles_of, sharding_of
 
 Rates = Mapping[Role, float]
 

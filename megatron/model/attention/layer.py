@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
-from megatron.model.attention import backends, ring, ulysses
+from megatron.model.attention import backends, context_parallel
 from megatron.model.attention.inputs import AttentionInputs, BiasOf, PackedSequences, document_positions
 from megatron.model.attention.qkv import layout
-from megatron.model.cache import AttentionCache
-from megatron.model.layer_state import Mixer
+from megatron.model.layer_state import AttentionCache, Mixer
 from megatron.model.norms import EachHeadNorm, HeadNorm
 from megatron.model.positions import Alibi, RelativeBias, Rotary, rotate
 from megatron.model.spec import AttentionSpec
@@ -104,9 +103,9 @@ class SelfAttention(Mixer):
         """q [b, s / cp, n, d], k and v [b, t, g, d] -> [b, s / cp, n, d]."""
         plan = self.context
         if plan.size > 1 and plan.kind is ContextKind.RING:
-            return ring.attend(q, k, v, view, plan)
+            return context_parallel.ring_attention(q, k, v, view, plan)
         inner = backends.pick(self.spec, q.device, q.dtype, dropout=view.dropout > 0.0, uneven=view.offsets is not None)
-        return inner(q, k, v, view) if plan.size == 1 else ulysses.attend(q, k, v, view, plan, inner)
+        return inner(q, k, v, view) if plan.size == 1 else context_parallel.ulysses_attention(q, k, v, view, plan, inner)
 
     @staticmethod
     def matrix_elements(spec: AttentionSpec) -> int:
@@ -163,7 +162,7 @@ class SelfAttention(Mixer):
 
     def _check_context(self) -> None:
         ringed = self.context.size > 1 and self.context.kind is ContextKind.RING
-        reason = ring.refuses(self.spec) if ringed else None
+        reason = context_parallel.ring_refuses(self.spec) if ringed else None
         if reason is not None:
             raise ConfigError(
                 f"the heads cannot be divided over {self.context.size} ranks, and {reason}",

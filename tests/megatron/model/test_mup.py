@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.model.build import build_spec
-from megatron.model.mup import Mup, with_mup
+from megatron.model.build import Mup, build_spec, with_mup
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs
 from support.specs import HEADS, HIDDEN, model_spec

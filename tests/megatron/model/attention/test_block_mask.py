@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.model.attention.block_mask import BlockMask
+from megatron.model.attention.context_parallel import BlockMask
 from megatron.model.attention.inputs import PackedSequences, allowed
 
 S = 8

@@ -6,25 +6,30 @@ Exact: softmax is put together piece by piece (Milakov & Gimelshein, arXiv 1805.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.model.attention.block_mask import BlockMask
-from megatron.model.attention.inputs import AttentionInputs
+from megatron.errors import BackendError
+from megatron.model.attention.backends import Attend
+from megatron.model.attention.inputs import AttentionInputs, PackedSequences, ordinals
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.comm import Shift, shift
 from megatron.mpu.context import ContextPlan
+from megatron.mpu.groups import Group
 
 # A piece of scores has at most about this many numbers, and few enough queries that little is computed above the diagonal.
 SCORES = 2**24
 QUERIES = 256
 
 
-def refuses(spec: AttentionSpec) -> str | None:
+def ring_refuses(spec: AttentionSpec) -> str | None:
     """Why the ring cannot serve a spec."""
     if spec.rpe is not None or spec.alibi:
         return "ring attention has no bias on the scores (rpe, alibi)"
@@ -35,7 +40,7 @@ def refuses(spec: AttentionSpec) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan) -> Tensor:
     """This rank's queries against the keys of all ranks, own rows as in `plan.rows`.
 
     q [b, s / cp, n, d], k and v [b, s / cp, g, d], view of whole rows -> [b, s / cp, n, d]
@@ -202,3 +207,94 @@ def _backward(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, wal
         kv = kv if ahead is None else ahead.wait()
     assert behind is not None
     return dq, behind.wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMask:
+    """Causal, within a window, within documents; positions count from the beginning of a whole row.
+
+    starts:   where the documents of each row begin; None = each row is one
+    numbers:  [b, s] which document of its row a token is in
+    """
+
+    device: torch.device
+    window: int | None = None
+    starts: tuple[tuple[int, ...], ...] | None = None
+    numbers: Tensor | None = None
+
+    @classmethod
+    def of(cls, documents: PackedSequences | None, window: int | None, device: torch.device) -> BlockMask:
+        """That of whole rows."""
+        if documents is None:
+            return cls(device=device, window=window)
+        length = documents.segment_ids.shape[1]
+        rows: list[list[int]] = [[] for _ in range(documents.segment_ids.shape[0])]
+        for start in accumulate(documents.lengths()[:-1], initial=0):
+            rows[start // length].append(start % length)
+        starts = tuple(tuple(row) for row in rows)
+        return cls(device=device, window=window, starts=starts, numbers=ordinals(documents.segment_ids))
+
+    def seen(self, queries: range, keys: range) -> range:
+        """The keys outside which no query of any row sees anything; empty when the two are strangers."""
+        first = queries.start
+        back = 0 if self.starts is None else min(self._openings(first))
+        if self.window is not None:
+            back = max(back, first - self.window)
+        return range(max(keys.start, back), max(min(keys.stop, queries.stop), keys.start, back))
+
+    def mask(self, queries: range, keys: range) -> Tensor | None:
+        """Which queries see which keys, bool [b or 1, q, k]; None = all see all."""
+        last = queries.stop - 1
+        # Every row's last query must be in a document that has begun when the keys do.
+        one_document = self.starts is None or max(self._openings(last)) <= keys.start
+        near = self.window is None or last - keys.start <= self.window
+        if one_document and near and keys.stop - 1 <= queries.start:
+            return None
+        q, k = (torch.arange(run.start, run.stop, device=self.device) for run in (queries, keys))
+        behind = q[:, None] - k
+        see = (behind >= 0)[None]
+        if self.window is not None:
+            see = see & (behind <= self.window)
+        if self.numbers is None or one_document:
+            return see
+        return see & (self.numbers[:, queries.start : queries.stop, None] == self.numbers[:, None, keys.start : keys.stop])
+
+    def _openings(self, position: int) -> list[int]:
+        """Where each row's document at a position begins."""
+        assert self.starts is not None
+        return [row[bisect_right(row, position) - 1] for row in self.starts]
+
+
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan, inner: Attend) -> Tensor:
+    """Whole rows of an n / cp-th of the heads on each rank, by the back end `inner`.
+
+    q [b, s / cp, n, d], k and v [b, s / cp, g, d], view of whole rows and all n heads -> [b, s / cp, n, d]
+    Every rank of plan.group calls this at the same time, also in the backward pass.
+    Raises BackendError where torch.distributed was not started through DeepSpeed.
+    """
+    import deepspeed.comm
+    from deepspeed.sequence.layer import DistributedAttention
+
+    if not deepspeed.comm.is_initialized():
+        raise BackendError(
+            "Ulysses attention needs DeepSpeed's collectives, and deepspeed.init_distributed has not been called",
+            where="context_parallel_size",
+            fix="start the processes through train.py or deepy.py",
+        )
+    mine = partial(inner, view=own_heads(view, q.shape[2], plan.group))
+    exchange = DistributedAttention(mine, plan.group.handle, scatter_idx=2, gather_idx=1)
+    out: Tensor = exchange(q, k, v, batch_dim_idx=0)
+    return out
+
+
+def own_heads(view: AttentionInputs, heads: int, group: Group) -> AttentionInputs:
+    """The view of this rank's part of `heads` heads: slopes, bias and seeds are per head, all else is common."""
+    each = heads // group.size
+    mine = slice(group.rank * each, (group.rank + 1) * each)
+    whole = view.bias
+    return replace(
+        view,
+        bias=None if whole is None else lambda queries, keys: whole(queries, keys)[mine],
+        slopes=None if view.slopes is None else view.slopes[mine],
+        seeds=view.seeds[mine],
+    )
