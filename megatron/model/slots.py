@@ -71,14 +71,6 @@ def check_slots(spec: ModelSpec, *, stages: int) -> None:
         kind.check(slot, stages=stages)
 
 
-def share_weights(slots: list[BlockSlot]) -> None:
-    """Let all slots of one class use what they share from the first one."""
-    first: dict[type, BlockSlot] = {}
-    for slot in slots:
-        if first.setdefault(type(slot), slot) is not slot:
-            slot.share(first[type(slot)])
-
-
 def parameter_count(spec: ModelSpec) -> int:
     """Trainable parameters of the whole model; a tied head counts once."""
     shared = {kind: kind.shared_parameter_count(slot) for kind, slot in reversed(list(all_slots(spec)))}

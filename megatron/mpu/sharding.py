@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a tensor is spread over a group of ranks, said once beside the weight and read by everybody else."""
+"""What modules say of their own parameters, once beside the weight: how they are split over ranks, their role, and how they start.
+
+A module has any of these methods; names are local, and a dot leads into a submodule:
+
+    sharding()        -> {name: Sharding}, also of stored tensors; what is left out is Replicated
+    tables()          -> names of the matrices that are tables (`Role.EMBEDDING`)
+    no_weight_decay() -> names of the parameters that do not decay
+    initial_values()  -> {name: InitialValue}; of a submodule's parameter the outer module has the last word
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -50,14 +58,6 @@ class Summed:
 Sharding = Replicated | Split | Summed
 
 
-@runtime_checkable
-class StatesSharding(Protocol):
-    """A module that says how its own parameters and stored tensors are split; what it leaves out is Replicated."""
-
-    def sharding(self) -> dict[str, Sharding]:
-        """Local name -> Sharding."""
-
-
 def local_size(size: int, ranks: int, what: str) -> int:
     """size / ranks. Raises ConfigError when that is not whole."""
     if size % ranks:
@@ -99,19 +99,6 @@ def join(shards: Sequence[Tensor], how: Sharding) -> Tensor:
     return torch.cat([piece[index] for index in range(len(sizes)) for piece in pieces], how.dim)
 
 
-def sharding_of(module: nn.Module) -> dict[str, Sharding]:
-    """Sharding of every parameter and stored tensor (state dict name) of a module tree, on any device, also meta.
-
-    What no module speaks for is Replicated.
-    """
-    table: dict[str, Sharding] = dict.fromkeys(module.state_dict(), Replicated())
-    for prefix, child in module.named_modules(remove_duplicate=False):
-        if isinstance(child, StatesSharding):
-            for name, how in child.sharding().items():
-                table[f"{prefix}.{name}" if prefix else name] = how
-    return table
-
-
 class Role(Enum):
     """What a parameter is to its model.
 
@@ -123,14 +110,6 @@ class Role(Enum):
     HIDDEN = "hidden"
     EMBEDDING = "table"
     VECTOR = "vector"
-
-
-@runtime_checkable
-class StatesTables(Protocol):
-    """A module that has tables."""
-
-    def tables(self) -> tuple[str, ...]:
-        """Local names of the matrices that are tables; a dot leads into a submodule."""
 
 
 class Initial(Enum):
@@ -153,41 +132,43 @@ InitialValue = Initial | str | Fill
 """str: a method's name, as in `init_method`."""
 
 
-@runtime_checkable
-class StatesInitialValues(Protocol):
-    """A module that says how parameters of its own start."""
+def _stated(module: nn.Module, method: str) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(prefix, part, what it says) for each part of a module tree that has this method, outer ones first."""
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        if callable(ask := getattr(part, method, None)):
+            yield f"{prefix}." if prefix else "", part, ask()
 
-    def initial_values(self) -> Mapping[str, InitialValue]:
-        """Local names -> initial value; a dot leads into a submodule, of which the outer module has the last word."""
+
+def _named(module: nn.Module, method: str) -> set[int]:
+    """Identities of the parameters that the parts of a module tree name by this method."""
+    return {id(part.get_parameter(name)) for _, part, names in _stated(module, method) for name in names}
+
+
+def sharding_of(module: nn.Module) -> dict[str, Sharding]:
+    """Sharding of every parameter and stored tensor (state dict name) of a module tree, on any device, also meta."""
+    table: dict[str, Sharding] = dict.fromkeys(module.state_dict(), Replicated())
+    for prefix, _, said in _stated(module, "sharding"):
+        table.update({prefix + name: how for name, how in said.items()})
+    return table
 
 
 def initial_values_of(module: nn.Module) -> dict[int, InitialValue]:
     """What is said of a module tree's parameters, by the parameter's identity."""
     found: dict[int, InitialValue] = {}
-    for part in module.modules():  # outer ones first
-        if isinstance(part, StatesInitialValues):
-            for name, value in part.initial_values().items():
-                found.setdefault(id(part.get_parameter(name)), value)
+    for _, part, said in _stated(module, "initial_values"):
+        for name, value in said.items():
+            found.setdefault(id(part.get_parameter(name)), value)
     return found
 
 
 def exempt_from_decay(module: nn.Module) -> set[int]:
-    """Identities of the parameters that their modules exempt by `no_weight_decay() -> tuple[local parameter name, ...]`."""
-    found: set[int] = set()
-    for part in module.modules():
-        names = getattr(part, "no_weight_decay", None)
-        if callable(names):
-            found.update(id(part.get_parameter(name)) for name in names())
-    return found
+    """Identities of the parameters that their modules exempt from weight decay."""
+    return _named(module, "no_weight_decay")
 
 
 def roles_of(module: nn.Module) -> dict[int, Role]:
     """Role of each parameter of a module tree, by the parameter's identity."""
-    exempt = exempt_from_decay(module)
-    tables: set[int] = set()
-    for part in module.modules():
-        if isinstance(part, StatesTables):
-            tables.update(id(part.get_parameter(name)) for name in part.tables())
+    exempt, tables = exempt_from_decay(module), _named(module, "tables")
 
     def role(parameter: nn.Parameter) -> Role:
         if dimensions(parameter) <= 1 or id(parameter) in exempt:

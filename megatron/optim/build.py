@@ -16,8 +16,8 @@ from megatron.log import get_logger
 from megatron.neox_arguments.deepspeed import deepspeed_config
 from megatron.neox_arguments.unfinished import refuse_value
 from megatron.optim.cpu_adam import cpu_adam
-from megatron.optim.groups import groups_by_role, mup_rates, parameter_groups, slow_shares
-from megatron.optim.optimizers import MADGRADW, SM3, Lion, Muon, deepspeed_muon, muon_groups
+from megatron.optim.groups import groups_by_role, muon_groups, mup_rates, parameter_groups, slow_shares
+from megatron.optim.optimizers import MADGRADW, SM3, Lion, Muon, deepspeed_muon
 from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
 
 if TYPE_CHECKING:
@@ -129,6 +129,9 @@ def make_optimizer(name: str, params: Mapping[str, Any], groups: Groups, device:
         )
     if "betas" in numbers:
         numbers["betas"] = _betas(numbers["betas"])
+    if numbers.get("ns_method", "standard") not in ("standard", "gram"):
+        what = f"ns_method {numbers['ns_method']!r} is not known"
+        raise ConfigError(what, where="optimizer.params.ns_method", fix="use standard or gram")
     return make(groups, numbers, device)
 
 
@@ -159,59 +162,32 @@ def _adamw(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Opt
     return _adam(groups, numbers, device)
 
 
-def _cpu_adam(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
-    """DeepSpeed's Adam for CPUs; a user who asks for it by name has it compiled where it is not installed."""
-    return cpu_adam(groups, numbers)
-
-
-def _sgd(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
-    """Stochastic gradient descent; weight decay is added to the gradient."""
-    return SGD(groups, fused=device.type in ("cpu", "cuda"), **numbers)
-
-
-def _lion(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
-    return Lion(groups, **numbers)
-
-
-def _sm3(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
-    return SM3(groups, **numbers)
-
-
-def _madgrad(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
-    return MADGRADW(groups, **numbers)
-
-
 def _muon(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
     """Muon over whole parameters. Both methods of the iteration are the same mathematics."""
-    _ns_method(numbers.pop("ns_method", "standard"))
+    numbers.pop("ns_method", None)
     return Muon(groups, **numbers)
 
 
-def _zero_muon(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
-    """Muon through DeepSpeed, which fixes what a configuration rule asks for: five rounds, with Nesterov's look ahead."""
-    _ns_method(numbers.get("ns_method", "standard"))
-    return deepspeed_muon(groups, numbers)
-
-
-def _ns_method(value: Any) -> None:
-    if value not in ("standard", "gram"):
-        raise ConfigError(f"ns_method {value!r} is not known", where="optimizer.params.ns_method", fix="use standard or gram")
-
-
+_Maker = Callable[[Groups, dict[str, Any], torch.device], Optimizer]
 _ADAM_KEYS = frozenset({"lr", "betas", "eps", "adam_w_mode", "bias_correction", "amsgrad"})
 _MUON_KEYS = frozenset({"lr", "momentum", "nesterov", "ns_steps", "ns_method", "betas", "eps"})
-_Maker = Callable[[Groups, dict[str, Any], torch.device], Optimizer]
+# name -> (how it is made, the parameters it takes)
 _MAKERS: Mapping[str, tuple[_Maker, frozenset[str]]] = MappingProxyType(
     {
         "adam": (_adam, _ADAM_KEYS),
         "adamw": (_adamw, _ADAM_KEYS),
         "cpu_torch_adam": (_adam, _ADAM_KEYS),
-        "cpu_adam": (_cpu_adam, _ADAM_KEYS | {"adamw_mode", "fp32_optimizer_states"}),
-        "sgd": (_sgd, frozenset({"lr", "momentum", "nesterov", "dampening"})),
-        "lion": (_lion, frozenset({"lr", "betas"})),
-        "sm3": (_sm3, frozenset({"lr", "momentum", "beta", "eps"})),
-        "madgrad_wd": (_madgrad, frozenset({"lr", "momentum", "eps"})),
+        # Compiled where it is not installed, as a user asked for it by name.
+        "cpu_adam": (lambda groups, numbers, _: cpu_adam(groups, numbers), _ADAM_KEYS | {"adamw_mode", "fp32_optimizer_states"}),
+        "sgd": (
+            lambda groups, numbers, device: SGD(groups, fused=device.type in ("cpu", "cuda"), **numbers),
+            frozenset({"lr", "momentum", "nesterov", "dampening"}),
+        ),
+        "lion": (lambda groups, numbers, _: Lion(groups, **numbers), frozenset({"lr", "betas"})),
+        "sm3": (lambda groups, numbers, _: SM3(groups, **numbers), frozenset({"lr", "momentum", "beta", "eps"})),
+        "madgrad_wd": (lambda groups, numbers, _: MADGRADW(groups, **numbers), frozenset({"lr", "momentum", "eps"})),
         "muon": (_muon, _MUON_KEYS),
-        "zero_muon": (_zero_muon, _MUON_KEYS),
+        # DeepSpeed fixes what a configuration rule asks for: five rounds, with Nesterov's look ahead.
+        "zero_muon": (lambda groups, numbers, _: deepspeed_muon(groups, numbers), _MUON_KEYS),
     }
 )

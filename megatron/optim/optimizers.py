@@ -10,13 +10,12 @@ from functools import reduce
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from megatron.deepspeed_private import muon_class
 from megatron.log import get_logger
-from megatron.mpu.sharding import Role, dimensions, roles_of
-from megatron.optim.groups import LR_MULT
+from megatron.optim.groups import MATRIX
 
 
 class GroupwiseOptimizer(Optimizer):
@@ -173,9 +172,6 @@ log = get_logger(__name__)
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the iteration: steep at zero, so that five rounds bring every singular value to between 0.7 and 1.2."""
 
-MATRIX = "use_muon"
-"""Key of a group, and for DeepSpeed attribute of a parameter: whether Muon updates it."""
-
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """U V^T, nearly, of matrix [n, m] = U S V^T, by Newton-Schulz iteration (Jordan et al., 2024, kellerjordan.github.io/posts/muon)."""
@@ -245,28 +241,6 @@ class Muon(GroupwiseOptimizer):
             spread = (state["exp_avg_sq"] / (1.0 - beta2**taken)).sqrt_().add_(group["eps"])
             weight.mul_(1.0 - group["lr"] * group["weight_decay"])
             weight.add_((state["exp_avg"] / spread).to(weight.dtype), alpha=-group["lr"] / (1.0 - beta1**taken))
-
-
-def muon_groups(module: nn.Module, weight_decay: float, *, matrix_mult: float = 1.0, other_mult: float = 1.0) -> list[dict[str, Any]]:
-    """The trainable parameters as groups {params, weight_decay, use_muon, lr_mult}: hidden matrices, tables, vectors.
-
-    matrix_mult, other_mult: what the schedule's rate is multiplied by
-    Hidden matrices with more than two dimensions go with the tables: Muon is defined on matrices.
-    A fused weight (query_key_value, a gated linear1) counts as the one matrix it is stored as.
-    Groups at the plain rate come first: the first group's rate is the one that is reported.
-    """
-    roles = roles_of(module)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if roles[id(p)] is Role.HIDDEN and dimensions(p) == 2]
-    vectors = [p for p in trained if roles[id(p)] is Role.VECTOR]
-    taken = {id(p) for p in (*matrices, *vectors)}
-    tables = [p for p in trained if id(p) not in taken]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay, MATRIX: True, LR_MULT: matrix_mult},
-        {"params": tables, "weight_decay": weight_decay, MATRIX: False, LR_MULT: other_mult},
-        {"params": vectors, "weight_decay": 0.0, MATRIX: False, LR_MULT: other_mult},
-    ]
-    return sorted((group for group in groups if group["params"]), key=lambda group: group[LR_MULT] != 1.0)
 
 
 def deepspeed_muon(groups: list[dict[str, Any]], numbers: Mapping[str, Any]) -> Optimizer:

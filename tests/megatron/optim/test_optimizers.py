@@ -14,7 +14,8 @@ from torch import nn
 from megatron.model.spec import Positions
 from megatron.model.transformer import Transformer
 from megatron.mpu.sharding import Role, roles_of
-from megatron.optim.optimizers import MADGRADW, SM3, Muon, deepspeed_muon, muon_groups, orthogonalise
+from megatron.optim.groups import muon_groups
+from megatron.optim.optimizers import MADGRADW, SM3, Muon, deepspeed_muon, orthogonalise
 from support.specs import model_spec
 
 
