@@ -74,33 +74,25 @@ def build_transformer(
 
 
 def build_pipeline(
-    args: NeoXArgs,
-    spec: ModelSpec | None = None,
-    *,
-    loss_fn: Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor],
-    groups: Groups | None = None,
-    topology: Any = None,
+    args: NeoXArgs, spec: ModelSpec, *, loss_fn: Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor], groups: Groups
 ) -> nn.Module:
     """The model of `args` as the pipeline stages of this process (a PipelineModule); torch.distributed must be initialised.
 
-    spec:     None = `build_spec(args)`
-    loss_fn, topology: see `pipeline_module`; topology None = pipe, data, model axes of the configured sizes
+    loss_fn: see `pipeline_module`
     """
-    if topology is None:
-        runtime = args.runtime
-        # DeepSpeed counts the ranks that share a sequence among those with the same weights, which they have.
-        replicas = args.data_parallel_size * runtime.context_parallel_size
-        topology = topology_of(runtime.pipe_parallel_size, replicas, runtime.model_parallel_size)
+    runtime = args.runtime
+    # DeepSpeed counts the ranks that share a sequence among those with the same weights, which they have.
+    replicas = args.data_parallel_size * runtime.context_parallel_size
     choices = PipelineChoices(
-        partition_method=args.runtime.pipe_partition_method,
+        partition_method=runtime.pipe_partition_method,
         recompute=recompute_of(args),
         compile_blocks=args.run.torch_compile,
     )
     module: nn.Module = pipeline_module(
-        spec or build_spec(args),
-        topology=topology,
+        spec,
+        topology=topology_of(runtime.pipe_parallel_size, replicas, runtime.model_parallel_size),
         loss_fn=loss_fn,
-        groups=groups or Groups.single(),
+        groups=groups,
         seed=args.run.seed,
         dtype=parameter_dtype(args),
         choices=choices,

@@ -38,24 +38,6 @@ BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Law:
-    """How the entries of one matrix are drawn, independently of each other.
-
-    size: standard deviation, or with `uniform` the bound b of [-b, b)
-    """
-
-    size: float
-    uniform: bool = False
-
-    def draw(self, block: Tensor, generator: torch.Generator) -> None:
-        """Fill `block` in place."""
-        if self.uniform:
-            block.uniform_(-self.size, self.size, generator=generator)
-        else:
-            block.normal_(0.0, self.size, generator=generator)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Initialiser:
     """Draws the weights of a layer.
 
@@ -76,6 +58,7 @@ class Initialiser:
 
         name: unique over the model, the same at any layout (the slot number)
         """
+        methods = {Initial.INPUT: self.spec.method, Initial.OUTPUT: self.spec.output_method}
         shardings, roles, stated = sharding_of(layer), roles_of(layer), initial_values_of(layer)
         for local, parameter in layer.named_parameters():
             value = stated.get(id(parameter), Initial.INPUT if dimensions(parameter) > 1 else Initial.KEEP)
@@ -87,12 +70,8 @@ class Initialiser:
                 if callable(value):
                     self._fill(parameter, value, f"{name}.{local}", shard)
                 else:
-                    self._write(parameter, self.method_of(value), f"{name}.{local}", shard, hidden=roles[id(parameter)] is Role.HIDDEN)
-
-    def method_of(self, value: Initial | str) -> str:
-        """Name of the method that a module's word stands for."""
-        named = {Initial.INPUT: self.spec.method, Initial.OUTPUT: self.spec.output_method}
-        return value if isinstance(value, str) else named[value]
+                    method = value if isinstance(value, str) else methods[value]
+                    self._write(parameter, method, f"{name}.{local}", shard, hidden=roles[id(parameter)] is Role.HIDDEN)
 
     def _write(self, parameter: nn.Parameter, method: str, name: str, place: WeightShard, *, hidden: bool) -> None:
         shape = place.whole_shape(parameter)
@@ -106,7 +85,7 @@ class Initialiser:
         for number, within, first, count in place.pieces(shape[0]):
             if number != drawn:
                 # Always a whole block: how many rows are drawn at once can change the numbers.
-                law.draw(block, self._generator(parameter, f"{name}:{number}"))
+                law(block, self._generator(parameter, f"{name}:{number}"))
                 drawn = number
             parameter[first : first + count].copy_(place.columns(block[within : within + count]))
 
@@ -182,36 +161,36 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def normal_std(method: str, *, std: float, hidden_size: float, num_layers: int) -> float | None:
-    """Standard deviation of the methods that draw from a plain normal; None for the others.
+def _normal(std: float) -> Fill:
+    return lambda block, generator: block.normal_(0.0, std, generator=generator)
+
+
+def law_of(method: str, shape: Sequence[int], start: Initialiser, *, hidden: bool) -> Fill | None:
+    """How the entries of a matrix [out, in] are drawn, independently of each other; None for other methods.
 
     small_init: Nguyen and Salazar, arXiv 1910.05895, sec. 2.2. wang_init: 2 / (L sqrt(h)), as in GPT-J.
+    muP (Yang et al., arXiv 2203.03466, table 8): the method says the spread at the base width. From there that of a hidden matrix
+    falls with the square root of its inputs; that of a table stays, so that an embedding can be the head, too.
+    xavier (Glorot and Bengio, 2010, eq. 16) reads the whole shape, for a vocabulary with its padding.
     """
-    laws = {
+    std, mult, num_layers = start.spec.std, start.spec.width_mult, start.num_layers
+    hidden_size = start.hidden_size / mult
+    factor = start.spec.scale / (math.sqrt(mult) if hidden else 1.0)
+    stds = {
         "normal": std,
         "scaled_normal": std / math.sqrt(2.0 * num_layers),
         "single_residual_scaled_normal": std / math.sqrt(num_layers),
         "small_init": math.sqrt(2.0 / (5.0 * hidden_size)),
         "wang_init": 2.0 / (num_layers * math.sqrt(hidden_size)),
     }
-    return laws.get(method)
-
-
-def law_of(method: str, shape: Sequence[int], start: Initialiser, *, hidden: bool) -> Law | None:
-    """The law of a matrix [out, in] whose entries are independent; None for other methods.
-
-    muP (Yang et al., arXiv 2203.03466, table 8): the method says the spread at the base width. From there that of a hidden matrix
-    falls with the square root of its inputs; that of a table stays, so that an embedding can be the head, too.
-    xavier (Glorot and Bengio, 2010, eq. 16) reads the whole shape, for a vocabulary with its padding.
-    """
-    mult = start.spec.width_mult
-    factor = start.spec.scale / (math.sqrt(mult) if hidden else 1.0)
-    std = normal_std(method, std=start.spec.std, hidden_size=start.hidden_size / mult, num_layers=start.num_layers)
-    if std is not None:
-        return Law(size=std * factor)
+    if method in stds:
+        return _normal(stds[method] * factor)
     if method not in ("xavier_uniform", "xavier_normal"):
         return None
     field = math.prod(shape[2:])
     fan_out, fan_in = shape[0] / (mult if hidden else 1.0) * field, shape[1] / mult * field
     std = math.sqrt(2.0 / (fan_in + fan_out)) * factor
-    return Law(size=std * math.sqrt(3.0), uniform=True) if method == "xavier_uniform" else Law(size=std)
+    if method == "xavier_normal":
+        return _normal(std)
+    bound = std * math.sqrt(3.0)
+    return lambda block, generator: block.uniform_(-bound, bound, generator=generator)

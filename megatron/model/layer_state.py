@@ -40,8 +40,8 @@ class BlockSlot(nn.Module):
     """What mixers and feed-forwards have in common.
 
     `__init__(spec, *, tp, defer_reduce=False)`; a mixer also takes `context`. With defer_reduce the output is this rank's share of the
-    sum over tp. Initial values and sharding are said by `initial_values()` (mpu/roles.py) and `sharding()` (mpu/sharding.py) of the
-    module or of its parts.
+    sum over tp. Initial values and sharding are said by `initial_values()` and `sharding()` of the module or of its parts
+    (mpu/sharding.py).
     adds_aux: forward gives (hidden, aux)
     """
 

@@ -43,11 +43,9 @@ def attach_linear(module: nn.Module, choose: Callable[[str, SplitLinear], Linear
     choose: (name, layer) -> the operation of that layer; None = leave it
     Returns the names of the layers that were changed. The embedding and the head use their weights without one.
     """
-    layers = [(name, part) for name, part in module.named_modules() if isinstance(part, SplitLinear)]
     changed = []
-    for name, layer in layers:
-        operation = choose(name, layer)
-        if operation is not None:
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, SplitLinear) and (operation := choose(name, layer)) is not None:
             layer.linear = operation
             changed.append(name)
     return changed

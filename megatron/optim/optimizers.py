@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, overload
@@ -48,9 +47,15 @@ class GroupwiseOptimizer(Optimizer):
                 if isinstance(value, Tensor):
                     self.state[parameter][name] = value.detach().clone().to(self.state[parameter][name].device)
 
-    @abstractmethod
     def _update(self, group: dict[str, Any]) -> None:
         """One update of a group."""
+        for weight in group["params"]:
+            if weight.grad is not None:
+                self._update_one(weight, weight.grad.float(), group)
+
+    def _update_one(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """One update of a parameter by its gradient, in float32."""
+        raise NotImplementedError
 
 
 class Lion(GroupwiseOptimizer):
@@ -95,11 +100,6 @@ class MADGRADW(GroupwiseOptimizer):
     def __init__(self, params: Any, lr: float = 1e-2, momentum: float = 0.9, eps: float = 1e-6, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
 
-    def _update(self, group: dict[str, Any]) -> None:
-        for weight in group["params"]:
-            if weight.grad is not None:
-                self._update_one(weight, weight.grad.float(), group)
-
     def _update_one(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, lr, momentum = self.state[weight], group["lr"], group["momentum"]
         if not state:
@@ -133,11 +133,6 @@ class SM3(GroupwiseOptimizer):
         self, params: Any, lr: float = 0.1, momentum: float = 0.0, beta: float = 0.0, eps: float = 1e-30, weight_decay: float = 0.0
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "beta": beta, "eps": eps, "weight_decay": weight_decay})
-
-    def _update(self, group: dict[str, Any]) -> None:
-        for weight in group["params"]:
-            if weight.grad is not None:
-                self._update_one(weight, weight.grad.float(), group)
 
     def _update_one(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, momentum, beta = self.state[weight], group["momentum"], group["beta"]
@@ -207,40 +202,33 @@ class Muon(GroupwiseOptimizer):
         kinds = (rule, {"betas": betas, "eps": eps})
         super().__init__([{**kinds[not group[MATRIX]], **group} for group in groups], {"lr": lr, "weight_decay": 0.0})
 
-    def _update(self, group: dict[str, Any]) -> None:
+    def _update_one(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if not group[MATRIX]:
-            self._update_others(group)
+            self._adamw(weight, grad, group)
             return
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state, grad = self.state[weight], weight.grad.float()
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(grad)
-            buffer: Tensor = state["momentum_buffer"]
-            buffer.lerp_(grad, 1.0 - group["momentum"])
-            update = orthogonalise(grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer, group["ns_steps"])
-            rows, columns = weight.shape
-            weight.mul_(1.0 - group["lr"] * group["weight_decay"])
-            weight.add_(update.to(weight.dtype), alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        buffer: Tensor = state["momentum_buffer"]
+        buffer.lerp_(grad, 1.0 - group["momentum"])
+        update = orthogonalise(grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer, group["ns_steps"])
+        rows, columns = weight.shape
+        weight.mul_(1.0 - group["lr"] * group["weight_decay"])
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
-    def _update_others(self, group: dict[str, Any]) -> None:
-        """AdamW (Loshchilov and Hutter, arXiv 1711.05101, alg. 2) on a group that is no matrix's."""
-        beta1, beta2 = group["betas"]
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state, grad = self.state[weight], weight.grad.float()
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
-            state["step"] += 1
-            taken = float(state["step"])
-            state["exp_avg"].lerp_(grad, 1.0 - beta1)
-            state["exp_avg_sq"].lerp_(grad.square(), 1.0 - beta2)
-            spread = (state["exp_avg_sq"] / (1.0 - beta2**taken)).sqrt_().add_(group["eps"])
-            weight.mul_(1.0 - group["lr"] * group["weight_decay"])
-            weight.add_((state["exp_avg"] / spread).to(weight.dtype), alpha=-group["lr"] / (1.0 - beta1**taken))
+    def _adamw(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """AdamW (Loshchilov and Hutter, arXiv 1711.05101, alg. 2) for a parameter that Muon does not update."""
+        state, (beta1, beta2) = self.state[weight], group["betas"]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(grad), torch.zeros_like(grad)
+        state["step"] += 1
+        taken = float(state["step"])
+        state["exp_avg"].lerp_(grad, 1.0 - beta1)
+        state["exp_avg_sq"].lerp_(grad.square(), 1.0 - beta2)
+        spread = (state["exp_avg_sq"] / (1.0 - beta2**taken)).sqrt_().add_(group["eps"])
+        weight.mul_(1.0 - group["lr"] * group["weight_decay"])
+        weight.add_((state["exp_avg"] / spread).to(weight.dtype), alpha=-group["lr"] / (1.0 - beta1**taken))
 
 
 def deepspeed_muon(groups: list[dict[str, Any]], numbers: Mapping[str, Any]) -> Optimizer:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -42,11 +43,13 @@ def eager(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """torch's scaled_dot_product_attention. Packed documents are computed one by one, in a compiled graph with a mask."""
-    if view.dropout > 0.0:
-        # The kernel draws by itself, one stream for all heads: ranks of a tensor group must not draw alike.
-        with seeded(view.seeds[0], q.device):
-            return _sdpa_documents(q, k, v, view)
-    return _sdpa_documents(q, k, v, view)
+    with _own_draws(view, q.device):
+        return _sdpa_documents(q, k, v, view)
+
+
+def _own_draws(view: AttentionInputs, device: torch.device) -> AbstractContextManager[None]:
+    """Around a kernel that draws by itself, one stream for all heads: ranks of a tensor group must not draw alike."""
+    return seeded(view.seeds[0], device) if view.dropout > 0.0 else nullcontext()
 
 
 def _sdpa_documents(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
@@ -189,10 +192,8 @@ def flash_refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
 
 def flash(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """q [b, s, n, d], k and v [b, t, g, d] -> [b, s, n, d]."""
-    if view.dropout > 0.0:
-        with seeded(view.seeds[0], q.device):  # the kernel draws by itself, and ranks of a tensor group must not draw alike
-            return _flash(q, k, v, view)
-    return _flash(q, k, v, view)
+    with _own_draws(view, q.device):
+        return _flash(q, k, v, view)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:

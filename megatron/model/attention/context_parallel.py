@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ring attention (Liu et al., arXiv 2310.01889): queries stay, keys and values travel round the ranks that share a sequence.
+"""Context parallelism in attention: the ranks that share a sequence compute the attention of all of it.
 
-Exact: softmax is put together piece by piece (Milakov & Gimelshein, arXiv 1805.02867) in float32.
+Ring attention (Liu et al., arXiv 2310.01889): queries stay, keys and values travel round the ranks. Exact: softmax is put together
+piece by piece (Milakov & Gimelshein, arXiv 1805.02867) in float32. Ulysses attention (Jacobs et al., arXiv 2309.14509) through DeepSpeed:
+rows are exchanged for heads, then any back end serves. This is the one file that names deepspeed.sequence.
 """
 
 from __future__ import annotations
@@ -23,190 +25,6 @@ from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.comm import Shift, shift
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
-
-# A piece of scores has at most about this many numbers, and few enough queries that little is computed above the diagonal.
-SCORES = 2**24
-QUERIES = 256
-
-
-def ring_refuses(spec: AttentionSpec) -> str | None:
-    """Why the ring cannot serve a spec."""
-    if spec.rpe is not None or spec.alibi:
-        return "ring attention has no bias on the scores (rpe, alibi)"
-    if spec.dropout > 0.0:
-        return "ring attention has no attention dropout"
-    if spec.backend is not BackendName.AUTO:
-        return f"ring attention is computed in one way, and not by attention_backend {spec.backend.value}"
-    return None
-
-
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan) -> Tensor:
-    """This rank's queries against the keys of all ranks, own rows as in `plan.rows`.
-
-    q [b, s / cp, n, d], k and v [b, s / cp, g, d], view of whole rows -> [b, s / cp, n, d]
-    Every rank of plan.group calls this at the same time, also in the backward pass.
-    """
-    # The view's divisor keeps 16-bit scores in range; here there are none.
-    walk = Walk(plan, BlockMask.of(view.documents, view.window, q.device), q.shape[1] * plan.size, view.scale)
-    out: Tensor = _Ring.apply(q, k, v, walk)
-    return out
-
-
-@dataclass(frozen=True)
-class RingTile:
-    """Own queries and visiting keys that meet, as slices of what a rank holds; mask as in `BlockMask.mask`."""
-
-    queries: slice
-    keys: slice
-    mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class Walk:
-    """The whole way round. length: of whole rows; scale: factor on q k."""
-
-    plan: ContextPlan
-    block_mask: BlockMask
-    length: int
-    scale: float
-
-    def pieces(self, step: int, rows: int) -> Iterator[RingTile]:
-        """What is to be computed when the keys have gone `step` ranks; rows: of scores for each query, over the batch."""
-        group = self.plan.group
-        visitors = self.plan.runs(self.length, (group.rank - step) % group.size)
-        at = 0
-        for run in self.plan.runs(self.length):
-            size = max(1, min(QUERIES, SCORES // (rows * len(run))))
-            for start in range(0, len(run), size):
-                queries = run[start : start + size]
-                yield from self._against(slice(at + start, at + start + len(queries)), queries, visitors)
-            at += len(run)
-
-    def _against(self, own: slice, queries: range, visitors: tuple[range, ...]) -> Iterator[RingTile]:
-        at = 0
-        for run in visitors:
-            keys = self.block_mask.seen(queries, run)
-            if keys:
-                begin = at + keys.start - run.start
-                yield RingTile(own, slice(begin, begin + len(keys)), self.block_mask.mask(queries, keys))
-            at += len(run)
-
-
-class _Ring(torch.autograd.Function):
-    """Inside, the query heads that share a key head are further queries of it: q [b g, c r, d] with n = g r, c = s / cp."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, walk: Walk) -> Tensor:
-        heads = k.shape[2]
-        queries, kv = _group(q, heads), torch.stack((_group(k, heads), _group(v, heads)))
-        out, lse = _forward(queries, kv, walk, _Shape.of(q, heads))
-        ctx.save_for_backward(queries, kv, out, lse)
-        ctx.walk, ctx.shape = walk, _Shape.of(q, heads)
-        return _ungroup(out, ctx.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, kv, out, lse = ctx.saved_tensors
-        dq, dkv = _backward(q, kv, out, lse, _group(grads[0], ctx.shape.heads), ctx.walk, ctx.shape)
-        dk, dv = (_ungroup(grad, ctx.shape.of_keys()) for grad in dkv.to(kv.dtype))
-        return _ungroup(dq.to(q.dtype), ctx.shape), dk, dv, None
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """b rows, c positions, `heads` key heads that each serve `repeat` query heads."""
-
-    b: int
-    c: int
-    heads: int
-    repeat: int
-
-    @classmethod
-    def of(cls, q: Tensor, heads: int) -> _Shape:
-        return cls(q.shape[0], q.shape[1], heads, q.shape[2] // heads)
-
-    def of_keys(self) -> _Shape:
-        return _Shape(self.b, self.c, self.heads, 1)
-
-    def rows(self, queries: slice) -> slice:
-        """Where the queries of these positions lie among the c * repeat."""
-        return slice(queries.start * self.repeat, queries.stop * self.repeat)
-
-
-def _group(x: Tensor, heads: int) -> Tensor:
-    """[b, c, g r, d] -> [b g, c r, d] contiguous."""
-    b, c, n, d = x.shape
-    return x.reshape(b, c, heads, n // heads, d).transpose(1, 2).reshape(b * heads, -1, d)
-
-
-def _ungroup(x: Tensor, shape: _Shape) -> Tensor:
-    """[b g, c r, d] -> [b, c, g r, d]."""
-    return x.view(shape.b, shape.heads, shape.c, shape.repeat, -1).transpose(1, 2).flatten(2, 3)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b with sums and result in float32 or better. dtype: of the model; what a 16-bit one stores, a GPU multiplies as it is."""
-    if a.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
-    exact = torch.promote_types(dtype, torch.float32)
-    return torch.bmm(a.to(exact), b.to(exact))
-
-
-def _scores(q: Tensor, k: Tensor, piece: RingTile, walk: Walk, shape: _Shape) -> Tensor:
-    """Scaled scores of a piece, -inf where nothing is seen; [b g, rows, keys]."""
-    scores = _product(q, k.mT, q.dtype).mul_(walk.scale)
-    if piece.mask is not None:
-        mask = piece.mask[:, None, :, None]  # [b or 1, 1, queries, 1, keys]
-        scores.view(shape.b, shape.heads, -1, shape.repeat, scores.shape[-1]).masked_fill_(~mask, float("-inf"))
-    return scores
-
-
-def _forward(q: Tensor, kv: Tensor, walk: Walk, shape: _Shape) -> tuple[Tensor, Tensor]:
-    """out as q, and the logarithm of each query's sum of exponentials, float32 [b g, c r]."""
-    group, exact = walk.plan.group, torch.promote_types(q.dtype, torch.float32)
-    top = torch.full(q.shape[:2], float("-inf"), dtype=exact, device=q.device)
-    total, out = torch.zeros_like(top), torch.zeros_like(q, dtype=exact)
-    for step in range(group.size):
-        ahead = shift(kv, group) if step + 1 < group.size else None
-        for piece in walk.pieces(step, shape.b * shape.heads * shape.repeat):
-            rows = shape.rows(piece.queries)
-            k, v = kv[:, :, piece.keys]
-            scores = _scores(q[:, rows], k, piece, walk, shape)
-            new = torch.maximum(top[:, rows], scores.amax(dim=-1))
-            # A query that has seen nothing so far has no highest score; any number serves in its place.
-            level = new.masked_fill(new == float("-inf"), 0.0)
-            shrink = (top[:, rows] - level).exp_()
-            weights = scores.sub_(level[..., None]).exp_()
-            total[:, rows] = total[:, rows] * shrink + weights.sum(dim=-1)
-            out[:, rows] = out[:, rows] * shrink[..., None] + _product(weights, v, q.dtype)
-            top[:, rows] = new
-        kv = kv if ahead is None else ahead.wait()
-    return out.div_(total[..., None]).to(q.dtype), top + total.log()
-
-
-def _backward(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, walk: Walk, shape: _Shape) -> tuple[Tensor, Tensor]:
-    """Gradients of q and kv in float32; weights are made again from lse (Dao et al., arXiv 2205.14135, app. B.2)."""
-    group, exact = walk.plan.group, lse.dtype
-    delta = (dout.to(exact) * out.to(exact)).sum(dim=-1)
-    dq = torch.zeros_like(q, dtype=exact)
-    behind: Shift | None = None  # the gradients of the keys follow them, one step late, so both travel while others compute
-    for step in range(group.size):
-        ahead = shift(kv, group) if step + 1 < group.size else None
-        dkv = torch.zeros_like(kv, dtype=exact)
-        for piece in walk.pieces(step, shape.b * shape.heads * shape.repeat):
-            rows = shape.rows(piece.queries)
-            (k, v), (dk, dv) = kv[:, :, piece.keys], dkv[:, :, piece.keys]
-            weights = _scores(q[:, rows], k, piece, walk, shape).sub_(lse[:, rows, None]).exp_()
-            dv += _product(weights.mT, dout[:, rows], q.dtype)
-            slope = _product(dout[:, rows], v.mT, q.dtype).sub_(delta[:, rows, None]).mul_(weights).mul_(walk.scale)
-            dq[:, rows] += _product(slope, k, q.dtype)
-            dk += _product(slope.mT, q[:, rows], q.dtype)
-        if behind is not None:
-            dkv += behind.wait()
-        behind = shift(dkv, group)
-        kv = kv if ahead is None else ahead.wait()
-    assert behind is not None
-    return dq, behind.wait()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +81,184 @@ class BlockMask:
         """Where each row's document at a position begins."""
         assert self.starts is not None
         return [row[bisect_right(row, position) - 1] for row in self.starts]
+
+
+# ---- ring attention -------------------------------------------------------------------------------------------------
+
+# A piece of scores has at most about this many numbers, and few enough queries that little is computed above the diagonal.
+SCORES = 2**24
+QUERIES = 256
+
+
+def ring_refuses(spec: AttentionSpec) -> str | None:
+    """Why the ring cannot serve a spec."""
+    if spec.rpe is not None or spec.alibi:
+        return "ring attention has no bias on the scores (rpe, alibi)"
+    if spec.dropout > 0.0:
+        return "ring attention has no attention dropout"
+    if spec.backend is not BackendName.AUTO:
+        return f"ring attention is computed in one way, and not by attention_backend {spec.backend.value}"
+    return None
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan) -> Tensor:
+    """This rank's queries against the keys of all ranks, own rows as in `plan.rows`.
+
+    q [b, s / cp, n, d], k and v [b, s / cp, g, d], view of whole rows -> [b, s / cp, n, d]
+    Every rank of plan.group calls this at the same time, also in the backward pass.
+    """
+    # The view's divisor keeps 16-bit scores in range; here there are none.
+    walk = Walk(plan, BlockMask.of(view.documents, view.window, q.device), q.shape[1] * plan.size, view.scale)
+    out: Tensor = _Ring.apply(q, k, v, walk)
+    return out
+
+
+@dataclass(frozen=True)
+class RingTile:
+    """Own queries and visiting keys that meet, as slices of what a rank holds; mask as in `BlockMask.mask`."""
+
+    queries: slice
+    keys: slice
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The whole way round. length: of whole rows; scale: factor on q k."""
+
+    plan: ContextPlan
+    block_mask: BlockMask
+    length: int
+    scale: float
+
+    def pieces(self, step: int, shape: _Shape) -> Iterator[RingTile]:
+        """What is to be computed when the keys have gone `step` ranks."""
+        rows = shape.b * shape.heads * shape.repeat  # of scores for each query, over the batch
+        group = self.plan.group
+        visitors = self.plan.runs(self.length, (group.rank - step) % group.size)
+        at = 0
+        for run in self.plan.runs(self.length):
+            size = max(1, min(QUERIES, SCORES // (rows * len(run))))
+            for start in range(0, len(run), size):
+                queries = run[start : start + size]
+                yield from self._against(slice(at + start, at + start + len(queries)), queries, visitors)
+            at += len(run)
+
+    def _against(self, own: slice, queries: range, visitors: tuple[range, ...]) -> Iterator[RingTile]:
+        at = 0
+        for run in visitors:
+            keys = self.block_mask.seen(queries, run)
+            if keys:
+                begin = at + keys.start - run.start
+                yield RingTile(own, slice(begin, begin + len(keys)), self.block_mask.mask(queries, keys))
+            at += len(run)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """b rows, c positions, `heads` key heads that each serve `repeat` query heads."""
+
+    b: int
+    c: int
+    heads: int
+    repeat: int
+
+    @classmethod
+    def of(cls, q: Tensor, heads: int) -> _Shape:
+        return cls(q.shape[0], q.shape[1], heads, q.shape[2] // heads)
+
+    def rows(self, queries: slice) -> slice:
+        """Where the queries of these positions lie among the c * repeat."""
+        return slice(queries.start * self.repeat, queries.stop * self.repeat)
+
+
+def _group(x: Tensor, heads: int) -> Tensor:
+    """[b, c, g r, d] -> [b g, c r, d] contiguous."""
+    b, c, n, d = x.shape
+    return x.reshape(b, c, heads, n // heads, d).transpose(1, 2).reshape(b * heads, -1, d)
+
+
+def _ungroup(x: Tensor, shape: _Shape) -> Tensor:
+    """[b g, c r, d] -> [b, c, g r, d]."""
+    return x.view(shape.b, shape.heads, shape.c, shape.repeat, -1).transpose(1, 2).flatten(2, 3)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b with sums and result in float32 or better. dtype: of the model; what a 16-bit one stores, a GPU multiplies as it is."""
+    if a.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+    exact = torch.promote_types(dtype, torch.float32)
+    return torch.bmm(a.to(exact), b.to(exact))
+
+
+def _scores(q: Tensor, k: Tensor, piece: RingTile, walk: Walk, shape: _Shape) -> Tensor:
+    """Scaled scores of a piece, -inf where nothing is seen; [b g, rows, keys]."""
+    scores = _product(q, k.mT, q.dtype).mul_(walk.scale)
+    if piece.mask is not None:
+        mask = piece.mask[:, None, :, None]  # [b or 1, 1, queries, 1, keys]
+        scores.view(shape.b, shape.heads, -1, shape.repeat, scores.shape[-1]).masked_fill_(~mask, float("-inf"))
+    return scores
+
+
+class _Ring(torch.autograd.Function):
+    """Inside, the query heads that share a key head are further queries of it: q [b g, c r, d] with n = g r, c = s / cp."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, walk: Walk) -> Tensor:
+        group, shape, exact = walk.plan.group, _Shape.of(q, k.shape[2]), torch.promote_types(q.dtype, torch.float32)
+        q, own = _group(q, shape.heads), torch.stack((_group(k, shape.heads), _group(v, shape.heads)))
+        top = torch.full(q.shape[:2], float("-inf"), dtype=exact, device=q.device)
+        total, out, kv = torch.zeros_like(top), torch.zeros_like(q, dtype=exact), own
+        for step in range(group.size):
+            ahead = shift(kv, group) if step + 1 < group.size else None
+            for piece in walk.pieces(step, shape):
+                rows = shape.rows(piece.queries)
+                k, v = kv[:, :, piece.keys]
+                scores = _scores(q[:, rows], k, piece, walk, shape)
+                new = torch.maximum(top[:, rows], scores.amax(dim=-1))
+                # A query that has seen nothing so far has no highest score; any number serves in its place.
+                level = new.masked_fill(new == float("-inf"), 0.0)
+                shrink = (top[:, rows] - level).exp_()
+                weights = scores.sub_(level[..., None]).exp_()
+                total[:, rows] = total[:, rows] * shrink + weights.sum(dim=-1)
+                out[:, rows] = out[:, rows] * shrink[..., None] + _product(weights, v, q.dtype)
+                top[:, rows] = new
+            kv = kv if ahead is None else ahead.wait()
+        out = out.div_(total[..., None]).to(q.dtype)
+        # Last: the logarithm of each query's sum of exponentials, float32 [b g, c r].
+        ctx.save_for_backward(q, own, out, top + total.log())
+        ctx.walk, ctx.shape = walk, shape
+        return _ungroup(out, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """In float32; weights are made again from lse (Dao et al., arXiv 2205.14135, app. B.2)."""
+        (q, kv, out, lse), walk, shape = ctx.saved_tensors, ctx.walk, ctx.shape
+        group, exact, dout = walk.plan.group, lse.dtype, _group(grads[0], shape.heads)
+        delta = (dout.to(exact) * out.to(exact)).sum(dim=-1)
+        dq = torch.zeros_like(q, dtype=exact)
+        behind: Shift | None = None  # the gradients of the keys follow them, one step late, so both travel while others compute
+        for step in range(group.size):
+            ahead = shift(kv, group) if step + 1 < group.size else None
+            dkv = torch.zeros_like(kv, dtype=exact)
+            for piece in walk.pieces(step, shape):
+                rows = shape.rows(piece.queries)
+                (k, v), (dk, dv) = kv[:, :, piece.keys], dkv[:, :, piece.keys]
+                weights = _scores(q[:, rows], k, piece, walk, shape).sub_(lse[:, rows, None]).exp_()
+                dv += _product(weights.mT, dout[:, rows], q.dtype)
+                slope = _product(dout[:, rows], v.mT, q.dtype).sub_(delta[:, rows, None]).mul_(weights).mul_(walk.scale)
+                dq[:, rows] += _product(slope, k, q.dtype)
+                dk += _product(slope.mT, q[:, rows], q.dtype)
+            if behind is not None:
+                dkv += behind.wait()
+            behind = shift(dkv, group)
+            kv = kv if ahead is None else ahead.wait()
+        assert behind is not None
+        dk, dv = (_ungroup(grad, replace(shape, repeat=1)) for grad in behind.wait().to(kv.dtype))
+        return _ungroup(dq.to(q.dtype), shape), dk, dv, None
+
+
+# ---- Ulysses --------------------------------------------------------------------------------------------------------
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan: ContextPlan, inner: Attend) -> Tensor:
