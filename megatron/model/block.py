@@ -15,6 +15,7 @@ from megatron.mpu.comm import reduce_from_region
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 from megatron.mpu.random import dropout
+from megatron.mpu.sharding import stated
 
 if TYPE_CHECKING:
     from megatron.model.layer_state import LayerCache
@@ -118,5 +119,4 @@ def unused_stored_prefixes(module: nn.Module) -> tuple[str, ...]:
 
     Any module may name its own by `unused_stored() -> tuple[local name prefix, ...]`.
     """
-    stated = [(name, getattr(child, "unused_stored", None)) for name, child in module.named_modules()]
-    return tuple(f"{name}.{local}".removeprefix(".") for name, names in stated if callable(names) for local in names())
+    return tuple(prefix + name for prefix, _, names in stated(module, "unused_stored") for name in names)

@@ -47,7 +47,7 @@ class Slot:
 
     @classmethod
     def gap(cls, number: int) -> Slot:
-        """A number that no module bears."""
+        """A layer number without a module."""
         return cls(number, None)
 
 

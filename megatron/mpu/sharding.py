@@ -132,7 +132,7 @@ InitialValue = Initial | str | Fill
 """str: a method's name, as in `init_method`."""
 
 
-def _stated(module: nn.Module, method: str) -> Iterator[tuple[str, nn.Module, Any]]:
+def stated(module: nn.Module, method: str) -> Iterator[tuple[str, nn.Module, Any]]:
     """(prefix, part, what it says) for each part of a module tree that has this method, outer ones first."""
     for prefix, part in module.named_modules(remove_duplicate=False):
         if callable(ask := getattr(part, method, None)):
@@ -141,13 +141,13 @@ def _stated(module: nn.Module, method: str) -> Iterator[tuple[str, nn.Module, An
 
 def _named(module: nn.Module, method: str) -> set[int]:
     """Identities of the parameters that the parts of a module tree name by this method."""
-    return {id(part.get_parameter(name)) for _, part, names in _stated(module, method) for name in names}
+    return {id(part.get_parameter(name)) for _, part, names in stated(module, method) for name in names}
 
 
 def sharding_of(module: nn.Module) -> dict[str, Sharding]:
     """Sharding of every parameter and stored tensor (state dict name) of a module tree, on any device, also meta."""
     table: dict[str, Sharding] = dict.fromkeys(module.state_dict(), Replicated())
-    for prefix, _, said in _stated(module, "sharding"):
+    for prefix, _, said in stated(module, "sharding"):
         table.update({prefix + name: how for name, how in said.items()})
     return table
 
@@ -155,7 +155,7 @@ def sharding_of(module: nn.Module) -> dict[str, Sharding]:
 def initial_values_of(module: nn.Module) -> dict[int, InitialValue]:
     """What is said of a module tree's parameters, by the parameter's identity."""
     found: dict[int, InitialValue] = {}
-    for _, part, said in _stated(module, "initial_values"):
+    for _, part, said in stated(module, "initial_values"):
         for name, value in said.items():
             found.setdefault(id(part.get_parameter(name)), value)
     return found

@@ -123,7 +123,7 @@ class LRScheduler:
         """Go to where `steps` optimizer steps have been made.
 
         saved: the checkpoint's schedule, where the optimizer begins anew. It is followed if `on_resume` says so; else the
-            configuration's is, and the difference told, as nothing else of that optimizer goes on.
+            configuration's is, and the difference is logged, as nothing else of that optimizer goes on.
         """
         if saved:
             self._choose(spec_from_state(saved, self.spec))
@@ -140,8 +140,7 @@ class LRScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        state = _plain(self.spec)
-        return {**state, "num_iters": self.num_iters}
+        return {**_plain(self.spec), "num_iters": self.num_iters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was saved.
@@ -192,21 +191,16 @@ _KEYS: Mapping[str, str] = MappingProxyType(
         "decay_style": "lr_decay_style",
         "end_iter": "lr_decay_iters / train_iters",
         "warmup_iter": "warmup (steps)",
-        "min_lr": "min_lr",
-        "wsd_decay_fraction": "wsd_decay_fraction",
-        "warmup_from_zero": "warmup_from_zero",
     }
 )
+"""Configuration keys of the fields that are not named as theirs."""
 
 
 def _differences(saved: ScheduleSpec, configured: ScheduleSpec) -> dict[str, str]:
     """Configuration key -> a line with both values, for each difference between two schedules."""
     old, new = _plain(saved), _plain(configured)
-    return {
-        key: f"{key}: {old.get(name)} in the checkpoint, {new.get(name)} in the configuration"
-        for name, key in _KEYS.items()
-        if not _same(old.get(name), new.get(name))
-    }
+    both = ((_KEYS.get(f.name, f.name), old.get(f.name), new.get(f.name)) for f in fields(ScheduleSpec))
+    return {key: f"{key}: {a} in the checkpoint, {b} in the configuration" for key, a, b in both if not _same(a, b)}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -53,7 +53,7 @@ class BlockMask:
         return cls(device=device, window=window, starts=starts, numbers=ordinals(documents.segment_ids))
 
     def seen(self, queries: range, keys: range) -> range:
-        """The keys outside which no query of any row sees anything; empty when the two are strangers."""
+        """The keys outside which no query of any row sees anything; empty when no query sees any of them."""
         first = queries.start
         back = 0 if self.starts is None else min(self._openings(first))
         if self.window is not None:
@@ -108,8 +108,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs, plan:
     Every rank of plan.group calls this at the same time, also in the backward pass.
     """
     # The view's divisor keeps 16-bit scores in range; here there are none.
-    walk = Walk(plan, BlockMask.of(view.documents, view.window, q.device), q.shape[1] * plan.size, view.scale)
-    out: Tensor = _Ring.apply(q, k, v, walk)
+    schedule = RingSchedule(plan, BlockMask.of(view.documents, view.window, q.device), q.shape[1] * plan.size, view.scale)
+    out: Tensor = _Ring.apply(q, k, v, schedule)
     return out
 
 
@@ -123,8 +123,8 @@ class RingTile:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """The whole way round. length: of whole rows; scale: factor on q k."""
+class RingSchedule:
+    """What every step round the ring needs. length: of whole rows; scale: factor on q k."""
 
     plan: ContextPlan
     block_mask: BlockMask
@@ -191,9 +191,9 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(a.to(exact), b.to(exact))
 
 
-def _scores(q: Tensor, k: Tensor, piece: RingTile, walk: Walk, shape: _Shape) -> Tensor:
+def _scores(q: Tensor, k: Tensor, piece: RingTile, schedule: RingSchedule, shape: _Shape) -> Tensor:
     """Scaled scores of a piece, -inf where nothing is seen; [b g, rows, keys]."""
-    scores = _product(q, k.mT, q.dtype).mul_(walk.scale)
+    scores = _product(q, k.mT, q.dtype).mul_(schedule.scale)
     if piece.mask is not None:
         mask = piece.mask[:, None, :, None]  # [b or 1, 1, queries, 1, keys]
         scores.view(shape.b, shape.heads, -1, shape.repeat, scores.shape[-1]).masked_fill_(~mask, float("-inf"))
@@ -204,17 +204,17 @@ class _Ring(torch.autograd.Function):
     """Inside, the query heads that share a key head are further queries of it: q [b g, c r, d] with n = g r, c = s / cp."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, walk: Walk) -> Tensor:
-        group, shape, exact = walk.plan.group, _Shape.of(q, k.shape[2]), torch.promote_types(q.dtype, torch.float32)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, schedule: RingSchedule) -> Tensor:
+        group, shape, exact = schedule.plan.group, _Shape.of(q, k.shape[2]), torch.promote_types(q.dtype, torch.float32)
         q, own = _group(q, shape.heads), torch.stack((_group(k, shape.heads), _group(v, shape.heads)))
         top = torch.full(q.shape[:2], float("-inf"), dtype=exact, device=q.device)
         total, out, kv = torch.zeros_like(top), torch.zeros_like(q, dtype=exact), own
         for step in range(group.size):
             ahead = shift(kv, group) if step + 1 < group.size else None
-            for piece in walk.pieces(step, shape):
+            for piece in schedule.pieces(step, shape):
                 rows = shape.rows(piece.queries)
                 k, v = kv[:, :, piece.keys]
-                scores = _scores(q[:, rows], k, piece, walk, shape)
+                scores = _scores(q[:, rows], k, piece, schedule, shape)
                 new = torch.maximum(top[:, rows], scores.amax(dim=-1))
                 # A query that has seen nothing so far has no highest score; any number serves in its place.
                 level = new.masked_fill(new == float("-inf"), 0.0)
@@ -227,26 +227,26 @@ class _Ring(torch.autograd.Function):
         out = out.div_(total[..., None]).to(q.dtype)
         # Last: the logarithm of each query's sum of exponentials, float32 [b g, c r].
         ctx.save_for_backward(q, own, out, top + total.log())
-        ctx.walk, ctx.shape = walk, shape
+        ctx.schedule, ctx.shape = schedule, shape
         return _ungroup(out, shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """In float32; weights are made again from lse (Dao et al., arXiv 2205.14135, app. B.2)."""
-        (q, kv, out, lse), walk, shape = ctx.saved_tensors, ctx.walk, ctx.shape
-        group, exact, dout = walk.plan.group, lse.dtype, _group(grads[0], shape.heads)
+        (q, kv, out, lse), schedule, shape = ctx.saved_tensors, ctx.schedule, ctx.shape
+        group, exact, dout = schedule.plan.group, lse.dtype, _group(grads[0], shape.heads)
         delta = (dout.to(exact) * out.to(exact)).sum(dim=-1)
         dq = torch.zeros_like(q, dtype=exact)
         behind: Shift | None = None  # the gradients of the keys follow them, one step late, so both travel while others compute
         for step in range(group.size):
             ahead = shift(kv, group) if step + 1 < group.size else None
             dkv = torch.zeros_like(kv, dtype=exact)
-            for piece in walk.pieces(step, shape):
+            for piece in schedule.pieces(step, shape):
                 rows = shape.rows(piece.queries)
                 (k, v), (dk, dv) = kv[:, :, piece.keys], dkv[:, :, piece.keys]
-                weights = _scores(q[:, rows], k, piece, walk, shape).sub_(lse[:, rows, None]).exp_()
+                weights = _scores(q[:, rows], k, piece, schedule, shape).sub_(lse[:, rows, None]).exp_()
                 dv += _product(weights.mT, dout[:, rows], q.dtype)
-                slope = _product(dout[:, rows], v.mT, q.dtype).sub_(delta[:, rows, None]).mul_(weights).mul_(walk.scale)
+                slope = _product(dout[:, rows], v.mT, q.dtype).sub_(delta[:, rows, None]).mul_(weights).mul_(schedule.scale)
                 dq[:, rows] += _product(slope, k, q.dtype)
                 dk += _product(slope.mT, q[:, rows], q.dtype)
             if behind is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attention back end is told beside queries, keys and values: packed documents, and what each token may see."""
+"""The inputs of an attention back end beside queries, keys and values: packed documents, and what each token may see."""
 
 from __future__ import annotations
 
