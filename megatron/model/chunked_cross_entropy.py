@@ -287,7 +287,10 @@ class _Rows:
         self, weight: Tensor, count: int, tp: Group, block: int, targets: Tensor | None, mask: Tensor | None, second: Second | None = None
     ) -> None:
         """count: rows of hidden; targets, mask: [...] or None"""
-        self.index, self.elsewhere = (None, None) if targets is None else local_targets(targets.reshape(-1), weight.shape[0], tp)
+        self.index: Tensor | None = None
+        self.elsewhere: Tensor | None = None
+        if targets is not None:
+            self.index, self.elsewhere = local_targets(targets.reshape(-1), weight.shape[0], tp)
         self.numbers = None if mask is None else _active(mask.reshape(-1))
         self.count = count if self.numbers is None else self.numbers.numel()
         self.size = min(block_rows_for(weight.shape[0], weight.device, block), max(self.count, 1))
@@ -348,8 +351,8 @@ def blockwise_stats(
     rows = _Rows(weight, shape.numel(), tp, block, targets, mask, wanted.second)
     out, top1 = _Stats.apply(hidden, weight, rows, wanted, tp)
     asked = (wanted.logp, wanted.lse, wanted.entropy, wanted.kl is not None)
-    found = [row.view(shape) if is_asked else None for row, is_asked in zip(out, asked, strict=True)]
-    return TokenStats(*found, top1.view(shape) if wanted.top1 else None)
+    logp, lse, entropy, kl = (row.view(shape) if is_asked else None for row, is_asked in zip(out, asked, strict=True))
+    return TokenStats(logp, lse, entropy, kl, top1.view(shape) if wanted.top1 else None)
 
 
 def local_targets(targets: Tensor, size: int, group: Group) -> tuple[Tensor, Tensor | None]:

@@ -82,8 +82,8 @@ def on_first_rank(call: Callable[[], T], group: Group) -> T:
         except Exception as error:
             failure, outcome = error, (None, LostRankError(f"rank {group.ranks[0]} failed: {error}"))
     value, refused = _of_rank(outcome, group, group.ranks[0])
-    if error := failure or refused:
-        raise error
+    if problem := failure or refused:
+        raise problem
     return value  # type: ignore[return-value]
 
 

@@ -125,7 +125,7 @@ class Initial(Enum):
     KEEP = "keep"
 
 
-Fill = Callable[[Tensor, Generator], None]
+Fill = Callable[[Tensor, Generator], object]
 """Writes a whole parameter, float32 and over all ranks, with random numbers of the generator only; each rank keeps its part."""
 
 InitialValue = Initial | str | Fill
