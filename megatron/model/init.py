@@ -100,11 +100,7 @@ class Initialiser:
         if method not in gains:
             raise ConfigError(f"unknown initialiser '{method}'", where="init_method, output_layer_init_method")
         gain = gains[method] * self.spec.scale
-
-        def fill(whole: Tensor, generator: torch.Generator) -> None:
-            nn.init.orthogonal_(whole, gain=gain, generator=generator)
-
-        return fill
+        return lambda whole, generator: nn.init.orthogonal_(whole, gain=gain, generator=generator)
 
     def _generator(self, parameter: nn.Parameter, name: str) -> torch.Generator:
         return torch.Generator(parameter.device).manual_seed(seed_of(self.seed, name))

@@ -45,11 +45,6 @@ class Slot:
     placed: bool = False
     head: Callable[..., Any] | None = None
 
-    @classmethod
-    def gap(cls, number: int) -> Slot:
-        """A layer number without a module."""
-        return cls(number, None)
-
 
 def layer_plan(spec: ModelSpec) -> list[Slot]:
     """Every slot of the model in order; slot numbers are 0 .. num_layers + 4 without a hole."""
@@ -67,7 +62,7 @@ def layer_plan(spec: ModelSpec) -> list[Slot]:
         last = Slot(count + 4, LMHead, spec.head)
     blocks = [Slot(2 + index, TransformerBlock, block, placed=True) for index, block in enumerate(spec.blocks)]
     # FORMAT: slots 1 and count + 2 were transposes in NeoX; their numbers stay empty.
-    return [first, Slot.gap(1), *blocks, Slot.gap(count + 2), Slot(count + 3, FinalNorm, spec.final_norm), last]
+    return [first, Slot(1, None), *blocks, Slot(count + 2, None), Slot(count + 3, FinalNorm, spec.final_norm), last]
 
 
 @dataclass(frozen=True, kw_only=True)

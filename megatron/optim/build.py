@@ -49,19 +49,16 @@ def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> 
 
 def build_groups(args: NeoXArgs, module: nn.Module) -> list[dict[str, Any]]:
     """The trainable parameters of `module` as the configured optimizer's groups."""
-    ranks = 1 if args.optim.summed_bias_full_lr else args.runtime.model_parallel_size
-    return slow_shares(_groups(args, module), module, ranks)
-
-
-def _groups(args: NeoXArgs, module: nn.Module) -> list[dict[str, Any]]:
     section, decay = args.optim, float(args.optim.weight_decay)
     if section.optimizer_type == "muon":
         params = section.optimizer.get("params", {}) if section.optimizer else {}
         matrix, other = (params[rate] / section.lr if params.get(rate) and section.lr else 1.0 for rate in MUON_RATES)
-        return muon_groups(module, decay, matrix_mult=matrix, other_mult=other)
-    if args.model.use_mup:
-        return groups_by_role(module, decay, mup_rates(section.optimizer_type, args.model.width_mult))
-    return parameter_groups(module, decay)
+        groups = muon_groups(module, decay, matrix_mult=matrix, other_mult=other)
+    elif args.model.use_mup:
+        groups = groups_by_role(module, decay, mup_rates(section.optimizer_type, args.model.width_mult))
+    else:
+        groups = parameter_groups(module, decay)
+    return slow_shares(groups, module, 1 if section.summed_bias_full_lr else args.runtime.model_parallel_size)
 
 
 def zero_stage(args: NeoXArgs) -> int:
