@@ -16,20 +16,7 @@ from torch import Tensor, nn
 from megatron.errors import ConfigError
 from megatron.model.spec import InitSpec
 from megatron.mpu.groups import Group, Groups
-from megatron.mpu.sharding import (
-    Axis,
-    Fill,
-    Initial,
-    Role,
-    Sharding,
-    Split,
-    dimensions,
-    initial_values_of,
-    local_size,
-    roles_of,
-    sharding_of,
-    split,
-)
+from megatron.mpu.sharding import Fill, Initial, Role, Sharding, Split, initial_values_of, local_size, roles_of, sharding_of, split
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -61,11 +48,11 @@ class Initialiser:
         methods = {Initial.INPUT: self.spec.method, Initial.OUTPUT: self.spec.output_method}
         shardings, roles, stated = sharding_of(layer), roles_of(layer), initial_values_of(layer)
         for local, parameter in layer.named_parameters():
-            value = stated.get(id(parameter), Initial.INPUT if dimensions(parameter) > 1 else Initial.KEEP)
+            value = stated[id(parameter)]
             if value is Initial.KEEP or parameter.is_meta:
                 continue
             how = shardings[local]
-            shard = WeightShard(how, groups.along(how.axis if isinstance(how, Split) else Axis.TENSOR))
+            shard = WeightShard(how, groups.along(how))
             with nullcontext() if self.gather is None else self.gather([parameter]), torch.no_grad():
                 if callable(value):
                     self._fill(parameter, value, f"{name}.{local}", shard)

@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.errors import ConfigError
-from megatron.mpu.sharding import Axis
+from megatron.mpu.sharding import Axis, Sharding, Split
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,9 +60,9 @@ class Groups:
         """One process: every axis has size 1."""
         return cls()
 
-    def along(self, axis: Axis) -> Group:
-        """The group that tensors of an axis are cut over."""
-        return self.tp if axis is Axis.TENSOR else self.ep
+    def along(self, how: Sharding) -> Group:
+        """The group that a tensor is spread over."""
+        return self.ep if isinstance(how, Split) and how.axis is Axis.EXPERT else self.tp
 
 
 AXES = ("pipe", "data", "context", "tensor")

@@ -153,11 +153,13 @@ def sharding_of(module: nn.Module) -> dict[str, Sharding]:
 
 
 def initial_values_of(module: nn.Module) -> dict[int, InitialValue]:
-    """What is said of a module tree's parameters, by the parameter's identity."""
+    """How each parameter of a module tree starts, by the parameter's identity."""
     found: dict[int, InitialValue] = {}
     for _, part, said in stated(module, "initial_values"):
         for name, value in said.items():
             found.setdefault(id(part.get_parameter(name)), value)
+    for parameter in module.parameters():
+        found.setdefault(id(parameter), Initial.INPUT if dimensions(parameter) > 1 else Initial.KEEP)
     return found
 
 
