@@ -24,8 +24,7 @@ from megatron.errors import BackendError, ConfigError, LostRankError
 from megatron.launch.environment import Rendezvous, place_from
 from megatron.log import get_logger
 from megatron.mpu.comm import open_groups
-from megatron.mpu.groups import Groups
-from megatron.mpu.topology import Topology
+from megatron.mpu.groups import Groups, Topology
 
 log = get_logger(__name__)
 

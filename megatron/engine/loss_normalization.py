@@ -18,8 +18,7 @@ from megatron.mpu.collectives import of_all_ranks, of_last_rank
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group, Groups
-from megatron.objectives.base import LossTerms, Metric, Objective, ReadAny, Targets
-from megatron.objectives.context import LossContext
+from megatron.objectives.base import LossContext, LossTerms, Metric, Objective, ReadAny, Targets
 
 if TYPE_CHECKING:
     from megatron.model.head import Logits

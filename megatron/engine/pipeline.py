@@ -19,8 +19,7 @@ from megatron.engine.fault_injection import disturbed
 from megatron.engine.loss_normalization import MakeContext, MetricSum, targets_of, with_aux
 from megatron.engine.timers import Timers
 from megatron.errors import TrainingError
-from megatron.objectives.base import Objective, ReadAny, Targets
-from megatron.objectives.context import LossContext
+from megatron.objectives.base import LossContext, Objective, ReadAny, Targets
 
 T = TypeVar("T")
 OnLogits = Callable[[Any, Targets, LossContext], Tensor]

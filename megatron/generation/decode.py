@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron.generation.sampling import Sampling, choose
-from megatron.model.cache import ModelCache
 from megatron.model.head import Logits
+from megatron.model.layer_state import ModelCache
 from megatron.model.transformer import Transformer
 
 OnToken = Callable[[int, int], None]

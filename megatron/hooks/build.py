@@ -35,7 +35,7 @@ from megatron.hooks.throughput import StepFlops
 from megatron.hooks.trackers.build import KEPT, build_openers, tracker_ids
 from megatron.hooks.validation import Evaluate, ValidationHook
 from megatron.log import get_logger
-from megatron.model.flops import reported_flops_per_step
+from megatron.model.slots import reported_flops_per_step
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank, on_first_rank
 from megatron.mpu.groups import Groups

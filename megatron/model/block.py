@@ -15,9 +15,10 @@ from megatron.mpu.comm import reduce_from_region
 from megatron.mpu.context import ContextPlan
 from megatron.mpu.groups import Group
 from megatron.mpu.random import dropout
+from megatron.mpu.sharding import stated
 
 if TYPE_CHECKING:
-    from megatron.model.cache import LayerCache
+    from megatron.model.layer_state import LayerCache
 
 # FORMAT: norms that the reference builds and never uses. They are not parameters here; a checkpoint may hold them.
 UNUSED_NORM = {Residual.POST_SUBLAYER: "input_layernorm", Residual.PARALLEL_TIED: "post_attention_layernorm"}
@@ -78,9 +79,9 @@ class TransformerBlock(nn.Module):
             ffn_input = normed if self.form is Residual.PARALLEL_TIED else self.post_attention_layernorm(hidden)
             mixed, aux = _split(self.attention(normed, segment_ids, cache), aux)
             # Dropout before the sum draws the same mask of the whole sequence on every rank of tp, so it drops whole sums.
-            share = self._drop_whole(mixed)
+            share = self._drop(mixed, ALONE)
             fed, aux = _split(self.mlp(ffn_input), aux)
-            hidden = hidden + reduce_from_region(share + self._drop_whole(fed), self.tp)
+            hidden = hidden + reduce_from_region(share + self._drop(fed, ALONE), self.tp)
         return LayerState(hidden, segment_ids, aux)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -98,11 +99,8 @@ class TransformerBlock(nn.Module):
             del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, self.tp, training=self.training)
-
-    def _drop_whole(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, ALONE, training=self.training)
+    def _drop(self, x: Tensor, tp: Group | None = None) -> Tensor:
+        return dropout(x, self.dropout, tp or self.tp, training=self.training)
 
 
 def _split(output: SlotOutput, aux: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -118,5 +116,4 @@ def unused_stored_prefixes(module: nn.Module) -> tuple[str, ...]:
 
     Any module may name its own by `unused_stored() -> tuple[local name prefix, ...]`.
     """
-    stated = [(name, getattr(child, "unused_stored", None)) for name, child in module.named_modules()]
-    return tuple(f"{name}.{local}".removeprefix(".") for name, names in stated if callable(names) for local in names())
+    return tuple(prefix + name for prefix, _, names in stated(module, "unused_stored") for name in names)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import nn
 
 from megatron.errors import ConfigError
 from megatron.model.init import Gather
-from megatron.model.mup import Mup, with_mup
 from megatron.model.pipeline import PipelineChoices, pipeline_module, topology_of
 from megatron.model.recompute import Granularity, Recompute
 from megatron.model.spec import (
@@ -32,12 +31,13 @@ from megatron.model.spec import (
     RopeScaling,
     RotarySpec,
     RpeSpec,
+    with_mup,
 )
-from megatron.model.staged import StagedTransformer
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import StagedTransformer, Transformer
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.resolve import feed_forward_width
+from megatron.neox_arguments.unfinished import refuse_value
 
 LITERAL, TWO_THIRDS = "literal", "two_thirds"
 
@@ -74,33 +74,25 @@ def build_transformer(
 
 
 def build_pipeline(
-    args: NeoXArgs,
-    spec: ModelSpec | None = None,
-    *,
-    loss_fn: Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor],
-    groups: Groups | None = None,
-    topology: Any = None,
+    args: NeoXArgs, spec: ModelSpec, *, loss_fn: Callable[[Any, tuple[torch.Tensor, ...]], torch.Tensor], groups: Groups
 ) -> nn.Module:
     """The model of `args` as the pipeline stages of this process (a PipelineModule); torch.distributed must be initialised.
 
-    spec:     None = `build_spec(args)`
-    loss_fn, topology: see `pipeline_module`; topology None = pipe, data, model axes of the configured sizes
+    loss_fn: see `pipeline_module`
     """
-    if topology is None:
-        runtime = args.runtime
-        # DeepSpeed counts the ranks that share a sequence among those with the same weights, which they have.
-        replicas = args.data_parallel_size * runtime.context_parallel_size
-        topology = topology_of(runtime.pipe_parallel_size, replicas, runtime.model_parallel_size)
+    runtime = args.runtime
+    # DeepSpeed counts the ranks that share a sequence among those with the same weights, which they have.
+    replicas = args.data_parallel_size * runtime.context_parallel_size
     choices = PipelineChoices(
-        partition_method=args.runtime.pipe_partition_method,
+        partition_method=runtime.pipe_partition_method,
         recompute=recompute_of(args),
         compile_blocks=args.run.torch_compile,
     )
     module: nn.Module = pipeline_module(
-        spec or build_spec(args),
-        topology=topology,
+        spec,
+        topology=topology_of(runtime.pipe_parallel_size, replicas, runtime.model_parallel_size),
         loss_fn=loss_fn,
-        groups=groups or Groups.single(),
+        groups=groups,
         seed=args.run.seed,
         dtype=parameter_dtype(args),
         choices=choices,
@@ -126,59 +118,9 @@ def parameter_dtype(args: NeoXArgs) -> torch.dtype:
     return {"fp16": torch.float16, "bfloat16": torch.bfloat16}.get(args.model.precision or "fp32", torch.float32)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The required sizes, known to be there and to fit together."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    seq_length: int
-    max_positions: int
-    vocab: int
-    head_dim: int
-
-
-def sizes_of(args: NeoXArgs) -> Sizes:
-    """Raises ConfigError, naming the key, where a size is missing or does not divide another."""
-    model = args.model
-    hidden = required(model.hidden_size, "hidden_size")
-    heads = required(model.num_attention_heads, "num_attention_heads")
-    given = args.attention.head_dim
-    sizes = Sizes(
-        hidden=hidden,
-        layers=required(model.num_layers, "num_layers"),
-        heads=heads,
-        kv_heads=args.attention.num_kv_heads or heads,
-        seq_length=required(model.seq_length, "seq_length"),
-        max_positions=required(model.max_position_embeddings, "max_position_embeddings"),
-        vocab=required(model.padded_vocab_size, "padded_vocab_size"),
-        head_dim=hidden // heads if given is None else given,
-    )
-    if given is None and sizes.hidden % heads:
-        raise ConfigError(
-            f"hidden_size {sizes.hidden} is not a multiple of num_attention_heads {heads}",
-            where="hidden_size, num_attention_heads",
-            fix="choose a number of heads that divides hidden_size, or set head_dim",
-        )
-    if heads % sizes.kv_heads:
-        raise ConfigError(
-            f"num_kv_heads {sizes.kv_heads} does not divide num_attention_heads {heads}",
-            where="num_kv_heads",
-            fix=f"use one of {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
-        )
-    if Positions(args.attention.pos_emb) is Positions.LEARNED and sizes.seq_length > sizes.max_positions:
-        raise ConfigError(
-            f"seq_length {sizes.seq_length} is longer than the {sizes.max_positions} learned positions",
-            where="seq_length, max_position_embeddings",
-            fix="raise max_position_embeddings to at least seq_length",
-        )
-    return sizes
-
-
-def required(value: int | None, key: str) -> int:
-    """The value of a key that a model cannot do without."""
+def required(args: NeoXArgs, key: str) -> int:
+    """A size of the model section that a model cannot do without. Raises ConfigError where it is not known."""
+    value: int | None = getattr(args.model, key)
     if value is None:
         fix = "build the tokenizer first, or set it" if key == "padded_vocab_size" else "set it"
         raise ConfigError(f"'{key}' is not known", where=key, fix=fix)
@@ -186,45 +128,30 @@ def required(value: int | None, key: str) -> int:
 
 
 def build_spec(args: NeoXArgs, *, mlp_convention: str | None = None) -> ModelSpec:
-    """What the configuration says the model is.
+    """What the configuration, whose rules have been checked, says the model is.
 
     mlp_convention: literal | two_thirds, where a checkpoint showed it; wins over `intermediate_size_convention: auto`
     Raises ConfigError for what this model cannot be, naming the key.
     """
     refuse_unbuilt(args)
-    sizes = sizes_of(args)
-    norm = norm_spec(args, sizes.hidden)
-    mlp = mlp_spec(args, mlp_convention)
-    residual = residual_of(args)
-    spec = ModelSpec(
-        hidden_size=sizes.hidden,
-        seq_length=sizes.seq_length,
-        embedding=embedding_spec(args, sizes),
-        blocks=tuple(
-            BlockSpec(
-                mixer=attention_spec(args, sizes, index),
-                ffn=mlp,
-                norm=norm,
-                residual=residual,
-                hidden_dropout=args.model.hidden_dropout,
-            )
-            for index in range(sizes.layers)
-        ),
-        final_norm=norm,
-        head=HeadSpec(hidden_size=sizes.hidden, vocab_size=sizes.vocab, block_rows=args.model.logits_block_rows),
-        tied=not args.model.no_weight_tying,
-        init=InitSpec(method=args.model.init_method, output_method=args.model.output_layer_init_method, std=args.model.init_method_std),
-    )
-    mup = mup_of(args)
-    return spec if mup is None else with_mup(spec, mup)
-
-
-def mup_of(args: NeoXArgs) -> Mup | None:
-    """The muP keys; None without use_mup."""
     model = args.model
+    hidden, vocab = required(args, "hidden_size"), required(args, "padded_vocab_size")
+    norm, mlp = norm_spec(args, hidden), mlp_spec(args, mlp_convention)
+    block = BlockSpec(mixer=None, ffn=mlp, norm=norm, residual=residual_of(args), hidden_dropout=model.hidden_dropout)
+    spec = ModelSpec(
+        hidden_size=hidden,
+        seq_length=required(args, "seq_length"),
+        embedding=embedding_spec(args),
+        blocks=tuple(replace(block, mixer=attention_spec(args, index)) for index in range(required(args, "num_layers"))),
+        final_norm=norm,
+        head=HeadSpec(hidden_size=hidden, vocab_size=vocab, block_rows=model.logits_block_rows),
+        tied=not model.no_weight_tying,
+        init=InitSpec(method=model.init_method, output_method=model.output_layer_init_method, std=model.init_method_std),
+    )
     if not model.use_mup:
-        return None
-    return Mup(
+        return spec
+    return with_mup(
+        spec,
         width_mult=model.width_mult,
         init_scale=model.mup_init_scale,
         attn_temp=model.mup_attn_temp,
@@ -233,37 +160,32 @@ def mup_of(args: NeoXArgs) -> Mup | None:
     )
 
 
-def embedding_spec(args: NeoXArgs, sizes: Sizes) -> EmbeddingSpec:
+def embedding_spec(args: NeoXArgs) -> EmbeddingSpec:
     """Token embedding, with the positions that are added to it."""
     positions = Positions(args.attention.pos_emb)
     added = positions in (Positions.LEARNED, Positions.SINUSOIDAL)
     return EmbeddingSpec(
-        vocab_size=sizes.vocab,
-        hidden_size=sizes.hidden,
+        vocab_size=required(args, "padded_vocab_size"),
+        hidden_size=required(args, "hidden_size"),
         positions=positions if added else Positions.NONE,
-        max_positions=sizes.max_positions if added else 0,
+        max_positions=required(args, "max_position_embeddings") if added else 0,
         position_offset=args.attention.opt_pos_emb_offset if added else 0,
         dropout=args.model.hidden_dropout,
         position_multiplier=args.model.mup_rp_embedding_mult,
     )
 
 
+UNBUILT = (
+    "te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha",
+    "moe_num_experts", "soft_prompt_tuning", "norm", "norm_placement",
+)  # fmt: skip
+"""Keys of the model section that may ask for what is not built yet."""
+
+
 def refuse_unbuilt(args: NeoXArgs) -> None:
     """Raise ConfigError for a model that this code cannot build."""
-    model = args.model
-    unbuilt = {
-        "te_columnparallel": model.te_columnparallel,
-        "te_rowparallel": model.te_rowparallel,
-        "te_layernorm_mlp": model.te_layernorm_mlp,
-        "te_mha": model.te_mha,
-        "te_fp8_mha": model.te_fp8_mha,
-        "moe_num_experts": (model.moe_num_experts or 1) > 1,
-        "soft_prompt_tuning": bool(model.soft_prompt_tuning and model.soft_prompt_tuning.get("enabled")),
-        "norm": model.norm.startswith("te_"),
-    }
-    for key, asked in unbuilt.items():
-        if asked:
-            raise ConfigError(f"'{key}: {getattr(model, key)}' is not supported yet", where=key, fix=f"leave out '{key}'")
+    for key in UNBUILT:
+        refuse_value(key, getattr(args.model, key))
     for name in args.attention.attention_config or []:
         if name not in ("global", "flash"):  # flash is the same exact attention by a fused kernel
             raise ConfigError(f"attention type '{name}' is not supported yet", where="attention_config", fix="use global or flash")
@@ -280,24 +202,18 @@ def norm_spec(args: NeoXArgs, size: int) -> NormSpec:
 def residual_of(args: NeoXArgs) -> Residual:
     """How blocks add their sublayers."""
     model = args.model
-    if model.norm_placement == "post":
-        raise ConfigError("'norm_placement: post' is not supported", where="norm_placement", fix="use pre or olmo3")
     if model.norm_placement == "olmo3":
-        if model.gpt_j_residual:
-            raise ConfigError(
-                "olmo3 norms and a parallel residual exclude each other",
-                where="norm_placement, gpt_j_residual",
-                fix="set gpt_j_residual: false",
-            )
         return Residual.POST_SUBLAYER
     if model.gpt_j_residual:
         return Residual.PARALLEL_TIED if model.gpt_j_tied else Residual.PARALLEL
     return Residual.SEQUENTIAL
 
 
-def attention_spec(args: NeoXArgs, sizes: Sizes, index: int) -> AttentionSpec:
+def attention_spec(args: NeoXArgs, index: int) -> AttentionSpec:
     """Attention of block `index`, counted from 0."""
     attention = args.attention
+    hidden, heads = required(args, "hidden_size"), required(args, "num_attention_heads")
+    head_dim = attention.head_dim or hidden // heads
     positions = Positions(attention.pos_emb)
     pattern = attention.sliding_window_pattern
     scaled = attention.apply_query_key_layer_scaling
@@ -305,20 +221,20 @@ def attention_spec(args: NeoXArgs, sizes: Sizes, index: int) -> AttentionSpec:
     window = pattern[index % len(pattern)] if pattern else attention.sliding_window_width
     stretched = attention.rope_scaling_layers == "all" or window is None
     return AttentionSpec(
-        hidden_size=sizes.hidden,
-        num_heads=sizes.heads,
-        num_kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=attention.num_kv_heads or heads,
+        head_dim=head_dim,
         bias=args.model.use_bias_in_attn_linear,
         dense_bias=args.model.use_bias_in_attn_output,
-        rotary=rotary_spec(args, sizes.head_dim, scaled=stretched) if positions is Positions.ROTARY else None,
+        rotary=rotary_spec(args, head_dim, scaled=stretched) if positions is Positions.ROTARY else None,
         rpe=RpeSpec(num_buckets=attention.rpe_num_buckets, max_distance=attention.rpe_max_distance) if positions is Positions.RPE else None,
         alibi=positions is Positions.ALIBI,
         window=window,
         dropout=attention.attention_dropout,
         softmax_in_fp32=attention.attention_softmax_in_fp32 or scaled,
         logit_divisor=float(index + 1) if scaled else 1.0,
-        qk_norm=qk_norm_spec(args, sizes.head_dim),
+        qk_norm=norm_spec(args, head_dim) if attention.use_qk_layernorm else None,
         separate_qk_norms=attention.use_separate_qk_norms,
         norm_each_head=attention.qk_norm_each_head,
         isolated=attention.attention_over_documents == "isolated",
@@ -327,34 +243,10 @@ def attention_spec(args: NeoXArgs, sizes: Sizes, index: int) -> AttentionSpec:
     )
 
 
-def qk_norm_spec(args: NeoXArgs, head_dim: int) -> NormSpec | None:
-    """The norm of queries and keys."""
-    attention = args.attention
-    if attention.use_separate_qk_norms and not attention.use_qk_layernorm:
-        raise ConfigError(
-            "use_separate_qk_norms needs use_qk_layernorm",
-            where="use_separate_qk_norms",
-            fix="set use_qk_layernorm: true, or leave both out",
-        )
-    if attention.qk_norm_each_head and not attention.use_separate_qk_norms:
-        raise ConfigError(
-            "qk_norm_each_head needs use_separate_qk_norms",
-            where="qk_norm_each_head",
-            fix="set use_separate_qk_norms: true, or leave qk_norm_each_head out",
-        )
-    return norm_spec(args, head_dim) if attention.use_qk_layernorm else None
-
-
 def rotary_spec(args: NeoXArgs, head_dim: int, *, scaled: bool = True) -> RotarySpec:
     """Rotary positions on the first rotary_pct of a head. scaled: whether rope_scaling is for this layer."""
     attention = args.attention
     dim = int(head_dim * attention.rotary_pct)
-    if dim < 2 or dim % 2:
-        raise ConfigError(
-            f"rotary_pct {attention.rotary_pct} of a head of {head_dim} features gives {dim}, not an even number >= 2",
-            where="rotary_pct",
-            fix="choose another fraction",
-        )
     scaling = rope_scaling(attention.rope_scaling) if attention.rope_scaling and scaled else None
     return RotarySpec(dim=dim, base=float(attention.rotary_emb_base), scaling=scaling, save_freqs=attention.rotary_save_freqs_buffer)
 
@@ -378,8 +270,9 @@ def mlp_spec(args: NeoXArgs, convention: str | None) -> MLPSpec:
     """The feed-forward sublayer. bias_gelu_fusion means the tanh form of GELU: FORMAT, NeoX's fused kernel was an approximation."""
     model = args.model
     activation = "gelu_tanh" if model.activation == "gelu" and model.bias_gelu_fusion else model.activation
-    hidden = required(model.hidden_size, "hidden_size")
-    return MLPSpec(hidden_size=hidden, width=mlp_width(args, convention), activation=activation, bias=model.use_bias_in_mlp)
+    return MLPSpec(
+        hidden_size=required(args, "hidden_size"), width=mlp_width(args, convention), activation=activation, bias=model.use_bias_in_mlp
+    )
 
 
 def mlp_width(args: NeoXArgs, convention: str | None = None) -> int:
@@ -387,7 +280,7 @@ def mlp_width(args: NeoXArgs, convention: str | None = None) -> int:
     model = args.model
     meant = model.intermediate_size_convention
     return feed_forward_width(
-        required(model.hidden_size, "hidden_size"),
+        required(args, "hidden_size"),
         model.intermediate_size,
         model.expansion_factor,
         multiple_of=model.mlp_multiple_of,
@@ -401,7 +294,4 @@ def mlp_convention_of(args: NeoXArgs, linear2_columns: int) -> str | None:
 
     linear2_columns: columns of mlp.linear2.weight summed over tensor ranks
     """
-    for convention in (LITERAL, TWO_THIRDS):
-        if mlp_width(args, convention) == linear2_columns:
-            return convention
-    return None
+    return next((convention for convention in (LITERAL, TWO_THIRDS) if mlp_width(args, convention) == linear2_columns), None)

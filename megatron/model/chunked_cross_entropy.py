@@ -21,6 +21,8 @@ from megatron.errors import TrainingError
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
 
+Second = tuple[Tensor, Tensor]
+
 # Elements of one block of logits. A CPU wants it near its last-level cache, a GPU wants large products.
 CPU_BLOCK = 9_700_000
 GPU_BLOCK = 256_000_000
@@ -44,33 +46,25 @@ class _Softmax:
         exact = weight.dtype == torch.float64 or weight.dtype == torch.float32
         self.probs = torch.empty_like(self.logits, dtype=None if exact else torch.float32)
 
-    def __call__(self, x: Tensor, index: Tensor, elsewhere: Tensor | None, *, slope: bool) -> tuple[Tensor, Tensor]:
-        """x [rows, h], index [rows] -> log p(target) [rows] fp32 and this rank's slice of softmax - e_target [rows, v / tp].
+    def __call__(self, x: Tensor, rows: _Rows, at: slice | Tensor, *, slope: bool) -> tuple[Tensor, Tensor]:
+        """x [rows, h], the block `at` of `rows` -> log p(target) [rows] fp32 and this rank's slice of softmax - e_target [rows, v / tp].
 
         The slice is a buffer that the next call overwrites; without `slope` it is not what it says.
         """
         count = x.shape[0]
         logits = torch.mm(x, self.weight.t(), out=self.logits[:count])
-        picked = logits.gather(1, index[:, None])[:, 0].float()
+        picked = rows.picked(logits, at, self.tp)
         top = logits.amax(dim=1).float()
         soft = torch.softmax(logits, dim=1, dtype=self.probs.dtype, out=self.probs[:count])
         # The largest probability is exp(top - lse): at least 1 / v, so its logarithm is safe.
         lse = top - soft.amax(dim=1).log()
         whole = log_normaliser(lse, self.tp)
-        if elsewhere is not None:
-            picked = all_reduce(picked.masked_fill(elsewhere, 0.0), self.tp)
         if slope:
-            soft = self._minus_target(soft, (lse - whole).exp(), index, elsewhere)
+            if self.tp.size > 1:
+                soft.mul_((lse - whole).exp()[:, None])  # softmax over this rank's slice -> over all
+            rows.add_at_target(soft, at, soft.new_full((count,), -1.0))
             soft = soft if soft.dtype == logits.dtype else logits.copy_(soft)  # products run in the model's precision
         return picked - whole, soft
-
-    def _minus_target(self, soft: Tensor, share: Tensor, index: Tensor, elsewhere: Tensor | None) -> Tensor:
-        """softmax over this rank's slice -> softmax over all - e_target, in place; share [rows]: the slice's part of the whole sum."""
-        hit = soft.new_full(index.shape, -1.0)
-        if elsewhere is not None:
-            soft.mul_(share[:, None])
-            hit.masked_fill_(elsewhere, 0.0)
-        return soft.scatter_add_(1, index[:, None], hit[:, None])
 
 
 class _Gradients:
@@ -104,13 +98,6 @@ class _Gradients:
             self.w = self.w.to(self.weight.dtype)
 
 
-def _blocks(rows: Tensor | None, count: int, size: int) -> Iterator[slice | Tensor]:
-    """Row numbers of each block: of `rows` where given, else of range(count)."""
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        yield slice(start, stop) if rows is None else rows[start:stop]
-
-
 def _active(weights: Tensor) -> Tensor | None:
     """Numbers of the rows with a weight; None = take all of them. On a GPU counting would make the CPU wait, so all are taken."""
     if weights.device.type != "cpu":
@@ -124,24 +111,17 @@ class _NLL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, tp: Group, block: tuple[int, bool]
+        ctx: Any, hidden: Tensor, weight: Tensor, weights: Tensor, rows: _Rows, tp: Group, differentiable: bool
     ) -> tuple[Tensor, Tensor]:
-        wanted_rows, differentiable = block
         wants = ctx.needs_input_grad[:2] if differentiable else (False, False)
         x = hidden.reshape(-1, hidden.shape[-1])
-        weights = weights.reshape(-1).float()
-        index, elsewhere = local_targets(labels.reshape(-1), weight.shape[0], tp)
-        rows = _active(weights)
-        count = x.shape[0] if rows is None else rows.numel()
-        size = min(block_rows_for(weight.shape[0], weight.device, wanted_rows), max(count, 1))
-        grads = _Gradients(x, weight, tp, wants, several=count > size)
-        softmax = _Softmax(size, weight, tp)
+        grads = _Gradients(x, weight, tp, wants, several=rows.count > rows.size)
+        softmax = _Softmax(rows.size, weight, tp)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         every = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
-        for at in _blocks(rows, count, size):
-            x_at, index_at, factor = x[at], index[at], weights[at]
-            away = None if elsewhere is None else elsewhere[at]
-            logps, slope = softmax(x_at, index_at, away, slope=any(wants))
+        for at in rows.blocks():
+            x_at, factor = x[at], weights[at]
+            logps, slope = softmax(x_at, rows, at, slope=any(wants))
             # 0 * inf is not 0: an unweighted row must not spoil the sum.
             total -= (logps * factor).masked_fill(factor == 0, 0.0).sum()
             every[at] = logps.masked_fill(factor == 0, 0.0)
@@ -150,7 +130,7 @@ class _NLL(torch.autograd.Function):
         grads.finish()
         ctx.hidden_shape = hidden.shape
         ctx.grads = grads
-        every = every.view(labels.shape)
+        every = every.view(hidden.shape[:-1])
         ctx.mark_non_differentiable(every)
         return total, every
 
@@ -176,7 +156,7 @@ class Wanted:
     entropy: bool = False
     top1: bool = False
     kl: KL | None = None
-    second: tuple[Tensor, Tensor] | None = None
+    second: Second | None = None
 
 
 class KL(Enum):
@@ -208,7 +188,7 @@ class _Block(NamedTuple):
     other: Tensor | None  # log q
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, other: tuple[Tensor, Tensor] | None, tp: Group) -> _Block:
+    def of(cls, x: Tensor, weight: Tensor, other: Second | None, tp: Group) -> _Block:
         logp, lse = _log_softmax(x, weight, tp)
         return cls(logp, lse, None if other is None else _log_softmax(*other, tp)[0])
 
@@ -248,7 +228,7 @@ class _Stats(torch.autograd.Function):
         for at in rows.blocks():
             block = _Block.of(x[at], weight, rows.other(at), tp)
             if wanted.logp:
-                out[0, at] = rows.picked(block.logp, at, tp).float()
+                out[0, at] = rows.picked(block.logp, at, tp)
             out[1, at] = block.lse.float()
             if wanted.entropy:
                 out[2, at] = block.entropy(tp).float()
@@ -293,7 +273,6 @@ class _Stats(torch.autograd.Function):
         return None if grads.x is None else grads.x.view(hidden.shape), grads.w, None, None, None
 
 
-@dataclass(frozen=True)
 class _Rows:
     """Which rows are computed, in which blocks, and what is asked of each.
 
@@ -304,24 +283,33 @@ class _Rows:
     second:   (hidden [rows, h], weight) of the second head
     """
 
-    numbers: Tensor | None
-    count: int
-    size: int
-    index: Tensor | None
-    elsewhere: Tensor | None
-    unmasked: Tensor | None
-    second: tuple[Tensor, Tensor] | None
+    def __init__(
+        self, weight: Tensor, count: int, tp: Group, block: int, targets: Tensor | None, mask: Tensor | None, second: Second | None = None
+    ) -> None:
+        """count: rows of hidden; targets, mask: [...] or None"""
+        self.index: Tensor | None = None
+        self.elsewhere: Tensor | None = None
+        if targets is not None:
+            self.index, self.elsewhere = local_targets(targets.reshape(-1), weight.shape[0], tp)
+        self.numbers = None if mask is None else _active(mask.reshape(-1))
+        self.count = count if self.numbers is None else self.numbers.numel()
+        self.size = min(block_rows_for(weight.shape[0], weight.device, block), max(self.count, 1))
+        self.unmasked = mask.reshape(-1) != 0 if mask is not None and self.numbers is None else None
+        self.second = None if second is None else (second[0].detach().reshape(count, -1), second[1].detach())
 
     def blocks(self) -> Iterator[slice | Tensor]:
-        return _blocks(self.numbers, self.count, self.size)
+        """Where the rows of each block lie."""
+        for start in range(0, self.count, self.size):
+            at = slice(start, min(start + self.size, self.count))
+            yield at if self.numbers is None else self.numbers[at]
 
-    def other(self, at: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+    def other(self, at: slice | Tensor) -> Second | None:
         return None if self.second is None else (self.second[0][at], self.second[1])
 
-    def picked(self, logp: Tensor, at: slice | Tensor, tp: Group) -> Tensor:
-        """log p of each row's target."""
+    def picked(self, values: Tensor, at: slice | Tensor, tp: Group) -> Tensor:
+        """Each row's value [rows] float32 at its target, of this rank's slices [rows, v / tp]."""
         assert self.index is not None
-        found = logp.gather(1, self.index[at][:, None])[:, 0]
+        found = values.gather(1, self.index[at][:, None])[:, 0].float()
         return found if self.elsewhere is None else all_reduce(found.masked_fill(self.elsewhere[at], 0.0), tp)
 
     def add_at_target(self, slope: Tensor, at: slice | Tensor, value: Tensor) -> None:
@@ -337,8 +325,10 @@ def blockwise_nll(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tenso
     hidden [..., h] replicated over tp, weight [v / tp, h], labels [...] int64, weights [...] float (any sign; 0 = not computed).
     Gradients of hidden (complete) and weight are made on the way when wanted; then backward may run once.
     """
+    weights = weights.detach().reshape(-1).float()
+    rows = _Rows(weight, labels.numel(), tp, block, labels, weights)
     # Inside a Function's forward gradients are always off, so whether they are wanted is asked here.
-    total, logps = _NLL.apply(hidden, weight, labels, weights, tp, (block, torch.is_grad_enabled()))
+    total, logps = _NLL.apply(hidden, weight, weights, rows, tp, torch.is_grad_enabled())
     return total, logps
 
 
@@ -357,28 +347,12 @@ def blockwise_stats(
     targets: [...] int64, of logp
     mask:    [...]; rows where it is 0 are not computed
     """
-    second = wanted.second
-    shape, count = hidden.shape[:-1], hidden.shape[:-1].numel()
-    index, elsewhere = (None, None) if targets is None else local_targets(targets.reshape(-1), weight.shape[0], tp)
-    numbers = None if mask is None else _active(mask.reshape(-1))
-    rows = _Rows(
-        numbers=numbers,
-        count=count if numbers is None else numbers.numel(),
-        size=min(block_rows_for(weight.shape[0], weight.device, block), max(count, 1)),
-        index=index,
-        elsewhere=elsewhere,
-        unmasked=mask.reshape(-1) != 0 if mask is not None and numbers is None else None,
-        second=None if second is None else (second[0].detach().reshape(count, -1), second[1].detach()),
-    )
+    shape = hidden.shape[:-1]
+    rows = _Rows(weight, shape.numel(), tp, block, targets, mask, wanted.second)
     out, top1 = _Stats.apply(hidden, weight, rows, wanted, tp)
-    logp, lse, entropy, kl = (row.view(shape) for row in out)
-    return TokenStats(
-        logp=logp if wanted.logp else None,
-        lse=lse if wanted.lse else None,
-        entropy=entropy if wanted.entropy else None,
-        kl=kl if wanted.kl is not None else None,
-        top1=top1.view(shape) if wanted.top1 else None,
-    )
+    asked = (wanted.logp, wanted.lse, wanted.entropy, wanted.kl is not None)
+    logp, lse, entropy, kl = (row.view(shape) if is_asked else None for row, is_asked in zip(out, asked, strict=True))
+    return TokenStats(logp, lse, entropy, kl, top1.view(shape) if wanted.top1 else None)
 
 
 def local_targets(targets: Tensor, size: int, group: Group) -> tuple[Tensor, Tensor | None]:

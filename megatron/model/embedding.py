@@ -20,7 +20,7 @@ from megatron.mpu.layers import VocabEmbedding
 from megatron.mpu.random import dropout
 
 if TYPE_CHECKING:
-    from megatron.model.cache import LayerCache
+    from megatron.model.layer_state import LayerCache
 
 
 class Embedding(nn.Module):

@@ -17,7 +17,7 @@ from megatron.model.spec import HeadSpec, NormSpec
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
 from megatron.mpu.layers import ColumnLinear, RowLinear
-from megatron.mpu.roles import Initial, InitialValue
+from megatron.mpu.sharding import Initial, InitialValue
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,31 +16,12 @@ from torch import Tensor, nn
 from megatron.errors import ConfigError
 from megatron.model.spec import InitSpec
 from megatron.mpu.groups import Group, Groups
-from megatron.mpu.roles import Fill, Initial, Role, dimensions, initial_values_of, roles_of
-from megatron.mpu.sharding import Axis, Sharding, Split, local_size, sharding_of, split
+from megatron.mpu.sharding import Fill, Initial, Role, Sharding, Split, initial_values_of, local_size, roles_of, sharding_of, split
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
 BLOCK_ROWS = 256
 """Rows that one generator draws. A change here changes every run's initial weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Law:
-    """How the entries of one matrix are drawn, independently of each other.
-
-    size: standard deviation, or with `uniform` the bound b of [-b, b)
-    """
-
-    size: float
-    uniform: bool = False
-
-    def draw(self, block: Tensor, generator: torch.Generator) -> None:
-        """Fill `block` in place."""
-        if self.uniform:
-            block.uniform_(-self.size, self.size, generator=generator)
-        else:
-            block.normal_(0.0, self.size, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +45,20 @@ class Initialiser:
 
         name: unique over the model, the same at any layout (the slot number)
         """
+        methods = {Initial.INPUT: self.spec.method, Initial.OUTPUT: self.spec.output_method}
         shardings, roles, stated = sharding_of(layer), roles_of(layer), initial_values_of(layer)
         for local, parameter in layer.named_parameters():
-            value = stated.get(id(parameter), Initial.INPUT if dimensions(parameter) > 1 else Initial.KEEP)
+            value = stated[id(parameter)]
             if value is Initial.KEEP or parameter.is_meta:
                 continue
             how = shardings[local]
-            shard = WeightShard(how, groups.along(how.axis if isinstance(how, Split) else Axis.TENSOR))
+            shard = WeightShard(how, groups.along(how))
             with nullcontext() if self.gather is None else self.gather([parameter]), torch.no_grad():
                 if callable(value):
                     self._fill(parameter, value, f"{name}.{local}", shard)
                 else:
-                    self._write(parameter, self.method_of(value), f"{name}.{local}", shard, hidden=roles[id(parameter)] is Role.HIDDEN)
-
-    def method_of(self, value: Initial | str) -> str:
-        """Name of the method that a module's word stands for."""
-        named = {Initial.INPUT: self.spec.method, Initial.OUTPUT: self.spec.output_method}
-        return value if isinstance(value, str) else named[value]
+                    method = value if isinstance(value, str) else methods[value]
+                    self._write(parameter, method, f"{name}.{local}", shard, hidden=roles[id(parameter)] is Role.HIDDEN)
 
     def _write(self, parameter: nn.Parameter, method: str, name: str, place: WeightShard, *, hidden: bool) -> None:
         shape = place.whole_shape(parameter)
@@ -94,7 +72,7 @@ class Initialiser:
         for number, within, first, count in place.pieces(shape[0]):
             if number != drawn:
                 # Always a whole block: how many rows are drawn at once can change the numbers.
-                law.draw(block, self._generator(parameter, f"{name}:{number}"))
+                law(block, self._generator(parameter, f"{name}:{number}"))
                 drawn = number
             parameter[first : first + count].copy_(place.columns(block[within : within + count]))
 
@@ -109,11 +87,7 @@ class Initialiser:
         if method not in gains:
             raise ConfigError(f"unknown initialiser '{method}'", where="init_method, output_layer_init_method")
         gain = gains[method] * self.spec.scale
-
-        def fill(whole: Tensor, generator: torch.Generator) -> None:
-            nn.init.orthogonal_(whole, gain=gain, generator=generator)
-
-        return fill
+        return lambda whole, generator: nn.init.orthogonal_(whole, gain=gain, generator=generator)
 
     def _generator(self, parameter: nn.Parameter, name: str) -> torch.Generator:
         return torch.Generator(parameter.device).manual_seed(seed_of(self.seed, name))
@@ -170,36 +144,36 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def normal_std(method: str, *, std: float, hidden_size: float, num_layers: int) -> float | None:
-    """Standard deviation of the methods that draw from a plain normal; None for the others.
+def _normal(std: float) -> Fill:
+    return lambda block, generator: block.normal_(0.0, std, generator=generator)
+
+
+def law_of(method: str, shape: Sequence[int], start: Initialiser, *, hidden: bool) -> Fill | None:
+    """How the entries of a matrix [out, in] are drawn, independently of each other; None for other methods.
 
     small_init: Nguyen and Salazar, arXiv 1910.05895, sec. 2.2. wang_init: 2 / (L sqrt(h)), as in GPT-J.
+    muP (Yang et al., arXiv 2203.03466, table 8): the method says the spread at the base width. From there that of a hidden matrix
+    falls with the square root of its inputs; that of a table stays, so that an embedding can be the head, too.
+    xavier (Glorot and Bengio, 2010, eq. 16) reads the whole shape, for a vocabulary with its padding.
     """
-    laws = {
+    std, mult, num_layers = start.spec.std, start.spec.width_mult, start.num_layers
+    hidden_size = start.hidden_size / mult
+    factor = start.spec.scale / (math.sqrt(mult) if hidden else 1.0)
+    stds = {
         "normal": std,
         "scaled_normal": std / math.sqrt(2.0 * num_layers),
         "single_residual_scaled_normal": std / math.sqrt(num_layers),
         "small_init": math.sqrt(2.0 / (5.0 * hidden_size)),
         "wang_init": 2.0 / (num_layers * math.sqrt(hidden_size)),
     }
-    return laws.get(method)
-
-
-def law_of(method: str, shape: Sequence[int], start: Initialiser, *, hidden: bool) -> Law | None:
-    """The law of a matrix [out, in] whose entries are independent; None for other methods.
-
-    muP (Yang et al., arXiv 2203.03466, table 8): the method says the spread at the base width. From there that of a hidden matrix
-    falls with the square root of its inputs; that of a table stays, so that an embedding can be the head, too.
-    xavier (Glorot and Bengio, 2010, eq. 16) reads the whole shape, for a vocabulary with its padding.
-    """
-    mult = start.spec.width_mult
-    factor = start.spec.scale / (math.sqrt(mult) if hidden else 1.0)
-    std = normal_std(method, std=start.spec.std, hidden_size=start.hidden_size / mult, num_layers=start.num_layers)
-    if std is not None:
-        return Law(size=std * factor)
+    if method in stds:
+        return _normal(stds[method] * factor)
     if method not in ("xavier_uniform", "xavier_normal"):
         return None
     field = math.prod(shape[2:])
     fan_out, fan_in = shape[0] / (mult if hidden else 1.0) * field, shape[1] / mult * field
     std = math.sqrt(2.0 / (fan_in + fan_out)) * factor
-    return Law(size=std * math.sqrt(3.0), uniform=True) if method == "xavier_uniform" else Law(size=std)
+    if method == "xavier_normal":
+        return _normal(std)
+    bound = std * math.sqrt(3.0)
+    return lambda block, generator: block.uniform_(-bound, bound, generator=generator)

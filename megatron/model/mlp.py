@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.errors import ConfigError
 from megatron.model.layer_state import FeedForward
@@ -19,20 +20,10 @@ from megatron.mpu.layers import ColumnLinear, RowLinear
 Activation = Callable[[Tensor], Tensor]
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation (Hendrycks and Gimpel, arXiv 1606.08415, sec. 2); [..] -> [..]."""
-    return F.gelu(x, approximate="tanh")
-
-
-def identity(x: Tensor) -> Tensor:
-    """The gate of a bilinear layer; [..] -> [..]."""
-    return x
-
-
 PLAIN: Mapping[str, Activation] = MappingProxyType(
     {
         "gelu": F.gelu,
-        "gelu_tanh": gelu_tanh,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),  # Hendrycks and Gimpel, arXiv 1606.08415, sec. 2
         "relu": F.relu,
         "softsign": F.softsign,
         "swish": F.silu,
@@ -47,7 +38,7 @@ GATES: Mapping[str, Activation] = MappingProxyType(
         "geglu": F.gelu,
         "reglu": F.relu,
         "swiglu": F.silu,
-        "bilinear": identity,
+        "bilinear": nn.Identity(),
         "glu": torch.sigmoid,
     }
 )

@@ -20,10 +20,10 @@ from megatron.log import get_logger
 from megatron.model.block import TransformerBlock
 from megatron.model.init import Initialiser
 from megatron.model.layer_state import LayerState
-from megatron.model.plan import Builder, Slot, layer_plan, share_between
 from megatron.model.recompute import Recompute, run_blocks
 from megatron.model.slots import adds_aux, check_slots, context_plan
 from megatron.model.spec import ModelSpec
+from megatron.model.transformer import Builder, Slot, layer_plan, share_between
 from megatron.mpu.groups import Group, Groups
 
 log = get_logger(__name__)
@@ -37,13 +37,11 @@ class PipelineChoices:
 
     partition_method:  DeepSpeed's: type:REGEX on class names | parameters | uniform
     recompute:         how the backward pass gets the blocks' activations; None = the forward pass keeps them
-    dynamic_shape:     micro batches of changing shape (curriculum, evaluation on other lengths)
     compile_blocks:    torch.compile each block
     """
 
     partition_method: str = "type:transformer|mlp"
     recompute: Recompute | None = None
-    dynamic_shape: bool = False
     compile_blocks: bool = False
 
 
@@ -64,7 +62,8 @@ class TiedSlotLayer(TiedLayerSpec):  # type: ignore[misc]  # deepspeed is untype
     """A slot that shares its module with another one, perhaps on another stage."""
 
     def __init__(self, slot: Slot, builder: Builder) -> None:
-        super().__init__(slot.tie, slot.layer, forward_fn=slot.head and call_head(slot.head), tied_weight_attr=TIED_WEIGHT)
+        run = None if slot.head is None else lambda module, stream: module(stream, head=slot.head)
+        super().__init__(slot.tie, slot.layer, forward_fn=run, tied_weight_attr=TIED_WEIGHT)
         self.slot = slot
         self.builder = builder
 
@@ -159,15 +158,6 @@ def is_block(layer: Any) -> bool:
     return isinstance(layer, TransformerBlock)
 
 
-def call_head(head: Callable[..., Any]) -> Callable[[nn.Module, Any], Any]:
-    """The form that DeepSpeed wants a tied head in: (module, stream) -> handle."""
-
-    def run(module: nn.Module, stream: Any) -> Any:
-        return module(stream, head=head)
-
-    return run
-
-
 def topology_of(stages: int, data: int, tensor: int) -> PipeModelDataParallelTopology:
     """Ranks in order of pipe, data, model, the last varying fastest; checkpoint files are named by the model axis."""
     return PipeModelDataParallelTopology(num_pp=max(stages, 1), num_mp=max(tensor, 1), num_dp=max(data, 1))
@@ -222,10 +212,9 @@ def pipeline_module(
             topology=topology,
             loss_fn=loss_fn,
             partition_method=choices.partition_method,
-            dynamic_shape=choices.dynamic_shape,
         )
     log.debug(chatter.getvalue())
-    blocks = [layer for layer in stage_layers(module) if isinstance(layer, TransformerBlock)]
+    blocks = [layer for layer in stage_layers(module) if is_block(layer)]
     share_between(blocks)
     if choices.compile_blocks:
         for block in blocks:

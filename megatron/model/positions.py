@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from megatron.errors import ConfigError
 from megatron.model.spec import RopeScaling, RotarySpec, RpeSpec
 from megatron.mpu.groups import Group
-from megatron.mpu.roles import InitialValue
-from megatron.mpu.sharding import Sharding, Split, local_size
+from megatron.mpu.sharding import InitialValue, Sharding, Split, local_size
 
 # ---- rotary ------------------------------------------------------------------------------------------------------
 

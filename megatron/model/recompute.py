@@ -6,7 +6,7 @@ Embedding and head are never recomputed. Recomputation draws the same dropout ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -62,7 +62,8 @@ def run_blocks(blocks: Sequence[TransformerBlock], stream: LayerState, recompute
         return LayerState(hidden, stream.segment_ids, aux)
     selective = recompute.granularity is Granularity.SELECTIVE
     contexts = partial(create_selective_checkpoint_contexts, keeps) if selective else noop_context_fn
-    for span in spans(blocks, recompute.num_layers):
+    for start in range(0, len(blocks), recompute.num_layers):
+        span = blocks[start : start + recompute.num_layers]
         with moved_inputs(recompute, tp):
             hidden, aux = checkpoint(run_span, span, hidden, segment_ids, aux, use_reentrant=False, context_fn=contexts)
     return LayerState(hidden, stream.segment_ids, aux)
@@ -75,12 +76,6 @@ def run_span(
     for block in blocks:
         hidden, _, aux = block((hidden, segment_ids, aux))
     return hidden, aux
-
-
-def spans(blocks: Sequence[TransformerBlock], size: int) -> Iterator[Sequence[TransformerBlock]]:
-    """Consecutive groups of `size` blocks; the last may be smaller."""
-    for start in range(0, len(blocks), size):
-        yield blocks[start : start + size]
 
 
 # ---- what a selective span keeps ---------------------------------------------------------------------------------
@@ -124,7 +119,7 @@ def draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class Offloaded(NamedTuple):
-    """A tensor put away: data is all of it, or this rank's part of its elements in order (padded to equal parts)."""
+    """An offloaded tensor: data is all of it, or this rank's part of its elements in order (padded to equal parts)."""
 
     data: Tensor
     shape: torch.Size
@@ -132,7 +127,7 @@ class Offloaded(NamedTuple):
 
 
 def moved_inputs(recompute: Recompute, tp: Group) -> AbstractContextManager[Any]:
-    """Within, what autograd saves is put away as asked. `checkpoint` saves nothing but the inputs of its span."""
+    """Within, what autograd saves is offloaded as asked. `checkpoint` saves nothing but the inputs of its span."""
     # Where the sequence is spread over tp, what comes in is this rank's part already.
     sliced = recompute.partitioned and tp.size > 1 and not tp.sequence
     if not (sliced or recompute.on_host):

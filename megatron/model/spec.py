@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -254,3 +254,39 @@ class ModelSpec:
     def vocab_size(self) -> int:
         """Padded vocabulary size."""
         return self.embedding.vocab_size
+
+
+def with_mup(
+    spec: ModelSpec,
+    *,
+    width_mult: float,
+    init_scale: float = 1.0,
+    attn_temp: float = 1.0,
+    output_temp: float = 1.0,
+    embedding_mult: float = 1.0,
+) -> ModelSpec:
+    """`spec` under muP, maximal update parametrisation (Yang et al., arXiv 2203.03466, table 8).
+
+    At the base width only the scale of attention differs.
+
+    width_mult:     hidden_size over the base width, at which the hyper-parameters were found
+    init_scale:     factor on the spread of all matrices
+    attn_temp, output_temp: temperatures of attention scores and of logits
+    embedding_mult: factor on the embedding's output
+
+    Table 8 and not table 3, which is the same training: its embedding and head are drawn with one spread and may be one matrix.
+    Widths of heads and MLP are taken to grow with hidden_size; how learning rates follow is said in optim/groups.py.
+    """
+
+    def block(plain: BlockSpec) -> BlockSpec:
+        # Scores are q k / d: once trained, q and k are correlated, and their product grows with d and not with its root (def. 4.1).
+        attention = plain.attention
+        return replace(plain, mixer=replace(attention, softmax_scale=1.0 / (attention.head_dim * attn_temp)))
+
+    return replace(
+        spec,
+        embedding=replace(spec.embedding, multiplier=spec.embedding.multiplier * embedding_mult),
+        blocks=tuple(map(block, spec.blocks)),
+        head=replace(spec.head, multiplier=spec.head.multiplier / (width_mult * output_temp)),
+        init=replace(spec.init, width_mult=width_mult, scale=init_scale),
+    )

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement between processes: flags, values and barriers over a Group. Nothing happens when the group is one process."""
+"""Agreement between processes: flags, values, tensors and barriers over a Group. Nothing happens when the group is one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron.errors import LostRankError, NeoXError
 from megatron.mpu.comm import all_reduce
@@ -55,10 +56,12 @@ def to_first_rank(value: T, group: Group) -> list[T]:
 
 def of_last_rank(value: T, group: Group) -> T:
     """The last rank's value (anything that can be pickled), on all of them."""
-    if group.size == 1:
-        return value
-    box: list[T] = [value]
-    dist.broadcast_object_list(box, src=group.ranks[-1], group=group.handle)
+    return value if group.size == 1 else _of_rank(value, group, group.ranks[-1])
+
+
+def _of_rank(value: T, group: Group, source: int, device: torch.device | None = None) -> T:
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=group.handle, device=device)
     return box[0]
 
 
@@ -78,13 +81,9 @@ def on_first_rank(call: Callable[[], T], group: Group) -> T:
             outcome = (None, error)
         except Exception as error:
             failure, outcome = error, (None, LostRankError(f"rank {group.ranks[0]} failed: {error}"))
-    box = [outcome]
-    dist.broadcast_object_list(box, src=group.ranks[0], group=group.handle)
-    if failure is not None:
-        raise failure
-    value, refused = box[0]
-    if refused is not None:
-        raise refused
+    value, refused = _of_rank(outcome, group, group.ranks[0])
+    if problem := failure or refused:
+        raise problem
     return value  # type: ignore[return-value]
 
 
@@ -103,3 +102,34 @@ def on_every_rank(call: Callable[[], T], group: Group) -> list[T]:
         if refused is not None:
             raise refused
     return [value for value, _ in outcomes]  # type: ignore[misc]
+
+
+# ---- tensors of pipeline stages, without gradients; shapes and dtypes travel with them ---------------------------
+
+
+def send_to_next(x: Tensor, group: Group) -> None:
+    """Send x to the stage after this one."""
+    after = group.ranks[group.rank + 1]
+    dist.send_object_list([(x.shape, x.dtype)], after, group=group.handle, device=x.device)
+    dist.send(x.contiguous(), after, group=group.handle)
+
+
+def receive_from_previous(group: Group, device: torch.device) -> Tensor:
+    """What the stage before this one sent."""
+    before = group.ranks[group.rank - 1]
+    form: list[Any] = [None]
+    dist.recv_object_list(form, before, group=group.handle, device=device)
+    x = torch.empty(form[0][0], dtype=form[0][1], device=device)
+    dist.recv(x, before, group=group.handle)
+    return x
+
+
+def from_last(x: Tensor | None, group: Group, device: torch.device) -> Tensor:
+    """The last stage's x on all stages; the others give None."""
+    if group.size == 1:
+        assert x is not None
+        return x
+    form: Any = _of_rank(None if x is None else (x.shape, x.dtype), group, group.ranks[-1], device)
+    x = torch.empty(form[0], dtype=form[1], device=device) if x is None else x.contiguous()
+    dist.broadcast(x, group.ranks[-1], group=group.handle)
+    return x

@@ -4,22 +4,23 @@
 A tensor is either *replicated* (equal on all ranks, as is its gradient) or *split* (each rank has a slice).
 In the table of a pair, the backward pass is the other's forward pass:
 
-    copy    replicated -> input of split work     reduce          partial sums -> replicated
-    scatter replicated -> slice                   gather          slices -> replicated whole
-    spread  slices -> input of split work         reduce_scatter  partial sums -> slices
+    copy            replicated -> input of split work     reduce          partial sums -> replicated
+    scatter         replicated -> slice                   gather          slices -> replicated whole
+    gather_sequence slices -> input of split work         reduce_scatter  partial sums -> slices
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mpu.groups import Group, Groups
-from megatron.mpu.topology import AXES, Topology
+from megatron.mpu.groups import AXES, Group, Groups, Topology
 
 # ---- without gradients -------------------------------------------------------------------------------------------
 
@@ -98,106 +99,74 @@ def shift(x: Tensor, group: Group) -> Shift:
 # ---- with gradients ----------------------------------------------------------------------------------------------
 
 
-class _Copy(torch.autograd.Function):
+def _same(x: Tensor, group: Group, dim: int) -> Tensor:
+    return x.view_as(x)
+
+
+def _sum(x: Tensor, group: Group, dim: int) -> Tensor:
+    return all_reduce(x, group)
+
+
+_Pass = Callable[[Tensor, Group, int], Tensor]
+# name -> (forward pass, backward pass)
+_PASSES: Mapping[str, tuple[_Pass, _Pass]] = MappingProxyType(
+    {
+        "copy": (_same, _sum),
+        "reduce": (_sum, _same),
+        "scatter": (own_slice, all_gather),
+        "gather": (all_gather, own_slice),
+        "gather_sequence": (all_gather, sum_slice),
+        "reduce_scatter": (sum_slice, all_gather),
+    }
+)
+
+
+class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grads[0], ctx.group), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return own_slice(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
+    def forward(ctx: Any, x: Tensor, name: str, group: Group, dim: int) -> Tensor:
+        ctx.name, ctx.group, ctx.dim = name, group, dim
+        return _PASSES[name][0](x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return own_slice(grads[0], ctx.group, ctx.dim), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _PASSES[ctx.name][1](grads[0], ctx.group, ctx.dim), None, None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return sum_slice(grads[0], ctx.group, ctx.dim), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return sum_slice(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grads[0], ctx.group, ctx.dim), None, None
-
-
-def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group, *rest: int) -> Tensor:
+def _apply(name: str, x: Tensor, group: Group, dim: int = 0) -> Tensor:
     if group.size == 1:
         return x
-    out: Tensor = function.apply(x, group, *rest)
+    out: Tensor = _Collective.apply(x, name, group, dim)
     return out
 
 
 def copy(x: Tensor, group: Group) -> Tensor:
     """Replicated x enters split work; its gradient is summed over the group."""
-    return _apply(_Copy, x, group)
+    return _apply("copy", x, group)
 
 
 def reduce(x: Tensor, group: Group) -> Tensor:
     """Partial sums of x -> their sum on every rank; the gradient passes as it is."""
-    return _apply(_Reduce, x, group)
+    return _apply("reduce", x, group)
 
 
 def scatter(x: Tensor, group: Group, dim: int = -1) -> Tensor:
     """Replicated x -> this rank's slice along dim; gradients are gathered."""
-    return _apply(_Scatter, x, group, dim)
+    return _apply("scatter", x, group, dim)
 
 
 def gather(x: Tensor, group: Group, dim: int = -1) -> Tensor:
     """Slices along dim -> the whole on every rank; the gradient is sliced."""
-    return _apply(_Gather, x, group, dim)
+    return _apply("gather", x, group, dim)
 
 
 def gather_sequence(x: Tensor, group: Group, dim: int = 1) -> Tensor:
     """Slices along dim -> the whole as input of split work; gradients are summed and sliced (sequence parallelism)."""
-    return _apply(_GatherSequence, x, group, dim)
+    return _apply("gather_sequence", x, group, dim)
 
 
 def reduce_scatter(x: Tensor, group: Group, dim: int = 1) -> Tensor:
     """Partial sums -> this rank's slice of the sum; gradients are gathered (sequence parallelism)."""
-    return _apply(_ReduceScatter, x, group, dim)
+    return _apply("reduce_scatter", x, group, dim)
 
 
 def sum_statistic(x: Tensor, group: Group) -> Tensor:

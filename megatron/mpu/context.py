@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context parallelism: which rows of a sequence each rank of a group holds, and how attention crosses the cut.
-
-Knows no model and no configuration; sends nothing.
-"""
+"""Context parallelism: which rows of a sequence each rank of a group holds, and by which method attention reaches the others."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from megatron.mpu import comm
 from megatron.mpu.groups import Group
-from megatron.mpu.roles import Initial, InitialValue
-from megatron.mpu.sharding import Replicated, Sharding, Split, Summed, local_size
+from megatron.mpu.sharding import Initial, InitialValue, Replicated, Sharding, Split, Summed, local_size
 
 LinearOp = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [..., k], weight [m, k], bias [m] or None) -> [..., m], all as this rank holds them. It must be linear in x."""
@@ -29,14 +28,12 @@ class SplitLinear(nn.Module):
 
     linear: LinearOp
 
-    def __init__(
-        self, shape: tuple[int, int], *, tp: Group, bias: bool, dtype: torch.dtype | None, device: torch.device | str | None
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], *, tp: Group, bias: bool) -> None:
         super().__init__()
         self.tp = tp
         self.linear = F.linear
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device)) if bias else None
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
         nn.init.normal_(self.weight, std=0.02)
 
 
@@ -46,11 +43,9 @@ def attach_linear(module: nn.Module, choose: Callable[[str, SplitLinear], Linear
     choose: (name, layer) -> the operation of that layer; None = leave it
     Returns the names of the layers that were changed. The embedding and the head use their weights without one.
     """
-    layers = [(name, part) for name, part in module.named_modules() if isinstance(part, SplitLinear)]
     changed = []
-    for name, layer in layers:
-        operation = choose(name, layer)
-        if operation is not None:
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, SplitLinear) and (operation := choose(name, layer)) is not None:
             layer.linear = operation
             changed.append(name)
     return changed
@@ -63,19 +58,9 @@ class ColumnLinear(SplitLinear):
     Raises ConfigError when an output part cannot be divided over tp.
     """
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        *,
-        tp: Group,
-        bias: bool = True,
-        parts: tuple[int, ...] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, n_in: int, n_out: int, *, tp: Group, bias: bool = True, parts: tuple[int, ...] | None = None) -> None:
         rows = sum(local_size(part, tp.size, "an output of") for part in parts or (n_out,))
-        super().__init__((rows, n_in), tp=tp, bias=bias, dtype=dtype, device=device)
+        super().__init__((rows, n_in), tp=tp, bias=bias)
         self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,18 +80,8 @@ class RowLinear(SplitLinear):
     Raises ConfigError when n_in cannot be divided over tp.
     """
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        *,
-        tp: Group,
-        bias: bool = True,
-        defer_reduce: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__((n_out, local_size(n_in, tp.size, "an input of")), tp=tp, bias=bias, dtype=dtype, device=device)
+    def __init__(self, n_in: int, n_out: int, *, tp: Group, bias: bool = True, defer_reduce: bool = False) -> None:
+        super().__init__((n_out, local_size(n_in, tp.size, "an input of")), tp=tp, bias=bias)
         self.defer_reduce = defer_reduce
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,20 +107,12 @@ class RowLinear(SplitLinear):
 class VocabEmbedding(nn.Module):
     """Embedding table with the vocabulary spread over tp: W [v / tp, h]."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        *,
-        tp: Group,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, tp: Group) -> None:
         super().__init__()
         self.tp = tp
         rows = local_size(vocab_size, tp.size, "padded vocabulary")
         self.first = tp.rank * rows
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:

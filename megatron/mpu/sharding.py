@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a tensor is spread over a group of ranks, said once beside the weight and read by everybody else."""
+"""What modules say of their own parameters, once beside the weight: how they are split over ranks, their role, and how they start.
+
+A module has any of these methods; names are local, and a dot leads into a submodule:
+
+    sharding()        -> {name: Sharding}, also of stored tensors; what is left out is Replicated
+    tables()          -> names of the matrices that are tables (`Role.EMBEDDING`)
+    no_weight_decay() -> names of the parameters that do not decay
+    initial_values()  -> {name: InitialValue}; of a submodule's parameter the outer module has the last word
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from megatron.errors import ConfigError
 
@@ -48,14 +56,6 @@ class Summed:
 
 
 Sharding = Replicated | Split | Summed
-
-
-@runtime_checkable
-class StatesSharding(Protocol):
-    """A module that says how its own parameters and stored tensors are split; what it leaves out is Replicated."""
-
-    def sharding(self) -> dict[str, Sharding]:
-        """Local name -> Sharding."""
 
 
 def local_size(size: int, ranks: int, what: str) -> int:
@@ -99,14 +99,87 @@ def join(shards: Sequence[Tensor], how: Sharding) -> Tensor:
     return torch.cat([piece[index] for index in range(len(sizes)) for piece in pieces], how.dim)
 
 
-def sharding_of(module: nn.Module) -> dict[str, Sharding]:
-    """Sharding of every parameter and stored tensor (state dict name) of a module tree, on any device, also meta.
+class Role(Enum):
+    """What a parameter is to its model.
 
-    What no module speaks for is Replicated.
+    HIDDEN: a matrix from features to features; both sides grow with the width of the model
+    EMBEDDING:  a matrix one side of which is a count of things: token embedding, vocabulary head, learned positions
+    VECTOR: biases, scales of norms, and whatever else a module exempts from decay
     """
+
+    HIDDEN = "hidden"
+    EMBEDDING = "table"
+    VECTOR = "vector"
+
+
+class Initial(Enum):
+    """How a parameter starts, where its module names no method of its own.
+
+    INPUT:  by `init_method`; what a matrix gets of which nothing is said
+    OUTPUT: by `output_layer_init_method`: what writes into the residual stream
+    KEEP:   as the constructor made it; what a vector gets of which nothing is said
+    """
+
+    INPUT = "input"
+    OUTPUT = "output"
+    KEEP = "keep"
+
+
+Fill = Callable[[Tensor, Generator], object]
+"""Writes a whole parameter, float32 and over all ranks, with random numbers of the generator only; each rank keeps its part."""
+
+InitialValue = Initial | str | Fill
+"""str: a method's name, as in `init_method`."""
+
+
+def stated(module: nn.Module, method: str) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(prefix, part, what it says) for each part of a module tree that has this method, outer ones first."""
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        if callable(ask := getattr(part, method, None)):
+            yield f"{prefix}." if prefix else "", part, ask()
+
+
+def _named(module: nn.Module, method: str) -> set[int]:
+    """Identities of the parameters that the parts of a module tree name by this method."""
+    return {id(part.get_parameter(name)) for _, part, names in stated(module, method) for name in names}
+
+
+def sharding_of(module: nn.Module) -> dict[str, Sharding]:
+    """Sharding of every parameter and stored tensor (state dict name) of a module tree, on any device, also meta."""
     table: dict[str, Sharding] = dict.fromkeys(module.state_dict(), Replicated())
-    for prefix, child in module.named_modules(remove_duplicate=False):
-        if isinstance(child, StatesSharding):
-            for name, how in child.sharding().items():
-                table[f"{prefix}.{name}" if prefix else name] = how
+    for prefix, _, said in stated(module, "sharding"):
+        table.update({prefix + name: how for name, how in said.items()})
     return table
+
+
+def initial_values_of(module: nn.Module) -> dict[int, InitialValue]:
+    """How each parameter of a module tree starts, by the parameter's identity."""
+    found: dict[int, InitialValue] = {}
+    for _, part, said in stated(module, "initial_values"):
+        for name, value in said.items():
+            found.setdefault(id(part.get_parameter(name)), value)
+    for parameter in module.parameters():
+        found.setdefault(id(parameter), Initial.INPUT if dimensions(parameter) > 1 else Initial.KEEP)
+    return found
+
+
+def exempt_from_decay(module: nn.Module) -> set[int]:
+    """Identities of the parameters that their modules exempt from weight decay."""
+    return _named(module, "no_weight_decay")
+
+
+def roles_of(module: nn.Module) -> dict[int, Role]:
+    """Role of each parameter of a module tree, by the parameter's identity."""
+    exempt, tables = exempt_from_decay(module), _named(module, "tables")
+
+    def role(parameter: nn.Parameter) -> Role:
+        if dimensions(parameter) <= 1 or id(parameter) in exempt:
+            return Role.VECTOR
+        return Role.EMBEDDING if id(parameter) in tables else Role.HIDDEN
+
+    return {id(parameter): role(parameter) for parameter in module.parameters()}
+
+
+def dimensions(parameter: nn.Parameter) -> int:
+    """Number of dimensions of the whole parameter; under ZeRO-3 what is left here is an empty vector."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

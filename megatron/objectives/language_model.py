@@ -11,8 +11,7 @@ import torch
 
 from megatron.data.batch import Batch
 from megatron.errors import DataError
-from megatron.objectives.base import LossTerms, Metric, Objective, Sample, Targets
-from megatron.objectives.context import LossContext
+from megatron.objectives.base import LossContext, LossTerms, Metric, Objective, Sample, Targets
 
 if TYPE_CHECKING:
     from megatron.model.head import Logits

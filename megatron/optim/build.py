@@ -3,23 +3,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
 from megatron.neox_arguments.deepspeed import deepspeed_config
 from megatron.neox_arguments.unfinished import refuse_value
-from megatron.optim.groups import groups_by_role, mup_rates, parameter_groups, slow_shares
-from megatron.optim.muon import muon_groups
-from megatron.optim.optimizers import make_optimizer
+from megatron.optim.cpu_adam import cpu_adam
+from megatron.optim.groups import groups_by_role, muon_groups, mup_rates, parameter_groups, slow_shares
+from megatron.optim.optimizers import MADGRADW, SM3, Lion, Muon, deepspeed_muon
 from megatron.optim.schedules import Decay, LRScheduler, OnResume, ScheduleSpec
 
 if TYPE_CHECKING:
     from megatron.neox_arguments import NeoXArgs
+
 
 log = get_logger(__name__)
 
@@ -46,19 +49,16 @@ def build_optimizer(args: NeoXArgs, module: nn.Module, device: torch.device) -> 
 
 def build_groups(args: NeoXArgs, module: nn.Module) -> list[dict[str, Any]]:
     """The trainable parameters of `module` as the configured optimizer's groups."""
-    ranks = 1 if args.optim.summed_bias_full_lr else args.runtime.model_parallel_size
-    return slow_shares(_groups(args, module), module, ranks)
-
-
-def _groups(args: NeoXArgs, module: nn.Module) -> list[dict[str, Any]]:
     section, decay = args.optim, float(args.optim.weight_decay)
     if section.optimizer_type == "muon":
         params = section.optimizer.get("params", {}) if section.optimizer else {}
         matrix, other = (params[rate] / section.lr if params.get(rate) and section.lr else 1.0 for rate in MUON_RATES)
-        return muon_groups(module, decay, matrix_mult=matrix, other_mult=other)
-    if args.model.use_mup:
-        return groups_by_role(module, decay, mup_rates(section.optimizer_type, args.model.width_mult))
-    return parameter_groups(module, decay)
+        groups = muon_groups(module, decay, matrix_mult=matrix, other_mult=other)
+    elif args.model.use_mup:
+        groups = groups_by_role(module, decay, mup_rates(section.optimizer_type, args.model.width_mult))
+    else:
+        groups = parameter_groups(module, decay)
+    return slow_shares(groups, module, 1 if section.summed_bias_full_lr else args.runtime.model_parallel_size)
 
 
 def zero_stage(args: NeoXArgs) -> int:
@@ -94,3 +94,97 @@ def build_scheduler(args: NeoXArgs, optimizer: Optimizer) -> LRScheduler:
     elif section.use_checkpoint_lr_scheduler:
         on_resume = OnResume.SAVED
     return LRScheduler(optimizer, build_schedule(args), on_resume=on_resume)
+
+
+Groups = list[dict[str, Any]]
+
+_IGNORED = frozenset({"freeze_step", "cuda_aware", "torch_adam"})
+"""Parameters that select or tune an implementation we do not use; the numbers do not depend on them."""
+
+
+def make_optimizer(name: str, params: Mapping[str, Any], groups: Groups, device: torch.device) -> Optimizer:
+    """An optimizer over `groups`.
+
+    name:   lower case: adam, adamw, cpu_torch_adam, cpu_adam, sgd, lion, sm3, madgrad_wd, muon, or zero_muon: muon under ZeRO
+    params: numbers from the configuration: lr, betas, eps, ... (weight decay stands in the groups)
+
+    Raises ConfigError for an unknown name or parameter, BackendError when the implementation is not on this machine.
+    """
+    if name not in _MAKERS:
+        gone = "DeepSpeed no longer has OneBitAdam" if name == "onebitadam" else f"unknown optimizer {name!r}"
+        raise ConfigError(gone, where="optimizer.type", fix=f"use one of: {', '.join(key for key in _MAKERS if key != 'zero_muon')}")
+    make, allowed = _MAKERS[name]
+    numbers = {key: value for key, value in params.items() if key not in _IGNORED and key != "weight_decay"}
+    if not numbers.get("momentum", 1) and "momentum" not in allowed:
+        del numbers["momentum"]  # the default block of a configuration without an optimizer carries momentum 0
+    unknown = sorted(set(numbers) - allowed)
+    if unknown:
+        raise ConfigError(
+            f"optimizer {name!r} has no parameter {', '.join(unknown)}",
+            where=f"optimizer.params.{unknown[0]}",
+            fix=f"allowed: {', '.join(sorted(allowed | {'weight_decay'}))}",
+        )
+    if "betas" in numbers:
+        numbers["betas"] = _betas(numbers["betas"])
+    if numbers.get("ns_method", "standard") not in ("standard", "gram"):
+        what = f"ns_method {numbers['ns_method']!r} is not known"
+        raise ConfigError(what, where="optimizer.params.ns_method", fix="use standard or gram")
+    return make(groups, numbers, device)
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(0.0 <= float(v) < 1.0 for v in value):
+        raise ConfigError(f"betas {value!r}: two numbers in [0, 1) are needed", where="optimizer.params.betas", fix="e.g. [0.9, 0.95]")
+    return float(value[0]), float(value[1])
+
+
+def _adam(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """Adam with decoupled decay (Loshchilov & Hutter, arXiv 1711.05101), or with L2 in the gradient for `adam_w_mode: false`.
+
+    torch's fused kernel: on CUDA one launch per dtype, on CPU one pass over each tensor instead of a dozen.
+    """
+    decoupled = numbers.pop("adam_w_mode", True)
+    if not numbers.pop("bias_correction", True):
+        raise ConfigError("Adam without bias correction is not offered", where="optimizer.params.bias_correction", fix="remove the key")
+    if numbers.pop("amsgrad", False):
+        raise ConfigError("the fused Adam kernels have no amsgrad", where="optimizer.params.amsgrad", fix="remove the key")
+    kind = AdamW if decoupled else Adam
+    return kind(groups, fused=device.type in ("cpu", "cuda"), **numbers)
+
+
+def _adamw(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """AdamW; an explicit `adam_w_mode: false` contradicts the name."""
+    if not numbers.get("adam_w_mode", True):
+        raise ConfigError("AdamW with adam_w_mode: false", where="optimizer.params.adam_w_mode", fix="use type: Adam, or remove the key")
+    return _adam(groups, numbers, device)
+
+
+def _muon(groups: Groups, numbers: dict[str, Any], device: torch.device) -> Optimizer:
+    """Muon over whole parameters. Both methods of the iteration are the same mathematics."""
+    numbers.pop("ns_method", None)
+    return Muon(groups, **numbers)
+
+
+_Maker = Callable[[Groups, dict[str, Any], torch.device], Optimizer]
+_ADAM_KEYS = frozenset({"lr", "betas", "eps", "adam_w_mode", "bias_correction", "amsgrad"})
+_MUON_KEYS = frozenset({"lr", "momentum", "nesterov", "ns_steps", "ns_method", "betas", "eps"})
+# name -> (how it is made, the parameters it takes)
+_MAKERS: Mapping[str, tuple[_Maker, frozenset[str]]] = MappingProxyType(
+    {
+        "adam": (_adam, _ADAM_KEYS),
+        "adamw": (_adamw, _ADAM_KEYS),
+        "cpu_torch_adam": (_adam, _ADAM_KEYS),
+        # Compiled where it is not installed, as a user asked for it by name.
+        "cpu_adam": (lambda groups, numbers, _: cpu_adam(groups, numbers), _ADAM_KEYS | {"adamw_mode", "fp32_optimizer_states"}),
+        "sgd": (
+            lambda groups, numbers, device: SGD(groups, fused=device.type in ("cpu", "cuda"), **numbers),
+            frozenset({"lr", "momentum", "nesterov", "dampening"}),
+        ),
+        "lion": (lambda groups, numbers, _: Lion(groups, **numbers), frozenset({"lr", "betas"})),
+        "sm3": (lambda groups, numbers, _: SM3(groups, **numbers), frozenset({"lr", "momentum", "beta", "eps"})),
+        "madgrad_wd": (lambda groups, numbers, _: MADGRADW(groups, **numbers), frozenset({"lr", "momentum", "eps"})),
+        "muon": (_muon, _MUON_KEYS),
+        # DeepSpeed fixes what a configuration rule asks for: five rounds, with Nesterov's look ahead.
+        "zero_muon": (lambda groups, numbers, _: deepspeed_muon(groups, numbers), _MUON_KEYS),
+    }
+)

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch.optim import Optimizer
 
 from megatron.deepspeed_private import cpu_adam_parts
@@ -52,7 +51,8 @@ def compile_operator(builder: Any) -> None:
     folder = Path(cpp_extension._get_build_directory(builder.name, False))
     built = (folder / f"{builder.name}.so").exists()
     log.info("cpu_adam: %s DeepSpeed's operator in %s", "loading" if built else "compiling (a minute or more)", folder)
-    with alone_in(folder):
+    # The system lets go of this lock when a process dies, however it dies.
+    with FileLock(folder / "megatron.lock"):
         await_lock(folder / "lock")
         try:
             builder.load(verbose=False)
@@ -60,27 +60,10 @@ def compile_operator(builder: Any) -> None:
             raise BackendError(f"cpu_adam's operator could not be compiled: {error}", where="optimizer.type", fix=FIX) from error
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes of this project. The system lets go of it when a process dies, however it dies."""
-    with (folder / "megatron.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def await_lock(path: Path, *, stale_after_s: float = STALE_AFTER_S) -> None:
+def await_lock(path: Path) -> None:
     """Wait for another program's compile, whose lock is the existence of a file; one that is older than a compile takes is removed."""
-    while (held_s := _age_s(path)) is not None:
-        if held_s > stale_after_s:
-            log.warning("cpu_adam: removing %s, left %.0f minutes ago by a compile that was killed", path, held_s / 60)
-            path.unlink(missing_ok=True)
-            return
-        time.sleep(0.5)
-
-
-def _age_s(path: Path) -> float | None:
-    """Seconds since a file was made; None = there is none."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return None
+    with suppress(FileNotFoundError):  # the other program is done
+        while (held_s := time.time() - path.stat().st_mtime) <= STALE_AFTER_S:
+            time.sleep(0.5)
+        log.warning("cpu_adam: removing %s, left %.0f minutes ago by a compile that was killed", path, held_s / 60)
+        path.unlink()

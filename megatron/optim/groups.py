@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from megatron.errors import ConfigError
-from megatron.mpu.roles import Role, dimensions, exempt_from_decay, roles_of
-from megatron.mpu.sharding import Summed, sharding_of
+from megatron.mpu.sharding import Role, Summed, dimensions, exempt_from_decay, roles_of, sharding_of
 
 Rates = Mapping[Role, float]
 
@@ -22,6 +21,9 @@ EVEN: Rates = MappingProxyType(dict.fromkeys(Role, 1.0))
 BY_ENTRY = ("adam", "adamw", "cpu_adam", "cpu_torch_adam", "lion", "sm3")
 BY_GRADIENT = ("sgd",)
 BY_SPECTRUM = ("muon",)
+
+MATRIX = "use_muon"
+"""Key of a group, and for DeepSpeed attribute of a parameter: whether Muon updates it."""
 
 LR_MULT = "lr_mult"
 """Key of a group whose rate is not the schedule's: what the schedule's is multiplied by."""
@@ -35,13 +37,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     Tied parameters count once. With weight_decay 0 there is one group.
     """
     exempt = exempt_from_decay(module)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    if weight_decay == 0:
-        return [{"params": trained, "weight_decay": 0.0}] if trained else []
-    decay = [p for p in trained if dimensions(p) > 1 and id(p) not in exempt]
-    plain = [p for p in trained if dimensions(p) <= 1 or id(p) in exempt]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    trained = _trained(module)
+    decay = [p for p in trained if weight_decay != 0 and dimensions(p) > 1 and id(p) not in exempt]
+    taken = set(map(id, decay))
+    plain = [p for p in trained if id(p) not in taken]
+    return _ordered([{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}])
 
 
 def groups_by_role(module: nn.Module, weight_decay: float, rates: Rates) -> list[dict[str, Any]]:
@@ -49,17 +49,46 @@ def groups_by_role(module: nn.Module, weight_decay: float, rates: Rates) -> list
 
     rates: what the rate of each role is multiplied by
     Rate times decay is the same for all matrices, so that a width changes how they learn but not how they are forgotten.
-    Groups at the plain rate come first: the first group's rate is the one that is reported.
     """
-    roles = roles_of(module)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = []
-    for role in sorted(Role, key=lambda role: rates[role] != 1.0):
-        decay = 0.0 if role is Role.VECTOR else weight_decay / rates[role]
-        members = [p for p in trained if roles[id(p)] is role]
-        if members:
-            groups.append({"params": members, "weight_decay": decay, LR_MULT: rates[role]})
-    return groups
+    roles, trained = roles_of(module), _trained(module)
+    return _ordered(
+        {
+            "params": [p for p in trained if roles[id(p)] is role],
+            "weight_decay": 0.0 if role is Role.VECTOR else weight_decay / rates[role],
+            LR_MULT: rates[role],
+        }
+        for role in Role
+    )
+
+
+def muon_groups(module: nn.Module, weight_decay: float, *, matrix_mult: float = 1.0, other_mult: float = 1.0) -> list[dict[str, Any]]:
+    """The trainable parameters as groups {params, weight_decay, use_muon, lr_mult}: hidden matrices, tables, vectors.
+
+    matrix_mult, other_mult: what the schedule's rate is multiplied by
+    Hidden matrices with more than two dimensions go with the tables: Muon is defined on matrices.
+    A fused weight (query_key_value, a gated linear1) counts as the one matrix it is stored as.
+    """
+    roles, trained = roles_of(module), _trained(module)
+    matrices = [p for p in trained if roles[id(p)] is Role.HIDDEN and dimensions(p) == 2]
+    vectors = [p for p in trained if roles[id(p)] is Role.VECTOR]
+    taken = {id(p) for p in (*matrices, *vectors)}
+    tables = [p for p in trained if id(p) not in taken]
+    return _ordered(
+        [
+            {"params": matrices, "weight_decay": weight_decay, MATRIX: True, LR_MULT: matrix_mult},
+            {"params": tables, "weight_decay": weight_decay, MATRIX: False, LR_MULT: other_mult},
+            {"params": vectors, "weight_decay": 0.0, MATRIX: False, LR_MULT: other_mult},
+        ]
+    )
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _ordered(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without empty groups; those at the plain rate come first: the first group's rate is the one that is reported."""
+    return sorted((group for group in groups if group["params"]), key=lambda group: bool(group.get(LR_MULT, 1.0) != 1.0))
 
 
 def slow_shares(groups: list[dict[str, Any]], module: nn.Module, ranks: int) -> list[dict[str, Any]]:

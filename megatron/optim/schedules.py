@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
+
+from torch.optim import Optimizer
 
 from megatron.errors import ConfigError
 from megatron.log import get_logger
@@ -66,64 +68,30 @@ def lr_at(step: int, spec: ScheduleSpec) -> float:
     # FORMAT: the step at which warm-up ends belongs to it, and step 0 counts as 1, as in recorded runs.
     if spec.warmup_iter > 0 and step <= spec.warmup_iter:
         return spec.start_lr * min(1.0, max(0 if spec.warmup_from_zero else 1, step) / spec.warmup_iter)
-    return max(spec.min_lr, _LAWS[spec.decay_style](step, spec))
+    return max(spec.min_lr, _decayed(step, spec))
 
 
-def _progress(step: int, spec: ScheduleSpec) -> float:
-    """Steps after warm-up, as a share of the steps from there to end_iter."""
-    return (step - spec.warmup_iter) / max(spec.end_iter - spec.warmup_iter, 1.0)
-
-
-def _constant(step: int, spec: ScheduleSpec) -> float:
-    return spec.start_lr
-
-
-def _linear(step: int, spec: ScheduleSpec) -> float:
-    return spec.min_lr + (spec.start_lr - spec.min_lr) * (1.0 - min(1.0, _progress(step, spec)))
-
-
-def _cosine(step: int, spec: ScheduleSpec) -> float:
-    """Half a cosine (Loshchilov & Hutter, arXiv 1608.03983, eq. 5, one period), then min_lr."""
-    return spec.min_lr + (spec.start_lr - spec.min_lr) / 2.0 * (1.0 + math.cos(math.pi * min(1.0, _progress(step, spec))))
-
-
-def _exponential(step: int, spec: ScheduleSpec) -> float:
-    # FORMAT: 0.693, not ln 2, so that a resumed run goes on at the recorded rates.
-    return spec.start_lr * math.exp(-0.693 * _progress(step, spec))
-
-
-def _wsd(step: int, spec: ScheduleSpec) -> float:
-    """Warm-up, stable, decay (Hu et al., arXiv 2404.06395, sec. 4.2) with a linear decay (Haegele et al., arXiv 2405.18392)."""
-    length = spec.wsd_decay_fraction * spec.end_iter
-    start = max(spec.end_iter - length, spec.warmup_iter)
-    if step <= start:
+def _decayed(step: int, spec: ScheduleSpec) -> float:
+    """The rate after warm-up. Laws: cosine: Loshchilov & Hutter, arXiv 1608.03983, eq. 5, half a period; inverse_sqrt: Vaswani et al.,
+    arXiv 1706.03762, eq. 3; wsd: Hu et al., arXiv 2404.06395, sec. 4.2, with the linear decay of Haegele et al., arXiv 2405.18392.
+    """
+    law, span = spec.decay_style, spec.start_lr - spec.min_lr
+    progress = (step - spec.warmup_iter) / max(spec.end_iter - spec.warmup_iter, 1.0)
+    if law is Decay.LINEAR:
+        return spec.min_lr + span * (1.0 - min(1.0, progress))
+    if law is Decay.COSINE:
+        return spec.min_lr + span / 2.0 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    if law is Decay.EXPONENTIAL:
+        # FORMAT: 0.693, not ln 2, so that a resumed run goes on at the recorded rates.
+        return spec.start_lr * math.exp(-0.693 * progress)
+    if law is Decay.INVERSE_SQRT:
+        warmup = max(spec.warmup_iter, 1.0)
+        return spec.start_lr * math.sqrt(warmup / max(step, warmup))
+    start = max(spec.end_iter - spec.wsd_decay_fraction * spec.end_iter, spec.warmup_iter)
+    if law is Decay.CONSTANT or step <= start:
         return spec.start_lr
     left = (spec.end_iter - step) / (spec.end_iter - start) if step < spec.end_iter else 0.0
-    return spec.min_lr + (spec.start_lr - spec.min_lr) * left
-
-
-def _inverse_sqrt(step: int, spec: ScheduleSpec) -> float:
-    """Falls with 1 / sqrt(step) from the end of warm-up on (Vaswani et al., arXiv 1706.03762, eq. 3)."""
-    warmup = max(spec.warmup_iter, 1.0)
-    return spec.start_lr * math.sqrt(warmup / max(step, warmup))
-
-
-_LAWS: Mapping[Decay, Callable[[int, ScheduleSpec], float]] = MappingProxyType(
-    {
-        Decay.CONSTANT: _constant,
-        Decay.LINEAR: _linear,
-        Decay.COSINE: _cosine,
-        Decay.EXPONENTIAL: _exponential,
-        Decay.WSD: _wsd,
-        Decay.INVERSE_SQRT: _inverse_sqrt,
-    }
-)
-
-
-class _HasGroups(Protocol):
-    """What the scheduler needs of an optimizer."""
-
-    param_groups: list[dict[str, Any]]
+    return spec.min_lr + span * left
 
 
 class LRScheduler:
@@ -133,7 +101,7 @@ class LRScheduler:
     on_resume: what `load_state_dict` does with another schedule than the configured one
     """
 
-    def __init__(self, optimizer: _HasGroups, spec: ScheduleSpec, *, on_resume: OnResume = OnResume.COMPARE) -> None:
+    def __init__(self, optimizer: Optimizer, spec: ScheduleSpec, *, on_resume: OnResume = OnResume.COMPARE) -> None:
         self.optimizer = optimizer
         self.spec = spec
         self.on_resume = on_resume
@@ -155,7 +123,7 @@ class LRScheduler:
         """Go to where `steps` optimizer steps have been made.
 
         saved: the checkpoint's schedule, where the optimizer begins anew. It is followed if `on_resume` says so; else the
-            configuration's is, and the difference told, as nothing else of that optimizer goes on.
+            configuration's is, and the difference is logged, as nothing else of that optimizer goes on.
         """
         if saved:
             self._choose(spec_from_state(saved, self.spec))
@@ -172,8 +140,7 @@ class LRScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        state = _plain(self.spec)
-        return {**state, "num_iters": self.num_iters}
+        return {**_plain(self.spec), "num_iters": self.num_iters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was saved.
@@ -181,19 +148,25 @@ class LRScheduler:
         Raises ConfigError naming every value that differs, unless `on_resume` says which side wins.
         """
         saved = spec_from_state(state, self.spec)
-        if self.on_resume is OnResume.COMPARE:
-            _refuse_change(_plain(saved), _plain(self.spec))
+        changed = _differences(saved, self.spec)
+        if changed and self.on_resume is OnResume.COMPARE:
+            raise ConfigError(
+                "the learning-rate schedule changed since the checkpoint was saved: " + "; ".join(changed.values()),
+                where=", ".join(changed),
+                fix="set override_lr_scheduler: true to go on with the configuration's schedule, "
+                "use_checkpoint_lr_scheduler: true to go on with the checkpoint's, or restore the old values",
+            )
         self._choose(saved)
         self.num_iters = int(state["num_iters"])
         self.apply()
 
     def _choose(self, saved: ScheduleSpec) -> None:
         """Follow the schedule that `on_resume` says, and tell what differs."""
-        changed = _changed(_plain(saved), _plain(self.spec))
+        changed = _differences(saved, self.spec)
         if changed:
             which = "checkpoint" if self.on_resume is OnResume.SAVED else "configuration"
-            lines = [f"  {_KEYS[name]}: {old} in the checkpoint, {new} in the configuration" for name, old, new in changed]
-            log.warning("the learning rate follows the schedule of the %s:\n%s", which, "\n".join(lines))
+            lines = "\n".join(f"  {line}" for line in changed.values())
+            log.warning("the learning rate follows the schedule of the %s:\n%s", which, lines)
         if self.on_resume is OnResume.SAVED:
             self.spec = saved
 
@@ -218,31 +191,16 @@ _KEYS: Mapping[str, str] = MappingProxyType(
         "decay_style": "lr_decay_style",
         "end_iter": "lr_decay_iters / train_iters",
         "warmup_iter": "warmup (steps)",
-        "min_lr": "min_lr",
-        "wsd_decay_fraction": "wsd_decay_fraction",
-        "warmup_from_zero": "warmup_from_zero",
     }
 )
+"""Configuration keys of the fields that are not named as theirs."""
 
 
-def _changed(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, saved, configured) of each difference between two schedules."""
-    names = [name for name in _KEYS if name in saved or name in configured]
-    return [(name, saved.get(name), configured.get(name)) for name in names if not _same(saved.get(name), configured.get(name))]
-
-
-def _refuse_change(saved: Mapping[str, Any], configured: Mapping[str, Any]) -> None:
-    """Raise when two schedules differ, naming key, saved and configured value of each difference."""
-    changed = _changed(saved, configured)
-    if not changed:
-        return
-    lines = [f"{_KEYS[name]}: {old} in the checkpoint, {new} in the configuration" for name, old, new in changed]
-    raise ConfigError(
-        "the learning-rate schedule changed since the checkpoint was saved: " + "; ".join(lines),
-        where=", ".join(_KEYS[name] for name, _, _ in changed),
-        fix="set override_lr_scheduler: true to go on with the configuration's schedule, "
-        "use_checkpoint_lr_scheduler: true to go on with the checkpoint's, or restore the old values",
-    )
+def _differences(saved: ScheduleSpec, configured: ScheduleSpec) -> dict[str, str]:
+    """Configuration key -> a line with both values, for each difference between two schedules."""
+    old, new = _plain(saved), _plain(configured)
+    both = ((_KEYS.get(f.name, f.name), old.get(f.name), new.get(f.name)) for f in fields(ScheduleSpec))
+    return {key: f"{key}: {a} in the checkpoint, {b} in the configuration" for key, a, b in both if not _same(a, b)}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.data.batch import Batch, Extra, ExtraLayout
-from megatron.objectives.base import LossTerms, Metric, Objective, Sample, Scorer, Targets
-from megatron.objectives.context import REFERENCE, LossContext
+from megatron.objectives.base import REFERENCE, LossContext, LossTerms, Metric, Objective, Sample, Scorer, Targets
 
 ANCHOR = "anchor"
 

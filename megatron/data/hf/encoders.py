@@ -35,7 +35,7 @@ from megatron.data.preprocess.encoders import (
 )
 from megatron.data.preprocess.flags import choose
 from megatron.errors import ConfigError
-from megatron.hub.retry import Sleep
+from megatron.hub.client import Sleep
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 
 

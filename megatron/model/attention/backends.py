@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from megatron.errors import BackendError
 from megatron.fused_kernels import available
-from megatron.model.attention import cuda_kernels
 from megatron.model.attention.inputs import AttentionInputs, needs_no_mask
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.random import drop_by_head, seeded
@@ -43,11 +43,13 @@ def eager(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
     """torch's scaled_dot_product_attention. Packed documents are computed one by one, in a compiled graph with a mask."""
-    if view.dropout > 0.0:
-        # The kernel draws by itself, one stream for all heads: ranks of a tensor group must not draw alike.
-        with seeded(view.seeds[0], q.device):
-            return _sdpa_documents(q, k, v, view)
-    return _sdpa_documents(q, k, v, view)
+    with _own_draws(view, q.device):
+        return _sdpa_documents(q, k, v, view)
+
+
+def _own_draws(view: AttentionInputs, device: torch.device) -> AbstractContextManager[None]:
+    """Around a kernel that draws by itself, one stream for all heads: ranks of a tensor group must not draw alike."""
+    return seeded(view.seeds[0], device) if view.dropout > 0.0 else nullcontext()
 
 
 def _sdpa_documents(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
@@ -96,8 +98,8 @@ def refuses(name: BackendName, spec: AttentionSpec, device: torch.device, dtype:
     if device.type != "cuda":
         return f"{name.value} runs on CUDA, not on {device.type}"
     if name is BackendName.VARLEN:
-        return available("varlen") or cuda_kernels.varlen_refuses(spec, dtype)
-    return available("flash_attn") or cuda_kernels.flash_refuses(spec, dtype)
+        return available("varlen") or varlen_refuses(spec, dtype)
+    return available("flash_attn") or flash_refuses(spec, dtype)
 
 
 def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropout: bool = False, uneven: bool = False) -> Attend:
@@ -125,7 +127,89 @@ def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropo
     table: dict[BackendName, Attend] = {
         BackendName.EAGER: eager,
         BackendName.SDPA: sdpa,
-        BackendName.VARLEN: cuda_kernels.varlen,
-        BackendName.FLASH_ATTN: cuda_kernels.flash,
+        BackendName.VARLEN: varlen,
+        BackendName.FLASH_ATTN: flash,
     }
     return sdpa if uneven and name is not BackendName.EAGER else table[name]
+
+
+def varlen_refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot serve a spec."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"varlen computes in float16 or bfloat16, not {dtype}"
+    if spec.rpe is not None or spec.alibi:
+        return "varlen has no bias on the scores (rpe, alibi)"
+    if spec.dropout > 0.0:
+        return "varlen has no attention dropout"
+    if spec.head_dim > 256 or spec.head_dim % 8:
+        return f"varlen takes head sizes up to 256 that are multiples of 8, not {spec.head_dim}"
+    return None
+
+
+def boundaries(rows: int, length: int, device: torch.device) -> Tensor:
+    """Where each of `rows` rows of equal `length` begins in the flattened batch, and its end; int32 [rows + 1]."""
+    return torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
+    """q [b, s, n, d], k and v [b, t, g, d] -> [b, s, n, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    (b, s), t = q.shape[:2], k.shape[1]
+    if view.documents is None:
+        starts_q = boundaries(b, s, q.device)
+        starts_k, longest_q, longest_k = (starts_q, s, s) if s == t else (boundaries(b, t, q.device), s, t)
+    else:
+        starts_q = starts_k = view.documents.cu_seqlens
+        longest_q = longest_k = view.documents.max_seqlen
+    behind = -1 if view.window is None else view.window
+    out = varlen_attn(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        starts_q,
+        starts_k,
+        longest_q,
+        longest_k,
+        scale=view.scale,
+        window_size=(behind, 0),  # aligned with the last key, so right with a cache as well
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    assert isinstance(out, Tensor)
+    return out.view(q.shape)
+
+
+def flash_refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot serve a spec."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn computes in float16 or bfloat16, not {dtype}"
+    if spec.rpe is not None:
+        return "flash-attn has no learned bias on the scores (rpe)"
+    if spec.head_dim > 256:
+        return f"flash-attn takes head sizes up to 256, not {spec.head_dim}"
+    return None
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
+    """q [b, s, n, d], k and v [b, t, g, d] -> [b, s, n, d]."""
+    with _own_draws(view, q.device):
+        return _flash(q, k, v, view)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, view: AttentionInputs) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    behind = -1 if view.window is None else view.window
+    common: dict[str, Any] = {
+        "dropout_p": view.dropout,
+        "softmax_scale": view.scale,
+        "causal": True,
+        "window_size": (behind, 0 if view.window is not None else -1),
+        "alibi_slopes": view.slopes,
+    }
+    if view.documents is None:
+        rows: Tensor = flash_attn_func(q, k, v, **common)
+        return rows
+    starts, longest = view.documents.cu_seqlens, view.documents.max_seqlen
+    flat: Tensor = flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, starts, longest, longest, **common)
+    return flat.view(q.shape)

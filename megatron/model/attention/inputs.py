@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attention back end is told beside queries, keys and values: packed documents, and what each token may see."""
+"""The inputs of an attention back end beside queries, keys and values: packed documents, and what each token may see."""
 
 from __future__ import annotations
 
@@ -118,8 +118,20 @@ class AttentionInputs:
     fp32: bool = True
 
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """Which keys each of the new `queries` of `keys` positions sees; bool [s, t], or [b, 1, s, t] where rows differ."""
-        return allowed(queries, keys, self.window, device, self.documents, self.offsets)
+        """Which keys each of the last `queries` of `keys` positions sees; bool [s, t], or [b, 1, s, t] where rows differ.
+
+        A token sees itself and earlier ones; FORMAT: with a window, `window` of those (window + 1 in all).
+        """
+        behind = distances(queries, keys, device)
+        if self.offsets is not None:  # the last query of row b is at offsets[b] + queries - 1, not at keys - 1
+            behind = behind + (self.offsets + queries - keys)[:, None, None, None]
+        see = behind >= 0
+        if self.window is not None:
+            see &= behind <= self.window
+        if self.documents is None:
+            return see
+        ordinal = ordinals(self.documents.segment_ids)
+        return see & (ordinal[:, :, None] == ordinal[:, None, :])[:, None]
 
     def added(self, queries: int, keys: int) -> Tensor | None:
         """What is added to the scores, [n, s, t], or [b, n, s, t] where rows differ; None = nothing."""
@@ -127,30 +139,6 @@ class AttentionInputs:
             return None if self.bias is None else self.bias(queries, keys)
         at = self.offsets[:, None] + torch.arange(queries, device=self.offsets.device)
         return self.bias(keys, keys)[:, at].transpose(0, 1)
-
-
-def allowed(
-    queries: int,
-    keys: int,
-    window: int | None,
-    device: torch.device,
-    documents: PackedSequences | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """Which keys each of the last `queries` of `keys` positions sees; bool [s, t], or [b, 1, s, t] with documents or offsets.
-
-    A token sees itself and earlier ones; FORMAT: with a window, `window` of those (window + 1 in all).
-    """
-    behind = distances(queries, keys, device)
-    if offsets is not None:  # the last query of row b is at offsets[b] + queries - 1, not at keys - 1
-        behind = behind + (offsets + queries - keys)[:, None, None, None]
-    see = behind >= 0
-    if window is not None:
-        see &= behind <= window
-    if documents is None:
-        return see
-    ordinal = ordinals(documents.segment_ids)
-    return see & (ordinal[:, :, None] == ordinal[:, None, :])[:, None]
 
 
 def needs_no_mask(queries: int, keys: int, window: int | None) -> bool:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
-from megatron.model.attention import backends, ring, ulysses
+from megatron.model.attention import backends, context_parallel
 from megatron.model.attention.inputs import AttentionInputs, BiasOf, PackedSequences, document_positions
 from megatron.model.attention.qkv import layout
-from megatron.model.cache import AttentionCache
-from megatron.model.layer_state import Mixer
-from megatron.model.norms import EachHeadNorm, HeadNorm
+from megatron.model.layer_state import AttentionCache, Mixer
+from megatron.model.norms import HeadNorm, Norm
 from megatron.model.positions import Alibi, RelativeBias, Rotary, rotate
-from megatron.model.spec import AttentionSpec
+from megatron.model.spec import AttentionSpec, NormSpec
 from megatron.mpu.context import ContextKind, ContextPlan
 from megatron.mpu.groups import Group, Groups
 from megatron.mpu.layers import ColumnLinear, RowLinear
@@ -51,12 +50,8 @@ class SelfAttention(Mixer):
         self.alibi_embed = Alibi(spec.num_heads, tp=tp) if spec.alibi else None
         if spec.qk_norm is None:
             return
-        if spec.separate_qk_norms and spec.norm_each_head:
-            self.q_norm: HeadNorm | EachHeadNorm = EachHeadNorm(spec.qk_norm, spec.head_dim, tp=tp)
-            self.k_norm: HeadNorm | EachHeadNorm = EachHeadNorm(spec.qk_norm, spec.head_dim, tp=tp)
-        elif spec.separate_qk_norms:
-            self.q_norm = HeadNorm(spec.qk_norm, spec.num_heads, spec.head_dim, tp=tp, flat=True)
-            self.k_norm = HeadNorm(spec.qk_norm, spec.num_kv_heads, spec.head_dim, tp=tp, flat=True)
+        if spec.separate_qk_norms:
+            self.q_norm, self.k_norm = (self._norm_of(spec.qk_norm, heads) for heads in (spec.num_heads, spec.num_kv_heads))
         elif spec.num_heads != spec.num_kv_heads:
             raise ConfigError(
                 f"one norm cannot serve {spec.num_heads} query heads and {spec.num_kv_heads} key heads",
@@ -104,9 +99,9 @@ class SelfAttention(Mixer):
         """q [b, s / cp, n, d], k and v [b, t, g, d] -> [b, s / cp, n, d]."""
         plan = self.context
         if plan.size > 1 and plan.kind is ContextKind.RING:
-            return ring.attend(q, k, v, view, plan)
+            return context_parallel.ring_attention(q, k, v, view, plan)
         inner = backends.pick(self.spec, q.device, q.dtype, dropout=view.dropout > 0.0, uneven=view.offsets is not None)
-        return inner(q, k, v, view) if plan.size == 1 else ulysses.attend(q, k, v, view, plan, inner)
+        return inner(q, k, v, view) if plan.size == 1 else context_parallel.ulysses_attention(q, k, v, view, plan, inner)
 
     @staticmethod
     def matrix_elements(spec: AttentionSpec) -> int:
@@ -163,13 +158,19 @@ class SelfAttention(Mixer):
 
     def _check_context(self) -> None:
         ringed = self.context.size > 1 and self.context.kind is ContextKind.RING
-        reason = ring.refuses(self.spec) if ringed else None
+        reason = context_parallel.ring_refuses(self.spec) if ringed else None
         if reason is not None:
             raise ConfigError(
                 f"the heads cannot be divided over {self.context.size} ranks, and {reason}",
                 where="context_parallel_size",
                 fix="choose a context_parallel_size that divides the heads and key heads of each rank, or 1",
             )
+
+    def _norm_of(self, norm: NormSpec, heads: int) -> Norm:
+        """One of separate norms. FORMAT: of each head [d], the same on every rank, or of all heads [heads * d / tp]."""
+        if self.spec.norm_each_head:
+            return Norm(norm, (self.spec.head_dim,), tp=self.tp, heads=True)
+        return HeadNorm(norm, heads, self.spec.head_dim, tp=self.tp, flat=True)
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.spec.qk_norm is None:
@@ -178,12 +179,9 @@ class SelfAttention(Mixer):
             return self.q_norm(q), self.k_norm(k)
         return self.qk_layernorm(q), self.qk_layernorm(k)
 
-    def _dropout(self) -> float:
-        return self.spec.dropout if self.training else 0.0
-
     def _view(self, q: Tensor, documents: PackedSequences | None) -> AttentionInputs:
-        alibi, rpe = self.alibi_embed, self.rpe
-        bias: BiasOf | None = rpe
+        alibi, dropout = self.alibi_embed, self.spec.dropout if self.training else 0.0
+        bias: BiasOf | None = self.rpe
         if alibi is not None:
             bias = lambda queries, keys: alibi(queries, keys, q.device)  # noqa: E731
         return AttentionInputs(
@@ -193,8 +191,8 @@ class SelfAttention(Mixer):
             divisor=self.spec.logit_divisor,
             bias=bias,
             slopes=None if alibi is None else alibi.slopes(q.device),
-            dropout=self._dropout(),
-            seeds=head_seeds(self.layout.heads, self.tp) if self._dropout() > 0.0 else (),
+            dropout=dropout,
+            seeds=head_seeds(self.layout.heads, self.tp) if dropout > 0.0 else (),
             fp32=self.spec.softmax_in_fp32,
         )
 

@@ -120,7 +120,7 @@ def test_cutting_a_batch_cuts_what_counts_tokens() -> None:
 
 def on_two_ranks(rank: int, world: int) -> list[str]:
     from megatron.mpu.comm import open_groups
-    from megatron.mpu.topology import Topology
+    from megatron.mpu.groups import Topology
 
     groups = open_groups(Topology(tensor=world), rank)
     require_same_batch(batches(), groups)

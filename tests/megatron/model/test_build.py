@@ -8,8 +8,8 @@ import torch
 
 from megatron.errors import ConfigError
 from megatron.model.build import build_spec, build_transformer, mlp_convention_of, mlp_width
-from megatron.model.flops import parameter_count
 from megatron.model.recompute import Recompute
+from megatron.model.slots import parameter_count
 from megatron.model.spec import BackendName, NormKind, NormSpec, Positions, Residual, RopeScaling, RotarySpec
 from megatron.neox_arguments import NeoXArgs
 from support.tiny import tiny

@@ -14,9 +14,8 @@ from megatron.errors import TrainingError
 from megatron.model import chunked_cross_entropy
 from megatron.model.chunked_cross_entropy import KL, TokenStats, Wanted, blockwise_nll, blockwise_stats
 from megatron.mpu import comm
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Topology
 from megatron.mpu.sharding import Split, split
-from megatron.mpu.topology import Topology
 from support.dist import run_distributed
 
 ONE = Group.single()

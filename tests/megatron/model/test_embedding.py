@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from megatron.errors import NeoXError
-from megatron.model.cache import LayerCache
 from megatron.model.embedding import Embedding, sinusoid
-from megatron.model.layer_state import LayerState
+from megatron.model.layer_state import LayerCache, LayerState
 from megatron.model.spec import EmbeddingSpec, Positions
 from megatron.mpu.groups import Group
 

@@ -12,10 +12,9 @@ import torch.distributed as dist
 
 from megatron.errors import ConfigError
 from megatron.model.pipeline import PipelineChoices, layers_of, pipeline_module, topology_of
-from megatron.model.plan import Builder
 from megatron.model.recompute import Recompute
 from megatron.model.spec import Positions, Residual
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import Builder, Transformer
 from megatron.mpu.groups import Groups
 from support.dist import run_distributed
 from support.specs import VOCAB, model_spec

@@ -188,7 +188,7 @@ COLLECTIVES = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_sca
 def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
     """Of this rank: which ways have the gradients of kept activations; collectives of the backward pass; what is kept of an input."""
     from megatron.mpu.comm import open_groups
-    from megatron.mpu.topology import Topology
+    from megatron.mpu.groups import Topology
 
     right, calls = {}, {}
     for sequence, form in ((False, "neox"), (False, "gpt2"), (True, "llama")):

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.model.plan import layer_plan
 from megatron.model.recompute import Recompute
 from megatron.model.spec import BackendName, InitSpec, MLPSpec, ModelSpec, NormKind, Positions, Residual
-from megatron.model.transformer import Transformer
+from megatron.model.transformer import Transformer, layer_plan
 from support.specs import HIDDEN, VOCAB, model_spec, norm_spec
 
 FORMS = {

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from megatron.errors import ConfigError
 from megatron.mpu import comm
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Topology
 from megatron.mpu.layers import ColumnLinear, RowLinear, SplitLinear, VocabEmbedding, attach_linear
 from megatron.mpu.random import drop_by_head, head_seeds, seeded
 from megatron.mpu.sharding import sharding_of, split
-from megatron.mpu.topology import Topology
 from support.dist import run_distributed
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from megatron.errors import ConfigError, DataError
 from megatron.objectives import language_model
+from megatron.objectives.base import LossContext
 from megatron.objectives.build import objective_class
-from megatron.objectives.context import LossContext
 from megatron.objectives.language_model import LanguageModel
 
 EOD = 0

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every optimizer against the formula of its paper in float64 numpy."""
+"""Our own optimizers against the formulas of their papers in float64."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from types import SimpleNamespace
+import itertools
 from typing import Any
 
 import numpy as np
@@ -13,183 +11,222 @@ import pytest
 import torch
 from torch import nn
 
-from megatron.errors import ConfigError
-from megatron.optim.build import build_optimizer, build_schedule, build_scheduler
-from megatron.optim.optimizers import make_optimizer
-from megatron.optim.schedules import Decay, OnResume, ScheduleSpec
-from support.tiny import tiny
-
-CPU = torch.device("cpu")
-Step = Callable[[np.ndarray, np.ndarray, float, int], np.ndarray]
+from megatron.model.spec import Positions
+from megatron.model.transformer import Transformer
+from megatron.mpu.sharding import Role, roles_of
+from megatron.optim.groups import muon_groups
+from megatron.optim.optimizers import MADGRADW, SM3, Muon, deepspeed_muon, orthogonalise
+from support.specs import model_spec
 
 
-def adam(lr: float, b1: float, b2: float, eps: float, decoupled: bool) -> Step:
-    m: dict[float, Any] = {}
-
-    def step(w: np.ndarray, g: np.ndarray, decay: float, t: int) -> np.ndarray:
-        if decoupled:
-            w = w - lr * decay * w
-        else:
-            g = g + decay * w
-        first, second = m.get(decay, (0.0, 0.0))
-        first, second = b1 * first + (1 - b1) * g, b2 * second + (1 - b2) * g * g
-        m[decay] = (first, second)
-        return w - lr * (first / (1 - b1**t)) / (np.sqrt(second / (1 - b2**t)) + eps)
-
-    return step
-
-
-def sgd(lr: float, momentum: float) -> Step:
-    buffers: dict[float, Any] = {}
-
-    def step(w: np.ndarray, g: np.ndarray, decay: float, t: int) -> np.ndarray:
-        g = g + decay * w
-        buffers[decay] = momentum * buffers[decay] + g if decay in buffers else g
-        return w - lr * buffers[decay]
-
-    return step
+def sm3_reference(start: np.ndarray, grads: list[np.ndarray], *, lr: float, momentum: float, beta: float, decay: float) -> np.ndarray:
+    """Alg. SM3-II (arXiv 1901.11150), entry by entry: cover sets are pairs (dimension, index)."""
+    weight, moment = start.copy(), np.zeros_like(start)
+    cover = {(dim, index): 0.0 for dim in range(start.ndim) for index in range(start.shape[dim])}
+    for grad in grads:
+        fresh = dict.fromkeys(cover, 0.0)
+        update = np.zeros_like(start)
+        for place in itertools.product(*map(range, start.shape)):
+            sets = [(dim, index) for dim, index in enumerate(place)]
+            known = min(cover[one] for one in sets)
+            seen = (beta or 1.0) * known + (1 - beta if beta else 1.0) * grad[place] ** 2
+            update[place] = grad[place] / np.sqrt(seen) if seen > 0 else 0.0
+            for one in sets:
+                fresh[one] = max(fresh[one], seen)
+        cover = fresh
+        moment = momentum * moment + (1 - momentum) * update
+        weight = weight * (1 - lr * decay) - lr * moment
+    return weight
 
 
-def lion(lr: float, b1: float, b2: float) -> Step:
-    m: dict[float, Any] = {}
-
-    def step(w: np.ndarray, g: np.ndarray, decay: float, t: int) -> np.ndarray:
-        old = m.get(decay, 0.0)
-        m[decay] = b2 * old + (1 - b2) * g
-        return w - lr * (np.sign(b1 * old + (1 - b1) * g) + decay * w)
-
-    return step
-
-
-CASES: list[tuple[str, dict[str, Any], Callable[[], Step]]] = [
-    ("adam", {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8}, lambda: adam(0.01, 0.9, 0.95, 1e-8, True)),
-    ("adam", {"lr": 0.01, "adam_w_mode": False}, lambda: adam(0.01, 0.9, 0.999, 1e-8, False)),
-    ("adamw", {"lr": 0.01, "eps": 1e-6}, lambda: adam(0.01, 0.9, 0.999, 1e-6, True)),
-    ("cpu_torch_adam", {"lr": 0.01}, lambda: adam(0.01, 0.9, 0.999, 1e-8, True)),
-    ("sgd", {"lr": 0.01, "momentum": 0.9}, lambda: sgd(0.01, 0.9)),
-    ("lion", {"lr": 0.01, "betas": [0.9, 0.99]}, lambda: lion(0.01, 0.9, 0.99)),
-]
-
-
-def test_ten_steps_equal_the_formula() -> None:
-    # One test for all: a process's first optimizer costs seconds of imports inside torch.
-    for name, params, reference in CASES:
-        check_ten_steps(name, params, reference)
-
-
-def check_ten_steps(name: str, params: dict[str, Any], reference: Callable[[], Step]) -> None:
+@pytest.mark.parametrize(("momentum", "beta"), [(0.0, 0.0), (0.9, 0.0), (0.5, 0.95)])
+def test_five_steps_equal_the_algorithm(momentum: float, beta: float) -> None:
     rng = np.random.default_rng(0)
-    start = {0.1: rng.normal(size=(7, 5)), 0.0: rng.normal(size=(3,))}
-    weights = {decay: nn.Parameter(torch.tensor(w, dtype=torch.float32)) for decay, w in start.items()}
-    optimizer = make_optimizer(name, params, [{"params": [w], "weight_decay": d} for d, w in weights.items()], CPU)
-    step = reference()
-    for t in range(1, 11):
-        for decay, weight in weights.items():
-            grad = rng.normal(size=start[decay].shape)
+    for shape in ((4, 3), (5,), (2, 3, 4)):
+        start = rng.normal(size=shape)
+        grads = [rng.normal(size=shape) * (rng.random(shape) > 0.3) for _ in range(5)]
+        weight = nn.Parameter(torch.tensor(start, dtype=torch.float32))
+        optimizer = SM3([weight], lr=0.05, momentum=momentum, beta=beta, weight_decay=0.1)
+        for grad in grads:
             weight.grad = torch.tensor(grad, dtype=torch.float32)
-            start[decay] = step(start[decay], grad, decay, t)
-        optimizer.step()
-    for decay, weight in weights.items():
-        np.testing.assert_allclose(weight.detach().numpy(), start[decay], rtol=2e-5, atol=1e-6, err_msg=f"{name} {params}")
+            optimizer.step()
+        expected = sm3_reference(start, grads, lr=0.05, momentum=momentum, beta=beta, decay=0.1)
+        np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=str(shape))
 
 
-def test_fused_adam_goes_on_from_the_state_of_plain_adamw() -> None:
-    def make(fused: bool) -> tuple[nn.Linear, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        model = nn.Linear(4, 4)
-        groups = [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias], "weight_decay": 0.0}]
-        return model, make_optimizer("adam", {"lr": 0.1}, groups, CPU) if fused else torch.optim.AdamW(groups, lr=0.1)
+def test_memory_is_rows_and_columns() -> None:
+    weight, scalar = nn.Parameter(torch.ones(30, 20)), nn.Parameter(torch.ones(()))
+    optimizer = SM3([weight, scalar])
+    weight.grad, scalar.grad = torch.ones(30, 20), torch.tensor(3.0)
+    optimizer.step()
+    assert {name: tuple(value.shape) for name, value in optimizer.state[weight].items()} == {"cover_0": (30,), "cover_1": (20,)}
+    assert float(scalar) == pytest.approx(0.9), "a scalar is Adagrad's: a step of lr"
 
-    def train(model: nn.Linear, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+
+def test_resume_is_exact_and_16_bit_weights_have_float32_sums() -> None:
+    def train(optimizer: SM3, weight: nn.Parameter, seeds: range) -> None:
         for seed in seeds:
-            optimizer.zero_grad()
-            model(torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+            weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)).to(weight.dtype)
             optimizer.step()
 
-    plain, steady = make(False)
-    train(plain, steady, range(3))
-    fused, resumed = make(True)
-    fused.load_state_dict(plain.state_dict())
-    resumed.load_state_dict(copy.deepcopy(steady.state_dict()))
-    train(plain, steady, range(3, 8))
-    train(fused, resumed, range(3, 8))
-    torch.testing.assert_close(fused.weight, plain.weight, rtol=1e-5, atol=1e-6)
+    first, second = (nn.Parameter(torch.ones(6, 4, dtype=torch.bfloat16)) for _ in range(2))
+    whole, half = SM3([first], momentum=0.9, lr=0.01), SM3([second], momentum=0.9, lr=0.01)
+    train(whole, first, range(6))
+    train(half, second, range(3))
+    third = nn.Parameter(second.detach().clone())
+    resumed = SM3([third], momentum=0.9, lr=0.01)
+    resumed.load_state_dict(half.state_dict())
+    train(resumed, third, range(3, 6))
+    assert torch.equal(third, first) and not torch.equal(third, second)
+    assert whole.state[first]["cover_0"].dtype == torch.float32 == resumed.state[third]["cover_0"].dtype
 
 
-def test_refusals_name_the_alternative() -> None:
-    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}]
-    with pytest.raises(ConfigError, match="DeepSpeed no longer has OneBitAdam.*\n(.*\n)?.*adam, adamw"):
-        make_optimizer("onebitadam", {"lr": 0.1}, groups, CPU)
-    with pytest.raises(ConfigError, match="ns_method 'cubic'"):
-        make_optimizer("muon", {"lr": 0.1, "ns_method": "cubic"}, groups, CPU)
-    with pytest.raises(ConfigError, match="no parameter beta1"):
-        make_optimizer("adam", {"lr": 0.1, "beta1": 0.9}, groups, CPU)
-    with pytest.raises(ConfigError, match="two numbers"):
-        make_optimizer("adam", {"lr": 0.1, "betas": [0.9, 1.5]}, groups, CPU)
-    with pytest.raises(ConfigError, match="adam_w_mode"):
-        make_optimizer("adamw", {"lr": 0.1, "adam_w_mode": False}, groups, CPU)
+def madgrad_reference(start: np.ndarray, grads: list[np.ndarray], *, rates: list[float], momentum: float, decay: float) -> np.ndarray:
+    """Alg. 1 of arXiv 2101.11075; the decay is taken from the weights alone."""
+    weight, total, squares = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    for k, (grad, lr) in enumerate(zip(grads, rates, strict=True)):
+        share = lr * np.sqrt(k + 1)
+        total, squares = total + share * grad, squares + share * grad**2
+        target = start - total / (np.cbrt(squares) + 1e-6)
+        weight = (1 - (1 - momentum)) * weight + (1 - momentum) * target - lr * decay * weight
+    return weight
 
 
-def arguments(**change: Any) -> Any:
-    section = {
-        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "momentum": 0.0, "freeze_step": 400}},
-        "optimizer_type": "adam",
-        "lr": 1e-3,
-        "weight_decay": 0.1,
-        "use_bnb_optimizer": False,
-        "lr_decay_style": "cosine",
-        "lr_decay_iters": 8,
-        "warmup": 0.25,
-        "min_lr": 1e-4,
-        "wsd_decay_fraction": 0.1,
-        "warmup_from_zero": False,
-        "override_lr_scheduler": False,
-        "use_checkpoint_lr_scheduler": False,
-        "summed_bias_full_lr": False,
-    }
-    optim = SimpleNamespace(**{**section, **change})
-    return SimpleNamespace(optim=optim, model=SimpleNamespace(use_mup=False), runtime=SimpleNamespace(model_parallel_size=1))
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.0), (0.0, 0.0), (0.9, 0.3), (0.0, 0.3)])
+def test_six_steps_equal_the_algorithm(momentum: float, decay: float) -> None:
+    rng = np.random.default_rng(1)
+    start, rates = rng.normal(size=(5, 3)), [0.0, 0.02, 0.05, 0.05, 0.03, 0.01]  # a schedule that starts at 0
+    grads = [rng.normal(size=(5, 3)) for _ in rates]
+    weight = nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    optimizer = MADGRADW([weight], momentum=momentum, weight_decay=decay)
+    for grad, rate in zip(grads, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        weight.grad = torch.tensor(grad, dtype=torch.float32)
+        optimizer.step()
+    expected = madgrad_reference(start, grads, rates=rates, momentum=momentum, decay=decay)
+    np.testing.assert_allclose(weight.detach().numpy(), expected, rtol=2e-5, atol=1e-6)
 
 
-def test_every_configured_name_gives_its_optimizer_with_its_numbers() -> None:
-    def groups(**extra: Any) -> list[dict[str, Any]]:
-        return [{"params": [nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.5, **extra}]
-
-    sm3 = make_optimizer("sm3", {"lr": 0.1, "momentum": 0.9, "beta": 0.5, "eps": 1e-20}, groups(), CPU)
-    assert {key: sm3.param_groups[0][key] for key in ("momentum", "beta", "eps", "weight_decay")} == {
-        "momentum": 0.9, "beta": 0.5, "eps": 1e-20, "weight_decay": 0.5,
-    }  # fmt: skip
-    madgrad = make_optimizer("madgrad_wd", {"lr": 0.1, "momentum": 0.8}, groups(), CPU)
-    assert (type(madgrad).__name__, madgrad.param_groups[0]["momentum"]) == ("MADGRADW", 0.8)
-    muon = make_optimizer("muon", {"lr": 0.1, "ns_steps": 7, "ns_method": "gram"}, groups(use_muon=True), CPU)
-    assert (type(muon).__name__, muon.param_groups[0]["ns_steps"]) == ("Muon", 7)
+def test_flat_parts_are_updated_like_the_whole() -> None:
+    """As ZeRO has it: entries do not depend on each other."""
+    whole, flat = nn.Parameter(torch.arange(12.0).reshape(3, 4)), nn.Parameter(torch.arange(12.0)[4:9].clone())
+    optimizers = MADGRADW([whole], weight_decay=0.1), MADGRADW([flat], weight_decay=0.1)
+    for seed in range(3):
+        grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        whole.grad, flat.grad = grad, grad.flatten()[4:9].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(flat, whole.flatten()[4:9], rtol=1e-6, atol=1e-6)
 
 
-def test_muon_is_deepspeeds_where_parameters_come_in_pieces() -> None:
-    from megatron.model.build import build_transformer
-    from megatron.neox_arguments import NeoXArgs
+def test_resume_is_exact_also_of_16_bit_weights() -> None:
+    def train(optimizer: MADGRADW, weight: nn.Parameter, seeds: range) -> None:
+        for seed in seeds:
+            weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)).to(weight.dtype)
+            optimizer.step()
 
-    def built(**keys: Any) -> torch.optim.Optimizer:
-        optimizer = {"type": "Muon", "params": {"lr": 0.001, "muon_lr": 0.02, "betas": [0.9, 0.95]}}
-        args = NeoXArgs.from_dict(tiny("llama", padded_vocab_size=64, optimizer=optimizer, gradient_clipping=0.0, min_lr=0.0, **keys))
-        return build_optimizer(args, build_transformer(args), CPU)
+    for dtype in (torch.float32, torch.bfloat16):
+        first, second = (nn.Parameter(torch.ones(6, 4, dtype=dtype)) for _ in range(2))
+        whole, half = MADGRADW([first], lr=0.1, weight_decay=0.1), MADGRADW([second], lr=0.1, weight_decay=0.1)
+        train(whole, first, range(6))
+        train(half, second, range(3))
+        third = nn.Parameter(second.detach().clone())
+        resumed = MADGRADW([third], lr=0.1, weight_decay=0.1)
+        resumed.load_state_dict(half.state_dict())
+        train(resumed, third, range(3, 6))
+        assert torch.equal(third, first) and not torch.equal(third, second)
 
-    for keys in ({"zero_optimization": {"stage": 1}}, {"precision": "bfloat16"}):
-        assert type(built(**keys)).__name__ == "MuonWithAuxAdam"
-    whole = built()
-    assert type(whole).__name__ == "Muon"
-    assert [(group["use_muon"], group["lr_mult"]) for group in whole.param_groups] == [(False, 1.0), (False, 1.0), (True, 20.0)]
+
+def gradient(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_build_reads_the_section() -> None:
-    args = arguments()
-    optimizer = build_optimizer(args, nn.Linear(3, 2), CPU)
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
-    assert all(g["betas"] == (0.9, 0.95) and g["lr"] == 1e-3 and g["fused"] for g in optimizer.param_groups)
-    assert build_schedule(args) == ScheduleSpec(start_lr=1e-3, decay_style=Decay.COSINE, warmup_iter=2.0, end_iter=8, min_lr=1e-4)
-    scheduler = build_scheduler(args, optimizer)
-    assert scheduler.on_resume is OnResume.COMPARE and scheduler.get_lr() == [0.0005, 0.0005]
-    assert build_scheduler(arguments(override_lr_scheduler=True), optimizer).on_resume is OnResume.CONFIGURED
-    assert build_scheduler(arguments(use_checkpoint_lr_scheduler=True), optimizer).on_resume is OnResume.SAVED
-    with pytest.raises(ConfigError, match="8-bit"):
-        build_optimizer(arguments(use_bnb_optimizer=True), nn.Linear(3, 2), CPU)
+def of(matrix: nn.Parameter, vector: nn.Parameter) -> list[dict[str, Any]]:
+    return [
+        {"params": [matrix], "weight_decay": 0.1, "use_muon": True},
+        {"params": [vector], "weight_decay": 0.2, "use_muon": False},
+    ]
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_singular_values_are_near_one_and_directions_stay(shape: tuple[int, int]) -> None:
+    matrix = gradient(shape, 0)
+    made = orthogonalise(matrix)
+    values = torch.linalg.svdvals(made)
+    assert 0.6 < float(values.min()) and float(values.max()) < 1.25
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    inner = left.T @ made @ right.T
+    torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_matrices_are_updated_as_by_torch(shape: tuple[int, int], nesterov: bool) -> None:
+    """torch iterates in bfloat16, we in float32."""
+    mine, theirs, vector = nn.Parameter(gradient(shape, 9)), nn.Parameter(gradient(shape, 9)), nn.Parameter(torch.ones(3))
+    ours = Muon(of(mine, vector), lr=0.1, momentum=0.9, nesterov=nesterov)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.9, nesterov=nesterov, adjust_lr_fn="original")
+    for seed in range(6):
+        mine.grad, theirs.grad = gradient(shape, seed), gradient(shape, seed)
+        ours.step()
+        reference.step()
+    assert float((mine - gradient(shape, 9)).norm()) > 0.5
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0.02)
+
+
+def test_the_rest_is_updated_by_adamw() -> None:
+    matrix, vector, theirs = nn.Parameter(torch.ones(2, 2)), nn.Parameter(gradient((7,), 1)), nn.Parameter(gradient((7,), 1))
+    ours = Muon(of(matrix, vector), lr=0.1, betas=(0.8, 0.9), eps=1e-6)
+    reference = torch.optim.AdamW([theirs], lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
+    for seed in range(6):
+        vector.grad, theirs.grad = gradient((7,), seed), gradient((7,), seed)
+        ours.step()
+        reference.step()
+    torch.testing.assert_close(vector, theirs, rtol=1e-5, atol=1e-6)
+    assert bool((matrix == 1.0).all()), "what has no gradient stays, undecayed"
+
+
+def test_resume_is_exact_and_decay_is_decoupled() -> None:
+    def make() -> tuple[list[nn.Parameter], Muon]:
+        parameters = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(5))]
+        return parameters, Muon(of(*parameters), lr=0.01)
+
+    def train(parameters: list[nn.Parameter], optimizer: Muon, seeds: range) -> None:
+        for seed in seeds:
+            for parameter in parameters:
+                parameter.grad = gradient(tuple(parameter.shape), seed)
+            optimizer.step()
+
+    (first, whole), (second, half), (third, resumed) = make(), make(), make()
+    train(first, whole, range(6))
+    train(second, half, range(3))
+    for to, source in zip(third, second, strict=True):
+        to.data.copy_(source.data)
+    resumed.load_state_dict(half.state_dict())
+    train(third, resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+    # Without a gradient nothing but decay is left: momentum 0 and a zero gradient.
+    parameters, optimizer = make()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert float(parameters[0][0, 0]) == pytest.approx(1 - 0.01 * 0.1) and float(parameters[1][0]) == pytest.approx(1 - 0.01 * 0.2)
+
+
+def test_groups_follow_roles() -> None:
+    model = Transformer(model_spec(positions=Positions.LEARNED, tied=True))
+    roles = roles_of(model)
+    groups = muon_groups(model, 0.1, matrix_mult=20.0)
+    kinds = [({roles[id(p)] for p in group["params"]}, group["use_muon"], group["weight_decay"], group["lr_mult"]) for group in groups]
+    assert kinds == [({Role.EMBEDDING}, False, 0.1, 1.0), ({Role.VECTOR}, False, 0.0, 1.0), ({Role.HIDDEN}, True, 0.1, 20.0)]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_deepspeeds_form_knows_its_parameters() -> None:
+    matrix, vector = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3))
+    groups = [{**group, "lr_mult": 1.0} for group in of(matrix, vector)]
+    made = deepspeed_muon(groups, {"lr": 0.1, "momentum": 0.8, "betas": (0.5, 0.6)})
+    assert matrix.use_muon and not vector.use_muon  # type: ignore[attr-defined]
+    first, second = made.param_groups
+    assert (first["momentum"], first["weight_decay"], first["ns_method"]) == (0.8, 0.1, "standard")
+    assert (second["betas"], second["weight_decay"], second["lr_mult"]) == ((0.5, 0.6), 0.2, 1.0)

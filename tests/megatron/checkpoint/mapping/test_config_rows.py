@@ -13,7 +13,7 @@ from megatron.checkpoint.mapping.families import family_named, hf_config, neox_k
 from megatron.checkpoint.mapping.position_rows import LayerWindows
 from megatron.errors import ConfigError
 from megatron.model.build import build_spec
-from megatron.model.flops import parameter_count
+from megatron.model.slots import parameter_count
 from megatron.neox_arguments import NeoXArgs
 from support.families import STYLES, family_spec
 from support.tiny import tiny

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import BackendError
-from megatron.model.attention.backends import eager, pick, refuses, sdpa
-from megatron.model.attention.cuda_kernels import flash_refuses, varlen_refuses
+from megatron.model.attention.backends import eager, flash_refuses, pick, refuses, sdpa, varlen_refuses
 from megatron.model.attention.inputs import AttentionInputs, PackedSequences
 from megatron.model.positions import distances
 from megatron.model.spec import AttentionSpec, BackendName, RpeSpec

@@ -14,9 +14,8 @@ from megatron.errors import ConfigError
 from megatron.model.attention.layer import SelfAttention
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RopeScaling, RotarySpec, RpeSpec
 from megatron.mpu import comm
-from megatron.mpu.groups import Group
+from megatron.mpu.groups import Group, Topology
 from megatron.mpu.sharding import Summed, sharding_of, split
-from megatron.mpu.topology import Topology
 from support.dist import run_distributed
 
 HEADS, DIM = 4, 8

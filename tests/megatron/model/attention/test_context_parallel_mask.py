@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.model.attention.block_mask import BlockMask
-from megatron.model.attention.inputs import PackedSequences, allowed
+from megatron.model.attention.context_parallel import BlockMask
+from megatron.model.attention.inputs import AttentionInputs, PackedSequences
 
 S = 8
 rows = st.lists(st.lists(st.integers(0, 1), min_size=S, max_size=S), min_size=1, max_size=3)
@@ -31,7 +31,9 @@ def test_pieces_make_the_whole(rows: list[list[int]], window: int | None, cut: i
             piece = torch.ones(1, len(queries), len(keys), dtype=torch.bool) if mask is None else mask
             whole[:, queries.start : queries.stop, keys.start : keys.stop] = piece
             assert piece.any(dim=1).any(dim=0)[0], "the first key is seen by somebody"
-    expected = allowed(S, S, window, segment_ids.device, documents).view(-1, S, S).expand_as(whole)
+    expected = (
+        AttentionInputs(scale=1.0, window=window, documents=documents).visible(S, S, segment_ids.device).view(-1, S, S).expand_as(whole)
+    )
     assert whole.equal(expected)
 
 

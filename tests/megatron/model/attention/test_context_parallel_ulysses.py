@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron.errors import BackendError
-from megatron.model.attention import ulysses
+from megatron.model.attention import context_parallel
 from megatron.model.attention.backends import sdpa
 from megatron.model.attention.inputs import AttentionInputs
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RotarySpec, RpeSpec
 from megatron.mpu import comm
 from megatron.mpu.context import ContextKind, ContextPlan
-from megatron.mpu.groups import Group
-from megatron.mpu.topology import Topology
+from megatron.mpu.groups import Group, Topology
 from support.context import WHOLE, Case, S, all_results, errors, put_together
 from support.dist import run_distributed
 
@@ -52,7 +51,9 @@ def dropped(plan: ContextPlan) -> Tensor:
     """Equal heads under dropout; [s / cp, n, d]."""
     torch.manual_seed(4)
     q, k, v = torch.randn(3, 1, 8 // plan.size, 1, 4).expand(-1, -1, -1, 4, -1).unbind(0)
-    return ulysses.attend(q, k, v, AttentionInputs(scale=0.5, dropout=0.5, seeds=(1, 2, 3, 4)[: q.shape[2]]), plan, sdpa)[0]
+    return context_parallel.ulysses_attention(
+        q, k, v, AttentionInputs(scale=0.5, dropout=0.5, seeds=(1, 2, 3, 4)[: q.shape[2]]), plan, sdpa
+    )[0]
 
 
 def on_ranks(rank: int, world: int) -> dict[str, Any]:
@@ -102,10 +103,10 @@ def check_isolation(ranks: list[dict[str, dict[str, Tensor]]], plans: list[Conte
 def test_a_rank_has_its_own_slopes() -> None:
     slopes = torch.arange(8.0)
     view = AttentionInputs(scale=1.0, slopes=slopes, bias=lambda s, t: slopes[:, None, None].expand(8, s, t))
-    mine = ulysses.own_heads(view, 8, Group(1, 4))
+    mine = context_parallel.own_heads(view, 8, Group(1, 4))
     assert mine.slopes is not None and mine.bias is not None
     assert mine.slopes.tolist() == [2, 3] and mine.bias(2, 3).tolist() == [[[2.0] * 3] * 2, [[3.0] * 3] * 2]
-    plain = ulysses.own_heads(AttentionInputs(scale=1.0), 8, Group(1, 4))
+    plain = context_parallel.own_heads(AttentionInputs(scale=1.0), 8, Group(1, 4))
     assert plain.bias is None and plain.slopes is None
 
 

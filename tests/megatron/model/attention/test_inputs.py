@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.model.attention.inputs import ROOM, PackedSequences, allowed, document_positions, needs_no_mask
+from megatron.model.attention.inputs import ROOM, AttentionInputs, PackedSequences, document_positions, needs_no_mask
 
 rows = st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=3)
 
@@ -28,7 +28,7 @@ def test_against_a_loop(rows: list[list[int]], window: int | None) -> None:
     fixed = PackedSequences.of(segment_ids, fixed=True)
     assert fixed is not None and fixed.lengths() == documents.lengths() and fixed.max_seqlen == 6
     assert fixed.cu_seqlens.shape == (ROOM * len(rows) + 1,) and int(fixed.cu_seqlens[-1]) == segment_ids.numel()
-    see = allowed(6, 6, window, segment_ids.device, documents)
+    see = AttentionInputs(scale=1.0, window=window, documents=documents).visible(6, 6, segment_ids.device)
     reach = 6 if window is None else window
     expected = [[[[j >= start[i] and 0 <= i - j <= reach for j in range(6)] for i in range(6)]] for start in starts]
     assert see.tolist() == expected
@@ -36,8 +36,9 @@ def test_against_a_loop(rows: list[list[int]], window: int | None) -> None:
 
 def test_a_cache_moves_the_queries() -> None:
     here = torch.device("cpu")
-    assert allowed(2, 5, 1, here).tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
-    level = allowed(2, 5, 1, here, offsets=torch.tensor([3, 1]))
-    assert torch.equal(level[0, 0], allowed(2, 5, 1, here)) and torch.equal(level[1, 0, :, :3], allowed(2, 3, 1, here))
+    plain = AttentionInputs(scale=1.0, window=1)
+    assert plain.visible(2, 5, here).tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
+    level = AttentionInputs(scale=1.0, window=1, offsets=torch.tensor([3, 1])).visible(2, 5, here)
+    assert torch.equal(level[0, 0], plain.visible(2, 5, here)) and torch.equal(level[1, 0, :, :3], plain.visible(2, 3, here))
     assert not level[1, 0, :, 3:].any()
     assert not needs_no_mask(2, 5, None) and needs_no_mask(5, 5, 4) and not needs_no_mask(5, 5, 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.errors import NeoXError
-from megatron.model.cache import AttentionCache, ModelCache
+from megatron.model.layer_state import AttentionCache, ModelCache
 
 
 def test_append_keep_and_overflow() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.errors import ConfigError
-from megatron.mpu.topology import AXES, Topology
+from megatron.mpu.groups import AXES, Topology
 
 sizes = st.integers(1, 5)
 

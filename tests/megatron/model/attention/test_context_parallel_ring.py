@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
-from megatron.model.attention import ring
+from megatron.model.attention import context_parallel
 from megatron.model.attention.backends import eager
 from megatron.model.attention.inputs import AttentionInputs, PackedSequences
 from megatron.model.attention.layer import SelfAttention
 from megatron.model.spec import AttentionSpec, BackendName, NormKind, NormSpec, RotarySpec, RpeSpec
 from megatron.mpu import comm
 from megatron.mpu.context import ContextKind, ContextPlan
-from megatron.mpu.groups import Group
-from megatron.mpu.topology import Topology
+from megatron.mpu.groups import Group, Topology
 from support.context import WHOLE, Case, S, all_results, error, errors, put_together, segment_ids
 from support.dist import run_distributed
 
@@ -61,7 +60,7 @@ def exact(plan: ContextPlan, heads: int, window: int | None, case: Case, kind: s
     view = AttentionInputs(documents=None if marks is None else PackedSequences.of(marks), window=window, scale=0.4, fp32=False)
     for x in qkv:
         x.requires_grad_()
-    out = ring.attend(*qkv, view, plan) if kind == "ring" else eager(*qkv, view)
+    out = context_parallel.ring_attention(*qkv, view, plan) if kind == "ring" else eager(*qkv, view)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), qkv)]
 
 
@@ -72,9 +71,9 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
     plan = ContextPlan(comm.open_groups(Topology(tensor=world), rank).tp, ContextKind.RING)
     out: dict[str, Any] = {"plan": plan.rows(S), "layers": all_results(CASES | ALONE, plan)}
     whole = [exact(plan, *what, "ring") for what in EXACT]
-    ring.QUERIES, before = 2, ring.QUERIES  # many small pieces
+    context_parallel.QUERIES, before = 2, context_parallel.QUERIES  # many small pieces
     out["exact"], out["small pieces"] = whole, [exact(plan, *what, "ring") for what in EXACT]
-    ring.QUERIES = before
+    context_parallel.QUERIES = before
     return out
 
 
@@ -122,7 +121,7 @@ def test_refusals() -> None:
         (replace(MHA, dropout=0.1), "no attention dropout"),
         (replace(MHA, backend=BackendName.SDPA), "attention_backend sdpa"),
     ):
-        assert ring.refuses(MHA) is None
+        assert context_parallel.ring_refuses(MHA) is None
         with pytest.raises(ConfigError, match=reason):
             SelfAttention(spec, tp=Group.single(), context=plan)
         SelfAttention(spec, tp=Group.single(), context=ContextPlan(kind=ContextKind.RING))

@@ -7,8 +7,7 @@ import torch
 
 from megatron.mpu import comm
 from megatron.mpu.comm import shift
-from megatron.mpu.groups import Group
-from megatron.mpu.topology import Topology
+from megatron.mpu.groups import Group, Topology
 from support.dist import run_distributed
 
 

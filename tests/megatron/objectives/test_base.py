@@ -13,7 +13,7 @@ from megatron.data import batch
 from megatron.data.batch import Extra, ExtraLayout
 from megatron.errors import TrainingError
 from megatron.mpu.context import ContextKind, ContextPlan
-from megatron.objectives.context import REFERENCE, LossContext
+from megatron.objectives.base import REFERENCE, LossContext
 from support.dist import run_distributed
 
 LENGTHS = ((5, 4, 3), (1, 11))
@@ -25,7 +25,7 @@ SEGMENT_IDS = torch.tensor([[at % 2 for at, length in enumerate(row) for _ in ra
 def sums(rank: int, world: int) -> dict[str, Any]:
     """By each kind of context parallelism: the sums, this rank's gradient of a function of them, and the rows put together again."""
     from megatron.mpu.comm import open_groups
-    from megatron.mpu.topology import Topology
+    from megatron.mpu.groups import Topology
 
     group = open_groups(Topology(context=world), rank).cp
     found = {}
