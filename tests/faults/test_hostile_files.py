@@ -173,7 +173,7 @@ def test_folders_of_torch_distributed_are_not_opened(tmp_path: Path, marker: Pat
 def test_arrays_of_objects_are_not_read(tmp_path: Path, marker: Path, size: int) -> None:
     """Index maps are made anew, and say so; tokens are refused."""
     from megatron.data.cache import cached_arrays, content_name
-    from megatron.generation.logits import _tokens
+    from megatron.generation.modes import _tokens
 
     hostile = np.array([Hostile(marker)] * size, dtype=object)
     path = tmp_path / f"{content_name('train', {'seed': 1})}_a.npy"
