@@ -9,8 +9,8 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron.errors import StoppedError
-from megatron.generation.layout import ALONE, READING
 from megatron.neox_arguments.cli import consume_neox_args, run_face
+from megatron.tool_flags import ALONE, READING
 
 USAGE = "python eval.py CONF [CONF ...] [flags]   (or: python deepy.py eval.py ...)"
 ABOUT = "Evaluates the checkpoint that `load` names and writes [prefix_]eval_results_MM-DD-YYYY-HH-MM-SS.json."

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron.generation.layout import ALONE, READING
 from megatron.neox_arguments.cli import consume_neox_args, run_face
+from megatron.tool_flags import ALONE, READING
 
 USAGE = "python generate.py CONF [CONF ...] [flags]   (or: python deepy.py generate.py ...)"
 ABOUT = "Writes text with the checkpoint that `load` names, as text_gen_type and the sampling keys say."

@@ -16,9 +16,7 @@ from megatron.engine.deepspeed_mpu import Partitioning, counted_here, mark_split
 from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.distributed import ParallelSizes, choose_device, rendezvous_from, seed_everything, start
 from megatron.engine.engine import TrainEngine
-from megatron.engine.pipeline import LossOfStep, PipelinePath
-from megatron.engine.sequential import SequentialPath
-from megatron.engine.timers import Timers
+from megatron.engine.micro_batches import LossOfStep, PipelinePath, SequentialPath, Timers
 from megatron.errors import BackendError, ConfigError
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses

@@ -23,8 +23,7 @@ from megatron.checkpoint.steps.manifest import Manifest
 from megatron.checkpoint.steps.step_dirs import PARTIAL, prune, publish, step_tag, write_latest
 from megatron.checkpoint.steps.write import RankFileWriter, WrittenFiles, complete_folder
 from megatron.engine.base import Engine
-from megatron.engine.logit_check import STORED
-from megatron.engine.restore import OURS, RNG
+from megatron.engine.restore import OURS, RNG, STORED
 from megatron.errors import SaveError
 from megatron.log import get_logger
 from megatron.mpu.collectives import any_ranks, of_all_ranks, on_first_rank, to_first_rank

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both DeepSpeed engines share: start, save and load of a runner, and its step-wise numbers."""
+"""What both DeepSpeed engines share: start, save and load, the numbers of a step, and the guard that refuses a step that is not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from megatron import deepspeed_private as private
+from megatron import fault_injection
 from megatron.checkpoint.formats.optimizer_files import RECORD, recorded
 from megatron.checkpoint.formats.torch_file import canonical_name, read_torch_file
 from megatron.checkpoint.steps.write import RankFileWriter
 from megatron.engine.base import LocalShards
-from megatron.engine.checkpoint_layout import CheckpointLayout, stored_layout
 from megatron.engine.deepspeed_mpu import counted_here, grid_of, mark_split
-from megatron.engine.fault_injection import disturb_backward, disturb_reduced, disturb_weights
-from megatron.engine.nonfinite_guard import UpdateGuard
-from megatron.engine.reshard import load_resharded
+from megatron.engine.reshard import CheckpointLayout, load_resharded, stored_layout
 from megatron.engine.shards import local_shards_of
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import of_all_ranks
-from megatron.mpu.groups import Groups
+from megatron.mpu.comm import all_reduce
+from megatron.mpu.groups import Group, Groups
 from megatron.optim.clipping import GradientClipper
 from megatron.optim.schedules import LRScheduler
 
@@ -72,6 +71,68 @@ class SafeCheckpointEngine(private.checkpoint_engine_base()):  # type: ignore[mi
     def load(self, path: str, map_location: Any = None) -> Any:
         """Tensors and plain data of one file."""
         return read_torch_file(Path(path), deepspeed_types=True)
+
+
+class UpdateGuard:
+    """Decides once per step, on all ranks alike, and keeps a torch optimizer from updating when the answer is no.
+
+    A step without gradients changes nothing in an optimizer, neither weights nor moments nor step counts. So a refused one is shown none,
+    and DeepSpeed, which drives it, goes on as after any other step: what it copies and gathers then is what was there before.
+
+    optimizer: the innermost
+    gradients: whether those decide, too; not where a loss scale makes them overflow on purpose
+    refused:   what was not finite in the last step, and on which rank first; "" = the update was made
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, world: Group, *, gradients: bool = True) -> None:
+        self._world = world
+        self._gradients = gradients
+        self._loss: Tensor | None = None
+        self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+        self.refused = ""
+        optimizer.register_step_pre_hook(self._hide)
+        optimizer.register_step_post_hook(self._give_back)
+
+    def see(self, loss: Tensor) -> None:
+        """The loss of a micro batch of the step under way."""
+        loss = loss.detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def decide(self, parameters: Sequence[nn.Parameter], shards: LocalShards, device: torch.device) -> None:
+        """Look at this step, whose gradients are complete. All ranks call it."""
+        loss, self._loss = self._loss, None
+        own = torch.zeros(2, device=device)
+        if loss is not None:
+            own[0] = ~loss.isfinite()
+        if self._gradients:
+            own[1] = ~self._norms(parameters, shards, device).isfinite().all()
+        # The largest of these numbers names the first rank.
+        first = all_reduce(own * (self._world.size - self._world.rank), self._world, maximum=True).tolist()
+        names = zip(("loss", "gradient"), first, strict=True)
+        self.refused = ", ".join(f"{name} on rank {self._world.size - int(number)}" for name, number in names if number)
+
+    def _norms(self, parameters: Sequence[nn.Parameter], shards: LocalShards, device: torch.device) -> Tensor:
+        """L2 norm of this rank's shard of every gradient, and of all of them. [number of shards + 1]"""
+        found = [grad for p in parameters if (grad := shards.gradient(p)) is not None and grad.numel()]
+        if not found:
+            return torch.zeros(1, device=device)
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32).to(device) for grad in found])
+        return torch.cat([norms, norms.norm().reshape(1)])
+
+    def _hide(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.refused:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._hidden.append((parameter, parameter.grad))
+                    parameter.grad = None
+
+    def _give_back(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # With the optimizer on the host, DeepSpeed keeps one buffer per gradient for the whole run.
+        for parameter, grad in self._hidden:
+            parameter.grad = grad
+        self._hidden = []
 
 
 class Runner:
@@ -120,7 +181,9 @@ class Runner:
         self._files: SafeCheckpointEngine = private.set_checkpoint_engine(self.deepspeed, make)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         private.intercept_update(self.deepspeed, self._update)
-        disturb_backward(self._parameters)
+        if fault_injection.planned() and self._parameters:
+            # Site `gradient`: of the first parameter, of one micro batch, before it is summed over ranks.
+            self._parameters[0].register_hook(lambda grad: fault_injection.changed("gradient", grad))
 
     def watch(self, look: Callable[[], None]) -> None:
         """Have `look` called before each update, in every layout: when gradients are complete and not yet clipped."""
@@ -129,7 +192,8 @@ class Runner:
     def _update(self, make_update: Callable[[], None]) -> None:
         """Stands between DeepSpeed's backward passes and its update."""
         shards = self.local_shards()
-        disturb_reduced(self._parameters, shards)
+        if fault_injection.planned():
+            self._disturb_reduced(shards)
         for look in self._watchers:
             look()
         self.guard.decide(self._parameters, shards, self.deepspeed.device)
@@ -139,7 +203,15 @@ class Runner:
         if self.guard.refused:
             # DeepSpeed moves the schedule, or does not, by what it noticed itself; a step without an update is none to the schedule.
             self.schedule.seek(schedule_step)
-        disturb_weights(self._parameters)
+        if fault_injection.planned() and self._parameters and self._parameters[0].numel():
+            with torch.no_grad():
+                self._parameters[0].copy_(fault_injection.changed("weight", self._parameters[0]))
+
+    def _disturb_reduced(self, shards: LocalShards) -> None:
+        """Site `reduced`: of the first parameter, after it was summed over ranks. Reaches gradients that every rank has whole."""
+        grad = shards.gradient(self._parameters[0]) if self._parameters and not shards.sharded else None
+        if grad is not None:
+            grad.copy_(fault_injection.changed("reduced", grad))
 
     def set_micro_batches(self, count: int) -> None:
         """How many micro batches the next step has."""

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from megatron.engine.deepspeed_runner import Runner
 from megatron.engine.loss_normalization import (
     LOSS,
     Evaluation,
-    MakeContext,
     MetricSum,
     contexts,
     part_of,
@@ -27,7 +26,7 @@ from megatron.engine.loss_normalization import (
     step_totals,
     tokens_digest,
 )
-from megatron.engine.timers import Timers
+from megatron.engine.micro_batches import ComputePath, Timers
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import of_last_rank
@@ -39,28 +38,16 @@ log = get_logger(__name__)
 T = TypeVar("T")
 
 
-class ComputePath(Protocol):
-    """How micro batches run: SequentialPath or PipelinePath."""
-
-    def step(self, objective: Objective, micro_batches: Sequence[Batch], contexts: MakeContext, meter: MetricSum) -> None:
-        """One optimizer step; adds the loss and metrics of every micro batch to `meter`."""
-
-    def infer(self, micro_batches: Iterable[Batch], read: ReadAny[T], contexts: MakeContext) -> list[T]:
-        """What `read` gives for each micro batch, without gradient; nothing on stages before the last."""
-
-
 class TrainEngine:
     """An `Engine` (see engine/base.py) on DeepSpeed.
 
     context: how a batch's sequences are cut over ranks
     """
 
-    def __init__(
-        self, runner: Runner, path: ComputePath, device: torch.device, timers: Timers | None = None, context: ContextPlan | None = None
-    ) -> None:
+    def __init__(self, runner: Runner, path: ComputePath, device: torch.device, timers: Timers, context: ContextPlan) -> None:
         self.runner = runner
-        self.context = ContextPlan() if context is None else context
-        self.timers = timers or Timers()
+        self.context = context
+        self.timers = timers
         self.groups = runner.groups
         self.device = device
         self._path = path

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a checkpoint of any layout, optimizer included, into an engine of any other."""
+"""Reads a checkpoint of any layout, optimizer included, into an engine of any other; tells the layout from the names of the files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron import deepspeed_private as private
-from megatron.checkpoint.formats.neox_files import Gather, bookkeeping, copy_weights, model_ranks, tensor_ranks
+from megatron.checkpoint.formats.neox_files import LAYER, MODEL, PARTITION, bookkeeping, copy_weights, matched, model_ranks, tensor_ranks
 from megatron.checkpoint.formats.optimizer_files import read_optimizer, recorded
 from megatron.checkpoint.formats.partitions import LAYOUT_FIX, OptimizerShard
 from megatron.checkpoint.formats.torch_file import LazyState, canonical_name
 from megatron.checkpoint.loading.merge_tp import Shard, Spreading, read_shards, width_over
 from megatron.engine.deepspeed_mpu import whole_while_written
+from megatron.engine.shards import Shards, local_shards_of
 from megatron.errors import CheckpointError
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
@@ -31,6 +33,49 @@ BOUND = frozenset({"SM3", "MuonWithAuxAdam"})
 
 ALIKE = ({"Adam", "AdamW", "DeepSpeedCPUAdam"},)
 """Optimizers that go on from each other's state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointLayout:
+    """What decides which files an engine writes, and which it can resume from as they are.
+
+    pipelined:   the pipeline engine's form, one file per layer
+    partitions:  ranks with the same weights over which ZeRO or bf16 sharded the optimizer; 0 = it is in one piece
+    model_ranks: pipeline stages * tensor ranks, each with an optimizer of its own
+    tensor_ranks: tensor ranks alone
+    sharded:      no file holds whole weights (ZeRO 3)
+    """
+
+    pipelined: bool = False
+    partitions: int = 0
+    model_ranks: int = 1
+    tensor_ranks: int = 1
+    sharded: bool = False
+
+    def __str__(self) -> str:
+        stages = self.model_ranks // self.tensor_ranks
+        parts = [f"pipeline of {stages} stage{'s' if stages > 1 else ''}" if self.pipelined else "no pipeline"]
+        if self.tensor_ranks > 1:
+            parts.append(f"{self.tensor_ranks} tensor ranks")
+        shards = f"{self.partitions} part{'s' if self.partitions > 1 else ''}"
+        parts.append(f"optimizer in {shards}" if self.partitions else "optimizer in one piece")
+        return ", ".join(parts) + (", weights too (ZeRO-3)" if self.sharded else "")
+
+
+def stored_layout(folder: Path) -> CheckpointLayout:
+    """The layout of the files in a step's folder."""
+    # FORMAT: optimizer partitions have files of their own; a whole optimizer is beside the weights.
+    ranks = {match["data"] for _, match in matched(folder, PARTITION)}
+    written = [match for _, match in matched(folder, MODEL)]
+    models = len({match["model"] for match in written}) or 1
+    layers = {match["tensor"] for _, match in matched(folder, LAYER)}
+    return CheckpointLayout(
+        pipelined=bool(layers),
+        partitions=len(ranks),
+        model_ranks=models,
+        tensor_ranks=len(layers) or models,
+        sharded=any(match["data"] for match in written),
+    )
 
 
 def stored_stages(folder: Path) -> int:
@@ -62,7 +107,7 @@ def load_resharded(engine: Any, groups: Groups, folder: Path, spec: ModelSpec) -
         )
     slots = range(spec.num_layers + 5) if groups.pp.size > 1 else ()
     weights = _over(masters, spreading.weights(shards))
-    copy_weights(weights, engine.module, folder, elsewhere=slots, gather=_gather(engine))
+    copy_weights(weights, engine.module, folder, elsewhere=slots, gather=_whole if engine.zero_optimization_stage() == 3 else None)
     own = OptimizerShard(masters=masters, states=optimizers[0].states, scalars=optimizers[0].scalars, scaling=optimizers[0].scaling)
     adopt(engine, own, partial(_slice, optimizers, spreading), groups.replicas.rank)
     say_changed_numbers(optimizers[0].groups, inner.param_groups)
@@ -77,115 +122,31 @@ def _slice(optimizers: Sequence[OptimizerShard], spreading: Spreading, key: str)
 
 def _over(masters: Shard, weights: Shard) -> Shard:
     """The masters, and what is not trained as the weights have it."""
-    return LazyState({name: partial((masters if name in masters else weights).__getitem__, name) for name in {**dict.fromkeys(weights)}})
-
-
-def _gather(engine: Any) -> Gather | None:
-    return _whole if engine.zero_optimization_stage() == 3 else None
+    return LazyState({name: partial((masters if name in masters else weights).__getitem__, name) for name in weights})
 
 
 def _whole(tensors: Any) -> AbstractContextManager[Any]:
     return whole_while_written([tensor for tensor in tensors if private.is_partitioned(tensor)])
 
 
-class Places(Protocol):
-    """Where a parameter's entries are kept on this rank."""
+def put(shards: Shards, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+    """Write what this rank keeps of a parameter. master, states: of the whole parameter"""
+    place = shards.place(parameter)
+    if place is None:
+        return
 
-    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Write the entries that this rank keeps. master, states: of the whole parameter."""
+    def fill(buffer: Tensor, whole: Tensor) -> None:
+        buffer.view(-1).narrow(0, place.start, place.size).copy_(whole.flatten().narrow(0, place.first, place.size))
 
-
-class WholePlaces:
-    """Every data rank keeps everything. copies: float32 copies of 16-bit parameters; the rest is its own master"""
-
-    def __init__(self, state: Any, copies: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        self._state = state
-        self._copies = copies
-
-    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Write the entries that this rank keeps."""
-        kept = self._copies.get(parameter, parameter)
-        kept.data.copy_(master)
-        own = self._state[kept]
-        for key, whole in states.items():
-            own[key] = torch.empty_like(kept, dtype=whole.dtype, memory_format=torch.contiguous_format).copy_(whole).detach()
-        _put_scalars(own, scalars)
-
-
-class FragmentPlaces:
-    """One flat float32 buffer per group, cut over the data ranks wherever it falls (ZeRO 1 and 2, bfloat16 with float32 sums)."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Write the entries that this rank keeps."""
-        part = private.fragment_of(parameter)
-        if part is None:
-            return
-        flat = self._optimizer.param_groups[part.group]["params"][0]
-        flat.data.narrow(0, part.start, part.size).copy_(master.flatten().narrow(0, part.first, part.size))
-        own = self._optimizer.state[flat]
-        for key, whole in states.items():
-            buffer = _buffer(own, key, flat, whole.dtype)
-            buffer.narrow(0, part.start, part.size).copy_(whole.flatten().narrow(0, part.first, part.size))
-        _put_scalars(own, scalars)
-
-
-class PartitionPlaces:
-    """Every parameter cut over the data ranks into equal parts, the last one padded (ZeRO 3).
-
-    outer: DeepSpeed's optimizer; rank: within the data-parallel group
-    """
-
-    def __init__(self, outer: Any, state: Any, rank: int) -> None:
-        self._outer = outer
-        self._state = state
-        self._rank = rank
-
-    def put(self, parameter: nn.Parameter, master: Tensor, states: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Write the entries that this rank keeps."""
-        flat, start, count = private.partition_of(self._outer, parameter)
-        self._part(flat.data, start, master, count)
-        own = self._state[flat]
-        for key, whole in states.items():
-            self._part(_buffer(own, key, flat, whole.dtype), start, whole, count)
-        _put_scalars(own, scalars)
-
-    def _part(self, buffer: Tensor, start: int, whole: Tensor, count: int) -> None:
-        flat = whole.flatten()
-        first = min(self._rank * count, flat.numel())
-        taken = min(count, flat.numel() - first)
-        buffer.narrow(0, start, taken).copy_(flat.narrow(0, first, taken))
-
-
-def _buffer(own: Any, key: str, flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """The flat state `key`, made as the optimizer would make it at its first step."""
-    if key not in own:
-        own[key] = torch.zeros_like(flat, dtype=dtype).detach()
-    buffer: Tensor = own[key]
-    return buffer
-
-
-def _put_scalars(own: Any, scalars: Mapping[str, Any]) -> None:
+    fill(place.buffer.data, master)
+    own = shards.state[place.buffer]
+    for key, whole in states.items():
+        if key not in own:
+            # As the optimizer would make it at its first step.
+            own[key] = torch.zeros_like(place.buffer, dtype=whole.dtype, memory_format=torch.contiguous_format)
+        fill(own[key], whole)
     for key, value in scalars.items():
         own[key] = value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def places_of(engine: Any, rank: int) -> Places:
-    """Where a DeepSpeed engine keeps its parameters' entries. rank: within the data parallel group
-
-    Raises CheckpointError where they are not in memory.
-    """
-    outer = engine.optimizer
-    inner = private.inner_optimizer(outer)
-    if private.is_on_nvme(outer):
-        raise CheckpointError("a checkpoint of another layout is not read into an optimizer kept on NVMe", fix=LAYOUT_FIX)
-    if engine.zero_optimization_stage() == 3:
-        return PartitionPlaces(outer, inner.state, rank)
-    if private.has_fragments(engine.module):
-        return FragmentPlaces(inner)
-    return WholePlaces(inner.state, private.copies_of(outer))
 
 
 def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -198,20 +159,19 @@ def adopt(engine: Any, optimizer: OptimizerShard, states_of: Callable[[str], Map
 
     optimizer: its masters, scalars and numbers for this rank's tensor slice
     states_of: name of a state -> parameter -> this tensor rank's slice
+    rank:      within the data parallel group
+    Raises CheckpointError where the optimizer is not kept in memory.
     """
-    places = places_of(engine, rank)
+    if private.is_on_nvme(engine.optimizer):
+        raise CheckpointError("a checkpoint of another layout is not read into an optimizer kept on NVMe", fix=LAYOUT_FIX)
+    shards = local_shards_of(engine, lambda: 1.0, rank)
     states = {key: states_of(key) for key in optimizer.states}
     with torch.no_grad():
         for name, parameter in trained_parameters(engine.module):
             own = {key: whole[name] for key, whole in states.items() if name in whole}
-            places.put(parameter, optimizer.masters[name], own, optimizer.scalars.get(name, {}))
-    _adopt_scaling(engine.optimizer, optimizer.scaling)
-
-
-def _adopt_scaling(outer: Any, scaling: Mapping[str, Any]) -> None:
-    """The state of the dynamic fp16 loss scaler, wherever this optimizer keeps its own."""
-    scaler = private.loss_scaler_of(outer)
-    for key, value in scaling.items():
+            put(shards, parameter, optimizer.masters[name], own, optimizer.scalars.get(name, {}))
+    scaler = private.loss_scaler_of(engine.optimizer)
+    for key, value in optimizer.scaling.items():
         if scaler is not None and hasattr(scaler, key):
             setattr(scaler, key, value)
 

@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
 from megatron import deepspeed_private as private
-from megatron.engine.base import LocalShards
+
+
+class Place(NamedTuple):
+    """Where this rank keeps entries of a parameter: `size` of them, from `start` on in `buffer`, from `first` on in the parameter."""
+
+    buffer: nn.Parameter
+    start: int
+    first: int
+    size: int
 
 
 class WholeShards:
@@ -23,16 +31,18 @@ class WholeShards:
 
     sharded = False
 
-    def __init__(
-        self, state: Mapping[Any, Mapping[str, Any]], scale: Callable[[], float], copies: Mapping[nn.Parameter, nn.Parameter]
-    ) -> None:
-        self._state = state
+    def __init__(self, state: Any, scale: Callable[[], float], copies: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        self.state = state
         self._scale = scale
         self._copies = copies
 
+    def place(self, parameter: nn.Parameter) -> Place:
+        """The parameter itself, or its float32 copy."""
+        return Place(self._copies.get(parameter, parameter), 0, 0, parameter.numel())
+
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """The parameter itself, or its float32 copy."""
-        return self._copies.get(parameter, parameter).detach()
+        return self.place(parameter).buffer.detach()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The summed gradient; there only until the update."""
@@ -41,7 +51,7 @@ class WholeShards:
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The optimizer's tensors of the parameter's shape."""
-        own = self._state.get(self._copies.get(parameter, parameter), {})
+        own = self.state.get(self.place(parameter).buffer, {})
         return {name: value for name, value in own.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
@@ -51,13 +61,19 @@ class FragmentShards:
     sharded = True
 
     def __init__(self, optimizer: torch.optim.Optimizer, scale: Callable[[], float]) -> None:
-        self._optimizer = optimizer
+        self.state: Any = optimizer.state
+        self._groups = optimizer.param_groups
         self._scale = scale
+
+    def place(self, parameter: nn.Parameter) -> Place | None:
+        """This rank's part, in the flat buffer of the parameter's group; None where it has none."""
+        part = private.fragment_of(parameter)
+        return None if part is None else Place(self._groups[part.group]["params"][0], part.start, part.first, part.size)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of the float32 copy."""
-        part = private.fragment_of(parameter)
-        return _nothing(parameter) if part is None else self._buffer(part).detach().narrow(0, part.start, part.size)
+        place = self.place(parameter)
+        return _nothing(parameter) if place is None else place.buffer.detach().narrow(0, place.start, place.size)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's part; there only until the update."""
@@ -67,34 +83,37 @@ class FragmentShards:
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """This rank's parts; there from the first update on."""
-        part = private.fragment_of(parameter)
-        if part is None:
+        place = self.place(parameter)
+        if place is None:
             return {}
         # Read from the flat buffer: DeepSpeed's own view of a state misses all groups but the first (zero/stage_1_and_2.py).
-        flat = self._buffer(part)
         return {
-            name: value.narrow(0, part.start, part.size)
-            for name, value in self._optimizer.state.get(flat, {}).items()
-            if isinstance(value, Tensor) and value.shape == flat.shape
+            name: value.narrow(0, place.start, place.size)
+            for name, value in self.state.get(place.buffer, {}).items()
+            if isinstance(value, Tensor) and value.shape == place.buffer.shape
         }
-
-    def _buffer(self, part: private.Fragment) -> nn.Parameter:
-        buffer: nn.Parameter = self._optimizer.param_groups[part.group]["params"][0]
-        return buffer
 
 
 class PartitionShards:
     """ZeRO 3: every parameter is cut over the data ranks into equal parts, the last one padded.
 
-    state: the optimizer's, by flat buffer; its keys tell which states there are
+    outer: DeepSpeed's optimizer. rank: within the data parallel group
     """
 
     sharded = True
 
-    def __init__(self, state: Mapping[Any, Mapping[str, Any]], scale: Callable[[], float], rank: int) -> None:
-        self._state = state
+    def __init__(self, outer: Any, scale: Callable[[], float], rank: int) -> None:
+        self.state: Any = private.inner_optimizer(outer).state
+        self._outer = outer
         self._scale = scale
         self._rank = rank
+
+    def place(self, parameter: nn.Parameter) -> Place:
+        """This rank's part, in a flat buffer."""
+        buffer, start, count = private.partition_of(self._outer, parameter)
+        whole = private.entries_of(parameter)
+        first = min(self._rank * count, whole)
+        return Place(buffer, start, first, min(count, whole - first))
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of the float32 copy."""
@@ -106,7 +125,8 @@ class PartitionShards:
 
     def states(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """This rank's parts; there from the first update on."""
-        first: Mapping[str, Any] = next(iter(self._state.values()), {})
+        # The keys of any buffer tell which states there are.
+        first: Mapping[str, Any] = next(iter(self.state.values()), {})
         names = [name for name, value in first.items() if isinstance(value, Tensor) and value.dim() > 0]
         read = deepspeed.utils.safe_get_local_optimizer_state
         return {name: self._unpadded(parameter, read(parameter, name)) for name in names}
@@ -116,15 +136,17 @@ class PartitionShards:
         return part.flatten()[: max(0, min(part.numel(), whole - self._rank * part.numel()))]
 
 
-def local_shards_of(engine: Any, scale: Callable[[], float], rank: int) -> LocalShards:
+Shards = WholeShards | FragmentShards | PartitionShards
+
+
+def local_shards_of(engine: Any, scale: Callable[[], float], rank: int) -> Shards:
     """The shards of a DeepSpeed engine's parameters. rank: within the data parallel group"""
-    outer = engine.optimizer
-    inner = private.inner_optimizer(outer)
+    inner = private.inner_optimizer(engine.optimizer)
     if engine.zero_optimization_stage() == 3:
-        return PartitionShards(inner.state, scale, rank)
+        return PartitionShards(engine.optimizer, scale, rank)
     if private.has_fragments(engine.module):
         return FragmentShards(inner, scale)
-    return WholeShards(inner.state, scale, private.copies_of(outer))
+    return WholeShards(inner.state, scale, private.copies_of(engine.optimizer))
 
 
 def _nothing(parameter: nn.Parameter) -> Tensor:

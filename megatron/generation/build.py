@@ -19,9 +19,8 @@ from megatron.checkpoint.steps.discovery import find
 from megatron.engine.build import build_model, join_job
 from megatron.engine.distributed import choose_device, stop
 from megatron.errors import ConfigError
-from megatron.generation.decode import DecodeSettings, ModelScorer
+from megatron.generation.decode import DecodeSettings, ModelScorer, Sampling
 from megatron.generation.modes import TextGenType, Writer, input_file, interactive, unconditional
-from megatron.generation.sampling import Sampling
 from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
 from megatron.model.transformer import Transformer

@@ -18,20 +18,17 @@ from megatron.checkpoint.conversion.export import Exporter
 from megatron.checkpoint.steps.upload import Uploader
 from megatron.engine.base import Engine
 from megatron.engine.checkpointer import Checkpointer
-from megatron.engine.logit_check import forward_pass
-from megatron.engine.restore import TrainPosition
+from megatron.engine.restore import TrainPosition, forward_pass
 from megatron.errors import ConfigError, required
 from megatron.hooks.base import BaseHook, Hook
 from megatron.hooks.checkpointing import EARLY_S, PATIENCE_S, CheckpointHook, Checkpoints, SavePlan, WorkerHook
 from megatron.hooks.console import ConsoleHook, tee_log
-from megatron.hooks.gradient_noise_scale import NoiseScaleHook
-from megatron.hooks.metrics import NAME, ClosingHook, MetricsFile, MetricsHook
+from megatron.hooks.metrics import NAME, ClosingHook, MetricsFile, MetricsHook, StepFlops
 from megatron.hooks.nonfinite_and_spikes import ActingHook, NumbersHook, NumbersPlan, Policy, Record
-from megatron.hooks.norms import NormsHook, NormsPlan, Send
+from megatron.hooks.norms import NoiseScaleHook, NormsHook, NormsPlan, Send
 from megatron.hooks.profiling import MemoryHook, ProfilingHook, require_cuda
 from megatron.hooks.replica_consistency import ReplicaHook
 from megatron.hooks.stopping import Limits, StopHook, StopRequest, WallClock, job_end
-from megatron.hooks.throughput import StepFlops
 from megatron.hooks.trackers.build import KEPT, build_openers, tracker_ids
 from megatron.hooks.validation import Evaluate, ValidationHook
 from megatron.log import get_logger

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import BaseHook, TrainState, Verdict
-from megatron.hooks.throughput import Interval, StepFlops
+from megatron.hooks.metrics import Interval, StepFlops
 from megatron.log import ROOT, get_logger
 from megatron.progress import MemoryLine, TrainingLine, format_memory, format_times, format_training
 

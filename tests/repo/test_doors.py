@@ -11,8 +11,8 @@ from support.tree import ROOT, relative
 
 PACKAGE = ROOT / "megatron"
 DOORS = {"build.py", "cli.py", "__main__.py"}
-ENTRANCES = {"megatron/training.py", "megatron/resume.py"}
-PIPELINE = {"megatron/model/pipeline.py", "megatron/engine/pipeline.py"}
+ENTRANCES = {"megatron/training.py"}
+PIPELINE = {"megatron/model/pipeline.py", "megatron/engine/micro_batches.py"}
 
 
 def trees(pattern: str = "*.py") -> Iterator[tuple[Path, ast.Module]]:

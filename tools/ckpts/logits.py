@@ -12,8 +12,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.generation.layout import ALONE, READING  # noqa: E402
 from megatron.neox_arguments.cli import consume_neox_args, run_face  # noqa: E402
+from megatron.tool_flags import ALONE, READING  # noqa: E402
 
 ABOUT = "Writes the logits [b, s, vocab] float32 that a checkpoint gives on tokens [b, s]."
 USAGE = """python tools/ckpts/logits.py CONFIG [CONFIG ...] --load DIR [--iteration N] --tokens TOKENS.npy --output LOGITS.npy [--rows N]
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     args = consume_neox_args(others, overwrites=overwrites)
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
     from megatron.generation.build import joined, load_model, whole_rows
-    from megatron.generation.logits import write_logits
+    from megatron.generation.modes import write_logits
 
     with joined(args) as (groups, device):
         first = groups.world.rank == 0

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.generation.layout import ALONE  # noqa: E402
 from megatron.neox_arguments.cli import consume_neox_args, run_face  # noqa: E402
+from megatron.tool_flags import ALONE  # noqa: E402
 
 ABOUT = "Trains the configured model for a few steps at several widths and measures its activations (arXiv 2203.03466, app. D.1)."
 USAGE = """python tools/mup/coord_check.py CONFIG [CONFIG ...] [--widths W,W,...] [--steps N] [--max_slope S] [--output DIR]

@@ -191,6 +191,8 @@ def digests(folder: Path, background: bool, zero: int, rank: int, world: int) ->
     from megatron.engine.deepspeed_runner import Runner
     from megatron.engine.distributed import Rendezvous, start
     from megatron.engine.engine import TrainEngine
+    from megatron.engine.micro_batches import Timers
+    from megatron.mpu.context import ContextPlan
     from megatron.optim.schedules import Decay, LRScheduler, ScheduleSpec
 
     torch.manual_seed(0)
@@ -217,7 +219,7 @@ def digests(folder: Path, background: bool, zero: int, rank: int, world: int) ->
     for name, later in (("at once", False), ("later", True)):
         torch.set_rng_state(random)
         saves = Checkpointer(
-            engine=TrainEngine(runner, None, torch.device("cpu")),  # type: ignore[arg-type]
+            engine=TrainEngine(runner, None, torch.device("cpu"), Timers(), ContextPlan()),  # type: ignore[arg-type]
             directory=folder / name,
             compared={},
             configs={},

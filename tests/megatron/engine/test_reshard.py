@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron.engine.reshard import CheckpointLayout, stored_layout
 from megatron.errors import CheckpointError
 from support.dist import run_distributed
 from support.jobs import settings
@@ -154,3 +155,28 @@ def test_a_filled_up_vocabulary_is_cut_and_filled(tmp_path: Path) -> None:
         # Only the tables have other shapes; a row of zeros more is one more guess among hundreds.
         assert {name.split()[0] for name in seen["unequal"]} == {"0.word_embeddings.weight", "7.final_linear.weight"}
         assert 0 < seen["loss"] < 0.02
+
+
+PLAIN = ["mp_rank_00_model_states.pt"]
+ZERO = [*PLAIN, "zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+ZERO_3 = [name.replace("optim", "model") for name in ZERO[1:]] + ZERO[1:]
+TWO_STAGES = ["mp_rank_01_model_states.pt", *PLAIN, "layer_00-model_00-model_states.pt"]
+ZERO_3_TENSOR = [name.replace("mp_rank_00", "mp_rank_01") for name in ZERO_3] + ZERO_3
+PIPE = [*PLAIN, "layer_00-model_00-model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+
+
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        (PLAIN, CheckpointLayout()),
+        (ZERO, CheckpointLayout(partitions=2)),
+        (ZERO_3, CheckpointLayout(partitions=2, sharded=True)),
+        (PIPE, CheckpointLayout(pipelined=True, partitions=1)),
+        (TWO_STAGES, CheckpointLayout(pipelined=True, model_ranks=2)),
+        (ZERO_3_TENSOR, CheckpointLayout(partitions=2, model_ranks=2, tensor_ranks=2, sharded=True)),
+    ],
+)
+def test_layouts_are_told_from_file_names(tmp_path: Path, names: list[str], layout: CheckpointLayout) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert stored_layout(tmp_path) == layout

@@ -47,7 +47,7 @@ def test_logits_tool_is_the_model_at_any_layout(tmp_path: Path) -> None:
     import torch
 
     from megatron.generation.build import load_model
-    from megatron.generation.logits import write_logits
+    from megatron.generation.modes import write_logits
 
     tokens = np.load(TRAIN / "fixed_tokens.npy")
     model = load_model(arguments()).model

@@ -28,8 +28,7 @@ def results(rank: int, world: int, *, folder: str, keys: dict[str, Any]) -> dict
     import numpy as np
 
     from megatron.generation.build import build_writer, joined, load_model, whole_rows
-    from megatron.generation.logits import write_logits
-    from megatron.generation.modes import input_file
+    from megatron.generation.modes import input_file, write_logits
     from megatron.neox_arguments import NeoXArgs
 
     def arguments(**more: Any) -> NeoXArgs:

@@ -61,9 +61,8 @@ def test_input_file_keeps_order_and_reports_what_did_not_fit(tmp_path: Path) -> 
 def test_unconditional_starts_after_an_eod_and_the_seed_repeats_it(tmp_path: Path) -> None:
     import torch
 
-    from megatron.generation.decode import DecodeSettings
+    from megatron.generation.decode import DecodeSettings, Sampling
     from megatron.generation.modes import Writer, unconditional
-    from megatron.generation.sampling import Sampling
     from megatron.tokenizer.others import CharLevelTokenizer
 
     unconditional(writer(maximum_tokens=3, keep_logits=True), 20, tmp_path / "samples.txt")

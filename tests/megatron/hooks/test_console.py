@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.hooks.console import ConsoleHook, memory, tee_log
-from megatron.hooks.throughput import StepFlops
+from megatron.hooks.metrics import StepFlops
 from megatron.log import get_logger, setup_logging
 from support.fake_engine import drive, result
 from tests.support.log_lines import parse_memory, parse_training

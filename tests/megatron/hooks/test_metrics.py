@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import BackendError
-from megatron.hooks.metrics import ClosingHook, MetricsFile, MetricsHook, step_values
-from megatron.hooks.throughput import StepFlops
+from megatron.hooks.metrics import ClosingHook, MetricsFile, MetricsHook, StepFlops, step_values
 from megatron.hooks.trackers.sinks import (
     CometSink,
     CometSpec,

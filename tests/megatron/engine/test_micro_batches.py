@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import doctest
 
-from megatron.engine import timers
-from megatron.engine.timers import Timers
+from megatron.engine import micro_batches
+from megatron.engine.micro_batches import Timers
 
 
 def test_timers() -> None:
-    assert doctest.testmod(timers).failed == 0
+    assert doctest.testmod(micro_batches).failed == 0
     off = Timers(clock=lambda: 1 / 0)
     with off("forward"):
         pass

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron.engine import replica_consistency
-from megatron.engine.replica_consistency import digest, drifted
+from megatron.hooks import replica_consistency
+from megatron.hooks.replica_consistency import digest, drifted
 from megatron.mpu.groups import Group, Groups
 from megatron.mpu.sharding import Sharding, Split
 from support.dist import run_distributed
