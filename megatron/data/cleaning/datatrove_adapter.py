@@ -25,9 +25,11 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from megatron.data.cleaning.document import Document
+from megatron.data.cleaning.document import Document, Step
 from megatron.data.cleaning.words import hash_runs, hash_words, plain_words, sentence_spans, split_words
 from megatron.errors import BackendError
+
+BLOCK = 4096
 
 
 class PlainWords(WordTokenizer):  # type: ignore[misc]
@@ -90,10 +92,6 @@ def find_pairs(data: object, rank: int, world_size: int, *, folder: Path, minhas
     """Step, one task per band: read all tasks' signatures, and write the pairs of documents whose signatures in the band are equal."""
     signatures, pairs = str(folder / "signatures"), str(folder / "pairs")
     MinhashDedupBuckets(signatures, pairs, config=minhash, lines_to_buffer=1000).run(None, rank, world_size)
-
-
-Step = Callable[[Any, int, int], Any]
-BLOCK = 4096
 
 
 @contextlib.contextmanager

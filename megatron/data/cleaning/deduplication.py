@@ -137,25 +137,15 @@ def store_shingles(data: object, rank: int, world_size: int, *, folder: Path, ng
     np.save(new_file(folder / "shingles", f"{rank:05d}.shingles.npy"), np.concatenate(parts))
 
 
-class Similarities:
-    """Reads what `store_shingles` wrote, a task's files when they are first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tasks: dict[int, tuple[dict[int, tuple[int, int]], NDArray[np.uint64]]] = {}
-
-    def _of(self, task: int, number: int) -> NDArray[np.uint64]:
-        if task not in self.tasks:
-            numbers, ends = np.load(self.folder / f"{task:05d}.ends.npy", allow_pickle=False).tolist()
-            spans = dict(zip(numbers, zip([0, *ends[:-1]], ends, strict=True), strict=True))
-            self.tasks[task] = spans, np.load(self.folder / f"{task:05d}.shingles.npy", mmap_mode="r", allow_pickle=False)
-        spans, values = self.tasks[task]
-        start, end = spans[number]
-        return values[start:end]
-
-    def alike(self, pairs: NDArray[np.int64], least: float) -> NDArray[np.bool_]:
-        """Which pairs' similarity is `least` or more."""
-        return np.array([jaccard(self._of(a, b), self._of(c, d)) >= least for a, b, c, d in pairs.tolist()], dtype=bool)
+def _alike(folder: Path, pairs: NDArray[np.int64], least: float) -> NDArray[np.bool_]:
+    """Which pairs' similarity is `least` or more, by what `store_shingles` wrote."""
+    found: dict[tuple[int, int], NDArray[np.uint64]] = {}
+    for task in np.unique(pairs[:, ::2]).tolist():
+        numbers, ends = np.load(folder / "shingles" / f"{task:05d}.ends.npy", allow_pickle=False).tolist()
+        values = np.load(folder / "shingles" / f"{task:05d}.shingles.npy", mmap_mode="r", allow_pickle=False)
+        for number, start, end in zip(numbers, [0, *ends], ends, strict=False):
+            found[task, number] = np.asarray(values[start:end])
+    return np.array([jaccard(found[a, b], found[c, d]) >= least for a, b, c, d in pairs.tolist()], dtype=bool)
 
 
 def choose_near(data: object, rank: int, world_size: int, *, folder: Path, keep: Keep, least: float | None = None) -> None:
@@ -166,7 +156,7 @@ def choose_near(data: object, rank: int, world_size: int, *, folder: Path, keep:
     """
     pairs = read_pairs(folder)
     if least is not None:
-        pairs = pairs[Similarities(folder / "shingles").alike(pairs, least)]
+        pairs = pairs[_alike(folder, pairs, least)]
     left = (pairs[:, 0] << TASK_BITS) | pairs[:, 1]
     right = (pairs[:, 2] << TASK_BITS) | pairs[:, 3]
     documents = np.unique(np.concatenate([left, right]))

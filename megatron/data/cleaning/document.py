@@ -127,6 +127,9 @@ def merged(paths: Iterable[Path]) -> StageStats:
     return total
 
 
+Step = Callable[[Any, int, int], Any]
+"""A step of an executor's pipeline: (what the step before gave, number of the task, number of tasks) -> what the next one gets."""
+
 Judge = Callable[[Document], str | tuple[str, str] | None]
 """None keeps the document, whose text may have been changed. Otherwise the rule that refused it, or (rule, what it met)."""
 

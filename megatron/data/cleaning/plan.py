@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -15,7 +14,7 @@ import orjson
 from megatron.data.cleaning import pipeline
 from megatron.data.cleaning.decontamination import Decontaminate, index_tasks
 from megatron.data.cleaning.deduplication import RANGES, Keep, choose_near, find_same, store_shingles, write_hashes
-from megatron.data.cleaning.document import DocumentStage
+from megatron.data.cleaning.document import DocumentStage, Step
 from megatron.data.cleaning.filters import FUNCTION_WORDS, BlockListed, Filter, Language, Normalise, Quality, datatrove, read_blocklist
 from megatron.data.cleaning.pii import Code, MaskPII
 from megatron.data.cleaning.sources import Reader
@@ -94,9 +93,6 @@ class CleaningSettings:
             raise ConfigError(f"--tasks {self.tasks} cannot be", where="command line", fix=f"1 to {MOST_TASKS}")
         if not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"--seed {self.seed} cannot be", where="command line", fix="0 to 2**32 - 1")
-
-
-Step = Callable[[Any, int, int], Any]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Languages written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -55,16 +55,10 @@ def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
         yield start, len(text)
 
 
-def hash_words(words: Iterable[str]) -> NDArray[np.uint64]:
+def hash_words(words: Sequence[str]) -> NDArray[np.uint64]:
     """One number per word."""
-    known: dict[str, int] = {}
-    numbers = []
-    for word in words:
-        number = known.get(word)
-        if number is None:
-            number = known[word] = xxhash.xxh64_intdigest(word.encode())
-        numbers.append(number)
-    return np.array(numbers, dtype=np.uint64)
+    known = {word: xxhash.xxh64_intdigest(word.encode()) for word in set(words)}
+    return np.array([known[word] for word in words], dtype=np.uint64)
 
 
 def hash_runs(hashed: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:

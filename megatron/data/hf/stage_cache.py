@@ -113,11 +113,8 @@ def _earlier(folder: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Stages and kept values of an earlier run; none where its file cannot be read."""
     try:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8")) if folder is not None else {}
-        stages, kept = content["stages"], content["kept"]
+        known = [stage.value for stage in PrepareStage if stage.value in content["stages"]]
+        stages = {name: {key: content["stages"][name][key] for key in ("key", "seconds", "result", "files")} for name in known}
+        return stages, dict(content["kept"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}, {}
-    names = {stage.value for stage in PrepareStage}
-    whole = isinstance(stages, dict) and all(
-        name in names and isinstance(held, dict) and {"key", "result", "files", "seconds"} <= set(held) for name, held in stages.items()
-    )
-    return (stages, kept) if whole and isinstance(kept, dict) else ({}, {})
