@@ -172,13 +172,8 @@ def test_folders_of_torch_distributed_are_not_opened(tmp_path: Path, marker: Pat
 @pytest.mark.parametrize("size", [1, 200_000], ids=["read", "mapped"])
 def test_arrays_of_objects_are_not_read(tmp_path: Path, marker: Path, size: int) -> None:
     """Index maps are made anew, and say so; tokens are refused."""
-<<<<<<< HEAD
     from megatron.data.dataset_builder import cached_arrays, content_name
-    from megatron.generation.logits import _tokens
-=======
-    from megatron.data.cache import cached_arrays, content_name
     from megatron.generation.modes import _tokens
->>>>>>> fold-engine
 
     hostile = np.array([Hostile(marker)] * size, dtype=object)
     path = tmp_path / f"{content_name('train', {'seed': 1})}_a.npy"
