@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +147,16 @@ def _read(flat: Flat) -> ResolutionState:
     for key, value in flat.values.items():
         if key not in SECTION_OF:
             state.note(unknown_key(key, state.place((key,))))
+        elif isinstance(value, dict):
+            given[key], problems = check_block(key, value, relaxed=relaxed)
+            for problem in problems:
+                state.note(problem)
         elif not (relaxed and value == "auto"):
-            given[key] = _checked_block(state, key, value, relaxed) if isinstance(value, dict) else value
+            given[key] = value
     for name, section in SECTIONS.items():
         state.values |= _valid_values(state, section, {key: value for key, value in given.items() if SECTION_OF[key] == name})
     state.given = frozenset(key for key in given if state.values[key] is not None and key not in state.bad)
     return state
-
-
-def _checked_block(state: ResolutionState, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
-    checked, problems = check_block(key, block, relaxed=relaxed)
-    for problem in problems:
-        state.note(replace(problem, where=state.place(problem.keys[-1:]), keys=problem.keys[-1:]))
-    return checked
 
 
 def _valid_values(state: ResolutionState, section: type[Section], given: dict[str, Any]) -> dict[str, Any]:
