@@ -15,13 +15,17 @@ from pydantic import ValidationError
 from megatron.launch.environment import visible_devices
 from megatron.provenance import git_commit
 
-from . import sections as parts
 from .nested import check_block
 from .problems import DEFAULT, ConfigProblems, Origin, unknown_key, value_problems
 from .resolve import ResolutionState, model_ranks
 from .resolvers import RESOLVERS, resolve_world
 from .rules import RULES
 from .sections import SECTION_OF, SECTIONS, Section
+from .sections.data import DataArgs, ObjectiveArgs
+from .sections.model import AttentionArgs, ModelArgs
+from .sections.optim import OptimArgs
+from .sections.outputs import CheckpointArgs, LogsArgs
+from .sections.run import RunArgs, RuntimeArgs, TextArgs
 from .unfinished import idle_keys
 from .yaml_loader import Flat, add_overwrites, fold, from_mapping, read_files
 
@@ -33,16 +37,16 @@ class NeoXArgs:
     Made by `from_ymls` or `from_dict`, which raise one ConfigError with every problem there is.
     """
 
-    runtime: parts.RuntimeArgs
-    model: parts.ModelArgs
-    attention: parts.AttentionArgs
-    optim: parts.OptimArgs
-    run: parts.RunArgs
-    data: parts.DataArgs
-    objective: parts.ObjectiveArgs
-    checkpoint: parts.CheckpointArgs
-    logs: parts.LogsArgs
-    text: parts.TextArgs
+    runtime: RuntimeArgs
+    model: ModelArgs
+    attention: AttentionArgs
+    optim: OptimArgs
+    run: RunArgs
+    data: DataArgs
+    objective: ObjectiveArgs
+    checkpoint: CheckpointArgs
+    logs: LogsArgs
+    text: TextArgs
     _given: Mapping[str, Any] = field(repr=False)
     _origins: Mapping[str, Origin] = field(repr=False, compare=False)
 
