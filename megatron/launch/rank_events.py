@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of ranks that ended: written by the rank, carried as marked lines of stderr, told as one report.
 
-A rank that fails leaves a file (`leave`); whoever started the rank reads it (`found`) and tells a RankEvents, either directly or, from
-another machine, through lines that `Lines` picks out of a launcher's output.
+A rank that fails leaves a file (`write_failure`). Whoever started the rank reads it (`read_failure`) and tells a RankEvents: directly,
+or from another machine through lines that `Lines` picks out of a launcher's output.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def claimed(environ: Mapping[str, str]) -> str | None:
     return note if owner == str(os.getpid()) else None
 
 
-def leave(path: str, text: str, *, consequence: bool, about: int | None = None) -> None:
+def write_failure(path: str, text: str, *, consequence: bool, about: int | None = None) -> None:
     """Write a failing rank's own words, or those about another one, where its starter looks for them."""
     record = {"at": time.time(), "text": redact(text)[-LONGEST_TEXT:], "consequence": consequence, "about": about}
     with atomic_write(Path(path), durable=False) as file:
         file.write(json.dumps(record))
 
 
-def found(path: Path, *, host: str, rank: int, code: int) -> Event:
+def read_failure(path: Path, *, host: str, rank: int, code: int) -> Event:
     """The failure of a rank that ended with `code`: in its own words if it left any."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -164,7 +164,7 @@ class RankEvents:
         over = {known.rank for known in self.events if known.what != "started"}
         for rank, host in self.hosts.items():
             if host == event.host and rank not in over:
-                self.events.append(Event(**{**asdict(event), "rank": rank}))
+                self.events.append(replace(event, rank=rank))
 
     def failures(self) -> list[Event]:
         """First causes before consequences, each by time; losses count as causes."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.launch.environment import Rendezvous, machine_environment
-from megatron.launch.rank_events import FAILURE_FILE, LEAVING, Event, found
+from megatron.launch.rank_events import FAILURE_FILE, LEAVING, Event, read_failure
 
 POLL_S = 0.05
 # After the first death: so long may the others take to fail by themselves, and then to end when told to.
@@ -166,7 +166,7 @@ class Supervisor:
     def _ended(self, child: _Child, code: int) -> None:
         event = Event(what="ended", host=self.host, rank=child.number, at=time.time(), code=code)
         if code:
-            failure = found(child.note, host=self.host, rank=child.number, code=code)
+            failure = read_failure(child.note, host=self.host, rank=child.number, code=code)
             # A rank that was told to end and did is no failure, unless it had words of its own, or something else killed it.
             killed = code == -signal.SIGKILL and not child.told
             quiet = not child.note.exists() and not killed and (child.told or self._signals > 0 or code in LEAVING)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron.launch import heartbeat
 from megatron.launch.heartbeat import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Heartbeat, Pulse
-from megatron.launch.rank_events import leave
+from megatron.launch.rank_events import write_failure
 from megatron.secrets import redact
 
 # Before the first step kernels are compiled and index maps built; saving and loading one large file shows no progress in between.
@@ -214,7 +214,7 @@ class Watch:
 
     def _say(self, text: str, *, consequence: bool, about: int | None = None) -> None:
         if self.plan.note is not None:
-            leave(self.plan.note, text, consequence=consequence, about=about)
+            write_failure(self.plan.note, text, consequence=consequence, about=about)
         else:
             sys.stderr.write(f"[rank {self.plan.rank}] {redact(text)}\n")
             sys.stderr.flush()

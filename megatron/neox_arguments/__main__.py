@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m megatron.neox_arguments`: configurations shown, explained and compared. Starts nothing."""
+"""`python -m megatron.neox_arguments`: configurations shown, explained and compared."""
 
 from __future__ import annotations
 

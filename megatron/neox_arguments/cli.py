@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command lines of deepy.py and of the scripts it starts, as NeoXArgs. Starts nothing and imports no torch."""
+"""The command lines of deepy.py and of the scripts it starts, as NeoXArgs; how every script runs, reports its errors and ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from megatron.errors import ConfigError, LostRankError, NeoXError, StoppedError
 from megatron.launch.environment import place_from, visible_devices
-from megatron.launch.rank_events import claim, leave
+from megatron.launch.rank_events import claim, write_failure
 from megatron.log import setup_logging
 
 from .deepspeed import deepspeed_config
@@ -162,7 +162,7 @@ def run_face(
     except Exception:
         if note is None:
             raise
-        leave(note, traceback.format_exc().rstrip(), consequence=False)
+        write_failure(note, traceback.format_exc().rstrip(), consequence=False)
         return 1
 
 
@@ -185,7 +185,7 @@ def _report(error: NeoXError, note: str | None, *, debug: bool) -> None:
     lost = isinstance(error, LostRankError)
     trace = "".join(traceback.format_exception(error)) if debug else ""
     if note is not None:
-        leave(note, trace + error.report(), consequence=lost)
+        write_failure(note, trace + error.report(), consequence=lost)
         return
     rank = os.environ.get("RANK", "0")
     # What is wrong on all ranks is told once, by rank 0: its end stops the others. Whoever is still here then has news.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our sections as DeepSpeed's configuration. The only file that knows DeepSpeed's key names; it imports no DeepSpeed."""
+"""Our sections as DeepSpeed's configuration. DeepSpeed's key names stand in this file alone; it imports no DeepSpeed."""
 
 from __future__ import annotations
 

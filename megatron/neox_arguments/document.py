@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations and keys as text for people and editors, all read from the fields. Reads no file and decides nothing."""
+"""Configurations and keys as text for people and editors, all read from the fields."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the configuration to a LaunchPlan: which launcher, with which argument lists and environment. Starts nothing."""
+"""From the configuration to a LaunchPlan: which launcher, with which argument lists and environment."""
 
 from __future__ import annotations
 

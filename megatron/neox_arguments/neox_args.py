@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from pydantic import ValidationError
 from megatron.launch.environment import visible_devices
 from megatron.provenance import git_commit
 
-from . import sections as parts
 from .nested import check_block
 from .problems import DEFAULT, ConfigProblems, Origin, unknown_key, value_problems
 from .resolve import ResolutionState, model_ranks
 from .resolvers import RESOLVERS, resolve_world
 from .rules import RULES
 from .sections import SECTION_OF, SECTIONS, Section
+from .sections.data import DataArgs, ObjectiveArgs
+from .sections.model import AttentionArgs, ModelArgs
+from .sections.optim import OptimArgs
+from .sections.outputs import CheckpointArgs, LogsArgs
+from .sections.run import RunArgs, RuntimeArgs, TextArgs
 from .unfinished import idle_keys
 from .yaml_loader import Flat, add_overwrites, fold, from_mapping, read_files
 
@@ -33,16 +37,16 @@ class NeoXArgs:
     Made by `from_ymls` or `from_dict`, which raise one ConfigError with every problem there is.
     """
 
-    runtime: parts.RuntimeArgs
-    model: parts.ModelArgs
-    attention: parts.AttentionArgs
-    optim: parts.OptimArgs
-    run: parts.RunArgs
-    data: parts.DataArgs
-    objective: parts.ObjectiveArgs
-    checkpoint: parts.CheckpointArgs
-    logs: parts.LogsArgs
-    text: parts.TextArgs
+    runtime: RuntimeArgs
+    model: ModelArgs
+    attention: AttentionArgs
+    optim: OptimArgs
+    run: RunArgs
+    data: DataArgs
+    objective: ObjectiveArgs
+    checkpoint: CheckpointArgs
+    logs: LogsArgs
+    text: TextArgs
     _given: Mapping[str, Any] = field(repr=False)
     _origins: Mapping[str, Origin] = field(repr=False, compare=False)
 
@@ -147,19 +151,16 @@ def _read(flat: Flat) -> ResolutionState:
     for key, value in flat.values.items():
         if key not in SECTION_OF:
             state.note(unknown_key(key, state.place((key,))))
+        elif isinstance(value, dict):
+            given[key], problems = check_block(key, value, relaxed=relaxed)
+            for problem in problems:
+                state.note(problem)
         elif not (relaxed and value == "auto"):
-            given[key] = _checked_block(state, key, value, relaxed) if isinstance(value, dict) else value
+            given[key] = value
     for name, section in SECTIONS.items():
         state.values |= _valid_values(state, section, {key: value for key, value in given.items() if SECTION_OF[key] == name})
     state.given = frozenset(key for key in given if state.values[key] is not None and key not in state.bad)
     return state
-
-
-def _checked_block(state: ResolutionState, key: str, block: dict[str, Any], relaxed: bool) -> dict[str, Any]:
-    checked, problems = check_block(key, block, relaxed=relaxed)
-    for problem in problems:
-        state.note(replace(problem, where=state.place(problem.keys[-1:]), keys=problem.keys[-1:]))
-    return checked
 
 
 def _valid_values(state: ResolutionState, section: type[Section], given: dict[str, Any]) -> dict[str, Any]:

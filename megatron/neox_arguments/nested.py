@@ -14,16 +14,8 @@ from typing import Any, Final
 from .problems import Problem, closest, shown
 
 # Kinds of entries; a tuple is a choice, a dict a further block.
-BOOL, INT, NUM, STR, DICT, LIST, BETAS, ANY = (
-    "true or false",
-    "a whole number",
-    "a number",
-    "a string",
-    "a mapping",
-    "a list",
-    "betas",
-    "any",
-)
+BOOL, INT, NUM, STR = "true or false", "a whole number", "a number", "a string"
+DICT, LIST, BETAS, ANY = "a mapping", "a list", "betas", "any"
 
 Kind = str | tuple[str, ...] | Mapping[str, Any]
 
@@ -121,10 +113,10 @@ REQUIRED: Final = MappingProxyType(
 def check_block(key: str, block: Mapping[str, Any], *, relaxed: bool = False) -> tuple[dict[str, Any], list[Problem]]:
     """The block with numbers in the kind wanted (5e8 -> 500000000), and what is wrong inside it.
 
-    relaxed: let "auto" stand anywhere, for DeepSpeed's autotuner. Problems have no place yet; their last key is the dotted path.
+    relaxed: let "auto" stand anywhere, for DeepSpeed's autotuner. Problems have no place yet; their key is the dotted path.
     """
     problems = [
-        Problem(f"{key} lacks `{name}`", fix=f"add `{name}` to {key}, or leave {key} out", keys=(key, key))
+        Problem(f"{key} lacks `{name}`", fix=f"add `{name}` to {key}, or leave {key} out", keys=(key,))
         for name in REQUIRED.get(key, ())
         if name not in block
     ]
@@ -142,35 +134,28 @@ def check_block(key: str, block: Mapping[str, Any], *, relaxed: bool = False) ->
 def _check(
     path: str, block: Mapping[str, Any], kinds: Mapping[str, Kind], problems: list[Problem], relaxed: bool, owner: str | None = None
 ) -> dict[str, Any]:
-    top = path.split(".")[0]
     checked: dict[str, Any] = {}
     for name, value in block.items():
         where = f"{path}.{name}"
         kind = kinds.get(str(name))
         if kind is None:
-            near = closest(str(name), kinds)
-            problems.append(
-                Problem(
-                    f"{where} is not a known entry" + (f" of optimizer {owner}" if owner else ""),
-                    allowed=", ".join(kinds) if len(kinds) <= 12 else None,
-                    closest=near,
-                    fix=f"write `{near}`, or remove it" if near else "remove it",
-                    keys=(top, where),
-                )
-            )
+            near, allowed = closest(str(name), kinds), ", ".join(kinds) if len(kinds) <= 12 else None
+            what = f"{where} is not a known entry" + (f" of optimizer {owner}" if owner else "")
+            fix = f"write `{near}`, or remove it" if near else "remove it"
+            problems.append(Problem(what, allowed=allowed, closest=near, fix=fix, keys=(where,)))
         elif isinstance(kind, Mapping) and isinstance(value, Mapping):
             value = _check(where, value, kind, problems, relaxed)
         elif value is not None and not (relaxed and value == "auto"):
             value, wanted = _fit(value, kind)
             if wanted:
-                problems.append(Problem(f"{where} is {shown(value)}", allowed=wanted, fix=_fix_for(value, kind), keys=(top, where)))
+                problems.append(Problem(f"{where} is {shown(value)}", allowed=wanted, fix=_fix_for(value, kind), keys=(where,)))
         checked[name] = value
     return checked
 
 
 def _fit(value: Any, kind: Kind) -> tuple[Any, str | None]:
     """The value in the kind wanted and None, or the value and what was wanted."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = _is_number(value)
     if isinstance(kind, tuple):
         fitting = str(value).lower()
         return (fitting, None) if fitting in kind else (value, "one of " + ", ".join(kind))
@@ -179,7 +164,7 @@ def _fit(value: Any, kind: Kind) -> tuple[Any, str | None]:
     if kind == INT and number:
         return (int(value), None) if float(value).is_integer() else (value, kind)
     if kind == BETAS:
-        good = isinstance(value, list | tuple) and len(value) == 2 and all(_is_beta(item) for item in value)
+        good = isinstance(value, list | tuple) and len(value) == 2 and all(_is_number(item) and 0 <= item < 1 for item in value)
         return (list(value), None) if good else (value, "two numbers, each >= 0 and < 1")
     fits = {
         BOOL: isinstance(value, bool),
@@ -193,14 +178,13 @@ def _fit(value: Any, kind: Kind) -> tuple[Any, str | None]:
     return value, None if fits[kind] else kind
 
 
-def _is_beta(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _fix_for(value: Any, kind: Kind) -> str:
     if kind in (NUM, INT) and isinstance(value, str):
         return "write the number without quotes"
     if isinstance(kind, tuple):
-        near = closest(str(value), kind)
-        return f"write {near}" if near else f"write {kind[0]}"
+        return f"write {closest(str(value), kind) or kind[0]}"
     return "change the value"

@@ -15,7 +15,7 @@ from megatron.launch import commands
 from megatron.launch.commands import Host
 from megatron.launch.environment import LOOPBACK, visible_devices
 
-from .sections import RuntimeArgs
+from .sections.run import RuntimeArgs
 
 DEFAULT_HOSTFILE: Final = "/job/hostfile"
 LOCAL_NAMES: Final = ("localhost", LOOPBACK)

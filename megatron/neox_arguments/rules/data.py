@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules about data paths, mixtures and objectives. Opens no file."""
+"""Rules about data paths, mixtures and objectives, as far as they can be told without opening a file."""
 
 from __future__ import annotations
 

@@ -29,20 +29,4 @@ SECTIONS: Final = MappingProxyType[str, type[Section]](
 )
 SECTION_OF: Final = MappingProxyType[str, str]({key: name for name, section in SECTIONS.items() for key in section.model_fields})
 
-__all__ = [
-    "SECTIONS",
-    "SECTION_OF",
-    "AttentionArgs",
-    "CheckpointArgs",
-    "DataArgs",
-    "LogsArgs",
-    "ModelArgs",
-    "ObjectiveArgs",
-    "OptimArgs",
-    "RunArgs",
-    "RuntimeArgs",
-    "Section",
-    "TextArgs",
-    "accepts_null",
-    "allowed",
-]
+__all__ = ["SECTIONS", "SECTION_OF", "Section", "accepts_null", "allowed"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.rank_events import Event, Lines, RankEvents, claim, claimed, found, leave, lines_of, shell_status
+from megatron.launch.rank_events import Event, Lines, RankEvents, claim, claimed, lines_of, read_failure, shell_status, write_failure
 
 
 def failed(rank: int, at: float, text: str = "", *, host: str = "a", code: int = 1, consequence: bool = False) -> Event:
@@ -35,11 +35,11 @@ def test_long_events_survive_being_cut_and_mixed() -> None:
 
 def test_a_failing_rank_is_heard_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    leave(str(tmp_path / "note"), "cannot log in with hf_verysecret", consequence=True)
-    event = found(tmp_path / "note", host="a", rank=1, code=3)
+    write_failure(str(tmp_path / "note"), "cannot log in with hf_verysecret", consequence=True)
+    event = read_failure(tmp_path / "note", host="a", rank=1, code=3)
     assert (event.text, event.consequence, event.code) == ("cannot log in with ***", True, 3)
-    assert "SIGKILL" in (said := found(tmp_path / "none", host="a", rank=1, code=-signal.SIGKILL).text) and "out of memory" in said
-    assert "exit status 7" in found(tmp_path / "none", host="a", rank=1, code=7).text
+    assert "SIGKILL" in (said := read_failure(tmp_path / "none", host="a", rank=1, code=-signal.SIGKILL).text) and "out of memory" in said
+    assert "exit status 7" in read_failure(tmp_path / "none", host="a", rank=1, code=7).text
     assert (shell_status(-9), shell_status(7)) == (137, 7)
     assert os.listdir(tmp_path) == ["note"]
 
@@ -90,8 +90,8 @@ def test_lost_hosts_and_silent_ranks_are_named() -> None:
 
 
 def test_the_report_begins_with_the_rank_that_a_text_is_about(tmp_path: Path) -> None:
-    leave(str(tmp_path / "note"), "stuck: rank 1 on b has not been heard of", consequence=False, about=1)
-    event = found(tmp_path / "note", host="a", rank=0, code=1)
+    write_failure(str(tmp_path / "note"), "stuck: rank 1 on b has not been heard of", consequence=False, about=1)
+    event = read_failure(tmp_path / "note", host="a", rank=0, code=1)
     (line,) = lines_of(event, "s")
     assert Lines().take(line) == event
     rank_events = RankEvents({0: "a", 1: "b", 2: "b"})

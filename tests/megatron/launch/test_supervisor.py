@@ -19,12 +19,12 @@ DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); open('deaf{}', '
 # Tells, starts a helper that would outlive it, and fails.
 FAILS = """\
 import os, subprocess, sys, time
-from megatron.launch.rank_events import leave
+from megatron.launch.rank_events import write_failure
 while not os.path.exists("deaf0"):
     time.sleep(0.01)
 helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 open("helper", "w").write(str(helper.pid))
-leave(os.environ["NEOX_FAILURE_FILE"], "bad batch", consequence=False)
+write_failure(os.environ["NEOX_FAILURE_FILE"], "bad batch", consequence=False)
 sys.exit(3)
 """
 
