@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What flows from layer to layer, and the contract of the two slots of a block: its mixer and its feed-forward.
+"""What flows from layer to layer, what decoding keeps of earlier tokens (the KV cache), and the contract of a block's two slots.
 
-A new slot is a frozen spec with `hidden_size`, a class that inherits Mixer or FeedForward, and one line in `model/slots.py`.
+The slots are its mixer and its feed-forward. A new one is a frozen spec with `hidden_size`, a class that inherits Mixer or FeedForward,
+and one line in `model/slots.py`.
 """
 
 from __future__ import annotations

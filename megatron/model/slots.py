@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of what can stand in a block's slots, and what the plan asks all of them."""
+"""Which module serves which spec in a block's two slots, and what is asked of all slots: checks, parameter counts, operations (FLOPs)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is: frozen numbers and choices."""
+"""What a model is: frozen numbers and choices; and how muP changes them."""
 
 from __future__ import annotations
 

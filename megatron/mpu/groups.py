@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process groups as values. `Groups.single()` is the ordinary case and needs no torch.distributed."""
+"""Process groups as values, and the grid of ranks (pipe, data, context, tensor) that they are cut from.
+
+`Groups.single()` is the ordinary case and needs no torch.distributed.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeoXArgs -> optimizer, schedule and scheduler."""
+"""NeoXArgs -> optimizer, schedule and scheduler; which class serves which optimizer name."""
 
 from __future__ import annotations
 

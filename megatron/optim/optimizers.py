@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own optimizers: Lion, MADGRAD with decoupled decay, SM3, and the step that they and Muon share."""
+"""Our own optimizers: Lion, MADGRAD with decoupled decay, SM3, Muon with AdamW beside it, and DeepSpeed's Muon for ZeRO."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to compute attention, and the choice among them. All give the same result; each says what it refuses."""
+"""The ways to compute attention (eager, SDPA, varlen, flash-attn), and the choice among them.
+
+All give the same result; each says what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -131,6 +134,9 @@ def pick(spec: AttentionSpec, device: torch.device, dtype: torch.dtype, *, dropo
         BackendName.FLASH_ATTN: flash,
     }
     return sdpa if uneven and name is not BackendName.EAGER else table[name]
+
+
+# ---- fused attention on CUDA: torch.nn.attention.varlen, and the flash-attn package (arXiv 2307.08691) -------------
 
 
 def varlen_refuses(spec: AttentionSpec, dtype: torch.dtype) -> str | None:
