@@ -58,10 +58,7 @@ class Amount:
 
 def open_streams(paths: Paths, *, warmup: bool = False) -> dict[str, IndexedDataset]:
     """The streams that have files, checked against each other; the same file is opened once."""
-    opened: dict[str, IndexedDataset] = {}
-    for path in paths.values():
-        if path is not None and path not in opened:
-            opened[path] = IndexedDataset(path, warmup=warmup)
+    opened = {path: IndexedDataset(path, warmup=warmup) for path in dict.fromkeys(paths.values()) if path is not None}
     streams = {name: opened[path] for name, path in paths.items() if path is not None}
     check_aligned(streams)
     return streams

@@ -22,6 +22,7 @@ from megatron.tokenizer.hugging_face import Spans, SpanTokenizer
 
 SAME = "chosen equals rejected"
 PROMPTS_DIFFER = "the prompts differ"
+SHOWN_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,6 @@ def _boundary(spans: Spans, cut: int) -> int | None:
     """How many tokens lie before the character `cut`; None where one lies across it."""
     count = int((spans.starts < cut).sum())
     return count if (spans.ends[:count] <= cut).all() else None
-
-
-SHOWN_TOKENS = 300
 
 
 def preview(encoder: ChatEncoder | PairEncoder, records: Iterable[Mapping[str, Any]]) -> dict[str, str]:

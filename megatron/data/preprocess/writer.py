@@ -96,12 +96,11 @@ class EncodingProgress:
         speed = (counts.source_bytes - self._bytes) / seconds
         if speed > 0:
             parts.append(f"{speed / 1e6:.2f} MB/s")
-        if self.total_bytes and speed > 0:
-            left = max(self.total_bytes - counts.source_bytes, 0) / speed
-            parts.append(f"{100 * counts.source_bytes / self.total_bytes:.1f} %, {left:.0f} s left")
-        elif self.num_docs and counts.documents > self._documents:
-            left = max(self.num_docs - counts.documents, 0) / self._rate(counts, now)
-            parts.append(f"{100 * counts.documents / self.num_docs:.1f} %, {left:.0f} s left")
+        done, whole, rate = counts.source_bytes, self.total_bytes, speed
+        if not whole or speed <= 0:
+            done, whole, rate = counts.documents, self.num_docs, self._rate(counts, now)
+        if whole and rate > 0:
+            parts.append(f"{100 * done / whole:.1f} %, {max(whole - done, 0) / rate:.0f} s left")
         return ", ".join(parts)
 
     def _rate(self, counts: Counts, now: float) -> float:
