@@ -2,15 +2,6 @@
 """Text <-> ids, whatever library does it."""
 
 from megatron.tokenizer.registry import open_tokenizer, select_backend, set_library_threads
-from megatron.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource, padded_vocab_size
+from megatron.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource
 
-__all__ = [
-    "Tokenizer",
-    "TokenizerBackend",
-    "TokenizerKind",
-    "TokenizerSource",
-    "open_tokenizer",
-    "padded_vocab_size",
-    "select_backend",
-    "set_library_threads",
-]
+__all__ = ["Tokenizer", "TokenizerBackend", "TokenizerKind", "TokenizerSource", "open_tokenizer", "select_backend", "set_library_threads"]
