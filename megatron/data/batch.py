@@ -18,7 +18,7 @@ S = TypeVar("S")
 
 
 class ExtraLayout(str, Enum):
-    """What the first dimensions of an extra count, so that cutting a batch along the sequence treats it rightly."""
+    """What the first dimensions of an extra count, which decides how it is cut with a batch along the sequence."""
 
     TOKEN = "token"  # [b, s, ...] one entry per token: cut with the tokens
     ROW = "row"  # [b] one value per row

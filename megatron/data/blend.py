@@ -123,7 +123,8 @@ def samples_per_member(weights: Sequence[float], num_samples: int) -> list[int]:
 def by_num_documents(counts: Sequence[int], alpha: float) -> list[float]:
     """Weights from document counts n_i: (n_i / N)^alpha, normalised, times (1 - n_i / N), normalised.
 
-    FORMAT: the law of `weight_by_num_documents` runs of old; small members are raised even at alpha 1. One member alone has weight 1.
+    FORMAT: the formula of earlier runs with `weight_by_num_documents`; small members are raised even at alpha 1.
+    One member alone has weight 1.
 
     >>> by_num_documents([100, 300], alpha=1.0)
     [0.5, 0.5]

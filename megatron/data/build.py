@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron.data.blend import by_num_documents, normalise, split_bounds
@@ -84,25 +84,15 @@ def _build(args: NeoXArgs, streams: Sequence[str], rank: int, size: int) -> Data
         train_iters = len(train) // batch_size
         log.info("train_epochs %d: %d samples, %d iterations of %d", args.run.train_epochs, len(train), train_iters, batch_size)
     needed = samples_needed(train_iters or 0, args.run.eval_interval, args.run.eval_iters, batch_size)
-    valid, test = (_open(args, name, streams, recipe, needed[name]) if needed[name] else None for name in ("valid", "test"))
-
-    def split(name: str, dataset: Dataset) -> DataSplit:
-        return DataSplit(
-            name=name,
-            dataset=dataset,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            size=size,
-            num_workers=args.data.num_workers,
-            wrap=name != "train",
-        )
-
-    return DataSplits(
-        train=split("train", train),
-        valid=None if valid is None else split("valid", valid),
-        test=None if test is None else split("test", test),
-        train_iters=train_iters or 0,
+    train_split = DataSplit(
+        name="train", dataset=train, micro_batch_size=micro_batch_size, rank=rank, size=size, num_workers=args.data.num_workers
     )
+    splits: dict[str, DataSplit] = {}
+    for name in ("valid", "test"):
+        dataset = _open(args, name, streams, recipe, needed[name]) if needed[name] else None
+        if dataset is not None:
+            splits[name] = replace(train_split, name=name, dataset=dataset, wrap=True)
+    return DataSplits(train=train_split, valid=splits.get("valid"), test=splits.get("test"), train_iters=train_iters or 0)
 
 
 def data_fingerprint(args: NeoXArgs, *, streams: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megatron.atomic_io import atomic_write
 from megatron.data import index_map
 from megatron.data.blend import BlendedDataset, Dataset, blend_indices, normalise, samples_per_member
+from megatron.data.fingerprint import blocks_of
 from megatron.data.index_map import IndexMap, Ints
 from megatron.data.indexed_dataset import IndexedDataset, data_file
 from megatron.data.streams import MAINS, StreamDataset, StreamKind, check_aligned, kind_of
@@ -28,8 +29,7 @@ BLEND_NAMES = ("dataset_index", "dataset_sample_index")
 SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 4096
 MAPPED_BYTES = 2**20
-Paths = Mapping[str, str | None]
-"""Stream name -> prefix of its files; None: this stream has no file here."""
+Paths = Mapping[str, str | None]  # stream name -> prefix of its files; None: this stream has no file here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,7 @@ class Amount:
 
 def open_streams(paths: Paths, *, warmup: bool = False) -> dict[str, IndexedDataset]:
     """The streams that have files, checked against each other; the same file is opened once."""
-    opened: dict[str, IndexedDataset] = {}
-    for path in paths.values():
-        if path is not None and path not in opened:
-            opened[path] = IndexedDataset(path, warmup=warmup)
+    opened = {path: IndexedDataset(path, warmup=warmup) for path in dict.fromkeys(paths.values()) if path is not None}
     streams = {name: opened[path] for name, path in paths.items() if path is not None}
     check_aligned(streams)
     return streams
@@ -75,28 +72,20 @@ def open_dataset(name: str, paths: Paths, recipe: Recipe, amount: Amount, *, doc
     streams = open_streams(paths, warmup=recipe.warmup)
     main = next(stream for stream in MAINS if stream in streams)
     documents = (0, len(streams[main])) if documents is None else documents
+    needed = amount.samples or 0
     if recipe.pack == "packed" and amount.epochs is None:
         # The map depends on whole epochs only, so that a longer run may find the same one.
-        epochs = index_map.epochs_for(streams[main].sizes, documents, recipe.seq_length, amount.samples or 0)
-        needed, amount = amount.samples or 0, Amount(epochs=epochs)
-    else:
-        needed = amount.samples or 0
+        amount = Amount(epochs=index_map.epochs_for(streams[main].sizes, documents, recipe.seq_length, needed))
     stem = f"{Path(streams[main].prefix).name}_{name}_indexmap"
     key = map_key(streams, recipe, amount, documents)
-    arrays = cached_arrays(
-        _map_directory(paths, recipe),
-        stem,
-        key,
-        ARRAY_NAMES,
-        lambda: dict(zip(ARRAY_NAMES, build_map(streams, recipe, amount, documents)[:3], strict=True)),
-    )
-    index = IndexMap(arrays["doc_idx"], arrays["sample_idx"], arrays["shuffle_idx"], cut=recipe.pack == "packed")
+    arrays = cached_arrays(_map_directory(paths, recipe), stem, key, ARRAY_NAMES, lambda: build_map(streams, recipe, amount, documents)[:3])
+    index = IndexMap(arrays[0], arrays[1], arrays[2], cut=recipe.pack == "packed")
     # Where rows are padded, or labels are wanted and this member has none, every token that is there is trained.
     wanted = {stream for stream in paths if kind_of(stream) is StreamKind.LABEL}
     if recipe.pack != "packed":
         wanted |= {"label" if stream == "text" else f"{stream}_label" for stream in streams if stream in MAINS}
     unlabelled = tuple(sorted(wanted - streams.keys()))
-    # FORMAT: the last row stays unread, as ever, unless the samples asked for need it.
+    # FORMAT: the last row is not read, as in earlier runs, unless the samples asked for need it.
     rows = len(index.shuffle)
     length = max(rows - 1, min(rows, needed))
     return StreamDataset(streams, index, recipe.seq_length, all_trained=unlabelled, length=length)
@@ -163,9 +152,8 @@ def content_digest(path: Path) -> str:
     status = path.stat()
     digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
     with path.open("rb") as file:
-        for start in np.linspace(0, max(status.st_size - BLOCK_BYTES, 0), SAMPLED_BLOCKS, dtype=np.int64).tolist():
-            file.seek(start)
-            digest.update(file.read(BLOCK_BYTES))
+        for block in blocks_of(file, SAMPLED_BLOCKS, BLOCK_BYTES):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -196,14 +184,8 @@ def open_epochs(name: str, members: Sequence[Paths], recipe: Recipe, epochs: int
 
 def _blend(paths: Paths, stem: str, weights: Sequence[float], recipe: Recipe, num_samples: int) -> tuple[Ints, Ints]:
     key = {"version": MAP_VERSION, "weights": list(weights), "samples": num_samples}
-    arrays = cached_arrays(
-        _map_directory(paths, recipe),
-        stem,
-        key,
-        BLEND_NAMES,
-        lambda: dict(zip(BLEND_NAMES, blend_indices(weights, num_samples), strict=True)),
-    )
-    return arrays["dataset_index"], arrays["dataset_sample_index"]
+    members, ranks = cached_arrays(_map_directory(paths, recipe), stem, key, BLEND_NAMES, lambda: blend_indices(weights, num_samples))
+    return members, ranks
 
 
 def _map_directory(paths: Paths, recipe: Recipe) -> Path:
@@ -220,23 +202,26 @@ def content_name(stem: str, key: Mapping[str, object]) -> str:
 
 
 def cached_arrays(
-    directory: Path, stem: str, key: Mapping[str, object], names: tuple[str, ...], build: Callable[[], Mapping[str, Ints]]
-) -> dict[str, Ints]:
+    directory: Path, stem: str, key: Mapping[str, object], names: tuple[str, ...], build: Callable[[], Sequence[Ints]]
+) -> Sequence[Ints]:
     """The arrays `names`, mapped from `<directory>/<stem>_<hash of key>_<name>.npy`; built and written first where one is missing.
 
     Processes that build the same arrays at the same time do no harm: each writes its own file aside and renames it, and all are equal.
     Raises DataError where the directory cannot be written.
     """
     base = content_name(stem, key)
-    paths = {name: directory / f"{base}_{name}.npy" for name in names}
-    found = _load(paths)
-    if found is not None:
-        return found
+    paths = [directory / f"{base}_{name}.npy" for name in names]
+    if all(path.is_file() for path in paths):
+        try:
+            return [_read(path) for path in paths]
+        except (ValueError, EOFError, OSError) as error:
+            log.warning("index map %s cannot be read (%s): built again", paths[0], error)
     arrays = build()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, path in paths.items():
-            _write(path, arrays[name])
+        for path, values in zip(paths, arrays, strict=True):
+            with atomic_write(path, "wb") as file:
+                np.save(file, values, allow_pickle=False)
     except OSError as error:
         raise DataError(
             f"the index map cannot be written: {error.strerror or error}",
@@ -244,24 +229,9 @@ def cached_arrays(
             fix="set index_map_dir to a folder that can be written",
         ) from error
     log.info("index map %s written to %s", base, directory)
-    return {name: arrays[name] for name in names}
-
-
-def _load(paths: Mapping[str, Path]) -> dict[str, Ints] | None:
-    if not all(path.is_file() for path in paths.values()):
-        return None
-    try:
-        return {name: _read(path) for name, path in paths.items()}
-    except (ValueError, EOFError, OSError) as error:
-        log.warning("index map %s cannot be read (%s): built again", next(iter(paths.values())), error)
-        return None
+    return arrays
 
 
 def _read(path: Path) -> Ints:
     # Small ones are simply read: an empty array cannot be mapped.
     return np.asarray(np.load(path, mmap_mode="r" if path.stat().st_size > MAPPED_BYTES else None, allow_pickle=False))
-
-
-def _write(path: Path, values: Ints) -> None:
-    with atomic_write(path, "wb") as file:
-        np.save(file, values, allow_pickle=False)

@@ -8,14 +8,14 @@ larger ones BLOCKS blocks spread evenly from the first to the last, so that a ch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from megatron.data.indexed_dataset import data_file, index_file
 from megatron.errors import DataError
 
 WHOLE = 64 << 20
@@ -26,12 +26,8 @@ BLOCKS = 66
 BLOCK_BYTES = 1 << 16
 THREADS = 8
 KINDS = ("bin", "idx")
-NOTHING = "-"
-"""Name of a place in a list that has no file (labels of a member that has none)."""
-
-
-Lists = Mapping[str, Mapping[str, Sequence[str | None]]]
-"""Split ("train", ...) -> YAML key -> prefixes, in their order."""
+NOTHING = "-"  # name of a place in a list that has no file (labels of a member that has none)
+Lists = Mapping[str, Mapping[str, Sequence[str | None]]]  # split ("train", ...) -> YAML key -> prefixes, in their order
 
 
 def fingerprint(lists: Lists, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,28 +37,28 @@ def fingerprint(lists: Lists, order: Mapping[str, Any]) -> dict[str, Any]:
     Raises DataError for a file that cannot be read.
     """
     prefixes = sorted({prefix for split in lists.values() for paths in split.values() for prefix in paths if prefix})
-    files = {(prefix, kind): _file(prefix, kind) for prefix in prefixes for kind in KINDS}
+    files = {(prefix, kind): Path(f"{prefix}.{kind}") for prefix in prefixes for kind in KINDS}
     try:
-        sizes = {path: path.stat().st_size for path in files.values()}
-        limit = whole_limit(list(sizes.values()))
-        with ThreadPoolExecutor(THREADS) as pool:
-            digests = dict(zip(files, pool.map(lambda path: digest_of(path, whole=sizes[path] <= limit), files.values()), strict=True))
+        known = dict(zip(files, sizes_and_digests(list(files.values())), strict=True))
     except OSError as error:
         raise DataError(f"a data file cannot be read: {error.strerror}", where=str(error.filename), fix="check path and rights") from error
 
     def entry(prefix: str | None) -> dict[str, Any]:
         if not prefix:
             return {"name": NOTHING}
-        parts = {kind: {"bytes": sizes[files[prefix, kind]], "digest": digests[prefix, kind]} for kind in KINDS}
-        return {"name": Path(prefix).name, **parts}
+        return {"name": Path(prefix).name, **{kind: known[prefix, kind] for kind in KINDS}}
 
     found = {split: {key: [entry(prefix) for prefix in paths] for key, paths in members.items()} for split, members in lists.items()}
     return {"files": found, "order": dict(order)}
 
 
-def whole_limit(sizes: Sequence[int]) -> int:
-    """Up to which size each of several files is hashed whole."""
-    return WHOLE if sum(min(size, WHOLE) for size in sizes) <= PLENTY else SMALL
+def sizes_and_digests(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """`bytes` and `digest` of each file; of large files, or where there is much, the digest is one of blocks."""
+    sizes = [path.stat().st_size for path in paths]
+    limit = WHOLE if sum(min(size, WHOLE) for size in sizes) <= PLENTY else SMALL
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(lambda path, size: digest_of(path, whole=size <= limit), paths, sizes))
+    return [{"bytes": size, "digest": digest} for size, digest in zip(sizes, digests, strict=True)]
 
 
 def digest_of(path: Path, *, whole: bool) -> str:
@@ -73,11 +69,17 @@ def digest_of(path: Path, *, whole: bool) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
             return f"sha256:{digest.hexdigest()}"
-        last = max(path.stat().st_size - BLOCK_BYTES, 0)
-        for start in np.linspace(0, last, BLOCKS, dtype=np.int64).tolist():
-            file.seek(start)
-            digest.update(file.read(BLOCK_BYTES))
+        for block in blocks_of(file, BLOCKS, BLOCK_BYTES):
+            digest.update(block)
     return f"sha256-of-{BLOCKS}x{BLOCK_BYTES}:{digest.hexdigest()}"
+
+
+def blocks_of(file: IO[bytes], number: int, size: int) -> Iterator[bytes]:
+    """That many blocks of a file, spread evenly from its first byte to its last; they overlap where it is small."""
+    last = max(file.seek(0, os.SEEK_END) - size, 0)
+    for start in np.linspace(0, last, number, dtype=np.int64).tolist():
+        file.seek(start)
+        yield file.read(size)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -122,18 +124,12 @@ def _of_list(key: str, before: Sequence[Mapping[str, Any]], now: Sequence[Mappin
             name = f"{key}[{place}]: {new['name']}.{kind}"
             if old[kind]["bytes"] != new[kind]["bytes"]:
                 found.append(f"{name} is {new[kind]['bytes']:,} bytes long, and was {old[kind]['bytes']:,}")
-            elif _comparable(old[kind], new[kind]) and old[kind]["digest"] != new[kind]["digest"]:
+                continue
+            (method, _, before_hex), (same_method, _, now_hex) = (entry[kind]["digest"].partition(":") for entry in (old, new))
+            if method == same_method and before_hex != now_hex:
                 found.append(f"{name} has another content")
     return found
 
 
-def _comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return bool(old["digest"].partition(":")[0] == new["digest"].partition(":")[0])
-
-
 def _listed(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
-
-
-def _file(prefix: str, kind: str) -> Path:
-    return data_file(prefix) if kind == "bin" else index_file(prefix)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens make up sample i: pure functions of document lengths and a seed, in numpy. Knows no files.
+"""Which tokens make up sample i: pure functions of document lengths and a seed, in numpy.
 
 Three ways of packing, all with rows of s + 1 tokens (input and shifted target):
 
@@ -54,7 +54,7 @@ def packed(sizes: Ints, documents: tuple[int, int], seq_length: int, seed: int, 
 
     sizes: [d] tokens per document; documents: range [first, last) to read.
 
-    FORMAT: the order, and the dtypes, are those of the maps that runs of old were trained on: one shuffle over the documents of all
+    FORMAT: the order, and the dtypes, are those of the maps that earlier runs were trained on: one shuffle over the documents of all
     epochs, then one over all rows, from one RandomState.
     """
     first, last = documents
@@ -96,7 +96,7 @@ def unpacked(keep: NDArray[np.bool_], documents: tuple[int, int], seed: int, *, 
 
     keep: [d], from `usable`. paired: rows of pairs are folded back on the first (number of documents) rows.
 
-    FORMAT: that fold is how preference runs of old were ordered; without skipped documents it changes nothing, with them the first
+    FORMAT: that fold is how earlier preference runs were ordered; without skipped documents it changes nothing, with them the first
     documents of the range come a little more often.
     """
     first, last = documents
@@ -112,7 +112,7 @@ def unpacked(keep: NDArray[np.bool_], documents: tuple[int, int], seed: int, *, 
 def pack_until_overflow(
     sizes: Ints, keep: NDArray[np.bool_], documents: tuple[int, int], seq_length: int, seed: int, *, num_samples: int
 ) -> IndexMap:
-    """Greedy rows of whole documents; each epoch is shuffled anew, and a row may go on from one epoch into the next.
+    """Greedy rows of whole documents; each epoch is shuffled again, and a row may go on from one epoch into the next.
 
     sizes: [d] tokens per document, for pairs the longer of the two; keep: [d], from `usable`.
     A document longer than a row has a row of its own and is chopped there.

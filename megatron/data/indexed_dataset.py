@@ -19,9 +19,8 @@ Training takes each sequence for a document; the marks are kept for other tools.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,19 +33,9 @@ MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES: dict[int, np.dtype] = {
-    1: np.dtype("u1"),
-    2: np.dtype("i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    6: np.dtype("<f4"),
-    7: np.dtype("<f8"),
-    8: np.dtype("<u2"),
-}
+DTYPES: dict[int, np.dtype] = dict(enumerate(map(np.dtype, ("u1", "i1", "<i2", "<i4", "<i8", "<f4", "<f8", "<u2")), start=1))
 COPY_BYTES = 16 * 2**20
-INDEX_STEP = COPY_BYTES // 8
-"""Values of an index held in memory at once, where they are read from files."""
+INDEX_STEP = COPY_BYTES // 8  # values of an index held in memory at once, where they are read from files
 DAMAGED = "the file is incomplete or damaged: copy or tokenize it again"
 
 
@@ -65,21 +54,7 @@ def exists(prefix: str | Path) -> bool:
     return data_file(prefix).is_file() and index_file(prefix).is_file()
 
 
-def publish(renames: Sequence[tuple[str | Path, str | Path]]) -> None:
-    """Give finished files their names, in order: those of `.bin` before those of `.idx`.
-
-    An old index is never seen beside new data: it goes first, the new one comes last. A renaming that was done before is passed over.
-    """
-    there = [(source, target) for source, target in renames if os.path.exists(source)]
-    if any(str(target).endswith(".bin") for _, target in there):
-        for _, target in renames:
-            if str(target).endswith(".idx"):
-                Path(target).unlink(missing_ok=True)
-    for source, target in there:
-        os.replace(source, target)
-
-
-def map_values(path: Path, dtype: np.dtype[Any]) -> NDArray[np.number]:
+def map_values(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The values of a file, mapped into memory; an empty file cannot be mapped."""
     return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.zeros(0, dtype)
 

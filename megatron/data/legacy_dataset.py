@@ -21,7 +21,7 @@ from megatron.errors import DataError
 
 HEADER = struct.Struct("<8sQQQQQQ")
 # FORMAT: these codes are not those of the .idx format, and there is no uint16.
-CODES = {np.dtype("u1"): 1, np.dtype("i1"): 2, np.dtype("<i2"): 3, np.dtype("<i4"): 4, np.dtype("<i8"): 5}
+CODES: dict[np.dtype[Any], int] = {np.dtype("u1"): 1, np.dtype("i1"): 2, np.dtype("<i2"): 3, np.dtype("<i4"): 4, np.dtype("<i8"): 5}
 # 6 and 7 are the floats of C, or both of 8 bytes, whichever tool wrote them: their width tells.
 DTYPES: dict[tuple[int, int], np.dtype[Any]] = {
     **{(code, dtype.itemsize): dtype for dtype, code in CODES.items()},

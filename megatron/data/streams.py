@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Aligned token files read together: sample number -> one array per stream. Knows neither objectives nor batches.
+"""Aligned token files read together: sample number -> one array per stream.
 
 Streams: `text`, `pos`, `neg` are tokens; `label`, `pos_label`, `neg_label` say which tokens are trained (-100: not); `reward` is one
 number per document; `ref`, `pos_ref`, `neg_ref` are log-probs per token.
@@ -31,13 +31,13 @@ class StreamKind(Enum):
     REF = "ref"
 
 
+# dtype and padding of a kind's arrays
 ROW: dict[StreamKind, tuple[type[np.number], int]] = {
     StreamKind.TOKENS: (np.int64, 0),
     StreamKind.LABEL: (np.int64, IGNORED),
     StreamKind.REWARD: (np.float32, 0),
     StreamKind.REF: (np.float32, 0),
 }
-"""dtype and padding of a kind's arrays."""
 
 
 def kind_of(stream: str) -> StreamKind:
@@ -100,7 +100,7 @@ class StreamDataset:
     Rows longer than s + 1 are cut.
 
     all_trained: label streams wanted for which there is no file: their labels are the tokens.
-    length: items offered; FORMAT: by default one less than the map has rows, as runs of old never read the last.
+    length: items offered; FORMAT: by default one less than the map has rows, as earlier runs never read the last.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class StreamDataset:
         lengths = {name: self._lengths(name, pieces) for name, kind in self._kinds.items() if kind is StreamKind.TOKENS}
         item: Item = {name: self._read(name, pieces, lengths[main_of(name)]) for name in self.streams}
         for name, counts in lengths.items():
-            item[segment_ids_of(name)] = self._segment_ids(counts)
+            segments = [*counts, self.seq_length + 1 - sum(counts)]
+            item[segment_ids_of(name)] = np.repeat(np.arange(len(segments), dtype=np.int32), segments)
         for name in self._all_trained:
             present = sum(lengths[main_of(name)])
             item[name] = item[main_of(name)].copy()
@@ -157,10 +158,6 @@ class StreamDataset:
                 row[filled : filled + length] = dataset.get(document, start, length)
             filled += length
         return row
-
-    def _segment_ids(self, lengths: list[int]) -> NDArray[np.int32]:
-        counts = [*lengths, self.seq_length + 1 - sum(lengths)]
-        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
 
     def _lengths(self, main: str, pieces: list[tuple[int, int, int | None]]) -> list[int]:
         """Values that each piece puts into a row of s + 1."""

@@ -1,28 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text <-> ids, whatever library does it."""
 
-from megatron.tokenizer.registry import Settled, open_tokenizer, select_backend, set_library_threads, settle_open
-from megatron.tokenizer.tokenizer import (
-    RaggedIds,
-    Tokenizer,
-    TokenizerBackend,
-    TokenizerKind,
-    TokenizerSource,
-    UnencodableText,
-    padded_vocab_size,
-)
+from megatron.tokenizer.registry import open_tokenizer, select_backend, set_library_threads
+from megatron.tokenizer.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource
 
-__all__ = [
-    "RaggedIds",
-    "Settled",
-    "Tokenizer",
-    "TokenizerBackend",
-    "TokenizerKind",
-    "TokenizerSource",
-    "UnencodableText",
-    "open_tokenizer",
-    "padded_vocab_size",
-    "set_library_threads",
-    "select_backend",
-    "settle_open",
-]
+__all__ = ["Tokenizer", "TokenizerBackend", "TokenizerKind", "TokenizerSource", "open_tokenizer", "select_backend", "set_library_threads"]

@@ -47,14 +47,15 @@ class IdMismatch(NamedTuple):
 
     def __str__(self) -> str:
         i = next((i for i, (a, b) in enumerate(zip(self.expected, self.found, strict=False)) if a != b), 0)
-        at = slice(max(i - 4, 0), i + 12)
+        at, text = slice(max(i - 4, 0), i + 12), repr(self.text)
+        text = text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
         return (
-            f"of {_cut(repr(self.text))} `tokenizers` makes {len(self.expected)} ids, from number {at.start} on {self.expected[at]}, "
+            f"of {text} `tokenizers` makes {len(self.expected)} ids, from number {at.start} on {self.expected[at]}, "
             f"and gigatoken {len(self.found)}, {self.found[at]}"
         )
 
 
-class GigatokenTokenizer:
+class GigatokenTokenizer(Tokenizer):
     """An EngineTokenizer whose batches gigatoken encodes.
 
     A small share of the texts is encoded by both libraries; the first difference ends the run. Raises BackendError where gigatoken
@@ -70,12 +71,8 @@ class GigatokenTokenizer:
         self._calls = 0
         self._credit = float(FREE_CHARACTERS)
         self._wanted = 0
-        self.name = engine.name
-        self.eod = engine.eod
-        self.pad = engine.pad
-        self.bos = engine.bos
-        self.digest = engine.digest
-        self.vocab_size = engine.vocab_size
+        self.name, self.vocab_size, self.digest = engine.name, engine.vocab_size, engine.digest
+        self.eod, self.pad, self.bos = engine.eod, engine.pad, engine.bos
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
@@ -83,8 +80,7 @@ class GigatokenTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in order."""
-        ids, sizes = self.encode_ragged(texts)
-        return [part.tolist() for part in np.split(ids, np.cumsum(sizes)[:-1])] if len(sizes) else []
+        return [part.tolist() for part in _parts(self.encode_ragged(texts))]
 
     def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
         """Ids of several texts, in one array."""
@@ -199,7 +195,8 @@ def _load(engine: EngineTokenizer) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # what panics in Rust is no Exception
-        raise DataError(f"gigatoken cannot run this tokenizer: {_first_line(error)}", where="vocab_file", fix=HF_INSTEAD) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"gigatoken cannot run this tokenizer: {reason}", where="vocab_file", fix=HF_INSTEAD) from error
 
 
 def newer_characters() -> NDArray[np.bool_]:
@@ -213,11 +210,3 @@ def newer_characters() -> NDArray[np.bool_]:
 
 def _parts(ragged: RaggedIds) -> list[NDArray[np.uint32]]:
     return np.split(ragged.ids, np.cumsum(ragged.sizes, dtype=np.int64)[:-1]) if len(ragged.sizes) else []
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"

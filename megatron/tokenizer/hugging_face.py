@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Engine
 
 from megatron.errors import DataError
 from megatron.hub.client import STARTING, snapshot
-from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, require_encodable, spans
+from megatron.tokenizer.tokenizer import RaggedIds, Tokenizer, TokenizerKind, digest_of, existing, require_encodable, spans
 
 # Looked up among the tokenizer's own special tokens, in this order, when no file names the token.
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>")
@@ -27,9 +27,10 @@ BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
 AT_A_TIME = 2**20
 HUB_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*"]
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class EngineTokenizer:
+class EngineTokenizer(Tokenizer):
     """A `tokenizers` pipeline with its special ids."""
 
     def __init__(self, engine: Engine, *, kind: TokenizerKind, eod: int, pad: int | None, bos: int | None, digest: str) -> None:
@@ -37,11 +38,8 @@ class EngineTokenizer:
         engine.no_truncation()
         engine.no_padding()
         self._engine = engine
-        self.name = kind.value
-        self.eod = eod
-        self.pad = pad
-        self.bos = bos
-        self.digest = digest
+        self.name, self.digest = kind.value, digest
+        self.eod, self.pad, self.bos = eod, pad, bos
         # Ids may have gaps; the embedding needs a row for the largest.
         self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -118,15 +116,9 @@ def open_hf(vocab_file: str | None) -> EngineTokenizer:
             f"HFTokenizer: the folder {path.parent} holds no tokenizer.json", where="vocab_file", fix=_other_family(path.parent)
         )
     engine = _load(path)
-    declared = _declared(path.parent)
-    return EngineTokenizer(
-        engine,
-        kind=TokenizerKind.HF,
-        eod=_required(_special(engine, declared, "eos_token", EOD_NAMES), path),
-        pad=_special(engine, declared, "pad_token", PAD_NAMES),
-        bos=_special(engine, declared, "bos_token", BOS_NAMES),
-        digest=digest_of(path, *(side for name in SIDE_FILES if (side := path.parent / name).exists())),
-    )
+    declared = declared_tokens(path.parent)
+    sides = [side for name in SIDE_FILES if (side := path.parent / name).exists()]
+    return _with_declared(TokenizerKind.HF, engine, declared, [path, *sides])
 
 
 def open_gpt2_bpe(vocab_file: str | None, merge_file: str | None) -> EngineTokenizer:
@@ -172,16 +164,18 @@ def open_hf_gpt2(vocab_file: str | None) -> EngineTokenizer:
             where="vocab_file",
             fix="give the folder of a saved GPT-2 tokenizer",
         )
-    declared = _declared(folder)
-    pad = _special(engine, declared, "pad_token", PAD_NAMES)
-    if pad is None:
+    declared = declared_tokens(folder)
+    if _special(engine, declared, "pad_token", PAD_NAMES) is None:
         engine.add_special_tokens([PAD_NAMES[0]])
-        pad = engine.token_to_id(PAD_NAMES[0])
+    return _with_declared(TokenizerKind.HF_GPT2, engine, declared, files)
+
+
+def _with_declared(kind: TokenizerKind, engine: Engine, declared: Mapping[str, str], files: Sequence[Path]) -> EngineTokenizer:
     return EngineTokenizer(
         engine,
-        kind=TokenizerKind.HF_GPT2,
+        kind=kind,
         eod=_required(_special(engine, declared, "eos_token", EOD_NAMES), files[0]),
-        pad=pad,
+        pad=_special(engine, declared, "pad_token", PAD_NAMES),
         bos=_special(engine, declared, "bos_token", BOS_NAMES),
         digest=digest_of(*files),
     )
@@ -210,24 +204,33 @@ def _from_merges(vocab: Path, merges: Path) -> Engine:
     return engine
 
 
-def _declared(folder: Path) -> dict[str, str]:
-    """Special tokens by role (`eos_token`, ...) as the files beside a tokenizer.json name them."""
-    roles: dict[str, str] = {}
+def declared_tokens(folder: Path) -> dict[str, Any]:
+    """Special tokens by role (`eos_token`, ...) as the files beside a tokenizer.json name them; `additional_special_tokens` is a list."""
+    found: dict[str, Any] = {}
     for name in reversed(SIDE_FILES):  # tokenizer_config.json wins
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not JSON: {error}", where=str(path), fix="download or write it again") from error
-        if isinstance(content, Mapping):
-            for role in ("eos_token", "pad_token", "bos_token"):
-                value = content.get(role)
-                token = value.get("content") if isinstance(value, Mapping) else value
-                if isinstance(token, str):
-                    roles[role] = token
-    return roles
+        content = read_object(folder / name) if (folder / name).exists() else {}
+        found |= {role: token for role in ROLES if (token := _token(content.get(role))) is not None}
+        if more := content.get("additional_special_tokens"):
+            found["additional_special_tokens"] = [_token(token) for token in more]
+    return found
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in one of a tokenizer's files. Raises DataError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}", where=str(path), fix="download or write it again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", where=str(path), fix="give a file in UTF-8") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a JSON object", where=str(path), fix="download or write it again")
+    return content
+
+
+def _token(value: Any) -> str | None:
+    token = value.get("content") if isinstance(value, Mapping) else value
+    return token if isinstance(token, str) else None
 
 
 def _special(engine: Engine, declared: Mapping[str, str], role: str, names: Sequence[str]) -> int | None:
@@ -298,18 +301,15 @@ class SpanTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Spans]:
         """Several texts, in order. Every text must be encodable."""
-        found: list[Spans] = []
-        for first, last in spans(texts, AT_A_TIME):
-            found += [_spans(encoding) for encoding in self._engine.encode_batch(list(texts[first:last]), add_special_tokens=False)]
-        return found
+        return [_spans(encoding) for encoding in self._encodings(self._engine.encode_batch, texts)]
 
     def encode_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Only the ids of several texts, which takes half the time."""
-        found: list[NDArray[np.int32]] = []
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in self._encodings(self._engine.encode_batch_fast, texts)]
+
+    def _encodings(self, encode: Callable[..., Any], texts: Sequence[str]) -> Iterator[Any]:
         for first, last in spans(texts, AT_A_TIME):
-            encodings = self._engine.encode_batch_fast(list(texts[first:last]), add_special_tokens=False)
-            found += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        return found
+            yield from encode(list(texts[first:last]), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out."""

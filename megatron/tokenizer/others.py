@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import BackendError, DataError
-from megatron.tokenizer.tokenizer import RaggedIds, TokenizerKind, digest_of, existing, ragged, require_encodable
+from megatron.tokenizer.tokenizer import Tokenizer, TokenizerKind, digest_of, existing, require_encodable
 
 EOD_PIECE = "<|endoftext|>"
 
 
-class SPMTokenizer:
+class SPMTokenizer(Tokenizer):
     """A SentencePiece model (Kudo and Richardson, arXiv 1808.06226).
 
     A piece `<|endoftext|>` ends documents where the model has one (it was put there for that), else `</s>`.
@@ -35,8 +36,7 @@ class SPMTokenizer:
                 fix="train it with user_defined_symbols=<|endoftext|> or eos_id >= 0",
             )
         self.eod = int(eod)
-        self.pad = _id_or_none(self._model.pad_id())
-        self.bos = _id_or_none(self._model.bos_id())
+        self.pad, self.bos = (number if number >= 0 else None for number in (self._model.pad_id(), self._model.bos_id()))
         self.digest = digest_of(path)
 
     def encode(self, text: str) -> list[int]:
@@ -48,16 +48,12 @@ class SPMTokenizer:
         require_encodable(texts)
         return [[int(number) for number in self._model.encode(text)] for text in texts]
 
-    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
-        """Ids of several texts, in one array."""
-        return ragged(self.encode_batch(texts))
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids beyond the vocabulary (padding rows of the embedding) give nothing."""
         return str(self._model.decode([number for number in ids if number < self.vocab_size]))
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(Tokenizer):
     """A named tiktoken encoding, `vocab_file: cl100k_base`. Special-token text inside a document stays text."""
 
     name = TokenizerKind.TIKTOKEN.value
@@ -72,8 +68,7 @@ class TiktokenTokenizer:
         self._encoding = _tiktoken(vocab_file)
         self.vocab_size = int(self._encoding.n_vocab)
         self.eod = int(self._encoding.eot_token)
-        self.pad = None
-        self.bos = None
+        self.pad = self.bos = None
         self.digest = digest_of(f"tiktoken:{vocab_file}:{self.vocab_size}")
 
     def encode(self, text: str) -> list[int]:
@@ -83,10 +78,6 @@ class TiktokenTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in order."""
         return [list(ids) for ids in self._encoding.encode_ordinary_batch(list(texts))]
-
-    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
-        """Ids of several texts, in one array."""
-        return ragged(self.encode_batch(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; ids without a token (gaps and padding rows) give nothing."""
@@ -99,47 +90,37 @@ class TiktokenTokenizer:
         return b"".join(known).decode("utf-8", errors="replace")
 
 
-class CharLevelTokenizer:
+class CharLevelTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0..255 of a vocabulary of 512. FORMAT: 0 ends a document, 1 pads, as in the reference;
     these two control bytes do not occur in text worth training on and are dropped from it."""
 
     name = TokenizerKind.CHAR_LEVEL.value
     vocab_size = 512
     eod = 0
-    pad: int | None = 1
-    bos: int | None = None
+    pad = 1
+    bos = None
     digest = digest_of("bytes:512")
 
     def encode(self, text: str) -> list[int]:
         """Bytes of one text."""
         return [byte for byte in text.encode("utf-8", errors="replace") if byte > 1]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Bytes of several texts, in order."""
-        return [self.encode(text) for text in texts]
-
-    def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
-        """Ids of several texts, in one array."""
-        return ragged(self.encode_batch(texts))
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text of bytes; eod, pad and ids above 255 give nothing."""
         return bytes(number for number in ids if 1 < number < 256).decode("utf-8", errors="replace")
 
 
-def _id_or_none(number: int) -> int | None:
-    return number if number >= 0 else None
+def _library(name: str, kind: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise BackendError(f"{kind} needs the package {name}", where="tokenizer_type", fix=f"uv pip install {name}") from error
 
 
 def _sentencepiece(path: Path) -> Any:
+    library = _library("sentencepiece", "SPMTokenizer")
     try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise BackendError(
-            "SPMTokenizer needs the package sentencepiece", where="tokenizer_type", fix="uv pip install sentencepiece"
-        ) from error
-    try:
-        return SentencePieceProcessor(model_file=str(path))
+        return library.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(
             f"{path} is not a SentencePiece model: {error}", where="vocab_file", fix="give the .model file, not .vocab"
@@ -147,15 +128,12 @@ def _sentencepiece(path: Path) -> Any:
 
 
 def _tiktoken(name: str) -> Any:
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise BackendError("TiktokenTokenizer needs the package tiktoken", where="tokenizer_type", fix="uv pip install tiktoken") from error
-    known = tiktoken.list_encoding_names()
+    library = _library("tiktoken", "TiktokenTokenizer")
+    known = library.list_encoding_names()
     if name not in known:
         raise DataError(f"tiktoken has no encoding {name!r}", where="vocab_file", fix=f"one of {', '.join(sorted(known))}")
     try:
-        return tiktoken.get_encoding(name)
+        return library.get_encoding(name)
     except Exception as error:  # the download goes through requests, which may be absent or fail in many ways
         raise DataError(
             f"the encoding {name} could not be fetched: {type(error).__name__}",

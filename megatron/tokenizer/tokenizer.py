@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tokenizer is: the protocol, its kinds and its files. Knows no tokenizer library."""
+"""What a tokenizer is: the protocol, its kinds and its files."""
 
 from __future__ import annotations
 
@@ -31,10 +31,8 @@ class TokenizerKind(str, Enum):
 class TokenizerBackend(str, Enum):
     """Which library runs a tokenizer. The ids are the same whichever does, or the run stops."""
 
-    AUTO = "auto"
-    """gigatoken where `select_backend` finds that it gives the same ids, else hf."""
-    HF = "hf"
-    """The family's own library."""
+    AUTO = "auto"  # gigatoken where `select_backend` finds that it gives the same ids, else hf
+    HF = "hf"  # the family's own library
     GIGATOKEN = "gigatoken"
 
 
@@ -82,34 +80,26 @@ class Tokenizer(Protocol):
     digest:     sha256 of everything the ids depend on (files, or the name of a built-in vocabulary)
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eod(self) -> int: ...
-    @property
-    def pad(self) -> int | None: ...
-    @property
-    def bos(self) -> int | None: ...
-    @property
-    def digest(self) -> str: ...
+    name: str
+    vocab_size: int
+    eod: int
+    pad: int | None
+    bos: int | None
+    digest: str
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text; nothing is appended."""
-        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in order; equal to `encode` on each."""
-        ...
+        return [self.encode(text) for text in texts]
 
     def encode_ragged(self, texts: Sequence[str]) -> RaggedIds:
-        """The ids of `encode_batch` in one array: no Python object per id."""
-        ...
+        """The ids of `encode_batch` in one array."""
+        return ragged(self.encode_batch(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens written out; bytes that are not UTF-8 become U+FFFD."""
-        ...
 
 
 def padded_vocab_size(size: int, divisible_by: int, tp: int) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer as Engine
@@ -40,14 +40,21 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2) 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    counted = _Counted(texts)
-    engine.train_from_iterator(counted, trainer=trainer)
-    if counted.characters == 0:
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield text
+
+    engine.train_from_iterator(counted(), trainer=trainer)
+    if characters == 0:
         raise DataError(
             "there is no text to train a tokenizer on", where="input", fix="check the input files and the key that holds their text"
         )
     if engine.get_vocab_size() < vocab_size:
-        log.warning("the texts (%d characters) support only %d of %d ids", counted.characters, engine.get_vocab_size(), vocab_size)
+        log.warning("the texts (%d characters) support only %d of %d ids", characters, engine.get_vocab_size(), vocab_size)
     return engine
 
 
@@ -63,19 +70,3 @@ def save_tokenizer(engine: Engine, path: Path) -> None:
     }
     write_durably(path.parent / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
     write_durably(path, engine.to_str(pretty=True))
-
-
-class _Counted:
-    """Texts passed through, with their characters counted."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = iter(texts)
-        self.characters = 0
-
-    def __iter__(self) -> _Counted:
-        return self
-
-    def __next__(self) -> str:
-        text = next(self._texts)
-        self.characters += len(text)
-        return text

@@ -179,8 +179,8 @@ def test_arrays_of_objects_are_not_read(tmp_path: Path, marker: Path, size: int)
     path = tmp_path / f"{content_name('train', {'seed': 1})}_a.npy"
     with path.open("wb") as file:
         np.save(file, hostile, allow_pickle=True)
-    made = cached_arrays(tmp_path, "train", {"seed": 1}, ("a",), lambda: {"a": np.arange(3)})
-    assert made["a"].tolist() == [0, 1, 2] and not marker.exists()
+    made = cached_arrays(tmp_path, "train", {"seed": 1}, ("a",), lambda: [np.arange(3)])
+    assert made[0].tolist() == [0, 1, 2] and not marker.exists()
     np.save(tmp_path / "tokens.npy", hostile, allow_pickle=True)
     refused(lambda: _tokens(tmp_path / "tokens.npy", 512), tmp_path / "tokens.npy", marker)
 

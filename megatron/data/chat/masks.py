@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From marked text to ids and labels. Knows tokenizers and spans; templates only to cut as the reference does.
+"""From marked text to ids and labels.
 
 A label is the token's own id where it is trained, else UNTRAINED; labels are not shifted.
 """
@@ -120,23 +120,23 @@ def masked(tokenizer: SpanTokenizer, plans: Sequence[EncodingPlan]) -> list[Mask
 
 
 def _exact(tokenizer: SpanTokenizer, tokens: Spans, made: EncodingPlan) -> Masked:
-    trained, crossing = trained_tokens(tokens, made.spans)
-    endless = False
-    if made.blocks:
-        behind = np.searchsorted(tokens.starts, [end for _, end in made.spans])
-        endless = any(place < len(trained) and not trained[place] and int(tokens.ids[place]) in tokenizer.special for place in behind)
-    return Masked(tokens.ids, np.where(trained, tokens.ids, UNTRAINED).astype(np.int32), crossing > 0, endless)
+    found = labelled(tokens, made.spans)
+    if not made.blocks:
+        return found
+    behind = np.searchsorted(tokens.starts, [end for _, end in made.spans])
+    untrained = found.labels == UNTRAINED
+    endless = any(place < len(untrained) and untrained[place] and int(tokens.ids[place]) in tokenizer.special for place in behind)
+    return found._replace(endless=endless)
 
 
-def trained_tokens(tokens: Spans, spans: Sequence[Span]) -> tuple[NDArray[np.bool_], int]:
-    """Which tokens lie in a span with all their characters [n], and how many lie across a span's border."""
-    inside = np.zeros(len(tokens.ids), dtype=bool)
-    across = np.zeros(len(tokens.ids), dtype=bool)
+def labelled(tokens: Spans, spans: Sequence[Span]) -> Masked:
+    """The tokens that lie in a span with all their characters are trained; those across a span's border are not."""
+    inside, across = np.zeros((2, len(tokens.ids)), dtype=bool)
     for start, end in spans:
         inside |= (tokens.starts >= start) & (tokens.ends <= end) & (tokens.ends > tokens.starts)
         for border in (start, end):
             across |= (tokens.starts < border) & (border < tokens.ends)
-    return inside, int(across.sum())
+    return Masked(tokens.ids, np.where(inside, tokens.ids, UNTRAINED).astype(np.int32), bool(across.any()))
 
 
 def _neox(encoded: Sequence[NDArray[np.int32]], trained: Sequence[int]) -> Masked:

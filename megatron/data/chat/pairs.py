@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference pairs: records -> ids and labels of the chosen and the rejected answer, and their lengths. Knows no files.
+"""Preference pairs: records -> ids and labels of the chosen and the rejected answer, and their lengths.
 
 Both answers have the same prompt ids: the text is cut where the answers begin unless a token boundary lies there anyway.
 """
@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron.data.chat.masks import Masked, close, count_trained, trained_tokens
+from megatron.data.chat.masks import close, count_trained, labelled
 from megatron.data.chat.records import answered, common_turns, fixed
 from megatron.data.chat.sources import IDS, NOTHING, ChatEncoder, ChatFormat
-from megatron.data.chat.turns import Conversation, Marked, UnmaskableError, mark
+from megatron.data.chat.turns import Marked, UnmaskableError, mark
 from megatron.data.preprocess.encoders import LENGTHS, UNTRAINED, Dropped, EncodedRecords, Fault, Outcome, StreamFormat, gather, text_fixer
 from megatron.tokenizer.hugging_face import Spans, SpanTokenizer
 
 SAME = "chosen equals rejected"
 PROMPTS_DIFFER = "the prompts differ"
+SHOWN_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class PairEncoder:
     def _pair(self, record: Mapping[str, Any]) -> TextPair | Dropped | Fault:
         source = self.source
         try:
-            chosen, rejected = (self._talk(record, key) for key in self.keys)
+            talks = [answered(record, source.prompt_key, key, source.role, source.tools_key)[0] for key in self.keys]
+            chosen, rejected = (fixed(talk, self.fix) if self.fix else talk for talk in talks)
             first = common_turns(chosen.turns, rejected.turns)
             if first == len(chosen.turns) == len(rejected.turns):
                 return Dropped(SAME)
@@ -87,11 +89,6 @@ class PairEncoder:
         cut = min(side.spans[0][0] for side in sides)
         return TextPair(sides[0], sides[1], cut) if sides[0].text[:cut] == sides[1].text[:cut] else Dropped(PROMPTS_DIFFER)
 
-    def _talk(self, record: Mapping[str, Any], key: str) -> Conversation:
-        source = self.source
-        talk = answered(record, source.prompt_key, key, source.role, source.tools_key).talk
-        return fixed(talk, self.fix) if self.fix else talk
-
     def _outcome(self, pair: TextPair, whole: tuple[Spans, Spans]) -> Outcome:
         starts = [_boundary(spans, pair.cut) for spans in whole]
         prompt = starts[0]
@@ -99,7 +96,7 @@ class PairEncoder:
             before = self.tokenizer.encode(pair.chosen.text[: pair.cut])
             prompt = len(before.ids)
             whole = (self._joined(before, pair.chosen, pair.cut), self._joined(before, pair.rejected, pair.cut))
-        found = [self._masked(spans, side) for spans, side in zip(whole, pair[:2], strict=True)]
+        found = [close(labelled(spans, side.spans), self.tokenizer, reward=False) for spans, side in zip(whole, pair[:2], strict=True)]
         if np.array_equal(found[0].ids, found[1].ids):
             return Dropped(SAME)
         if not all(count_trained(side) for side in found):
@@ -111,25 +108,14 @@ class PairEncoder:
 
     def _joined(self, before: Spans, side: Marked, cut: int) -> Spans:
         after = self.tokenizer.encode(side.text[cut:])
-        return Spans(
-            np.concatenate([before.ids, after.ids]),
-            np.concatenate([before.starts, after.starts + cut]),
-            np.concatenate([before.ends, after.ends + cut]),
-        )
-
-    def _masked(self, spans: Spans, side: Marked) -> Masked:
-        trained, crossing = trained_tokens(spans, side.spans)
-        labels = np.where(trained, spans.ids, UNTRAINED).astype(np.int32)
-        return close(Masked(spans.ids, labels, crossing > 0), self.tokenizer, reward=False)
+        pairs: Any = zip(before, (after.ids, after.starts + cut, after.ends + cut), strict=True)
+        return Spans(*map(np.concatenate, pairs))
 
 
 def _boundary(spans: Spans, cut: int) -> int | None:
     """How many tokens lie before the character `cut`; None where one lies across it."""
     count = int((spans.starts < cut).sum())
     return count if (spans.ends[:count] <= cut).all() else None
-
-
-SHOWN_TOKENS = 300
 
 
 def preview(encoder: ChatEncoder | PairEncoder, records: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the keys of a record to conversations, pairs of them, and rewards. Knows no templates and no ids.
+"""From the keys of a record to conversations, pairs of them, and rewards.
 
 A prompt may be text (one user turn) or turns; an answer text (one turn of the generation role), one turn, or turns. Turns that
 begin with the prompt's, or follow a prompt given as text but do not begin with the generation role, are the whole conversation.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +18,15 @@ from megatron.data.chat.template import Turn
 from megatron.data.chat.turns import GENERATED_KEYS, Conversation, UnmaskableError
 
 
-class Answered(NamedTuple):
-    """A conversation whose turns before `first` are the prompt."""
-
-    talk: Conversation
-    first: int
-
-
 def talk_of(record: Mapping[str, Any], key: str, tools_key: str | None = None) -> Conversation:
     """The conversation under a key. Raises UnmaskableError where there is none."""
     return Conversation(_turns(_value(record, key), key), _tools(record, tools_key))
 
 
-def answered(record: Mapping[str, Any], prompt_key: str, key: str, role: str, tools_key: str | None = None) -> Answered:
-    """The prompt and the answer under a key as one conversation. A record without the prompt holds the whole under `key`.
-    Raises UnmaskableError."""
+def answered(record: Mapping[str, Any], prompt_key: str, key: str, role: str, tools_key: str | None = None) -> tuple[Conversation, int]:
+    """The prompt and the answer under a key as one conversation, and how many of its turns are the prompt.
+
+    A record without the prompt holds the whole under `key`. Raises UnmaskableError."""
     answer, prompt = _value(record, key), record.get(prompt_key)
     if prompt is None and not isinstance(answer, list):
         raise UnmaskableError(f"no prompt under {prompt_key}, and {key} holds no turns")
@@ -46,7 +40,7 @@ def answered(record: Mapping[str, Any], prompt_key: str, key: str, role: str, to
         whole, first = turns, 0
     else:
         whole, first = [*before, *turns], len(before)
-    return Answered(Conversation(whole, _tools(record, tools_key)), first)
+    return Conversation(whole, _tools(record, tools_key)), first
 
 
 def fixed(talk: Conversation, fix: Callable[[str], str]) -> Conversation:

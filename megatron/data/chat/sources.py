@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of conversations: records -> ids, labels and rewards. Knows the keys of a record, no files and no processes."""
+"""Encoders of conversations: records -> ids, labels and rewards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from megatron.tokenizer.hugging_face import SpanTokenizer, from_hub
 
 IDS = StreamFormat(np.dtype("<i4"))
 REWARDS = StreamFormat(np.dtype("<f4"), integral=np.dtype("<i4"))
-SIGNS = StreamFormat(np.dtype("<i4"))
 NOTHING = "nothing to train"
 CUT = "conversations cut as the reference cuts them lose or double characters at a turn's border (--turn-borders exact keeps them)"
 CROSSING = "conversations have a token across the border of what is trained: that token is not trained"
@@ -119,7 +118,7 @@ class ChatEncoder:
             if source.masking.labels:
                 self.streams[f"{key}_label"] = IDS
             if source.reward_key is not None:
-                self.streams[f"{key}_reward"] = SIGNS if source.binary else REWARDS
+                self.streams[f"{key}_reward"] = IDS if source.binary else REWARDS
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> EncodedRecords:
         """Ids, labels and rewards of each record."""
@@ -155,19 +154,17 @@ class ChatEncoder:
         return notes
 
     def _plans(self, record: Mapping[str, Any]) -> list[EncodingPlan] | Fault:
+        source, plans = self.source, []
         try:
-            return [self._plan(record, key) for key in self.source.keys]
+            for key in source.keys:
+                if source.prompt_key is None:
+                    talk, first = talk_of(record, key, source.tools_key), 0
+                else:
+                    talk, first = answered(record, source.prompt_key, key, source.masking.role, source.tools_key)
+                plans.append(plan(self.template, fixed(talk, self.fix) if self.fix else talk, source.masking, first=first))
         except UnmaskableError as error:
             return Fault(str(error))
-
-    def _plan(self, record: Mapping[str, Any], key: str) -> EncodingPlan:
-        source = self.source
-        if source.prompt_key is None:
-            talk, first = talk_of(record, key, source.tools_key), 0
-        else:
-            talk, first = answered(record, source.prompt_key, key, source.masking.role, source.tools_key)
-        talk = fixed(talk, self.fix) if self.fix else talk
-        return plan(self.template, talk, source.masking, first=first)
+        return plans
 
     def _outcome(self, record: Mapping[str, Any], encoded: Sequence[Masked]) -> Outcome:
         source = self.source

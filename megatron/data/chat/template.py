@@ -17,11 +17,15 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron.errors import DataError
+from megatron.tokenizer.hugging_face import declared_tokens, read_object
 
 Turn = Mapping[str, Any]
 Span = tuple[int, int]
 
 DEFAULT, TOOL_USE = "default", "tool_use"
+CONFIG = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
 
 
 class RenderError(ValueError):
@@ -99,9 +103,8 @@ def _unmarked(marked: str) -> Rendering:
     opening, closing = GenerationBlocks.opening, GenerationBlocks.closing
     if opening not in marked:
         return Rendering(marked, ())
-    text, spans = "", []
-    before, *blocks = marked.split(opening)
-    text = before
+    spans = []
+    text, *blocks = marked.split(opening)
     for block in blocks:
         inside, found, after = block.partition(closing)
         if not found or closing in after:
@@ -126,13 +129,6 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-CONFIG = "tokenizer_config.json"
-TOKEN_FILES = ("special_tokens_map.json", CONFIG)  # the later wins
-TEMPLATE_FILE = "chat_template.jinja"
-MORE_TEMPLATES = "additional_chat_templates"
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
 def template_sources(folder: Path, file: Path | None = None) -> dict[str, str]:
     """Name -> source of each template: those of `file` if given, else the folder's.
 
@@ -140,12 +136,12 @@ def template_sources(folder: Path, file: Path | None = None) -> dict[str, str]:
     when there is none.
     """
     if file is not None:
-        return _named(_read(file), file) if file.suffix == ".json" else {DEFAULT: file_text(file)}
+        return _named(read_object(file), file) if file.suffix == ".json" else {DEFAULT: file_text(file)}
     if (folder / TEMPLATE_FILE).exists():
         more = {path.stem: file_text(path) for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
         return {**more, DEFAULT: file_text(folder / TEMPLATE_FILE)}
     config = folder / CONFIG
-    found = _named(_read(config), config) if config.exists() else {}
+    found = _named(read_object(config), config) if config.exists() else {}
     if not found:
         raise DataError(
             "the tokenizer has no chat template",
@@ -157,15 +153,7 @@ def template_sources(folder: Path, file: Path | None = None) -> dict[str, str]:
 
 def special_tokens(folder: Path) -> dict[str, Any]:
     """bos_token, eos_token, ... and additional_special_tokens as the folder's files name them."""
-    found: dict[str, Any] = {}
-    for name in TOKEN_FILES:
-        content = _read(folder / name) if (folder / name).exists() else {}
-        for role in ROLES:
-            if token := _token(content.get(role)):
-                found[role] = token
-        if more := content.get("additional_special_tokens"):
-            found["additional_special_tokens"] = [_token(token) for token in more]
-    return found
+    return {role: token for role, token in declared_tokens(folder).items() if token}
 
 
 def _named(content: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -184,18 +172,3 @@ def file_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the chat template cannot be read: {error}", where=str(path), fix="give a Jinja file in UTF-8") from error
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error}", where=str(path), fix="download or write it again") from error
-    if not isinstance(content, dict):
-        raise DataError("not a JSON object", where=str(path), fix="download or write it again")
-    return content
-
-
-def _token(value: Any) -> str | None:
-    token = value.get("content") if isinstance(value, Mapping) else value
-    return token if isinstance(token, str) and token else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which characters of a rendered conversation are trained. Knows templates and roles, no tokenizer.
+"""Which characters of a rendered conversation are trained.
 
 Where the template marks them with `{% generation %}`, those. Else every turn of the generation role from the end of its header
 to the end of its rendering, end-of-turn included. A turn's rendering is what it adds to the rendering of the turns before it;

@@ -94,8 +94,9 @@ def of_pairs(prompt: ArrayLike, chosen: ArrayLike, rejected: ArrayLike) -> Lengt
     """
     rows = np.stack([np.asarray(chosen, dtype=np.int64), np.asarray(rejected, dtype=np.int64)], axis=1)
     prompts = np.repeat(np.asarray(prompt, dtype=np.int64)[:, None], 2, axis=1)
-    if bool((prompts > rows).any()) or bool((prompts < 0).any()):
-        first = int(np.flatnonzero((prompts > rows).any(axis=1) | (prompts < 0).any(axis=1))[0])
+    bad = np.flatnonzero(((prompts > rows) | (prompts < 0)).any(axis=1))
+    if len(bad):
+        first = int(bad[0])
         raise DataError(
             f"pair {first} has a prompt of {prompts[first, 0]} tokens in sequences of {rows[first, 0]} and {rows[first, 1]}",
             fix="chosen and rejected are counted with their prompt",

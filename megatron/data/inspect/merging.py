@@ -10,7 +10,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from megatron.data.indexed_dataset import COPY_BYTES, DTYPES, HEADER, INDEX_STEP
 from megatron.data.legacy_dataset import is_legacy, open_any
 from megatron.errors import DataError
 
-STREAM = re.compile(r"(?:_(chosen|rejected))?(?:_(label|reward|lengths))?_document$")
-"""The end of a pair's name that says what its values are."""
+T = TypeVar("T", bound=np.generic)
+STREAM = re.compile(r"(?:_(chosen|rejected))?(?:_(label|reward|lengths))?_document$")  # the end of a pair's name says what its values are
 
 
 class Merged(NamedTuple):
@@ -146,18 +146,17 @@ def _head(prefix: str) -> _Head:
 
 def _check_offsets(prefix: str, sizes: NDArray[np.int32], width: int) -> None:
     """The data is copied as a whole, so the sequences must lie in it one after the other."""
-    start = 0
-    for first in range(0, len(sizes), INDEX_STEP):
-        block = sizes[first : first + INDEX_STEP]
-        found = np.fromfile(index_file(prefix), dtype="<i8", count=len(block), offset=HEADER.size + 4 * len(sizes) + 8 * first)
+    start, offset = 0, HEADER.size + 4 * len(sizes)
+    for block in _steps(sizes):
+        found = np.fromfile(index_file(prefix), dtype="<i8", count=len(block), offset=offset)
         ends = start + np.cumsum(block, dtype=np.int64) * width
         if not np.array_equal(found[1:], ends[:-1]) or int(found[0]) != start:
             raise DataError("the sequences do not lie one after the other", where=str(index_file(prefix)), fix="tokenize again")
-        start = int(ends[-1])
+        start, offset = int(ends[-1]), offset + 8 * len(block)
 
 
 def _marks(doc_idx: NDArray[np.int64], sequences: int, prefix: str) -> NDArray[np.int64]:
-    """Ends of the documents, counted in sequences. A merge tool of old wrote [0]: each sequence is then a document."""
+    """Ends of the documents, counted in sequences. An earlier merge tool wrote [0]: each sequence is then a document."""
     if len(doc_idx) < 2:
         return np.arange(1, sequences + 1)
     if int(doc_idx[0]) != 0 or int(doc_idx[-1]) > sequences or bool((np.diff(doc_idx) < 0).any()):
@@ -196,17 +195,18 @@ def _all_ends(prefixes: Sequence[str]) -> Iterator[NDArray[np.int64]]:
     before = 0
     for prefix in prefixes:
         part = open_any(prefix)
-        marks = _marks(part.doc_idx, len(part), prefix)
-        for first in range(0, len(marks), INDEX_STEP):
-            yield marks[first : first + INDEX_STEP] + before
+        for marks in _steps(_marks(part.doc_idx, len(part), prefix)):
+            yield marks + before
         before += len(part)
 
 
 def _all_sizes(prefixes: Sequence[str]) -> Iterator[NDArray[np.int32]]:
     for prefix in prefixes:
-        sizes = open_any(prefix).sizes
-        for first in range(0, len(sizes), INDEX_STEP):
-            yield sizes[first : first + INDEX_STEP]
+        yield from _steps(open_any(prefix).sizes)
+
+
+def _steps(values: NDArray[T]) -> Iterator[NDArray[T]]:
+    return (values[first : first + INDEX_STEP] for first in range(0, len(values), INDEX_STEP))
 
 
 def _settle(file: BinaryIO) -> None:

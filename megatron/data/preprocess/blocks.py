@@ -154,15 +154,12 @@ class RecordSource(Protocol):
     @property
     def total_bytes(self) -> int | None:
         """Bytes of the input, for progress; None = not known."""
-        ...
 
     def facts(self) -> list[dict[str, Any]]:
         """What tells this input from any other: plain values, one dict per file."""
-        ...
 
     def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """The blocks from `start` on."""
-        ...
 
 
 def keys_of(record: Any) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to the ids of each stream they feed. Knows tokenizers, no files and no processes."""
+"""From records to the ids of each stream they feed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from megatron.data.preprocess.blocks import keys_of
 from megatron.tokenizer import Tokenizer, TokenizerSource, open_tokenizer
 from megatron.tokenizer.tokenizer import encodable
 
-UNTRAINED = -100
-"""FORMAT: the label of a token that is not trained."""
+UNTRAINED = -100  # FORMAT: the label of a token that is not trained
+# The stream of preference pairs: 3 values per pair, the tokens of the prompt, of the chosen and of the rejected answer.
 LENGTHS = "lengths"
-"""The stream of preference pairs: 3 values per pair, the tokens of the prompt, of the chosen and of the rejected answer."""
 
-Encoded = Mapping[str, NDArray[Any]]
-"""StreamFormat -> values [n] of one document."""
+Encoded = Mapping[str, NDArray[Any]]  # stream -> values [n] of one document
 
 
 class Dropped(NamedTuple):
-    """A record that rightly gives no document; counted by reason ("empty", "nothing to train", ...)."""
+    """A record that gives no document, and is not malformed; counted by reason ("empty", "nothing to train", ...)."""
 
     reason: str
 
@@ -37,8 +35,7 @@ class Fault(NamedTuple):
     what: str
 
 
-Outcome = Encoded | Dropped | Fault
-"""What became of one record."""
+Outcome = Encoded | Dropped | Fault  # what became of one record
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,6 @@ class Encoder(Protocol):
 
     def __call__(self, records: Sequence[Any]) -> EncodedRecords:
         """Encode the records; what cannot be encoded is in the batch's faults, never an exception."""
-        ...
 
 
 class EncoderSource(Protocol):
@@ -159,7 +155,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.keys = source.keys
         self.eod = tokenizer.eod if source.append_eod else None
-        self.fix = text_fixer() if source.ftfy else None
+        self.fix = text_fixer() if source.ftfy else str
         dtype = best_dtype(None if source.wide else tokenizer.vocab_size)
         self.streams = {key: StreamFormat(dtype) for key in self.keys}
 
@@ -169,13 +165,15 @@ class TextEncoder:
         good = []
         for number, record in enumerate(records):
             missing = next((key for key in self.keys if not isinstance(record.get(key), str)), None)
-            if missing is None:
-                good.append(number)
-            else:
+            if missing is not None:
                 batch.faults.append((number, f"no text under {missing!r} (found: {keys_of(record)})"))
-        good = self._encodable(records, good, batch)
+            # JSON is never at fault: its reader refuses such texts.
+            elif not all(encodable(record[key]) for key in self.keys):
+                batch.faults.append((number, "the text holds half of a surrogate pair, which is no character"))
+            else:
+                good.append(number)
         for key in self.keys:
-            values, sizes = self.tokenizer.encode_ragged([self._text(records[number], key) for number in good])
+            values, sizes = self.tokenizer.encode_ragged([self.fix(records[number][key]) for number in good])
             empty = "empty" if len(self.keys) == 1 else f"empty {key}"
             for place in np.flatnonzero(sizes == 0).tolist():
                 batch.dropped[empty] += 1
@@ -183,16 +181,6 @@ class TextEncoder:
             batch.streams[key] = ended(values, sizes, self.eod, self.streams[key].dtype)
         batch.droppings.sort()
         return batch
-
-    def _text(self, record: Mapping[str, Any], key: str) -> str:
-        text: str = record[key]
-        return self.fix(text) if self.fix else text
-
-    def _encodable(self, records: Sequence[Mapping[str, Any]], numbers: Sequence[int], batch: EncodedRecords) -> list[int]:
-        """The records whose texts are Unicode; the others are the batch's faults. JSON is never at fault: its reader refuses them."""
-        bad = {number for number in numbers if not all(encodable(records[number][key]) for key in self.keys)}
-        batch.faults += [(number, "the text holds half of a surrogate pair, which is no character") for number in sorted(bad)]
-        return [number for number in numbers if number not in bad]
 
 
 def ended(values: NDArray[Any], sizes: NDArray[Any], eod: int | None, dtype: np.dtype[Any]) -> Ragged:
@@ -204,14 +192,7 @@ def ended(values: NDArray[Any], sizes: NDArray[Any], eod: int | None, dtype: np.
     sizes = sizes[sizes > 0].astype(np.int32)
     if eod is None:
         return Ragged(values.astype(dtype, copy=False), sizes)
-    sizes = sizes + np.int32(1)
-    ends = np.cumsum(sizes, dtype=np.int64) - 1
-    out = np.empty(len(values) + len(sizes), dtype)
-    inside = np.ones(len(out), bool)
-    inside[ends] = False
-    out[inside] = values
-    out[ends] = eod
-    return Ragged(out, sizes)
+    return Ragged(np.insert(values.astype(dtype, copy=False), np.cumsum(sizes, dtype=np.int64), eod), sizes + np.int32(1))
 
 
 @dataclass(frozen=True)
@@ -265,11 +246,8 @@ def _end_of(pattern: NDArray[Any], values: NDArray[Any]) -> int | None:
     """Where the first occurrence of the pattern ends."""
     if len(values) < len(pattern):
         return None
-    places = np.flatnonzero(values[: len(values) - len(pattern) + 1] == pattern[0])
-    for place in places:
-        if (values[place : place + len(pattern)] == pattern).all():
-            return int(place) + len(pattern)
-    return None
+    places = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(values, len(pattern)) == pattern).all(axis=1))
+    return int(places[0]) + len(pattern) if len(places) else None
 
 
 def text_fixer() -> Callable[[str], str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that turn blocks into encoded batches, in order. Knows no files that are written."""
+"""Processes that turn blocks into encoded batches, in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from types import TracebackType
 
 from megatron.data.preprocess.blocks import BlockStart, SourceBlock
 from megatron.data.preprocess.encoders import EncodedRecords, Encoder, EncoderSource
@@ -86,7 +85,7 @@ class EncodingPool:
     def __enter__(self) -> EncodingPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for process, connection in self._members:
             connection.close()
             if kind is not None:
@@ -128,7 +127,7 @@ class EncodingPool:
     def _died(process: multiprocessing.process.BaseProcess) -> DataError:
         process.join(5)
         return DataError(
-            f"an encoding process died (exit code {process.exitcode}), most likely for want of memory",
+            f"an encoding process died (exit code {process.exitcode}), probably out of memory",
             where="workers",
             fix="use fewer workers, then run this again: it goes on where it stopped",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command-line flags that the tools which write datasets share, and what they come to. Knows no encoder."""
+"""The command-line flags that the tools which write datasets share, and what they come to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.data.preprocess.inputs import KNOWN
 from megatron.data.preprocess.writer import Options, WrittenDataset
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource, set_library_threads, settle_open
+from megatron.tokenizer import Tokenizer, TokenizerBackend, TokenizerKind, TokenizerSource, select_backend, set_library_threads
 
 log = get_logger(__name__)
 
@@ -92,9 +92,18 @@ def choose(asked: TokenizerSource, texts: Sequence[str], *, workers: int) -> Cho
     """A tokenizer with its back end settled on `texts`."""
     if workers == 1:
         set_library_threads(usable_cores())  # before the first use
-    (settled, reason), tokenizer = settle_open(asked, texts)
+    settled, reason, tokenizer = select_backend(asked, texts)
     log.info("tokenizer back end: %s (%s)", settled.backend.value, reason)
-    return Chosen(settled, tokenizer if workers == 1 else None, about_tokenizer(settled, tokenizer))
+    about = {
+        "type": settled.kind.value,
+        "vocab_file": settled.vocab_file,
+        "merge_file": settled.merge_file,
+        "backend": settled.backend.value,
+        "digest": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+    }
+    return Chosen(settled, tokenizer if workers == 1 else None, about)
 
 
 def options(given: argparse.Namespace, **about: Any) -> Options:
@@ -109,19 +118,6 @@ def options(given: argparse.Namespace, **about: Any) -> Options:
         num_docs=given.num_docs,
         about={"command": shlex.join(sys.argv), "args": vars(given), **about},
     )
-
-
-def about_tokenizer(source: TokenizerSource, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the metadata says of the tokenizer."""
-    return {
-        "type": source.kind.value,
-        "vocab_file": source.vocab_file,
-        "merge_file": source.merge_file,
-        "backend": source.backend.value,
-        "digest": tokenizer.digest,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
-    }
 
 
 def prefix_of(given: argparse.Namespace) -> Path:

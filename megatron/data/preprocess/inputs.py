@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what a user names (files, folders, globs) to the list of input files, what each of them is, and its bytes uncompressed.
 
-A compressed file that was cut short raises one of DAMAGED when it is read.
+A compressed file that was cut short raises one of DAMAGED, or an OSError without a number, when it is read.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any, cast
-
-import zstandard
 
 from megatron.errors import DataError
 
@@ -29,6 +27,8 @@ COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 ARCHIVES = (".zip", ".tar", ".tgz")
 TABLES = (".parquet", ".arrow")
 KNOWN = (*JSON_LINES, *PLAIN, *TABLES, *ARCHIVES, *COMPRESSED)
+READ_BYTES = 1 << 18
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error)
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -41,6 +41,14 @@ class FileKind(Enum):
     ARROW = "Arrow"
     ZIP = "zip"
     TAR = "tar"
+
+
+KINDS = {
+    **dict.fromkeys(JSON_LINES, FileKind.LINES),
+    **dict.fromkeys(PLAIN, FileKind.TEXT),
+    **dict.fromkeys((".tar", ".tgz"), FileKind.TAR),
+    **{".parquet": FileKind.PARQUET, ".arrow": FileKind.ARROW, ".zip": FileKind.ZIP},
+}
 
 
 @dataclass(frozen=True)
@@ -60,18 +68,10 @@ def kind_of(name: str) -> tuple[FileKind, str] | None:
     """
     path = Path(name.lower())
     compression = path.suffix if path.suffix in COMPRESSED else ""
-    ending = Path(path.stem).suffix if compression else path.suffix
-    if ending in (".tar", ".tgz"):
-        # tarfile finds out the compression itself.
-        return FileKind.TAR, ""
-    if ending in JSON_LINES:
-        return FileKind.LINES, compression
-    if ending in PLAIN:
-        return FileKind.TEXT, compression
-    if not compression:
-        plain = {".parquet": FileKind.PARQUET, ".arrow": FileKind.ARROW, ".zip": FileKind.ZIP}.get(ending)
-        return (plain, "") if plain else None
-    return None
+    kind = KINDS.get(Path(path.stem).suffix if compression else path.suffix)
+    if kind is FileKind.TAR:
+        return kind, ""  # tarfile finds out the compression itself
+    return (kind, compression) if kind and (not compression or kind in (FileKind.LINES, FileKind.TEXT)) else None
 
 
 def find(given: str | Path | Sequence[str | Path], *, split: str | None = None) -> list[InputFile]:
@@ -83,19 +83,14 @@ def find(given: str | Path | Sequence[str | Path], *, split: str | None = None) 
     found: list[InputFile] = []
     for entry in _entries(given):
         path = Path(entry).expanduser()
-        if path.is_dir():
-            found += _in_folder(path, split)
-        elif path.exists():
-            found.append(_one(path))
-        elif glob.has_magic(entry):
-            matches = sorted(glob.glob(str(path), recursive=True))
-            if not matches:
-                raise DataError(f"no file matches {entry}", where="input", fix="check the pattern; quote it from the shell")
-            found += [
-                file for match in matches for file in (_in_folder(Path(match), split) if Path(match).is_dir() else [_one(Path(match))])
-            ]
-        else:
+        pattern = glob.has_magic(entry) and not path.exists()
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))] if pattern else [path]
+        if not matches:
+            raise DataError(f"no file matches {entry}", where="input", fix="check the pattern; quote it from the shell")
+        if not matches[0].exists():
             raise DataError(f"there is no {entry}", where="input", fix="check the path")
+        for match in matches:
+            found += _in_folder(match, split) if match.is_dir() else [_one(match)]
     seen: set[Path] = set()
     for file in found:
         resolved = file.path.resolve()
@@ -142,56 +137,11 @@ def _in_folder(folder: Path, split: str | None) -> list[InputFile]:
                 f"{folder} was saved with an indices mapping", where=str(folder), fix="dataset.flatten_indices().save_to_disk(...) first"
             )
         return [InputFile(folder / entry["filename"], FileKind.ARROW) for entry in state["_data_files"]]
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "/." not in f"/{path.relative_to(folder)}")
     known = [InputFile(path, *kind) for path in files if (kind := kind_of(path.name)) is not None]
     if not known:
         raise DataError(f"{folder} holds no file to read", where=str(folder), fix=f"known endings: {', '.join(KNOWN)}")
     return known
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-READ_BYTES = 1 << 18
-DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError)
-
-
-class ZstdReader(io.RawIOBase):
-    """The content of a .zst file, frame after frame. (zstandard's own reader takes a file cut short for one that ended.)"""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as may be; 0 at the end. Raises EOFError in the midst of a frame."""
-        while not self._ready:
-            data = self._raw.read(READ_BYTES)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("it ends in the midst of a zstd frame")
-                return 0
-            self._ready = self._decompress(data)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def _decompress(self, data: bytes) -> bytes:
-        parts = []
-        while data:
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            parts.append(self._frame.decompress(data))
-            data = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-        return b"".join(parts)
 
 
 def open_compressed(path: Path, compression: str) -> tuple[IO[bytes], IO[bytes]]:
@@ -202,12 +152,17 @@ def open_compressed(path: Path, compression: str) -> tuple[IO[bytes], IO[bytes]]
 
 def reader(raw: IO[bytes], compression: str) -> IO[bytes]:
     """The content of an open file. compression: .gz, .zst, .xz, .bz2 or "" """
-    if compression == ".gz":
-        return cast(IO[bytes], io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw))))
-    if compression == ".zst":
-        return cast(IO[bytes], io.BufferedReader(ZstdReader(raw), READ_BYTES))
-    if compression == ".xz":
-        return cast(IO[bytes], lzma.LZMAFile(raw))
-    if compression == ".bz2":
-        return cast(IO[bytes], bz2.BZ2File(raw))
-    return raw
+    openers: dict[str, Callable[[], Any]] = {
+        ".gz": lambda: io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw))),
+        ".zst": lambda: _zstd(raw),
+        ".xz": lambda: lzma.LZMAFile(raw),
+        ".bz2": lambda: bz2.BZ2File(raw),
+    }
+    return cast(IO[bytes], openers[compression]()) if compression else raw
+
+
+def _zstd(raw: IO[bytes]) -> Any:
+    """Frame after frame. (The reader of the package zstandard takes a file cut short for one that ended.)"""
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"), READ_BYTES)

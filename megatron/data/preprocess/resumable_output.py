@@ -5,7 +5,7 @@ get their names.
     <prefix>.partial/journal.json   what was asked, how far it is, or what is being renamed
     <prefix>.partial/<stream>.*     values and sizes
 
-The renaming is listed in the journal before it begins, so that a run killed in the midst of it is finished by the next.
+The renaming is listed in the journal before it begins, so that a run killed during it is finished by the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -26,7 +25,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from megatron.atomic_io import atomic_write, write_durably
-from megatron.data.indexed_dataset import data_file, index_file, map_values, publish, write_index
+from megatron.data.indexed_dataset import data_file, index_file, map_values, write_index
 from megatron.data.legacy_dataset import write_legacy_index
 from megatron.data.preprocess.blocks import BlockStart
 from megatron.data.preprocess.encoders import Ragged, StreamFormat
@@ -113,7 +112,7 @@ class ResumableOutput:
         self._take_up()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for stream in self.streams.values():
             stream.close()
         # A DataError of the input or of a record would come again. One about the disk has an OSError as its cause, and a process that
@@ -177,8 +176,14 @@ class ResumableOutput:
         self._write_journal()
 
     def publish(self) -> None:
-        """Give every file its name."""
-        publish(self.journal.publishing)
+        """Give every file its name. An old index is never seen beside new data: it goes first, the new one comes last."""
+        there = [(source, target) for source, target in self.journal.publishing if os.path.exists(source)]
+        if any(target.endswith(".bin") for _, target in there):
+            for _, target in self.journal.publishing:
+                if target.endswith(".idx"):
+                    Path(target).unlink(missing_ok=True)
+        for source, target in there:
+            os.replace(source, target)
 
     def _metadata(self, sources: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
         counts, facts = self.journal.counts, self.journal.facts
@@ -218,15 +223,14 @@ class StreamFiles:
     def __init__(self, folder: Path, name: str, stream: StreamFormat) -> None:
         self.name = name
         self.stream = stream
-        self.num_values = 0
-        self.documents = 0
+        self.num_values = self.documents = 0
         self.whole = True
         self._values_path = folder / f"{name}.values"
         self._sizes_path = folder / f"{name}.sizes"
         self._files: list[IO[bytes]] = []
 
     def open(self, state: dict[str, Any] | None) -> None:
-        """Start anew, or go on from `state`; what was written after it is cut off."""
+        """Start from nothing, or go on from `state`; what was written after it is cut off."""
         state = state or {"values": 0, "documents": 0, "whole": True}
         self.num_values, self.documents, self.whole = state["values"], state["documents"], state["whole"]
         for path, size in ((self._values_path, self.num_values * self.stream.dtype.itemsize), (self._sizes_path, self.documents * 4)):

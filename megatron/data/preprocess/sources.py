@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of records: files of every kind, and records made here. They give blocks, from any position on. Knows no encoder."""
+"""Sources of records: files of every kind, and records made here. They give blocks, from any position on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from megatron.data.fingerprint import digest_of, whole_limit
+from megatron.data.fingerprint import sizes_and_digests
 from megatron.data.preprocess.blocks import ArrowBlock, BlockStart, LineBlock, RecordBlock, SourceBlock, TextBlock
 from megatron.data.preprocess.inputs import DAMAGED, FileKind, InputFile, kind_of, open_compressed, reader
 from megatron.errors import DataError
@@ -21,7 +20,6 @@ from megatron.errors import DataError
 BLOCK_BYTES = 1 << 20
 BLOCK_RECORDS = 256
 BLOCK_FILES = 64
-DIGEST_THREADS = 8
 ROWS = 1024  # rows decoded of a Parquet file at once
 BOM = b"\xef\xbb\xbf"
 BROKEN = (*DAMAGED, zipfile.BadZipFile, tarfile.TarError)
@@ -34,11 +32,7 @@ class MadeHere:
     name: str
     make: Callable[[], Iterable[dict[str, Any]]]
     version: str = ""
-
-    @property
-    def total_bytes(self) -> int | None:
-        """Not known."""
-        return None
+    total_bytes: int | None = field(default=None, init=False)
 
     def facts(self) -> list[dict[str, Any]]:
         """Name and version."""
@@ -74,13 +68,8 @@ class Files:
 
     def facts(self) -> list[dict[str, Any]]:
         """Path, size and digest of every file; of large files, or where there is much, a digest of parts."""
-        sizes = [file.path.stat().st_size for file in self.files]
-        limit = whole_limit(sizes)
-        with ThreadPoolExecutor(DIGEST_THREADS) as pool:
-            digests = list(pool.map(lambda pair: digest_of(pair[0].path, whole=pair[1] <= limit), zip(self.files, sizes, strict=True)))
-        return [
-            {"path": str(file.path), "bytes": size, "digest": digest} for file, size, digest in zip(self.files, sizes, digests, strict=True)
-        ]
+        paths = [file.path for file in self.files]
+        return [{"path": str(path), **known} for path, known in zip(paths, sizes_and_digests(paths), strict=True)]
 
     def blocks(self, start: BlockStart) -> Iterator[SourceBlock]:
         """About BLOCK_BYTES each, none across two files but for small plain texts. Raises DataError for damaged files."""
@@ -90,17 +79,17 @@ class Files:
             begin = start if number == start.file else BlockStart(number)
             try:
                 if file.kind is FileKind.TEXT:
-                    count = self._texts_from(number)
-                    yield self._text_block(number, count)
-                    number += count
+                    block = self._text_block(number)
+                    yield block
+                    number += len(block.payload)
                     continue
                 yield from self._read(file, begin)
-            except BROKEN as error:
+            except (*BROKEN, OSError) as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise DataError(f"cannot be read: {error.strerror}", where=str(file.path), fix="check file and rights") from error
                 raise DataError(
                     f"the file is damaged or cut short: {error}", where=str(file.path), fix="download or compress it again"
                 ) from error
-            except OSError as error:
-                raise DataError(f"cannot be read: {error.strerror or error}", where=str(file.path), fix="check file and rights") from error
             number += 1
 
     def _read(self, file: InputFile, begin: BlockStart) -> Iterator[SourceBlock]:
@@ -111,33 +100,22 @@ class Files:
         else:
             yield from archive_blocks(file, begin, self.lenient)
 
-    def _texts_from(self, number: int) -> int:
-        """How many plain texts from this one on make one block."""
-        size = count = 0
+    def _text_block(self, number: int) -> TextBlock:
+        """As many plain texts from this one on as make one block."""
+        payload: list[tuple[str, bytes]] = []
+        size = 0
         for file in self.files[number : number + BLOCK_FILES]:
-            if file.kind is not FileKind.TEXT or (size and size + file.path.stat().st_size > BLOCK_BYTES):
+            more = file.path.stat().st_size
+            if file.kind is not FileKind.TEXT or (size and size + more > BLOCK_BYTES):
                 break
-            size += file.path.stat().st_size
-            count += 1
-        return count
-
-    def _text_block(self, number: int, count: int) -> SourceBlock:
-        files = self.files[number : number + count]
-        payload = []
-        for file in files:
             with open_compressed(file.path, file.compression)[0] as content:
                 payload.append((str(file.path), content.read()))
-        return TextBlock(
-            where=str(files[0].path),
-            source_bytes=sum(file.path.stat().st_size for file in files),
-            after=BlockStart(number + count),
-            payload=payload,
-            lenient=self.lenient,
-        )
+            size += more
+        after = BlockStart(number + len(payload))
+        return TextBlock(where=payload[0][0], source_bytes=size, after=after, payload=payload, lenient=self.lenient)
 
 
-Opened = tuple[IO[bytes], IO[bytes]]
-"""The content, and the file as it lies on disk."""
+Opened = tuple[IO[bytes], IO[bytes]]  # the content, and the file as it lies on disk
 
 
 def line_blocks(opened: Opened, path: Path | str, begin: BlockStart, *, raw: int | None, stop: int | None = None) -> Iterator[SourceBlock]:
@@ -262,10 +240,9 @@ def archive_blocks(file: InputFile, begin: BlockStart, lenient: bool) -> Iterato
         after = BlockStart(begin.file, number + 1)
         if known is not None and known[0] is FileKind.LINES:
             blocks = list(line_blocks((reader(io.BytesIO(content), known[1]), io.BytesIO()), where, BlockStart(), raw=0))
-            for block in blocks[:-1]:
-                yield LineBlock(**{**vars(block), "after": None})
+            yield from (replace(block, after=None) for block in blocks[:-1])
             if blocks:
-                yield LineBlock(**{**vars(blocks[-1]), "after": after, "source_bytes": int(size * share)})
+                yield replace(blocks[-1], after=after, source_bytes=int(size * share))
         else:
             yield TextBlock(where=where, source_bytes=int(size * share), after=after, payload=[(where, content)], lenient=lenient)
 
@@ -279,18 +256,9 @@ def _zip_members(path: Path) -> Iterator[tuple[str, float, bytes]]:
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, float, bytes]]:
-    if path.suffix == ".zst":
-        content, raw = open_compressed(path, ".zst")
-        with raw, content:
-            with tarfile.open(fileobj=content, mode="r|") as archive:
-                yield from _members(archive)
-        return
-    with tarfile.open(path, mode="r|*") as archive:
-        yield from _members(archive)
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, float, bytes]]:
-    for info in archive:
-        content = archive.extractfile(info) if info.isfile() else None
-        if content is not None:
-            yield info.name, 0.0, content.read()
+    content, raw = open_compressed(path, ".zst" if path.suffix == ".zst" else "")  # tarfile finds out the other compressions itself
+    with raw, content, tarfile.open(fileobj=content, mode="r|*") as archive:
+        for info in archive:
+            member = archive.extractfile(info) if info.isfile() else None
+            if member is not None:
+                yield info.name, 0.0, member.read()

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import errno
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -69,21 +67,19 @@ class EncodingProgress:
         self._documents = self._said_documents = start.documents
         self._bytes = start.source_bytes
         self._started = self._said = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_bytes, initial=self._bytes, unit="B", unit_scale=True, mininterval=0.5)
+        # disable=None: no bar where standard error is no terminal
+        self._bar = tqdm(total=total_bytes, initial=self._bytes, unit="B", unit_scale=True, mininterval=0.5, disable=None)
 
     def __enter__(self) -> EncodingProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(self, *ended: object) -> None:
+        self._bar.close()
 
     def update(self, counts: Counts) -> None:
         """Show how far it is, if it is time."""
         now = time.monotonic()
-        if self._bar is not None:
+        if not self._bar.disable:
             if now - self._said > 0.5:
                 self._said = now
                 self._bar.set_postfix_str(f"{counts.documents} docs, {self._rate(counts, now):.0f} docs/s", refresh=False)
@@ -100,12 +96,11 @@ class EncodingProgress:
         speed = (counts.source_bytes - self._bytes) / seconds
         if speed > 0:
             parts.append(f"{speed / 1e6:.2f} MB/s")
-        if self.total_bytes and speed > 0:
-            left = max(self.total_bytes - counts.source_bytes, 0) / speed
-            parts.append(f"{100 * counts.source_bytes / self.total_bytes:.1f} %, {left:.0f} s left")
-        elif self.num_docs and counts.documents > self._documents:
-            left = max(self.num_docs - counts.documents, 0) / self._rate(counts, now)
-            parts.append(f"{100 * counts.documents / self.num_docs:.1f} %, {left:.0f} s left")
+        done, whole, rate = counts.source_bytes, self.total_bytes, speed
+        if not whole or speed <= 0:
+            done, whole, rate = counts.documents, self.num_docs, self._rate(counts, now)
+        if whole and rate > 0:
+            parts.append(f"{100 * done / whole:.1f} %, {max(whole - done, 0) / rate:.0f} s left")
         return ", ".join(parts)
 
     def _rate(self, counts: Counts, now: float) -> float:
@@ -129,7 +124,9 @@ def write(
     if encoder is None:
         encoder = open_encoder(encoder_source, options)
     inputs = source.facts()
-    stored, asked = dict(encoder.streams), _asked(inputs, encoder_source, encoder, options)
+    stored, digest = dict(encoder.streams), getattr(getattr(encoder, "tokenizer", None), "digest", "")
+    # all that the bytes depend on
+    asked = {"encoder": repr(encoder_source), "tokenizer": digest, "source": inputs, "legacy": options.legacy, "skip": options.skip_bad}
     if options.workers > 1:
         encoder = None  # the other processes have their own; this one does not hold its memory
     with ResumableOutput(prefix, stored, asked=asked) as output:
@@ -150,12 +147,6 @@ def open_encoder(source: EncoderSource, options: Options) -> Encoder:
     if options.workers == 1:
         set_library_threads(usable_cores())
     return source.open()
-
-
-def _asked(inputs: list[dict[str, Any]], encoder_source: EncoderSource, encoder: Encoder, options: Options) -> dict[str, Any]:
-    """All that the bytes depend on."""
-    digest = getattr(getattr(encoder, "tokenizer", None), "digest", "")
-    return {"encoder": repr(encoder_source), "tokenizer": digest, "source": inputs, "legacy": options.legacy, "skip": options.skip_bad}
 
 
 def _fill(source: RecordSource, encoder: Encoder | None, encoder_source: EncoderSource, output: ResumableOutput, options: Options) -> None:
@@ -191,8 +182,7 @@ def encoded(
     if encoder is None and options.workers == 1:
         encoder = open_encoder(encoder_source, options)
     if encoder is not None:
-        for block in blocks:
-            yield encode(block, encoder)
+        yield from (encode(block, encoder) for block in blocks)
         return
     with EncodingPool(encoder_source, options.workers) as pool:
         yield from pool.encoded(blocks)

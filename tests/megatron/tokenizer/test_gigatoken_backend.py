@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.errors import DataError
-from megatron.tokenizer import Tokenizer, TokenizerKind, UnencodableText
+from megatron.tokenizer import Tokenizer, TokenizerKind
 from megatron.tokenizer.gigatoken_backend import AT_A_TIME, CHECKED_SHARE, FREE_CHARACTERS, GigatokenTokenizer, newer_characters
 from megatron.tokenizer.hugging_face import EngineTokenizer
 from megatron.tokenizer.registry import hard_strings
+from megatron.tokenizer.tokenizer import UnencodableText
 from tests.support.engines import SUPPORTED, corpus
 
 # What the standard says nothing of: half of a surrogate pair is no character.

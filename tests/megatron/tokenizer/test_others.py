@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.errors import DataError
-from megatron.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, UnencodableText, open_tokenizer
+from megatron.tokenizer import Tokenizer, TokenizerKind, TokenizerSource, open_tokenizer
 from megatron.tokenizer.others import CharLevelTokenizer, SPMTokenizer, TiktokenTokenizer
+from megatron.tokenizer.tokenizer import UnencodableText
 
 TEXTS = [
     f"the {word} runs over the {other} dog {number}" for number, (word, other) in enumerate([("quick", "lazy"), ("brown", "old")] * 20)

@@ -94,7 +94,7 @@ def test_facts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["--output-prefix", "{folder}/"], "is a folder"),
         (["--output-prefix", "{folder}/ds", "--jsonl-keys", "body"], "no text under 'body'"),
-        (["--output-prefix", "{folder}/ds", "--workers", "0"], "0 workers"),
+        (["--output-prefix", "{folder}/ds", "--workers", "0"], "workers must be at least 1, got 0"),
         (["--output-prefix", "{folder}/ds", "--skip-bad", "-1"], "--skip-bad must be 0 or more"),
         (["--output-prefix", "{folder}/ds", "--tokenizer-backend", "gigatoken", "--tokenizer-type", "CharLevelTokenizer"], "gigatoken"),
     ],

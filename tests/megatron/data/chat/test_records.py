@@ -27,8 +27,8 @@ def test_what_is_the_prompt() -> None:
         ({"prompt": "a", "answer": whole}, 1),
         ({"prompt": "something else", "answer": whole}, 0),
     ]:
-        found = answered(record, "prompt", "answer", "assistant")
-        assert (found.talk.turns, found.first) == (whole, first)
+        talk, count = answered(record, "prompt", "answer", "assistant")
+        assert (talk.turns, count) == (whole, first)
 
 
 def test_contents_are_fixed() -> None:

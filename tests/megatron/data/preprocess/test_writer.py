@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ from hypothesis import strategies as st
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.preprocess import resumable_output as journal
 from megatron.data.preprocess import sources
+from megatron.data.preprocess import writer as room
 from megatron.data.preprocess.encoders import Dropped, EncodedRecords, Fault, MaskSource, StreamFormat, TextSource, gather
 from megatron.data.preprocess.inputs import find
+from megatron.data.preprocess.resumable_output import Counts
 from megatron.data.preprocess.sources import Files, MadeHere
-from megatron.data.preprocess.writer import Options, write
+from megatron.data.preprocess.writer import EncodingProgress, Options, write
 from megatron.errors import DataError
 from megatron.tokenizer import TokenizerBackend, TokenizerKind, TokenizerSource, open_tokenizer
 
@@ -253,3 +256,24 @@ class _Dying:
         if os.getpid() != self.lives:
             os._exit(9)
         return Rewards()
+
+
+def test_speed_counts_from_where_the_run_was_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.time, "monotonic", lambda: 100.0)
+    progress = EncodingProgress(10_000_000, Counts(documents=500, source_bytes=4_000_000), 100, None)
+    line = progress.line(Counts(documents=800, source_bytes=7_000_000), 103.0)
+    assert line == "800 documents, 100.0 docs/s, 1.00 MB/s, 70.0 %, 3 s left"
+    counted = EncodingProgress(None, Counts(), 100, 1000)
+    assert counted.line(Counts(documents=250), 105.0) == "250 documents, 50.0 docs/s, 25.0 %, 15 s left"
+
+
+def test_lines_come_at_intervals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    logging.getLogger("megatron").propagate = True
+    with caplog.at_level(logging.INFO, logger="megatron"), EncodingProgress(None, Counts(), 100, None) as progress:
+        for step in range(60):
+            now[0] = step * 1.0
+            progress.update(Counts(documents=step * 6))
+    said = [record.message.split(",")[0] for record in caplog.records]
+    assert said == ["102 documents", "204 documents", "306 documents"], "ten seconds and a hundred documents apart at least"
