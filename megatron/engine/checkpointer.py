@@ -59,7 +59,7 @@ class Checkpointer:
     keep_every: multiples of this many steps stay in any case
     protected: steps that stay in any case
     published: is told each folder that has its name, on the first rank, before older ones are deleted
-    run_id, layout, code_version, config, fingerprint, origin: for the manifest, see Manifest (`fingerprint` is its `data`)
+    about:     what manifests say of the run: fields of Manifest, by name
     background: write while training goes on
     failures_allowed: saves in a row that may fail without ending the run
 
@@ -80,12 +80,7 @@ class Checkpointer:
     keep_every: int | None = None
     protected: frozenset[int] = frozenset()
     published: Callable[[Path], None] | None = None
-    run_id: str = ""
-    layout: Mapping[str, int | str | bool] = field(default_factory=dict)
-    code_version: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
     background: bool = False
     failures_allowed: int = 3
     saved: int | None = field(default=None, init=False)
@@ -176,16 +171,11 @@ class Checkpointer:
         self.engine.save(self.directory, aside, client_state, writing)
         manifest = Manifest(
             step=iteration,
-            run_id=self.run_id,
             files={},
             samples=samples,
             tokens=tokens,
-            layout=self.layout,
-            code_version=self.code_version,
-            config=self.config,
-            data=self.fingerprint,
-            origin=self.origin,
             written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **{"run_id": "", "layout": {}, "code_version": "", "config": {}, "data": {}, **self.about},
         )
         self._begun = _Begun(iteration=iteration, writing=writing, manifest=manifest, seconds=time.monotonic() - since)
 

@@ -94,10 +94,14 @@ class Writer:
                 records[number] = self.too_long(contexts[number], prompts[number])
         return [record for record in records if record is not None]
 
-    def refuse_to_go_on(self, written: int, asked: int, output: Path) -> None:
-        """Raise StoppedError where a request to stop has cut the texts short."""
-        if written < asked and (signal := self.told()):
-            raise StoppedError(signal, f" after {written} of {asked} texts", where=str(output))
+    def write_file(self, contexts: Sequence[str], output: Path) -> list[Record]:
+        """Write a record per context to `output`; raises StoppedError where a request to stop has cut the texts short."""
+        records = self.write(contexts)
+        if self.world.rank == 0:
+            write_records(records, output)
+        if len(records) < len(contexts) and (signal := self.told()):
+            raise StoppedError(signal, f" after {len(records)} of {len(contexts)} texts", where=str(output))
+        return records
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Numbers of prompts of one length, so that no row needs padding; those that leave no room are left out."""
@@ -137,11 +141,7 @@ def first_signal(received: Sequence[int], world: Group) -> int | None:
 
 def unconditional(writer: Writer, num_samples: int, output: Path) -> list[Record]:
     """Write `num_samples` texts from nothing to `output`."""
-    records = writer.write([""] * num_samples)
-    if writer.world.rank == 0:
-        write_records(records, output)
-    writer.refuse_to_go_on(len(records), num_samples, output)
-    return records
+    return writer.write_file([""] * num_samples, output)
 
 
 def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | None) -> Path:
@@ -156,10 +156,7 @@ def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | No
     if not contexts:
         raise DataError(f"{prompts} holds no prompt", where="sample_input_file", fix=f"prompts end with {prompt_end!r} (prompt_end)")
     output = output or prompts.with_name(f"{prompts.name}.output.jsonl")
-    records = writer.write(contexts)
-    if writer.world.rank == 0:
-        write_records(records, output)
-    writer.refuse_to_go_on(len(records), len(contexts), output)
+    writer.write_file(contexts, output)
     return output
 
 

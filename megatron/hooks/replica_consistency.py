@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import TrainingError
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.log import get_logger
 from megatron.mpu.collectives import any_rank, of_all_ranks
 from megatron.mpu.comm import all_reduce
@@ -23,7 +23,7 @@ log = get_logger(__name__)
 _MOST = 8
 
 
-class ReplicaHook(BaseHook):
+class ReplicaHook(Hook):
     """Looks every `interval` steps, right after the update. Must stand before what saves."""
 
     def __init__(self, *, interval: int) -> None:
