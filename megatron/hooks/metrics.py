@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step's numbers to `metrics.jsonl` and to the trackers, and rates: samples, tokens and FLOPs per second, over a step or an interval."""
+"""Every step's numbers to `metrics.jsonl` and to the trackers, and throughput: samples, tokens and FLOPs per second."""
 
 from __future__ import annotations
 
