@@ -55,26 +55,21 @@ class Guarded:
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         """Record, or drop the sink."""
-        if self._sink is None:
-            return
-        try:
-            self._sink.write(values, step)
-        except Exception as error:  # a tracker's failure, whatever it is, must not end a training run
-            self._drop(error)
+        self._attempt(lambda sink: sink.write(values, step))
 
     def close(self, *, failed: bool = False) -> None:
         """Close, or say why not."""
+        self._attempt(lambda sink: sink.close(failed=failed))
+        self._sink = None
+
+    def _attempt(self, act: Callable[[Sink], None]) -> None:
         if self._sink is None:
             return
         try:
-            self._sink.close(failed=failed)
-        except Exception as error:  # as above
-            self._drop(error)
-        self._sink = None
-
-    def _drop(self, error: Exception) -> None:
-        log.warning(f"{self.name} failed and gets no more metrics from this run (metrics.jsonl goes on): {redact(repr(error))}")
-        self._sink = None
+            act(self._sink)
+        except Exception as error:  # a tracker's failure, whatever it is, must not end a training run
+            log.warning(f"{self.name} failed and gets no more metrics from this run (metrics.jsonl goes on): {redact(repr(error))}")
+            self._sink = None
 
 
 def require(package: str, *, where: str) -> None:
