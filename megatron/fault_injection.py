@@ -24,7 +24,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,10 +61,6 @@ class _Fault:
         return True
 
 
-def _segfault(value: Any) -> None:
-    ctypes.string_at(0)
-
-
 def _raise(value: Any) -> None:
     raise RuntimeError(str(value or "made on purpose"))
 
@@ -76,7 +72,7 @@ def _disk(value: Any) -> None:
 _ACTIONS: dict[str, Callable[[Any], object]] = {
     "kill": lambda value: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda value: os._exit(int(value or 1)),
-    "segfault": _segfault,
+    "segfault": lambda value: ctypes.string_at(0),
     "raise": _raise,
     "disk": _disk,
     "sleep": lambda value: time.sleep(float(value)),
@@ -100,26 +96,16 @@ _CHANGES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@dataclass
 class _Plan:
     """The rows of a plan, and the step that is under way."""
 
-    def __init__(self, faults: list[_Fault]) -> None:
-        self._faults = faults
-        self._step = 0
+    faults: list[_Fault]
+    step: int = 0
 
-    def begin_step(self, number: int) -> None:
-        self._step = number
-
-    def point(self, site: str) -> None:
-        for fault in self._faults:
-            if fault.action in _ACTIONS and fault.due(site, self._step):
-                _ACTIONS[fault.action](fault.value)
-
-    def changed(self, site: str, subject: T) -> T:
-        for fault in self._faults:
-            if fault.action in _CHANGES and fault.due(site, self._step):
-                subject = _CHANGES[fault.action](subject, fault.value)
-        return subject
+    def due(self, site: str, actions: Collection[str]) -> Iterator[_Fault]:
+        """The faults of these actions that happen at this pass."""
+        return (fault for fault in self.faults if fault.action in actions and fault.due(site, self.step))
 
 
 def _read(path: str) -> _Plan:
@@ -135,30 +121,30 @@ def _read(path: str) -> _Plan:
 
 
 @functools.cache
-def _plan() -> _Plan | None:
-    """The plan that the environment names; None where it names none. Read when the first place is passed."""
+def _plan() -> _Plan:
+    """The plan that the environment names; read when the first place is passed."""
     path = os.environ.get(PLAN)
-    return _read(path) if path else None
+    return _read(path) if path else _Plan([])
 
 
 def planned() -> bool:
     """Whether there is a plan at all."""
-    return _plan() is not None
+    return bool(_plan().faults)
 
 
 def begin_step(number: int) -> None:
     """Optimizer step `number`, counted from 1, begins."""
-    if plan := _plan():
-        plan.begin_step(number)
+    _plan().step = number
 
 
 def point(site: str) -> None:
     """A place where the process may be made to fail."""
-    if plan := _plan():
-        plan.point(site)
+    for fault in _plan().due(site, _ACTIONS):
+        _ACTIONS[fault.action](fault.value)
 
 
 def changed(site: str, subject: T) -> T:
     """`subject` (a number or tensor), made not finite or scaled where the plan says so."""
-    plan = _plan()
-    return subject if plan is None else plan.changed(site, subject)
+    for fault in _plan().due(site, _CHANGES):
+        subject = _CHANGES[fault.action](subject, fault.value)
+    return subject

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""argparse whose complaints are those of the rest: a wrong flag is named, with the nearest right one."""
+"""What command-line tools share: an argparse that raises ConfigError and names the nearest right flag, and settings for one process."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pretrain(args): puts the parts together and runs the loop. Each part is built elsewhere; nothing is computed here."""
+"""pretrain(args): puts the parts together, finds where the run goes on, and runs the loop. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,8 @@ from megatron.data.batch import Batch, counting_samples
 from megatron.data.build import DataSplits, build_data, data_fingerprint
 from megatron.data.fingerprint import differences, require_same
 from megatron.engine.base import Engine, StepResult
-from megatron.engine.build import build_engine, join_job
-from megatron.engine.restore import Rollback, TrainPosition, compare_forward, forward_pass, resume_everything, resume_position
+from megatron.engine.build import build_engine, forward_of, join_job
+from megatron.engine.restore import TrainPosition, compare_forward, resume, rollback_folder
 from megatron.errors import DataError, required
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import Ends, build_hooks, build_stop
@@ -118,7 +118,7 @@ def run(
     target = required(args.run.train_iters, "train_iters")
     state = TrainState(iteration=position.iteration, target=target, samples=position.samples, tokens=position.tokens)
     splits = frozenset(name for name in ("valid", "test") if getattr(data, name) is not None)
-    counting = Counting(tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
+    counting = partial(Characters, tokenizer.decode, tokenizer.eod) if args.run.char_level_ppl else None
     stop.require_time()
     evaluate = evaluator(args, data, objective, engine, stop=stop, counting=counting)
     record = Record.of(position.kept)
@@ -140,36 +140,24 @@ def rolling_back(args: NeoXArgs, engine: Engine, spec: ModelSpec, record: Record
     """What takes the run from a state back to where `record` wants it to be."""
 
     def rewind(state: TrainState) -> TrainState:
-        rewinder = Rollback(
-            engine=engine,
-            spec=spec,
-            directory=Path(required(args.checkpoint.save, "save")),
-            compared=compared_args(args),
-            batch_size=required(args.run.train_batch_size, "train_batch_size"),
-            rng=not args.checkpoint.no_save_rng,
-            verify=Verify(args.checkpoint.checkpoint_verify),
-        )
-        position = rewinder.to(required(record.wanted, "the step to go back to").before)
+        before = required(record.wanted, "the step to go back to").before
+        directory = Path(required(args.checkpoint.save, "save"))
+        folder = rollback_folder(directory, before, engine.groups.world, Verify(args.checkpoint.checkpoint_verify))
+        batch_size = required(args.run.train_batch_size, "train_batch_size")
+        position = resume(engine, folder, spec, compared=compared_args(args), batch_size=batch_size, rng=not args.checkpoint.no_save_rng)
         record.went_back(position.iteration)
         return replace(state, iteration=position.iteration, samples=position.samples, tokens=position.tokens)
 
     return rewind
 
 
-class Counting(NamedTuple):
-    """What tells how many characters tokens stand for; see Characters."""
-
-    decode: Callable[[list[int]], str]
-    eod: int
-
-
 def evaluator(
-    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, *, stop: StopRequest, counting: Counting | None = None
+    args: NeoXArgs, data: DataSplits, objective: Objective, engine: Engine, *, stop: StopRequest, counting: Callable[[], Characters] | None
 ) -> Evaluate:
     """(split, iterations) -> metrics over that many global batches, always from the split's first sample on.
 
     stop:     where the run is to stop, a pass is broken off and gives None
-    counting: also give how many tokens stand for one character
+    counting: makes what counts characters, for how many tokens stand for one; None = that is not given
     """
     micro_batches = required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps")
 
@@ -178,7 +166,7 @@ def evaluator(
         if dataset is None:
             raise DataError(f"there is no {split} data", where=f"{split}_data_paths", fix=f"give {split}_data_paths, or set eval_iters: 0")
         batches = stop.until(islice(dataset.batches(objective.collate, start_sample=0), iterations * micro_batches))
-        characters = None if counting is None else Characters(*counting)
+        characters = None if counting is None else counting()
         metrics = engine.eval_step(objective, batches if characters is None else characters.counted(batches))
         if characters is not None:
             metrics = {**metrics, PER_CHARACTER: characters.per_character(engine.groups.dp, engine.device)}
@@ -257,11 +245,10 @@ def take_up(args: NeoXArgs, source: CheckpointSource, engine: Engine, spec: Mode
         if source.hf is None:
             return TrainPosition()
         return TrainPosition(kept={STARTED_FROM: {**source.hf.told(), **HFModel.open(source.hf.directory).facts()}})
-    compared, rng = compared_args(args), not args.checkpoint.no_load_rng
+    loaded = None if source.take is Take.WEIGHTS_AND_POSITION else spec
     batch_size = required(args.run.train_batch_size, "train_batch_size")
-    if source.take is Take.WEIGHTS_AND_POSITION:
-        return resume_position(engine, source.folder, compared=compared, batch_size=batch_size, rng=rng)
-    return resume_everything(engine, source.folder, spec, compared=compared, batch_size=batch_size, rng=rng)
+    rng = not args.checkpoint.no_load_rng
+    return resume(engine, source.folder, loaded, compared=compared_args(args), batch_size=batch_size, rng=rng)
 
 
 def as_before(args: NeoXArgs, source: CheckpointSource, position: TrainPosition, streams: Sequence[str], world: Group) -> TrainPosition:
@@ -289,5 +276,4 @@ def check_forward(args: NeoXArgs, source: CheckpointSource, engine: Engine, spec
     """With `checkpoint_validation_with_forward_pass`: compare the model that was read with the one that was saved."""
     if source.folder is None or not args.checkpoint.checkpoint_validation_with_forward_pass:
         return
-    logits = forward_pass(engine, vocab_size=spec.vocab_size, seq_length=required(args.model.seq_length, "seq_length"))
-    compare_forward(bookkeeping(source.folder, deepspeed_types=True), logits, source.folder)
+    compare_forward(bookkeeping(source.folder, deepspeed_types=True), forward_of(args, engine, spec)(), source.folder)

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeoXArgs -> a running engine: model, weights, optimizer, schedule, DeepSpeed."""
+"""NeoXArgs -> a running engine (model, weights, optimizer, schedule, DeepSpeed), and what writes its checkpoints."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megatron.checkpoint.build import CheckpointSource, Weights, opened
+from megatron.checkpoint.build import STARTED_FROM, CheckpointSource, Weights, compared_args, opened
 from megatron.checkpoint.formats.neox_files import copy_weights
 from megatron.deepspeed_private import entries_of
+from megatron.engine.base import Engine
+from megatron.engine.checkpointer import Checkpointer
 from megatron.engine.deepspeed_mpu import Partitioning, counted_here, mark_split
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.distributed import ParallelSizes, choose_device, rendezvous_from, seed_everything, start
+from megatron.engine.distributed import choose_device, seed_everything, start
 from megatron.engine.engine import TrainEngine
 from megatron.engine.micro_batches import LossOfStep, PipelinePath, SequentialPath, Timers
-from megatron.errors import BackendError, ConfigError
+from megatron.engine.restore import forward_pass
+from megatron.errors import BackendError, ConfigError, required
+from megatron.launch.environment import place_from
 from megatron.log import get_logger
 from megatron.model.attention.backends import refuses
 from megatron.model.build import build_pipeline, build_transformer, parameter_dtype
@@ -28,6 +34,8 @@ from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.deepspeed import deepspeed_config
 from megatron.optim.build import build_optimizer, build_scheduler
+from megatron.provenance import code_version
+from megatron.secrets import redact_mapping
 
 log = get_logger(__name__)
 
@@ -38,7 +46,7 @@ def join_job(args: NeoXArgs) -> tuple[Groups, torch.device]:
     Raises ConfigError when the job's size is not what the configuration was resolved for.
     """
     runtime = args.runtime
-    place = rendezvous_from(os.environ, slurm=runtime.deepspeed_slurm, mpi=runtime.deepspeed_mpi)
+    place = place_from(os.environ, slurm=runtime.deepspeed_slurm, mpi=runtime.deepspeed_mpi)
     if place.world_size != runtime.global_num_gpus:
         raise ConfigError(
             f"{place.world_size} processes were started, but the configuration is for {runtime.global_num_gpus}",
@@ -51,15 +59,10 @@ def join_job(args: NeoXArgs) -> tuple[Groups, torch.device]:
     if device.type == "cpu" and ((args.optim.zero_optimization or {}).get("offload_optimizer") or {}).get("super_offload"):
         where = "zero_optimization.offload_optimizer.super_offload"
         raise BackendError("SuperOffload needs CUDA", where=where, fix="remove super_offload: on a CPU there is nothing to offload to")
-    shape = ParallelSizes(
-        pipe=runtime.pipe_parallel_size,
-        tensor=runtime.model_parallel_size,
-        context=runtime.context_parallel_size,
-        sequence=runtime.sequence_parallel,
-    )
     # The watch names the rank that the others wait for; a collective that gives up before it does knows none.
     patience = max(PATIENCE_MINUTES, 4 * args.logs.hang_timeout_in_mins)
-    groups = start(place, device, shape, timeout_minutes=patience)
+    sizes = {"pipe": runtime.pipe_parallel_size, "tensor": runtime.model_parallel_size, "context": runtime.context_parallel_size}
+    groups = start(place, device, sequence=runtime.sequence_parallel, timeout_minutes=patience, **sizes)
     # Tensor ranks draw alike (mpu/random.py); replicas and stages do not.
     seed_everything(args.run.seed + groups.replicas.rank + STAGE_SEEDS * groups.pp.rank)
     return groups, device
@@ -161,3 +164,70 @@ def say_what_serves_flash(spec: ModelSpec, device: torch.device, dtype: torch.dt
     reason = refuses(BackendName.FLASH_ATTN, asked, device, dtype)
     if reason is not None:
         log.info("attention type flash is exact fused attention by PyTorch here: %s", reason)
+
+
+def build_checkpointer(
+    args: NeoXArgs,
+    engine: Engine,
+    spec: ModelSpec,
+    *,
+    kept: Callable[[], Mapping[str, Any]],
+    listeners: Sequence[Callable[[Path], None]],
+    run_id: str,
+) -> Checkpointer | None:
+    """What writes the checkpoints of this run; None without `save`.
+
+    kept:      gives what is to be found again after a resume
+    listeners: are told each folder that is complete, on the first rank
+    """
+    section, before = args.checkpoint, kept()
+    if not section.save:
+        return None
+
+    def published(folder: Path) -> None:
+        for listener in listeners:
+            listener(folder)
+
+    return Checkpointer(
+        engine=engine,
+        directory=Path(section.save),
+        compared=compared_args(args),
+        configs=args.config_files,
+        rng=not section.no_save_rng,
+        kept=kept,
+        optimizer=not section.no_save_optim,
+        forward=forward_of(args, engine, spec) if section.checkpoint_validation_with_forward_pass else None,
+        keep_last=section.keep_last_n_checkpoints,
+        keep_every=section.keep_every,
+        protected=frozenset(section.extra_save_iters or ()),
+        published=published,
+        about={
+            "run_id": run_id,
+            "layout": _layout(args, engine.groups),
+            "code_version": code_version(),
+            "data": before.get("data", {}),
+            "config": redact_mapping({key: value for key, value in args.to_flat().items() if key != "config_files"}),
+            "origin": before.get(STARTED_FROM, {}),
+        },
+        background=section.checkpoint_async,
+        failures_allowed=section.checkpoint_failures_allowed,
+    )
+
+
+def _layout(args: NeoXArgs, groups: Groups) -> dict[str, int | str | bool]:
+    """How files are sharded over ranks, for the manifest."""
+    return {
+        "pipe": groups.pp.size,
+        "tensor": groups.tp.size,
+        "context": groups.cp.size,
+        "data": groups.dp.size,
+        "zero_stage": int((args.optim.zero_optimization or {}).get("stage", 0)),
+        "precision": str(args.model.precision),
+        "pipelined": bool(args.runtime.pipe_parallel_size),
+    }
+
+
+def forward_of(args: NeoXArgs, engine: Engine, spec: ModelSpec) -> Callable[[], torch.Tensor]:
+    """Gives the logits of a fixed input, when called on all ranks."""
+    seq_length = required(args.model.seq_length, "seq_length")
+    return lambda: forward_pass(engine, vocab_size=spec.vocab_size, seq_length=seq_length)

@@ -37,7 +37,6 @@ _FIX = "see that there is room and that the folder can be written; the checkpoin
 class _Begun:
     """A checkpoint under way. manifest: all but the files. seconds: that training stood still for it"""
 
-    iteration: int
     writing: RankFileWriter
     manifest: Manifest
     seconds: float = 0.0
@@ -58,7 +57,7 @@ class Checkpointer:
     keep_every: multiples of this many steps stay in any case
     protected: steps that stay in any case
     published: is told each folder that has its name, on the first rank, before older ones are deleted
-    run_id, layout, code_version, config, fingerprint, origin: for the manifest, see Manifest (`fingerprint` is its `data`)
+    about:     what manifests say of the run: fields of Manifest, by name
     background: write while training goes on
     failures_allowed: saves in a row that may fail without ending the run
 
@@ -79,12 +78,7 @@ class Checkpointer:
     keep_every: int | None = None
     protected: frozenset[int] = frozenset()
     published: Callable[[Path], None] | None = None
-    run_id: str = ""
-    layout: Mapping[str, int | str | bool] = field(default_factory=dict)
-    code_version: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
     background: bool = False
     failures_allowed: int = 3
     saved: int | None = field(default=None, init=False)
@@ -129,13 +123,15 @@ class Checkpointer:
         everyone = to_first_rank(begun.writing.wait(), world)
         problems, self.seconds = on_first_rank(partial(self._conclude, begun, everyone), world)
         if not problems:
-            self.saved, self._in_a_row = begun.iteration, 0
+            self.saved, self._in_a_row = begun.manifest.step, 0
             return
         self.failures += 1
         self._in_a_row += 1
         if last or self._in_a_row > self.failures_allowed:
             how_often = "" if last else f" ({self._in_a_row} in a row; checkpoint_failures_allowed: {self.failures_allowed})"
-            what = f"the checkpoint of step {begun.iteration} was not saved{how_often}:\n" + "\n".join(f"    {line}" for line in problems)
+            what = f"the checkpoint of step {begun.manifest.step} was not saved{how_often}:\n" + "\n".join(
+                f"    {line}" for line in problems
+            )
             raise SaveError(what, where=str(self.directory), fix=_FIX)
 
     def abandon(self, error: BaseException) -> None:
@@ -150,20 +146,20 @@ class Checkpointer:
             try:
                 self.finish()
             except Exception as failure:
-                log.error("the checkpoint of step %d was lost with the run: %s", begun.iteration, failure)
+                log.error("the checkpoint of step %d was lost with the run: %s", begun.manifest.step, failure)
             return
         self._begun = None
         begun.writing.abandon()
         begun.writing.wait()
         if self.engine.groups.world.rank == 0:
             shutil.rmtree(begun.writing.folder, ignore_errors=True)
-            log.error("the checkpoint of step %d was still being written when the run failed: it is discarded", begun.iteration)
+            log.error("the checkpoint of step %d was still being written when the run failed: it is discarded", begun.manifest.step)
 
     def _wait_for_the_one_before(self) -> None:
         begun, since = self._begun, time.monotonic()
         self.finish()
         if begun is not None:
-            log.info("waited %.1f s for the checkpoint of step %d, before the next", time.monotonic() - since, begun.iteration)
+            log.info("waited %.1f s for the checkpoint of step %d, before the next", time.monotonic() - since, begun.manifest.step)
 
     def _begin(self, iteration: int, samples: int, tokens: int) -> None:
         since, world = time.monotonic(), self.engine.groups.world
@@ -175,18 +171,13 @@ class Checkpointer:
         self.engine.save(self.directory, aside, client_state, writing)
         manifest = Manifest(
             step=iteration,
-            run_id=self.run_id,
             files={},
             samples=samples,
             tokens=tokens,
-            layout=self.layout,
-            code_version=self.code_version,
-            config=self.config,
-            data=self.fingerprint,
-            origin=self.origin,
             written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **{"run_id": "", "layout": {}, "code_version": "", "config": {}, "data": {}, **self.about},
         )
-        self._begun = _Begun(iteration=iteration, writing=writing, manifest=manifest, seconds=time.monotonic() - since)
+        self._begun = _Begun(writing=writing, manifest=manifest, seconds=time.monotonic() - since)
 
     def _client_state(self, iteration: int, samples: int, tokens: int) -> dict[str, Any]:
         client_state: dict[str, Any] = {"iteration": iteration, "args": dict(self.compared)}
@@ -212,11 +203,11 @@ class Checkpointer:
         except Exception as error:  # whatever it is, the other ranks are told: they wait for the outcome
             problems = [f"rank 0: {aside.name}: {error}"]
         shutil.rmtree(aside, ignore_errors=True)
-        log.error("the checkpoint of step %d was not saved:\n%s", begun.iteration, "\n".join(f"    {line}" for line in problems))
+        log.error("the checkpoint of step %d was not saved:\n%s", begun.manifest.step, "\n".join(f"    {line}" for line in problems))
         return problems, self.seconds
 
     def _publish(self, begun: _Begun, files: Mapping[str, Any]) -> None:
-        aside, final = begun.writing.folder, self.directory / step_tag(begun.iteration)
+        aside, final = begun.writing.folder, self.directory / step_tag(begun.manifest.step)
         fault_injection.point("manifest")
         write_configs(aside, self.configs)
         complete_folder(aside, replace(begun.manifest, files=files))
@@ -224,12 +215,12 @@ class Checkpointer:
         publish(aside, final)
         fault_injection.point("latest")
         write_latest(self.directory, final.name)
-        log.info("  successfully saved checkpoint at iteration %7d to %s", begun.iteration, final)
+        log.info("  successfully saved checkpoint at iteration %7d to %s", begun.manifest.step, final)
         if self.published is not None:
             self.published(final)
         if self.keep_last is not None:
             # The step just written stays even where an abandoned attempt left later ones.
-            prune(self.directory, keep=self.keep_last, protected=self.protected | {begun.iteration}, every=self.keep_every)
+            prune(self.directory, keep=self.keep_last, protected=self.protected | {begun.manifest.step}, every=self.keep_every)
 
 
 def _made_empty(folder: Path) -> OSError | None:

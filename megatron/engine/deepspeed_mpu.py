@@ -37,17 +37,9 @@ class Grid:
         """The ranks that hold one copy."""
         return self._groups.tp.handle
 
-    def get_tensor_model_parallel_rank(self) -> int:
-        """Place in the tensor group."""
-        return self._groups.tp.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        """Size of the tensor group."""
-        return self._groups.tp.size
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        """The tensor group."""
-        return self._groups.tp.handle
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
         """Global rank of the first of the tensor group."""

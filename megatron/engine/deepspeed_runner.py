@@ -19,7 +19,7 @@ from megatron.checkpoint.formats.torch_file import canonical_name, read_torch_fi
 from megatron.checkpoint.steps.write import RankFileWriter
 from megatron.engine.base import LocalShards
 from megatron.engine.deepspeed_mpu import counted_here, grid_of, mark_split
-from megatron.engine.reshard import CheckpointLayout, load_resharded, stored_layout
+from megatron.engine.reshard import NUMBERS, OTHER_FIX, CheckpointLayout, load_resharded, plain, stored_layout
 from megatron.engine.shards import local_shards_of
 from megatron.errors import CheckpointError, TrainingError
 from megatron.log import get_logger
@@ -213,14 +213,6 @@ class Runner:
         if grad is not None:
             grad.copy_(fault_injection.changed("reduced", grad))
 
-    def set_micro_batches(self, count: int) -> None:
-        """How many micro batches the next step has."""
-        private.set_micro_batches(self.deepspeed, count)
-
-    def begin_backward(self) -> None:
-        """For a loss that does not come from tensors that the model returned."""
-        private.begin_backward(self.deepspeed)
-
     def local_shards(self) -> LocalShards:
         """What of each parameter is on this rank."""
         return local_shards_of(self.deepspeed, lambda: self.loss_scale or 1.0, self.groups.replicas.rank)
@@ -291,9 +283,7 @@ class Runner:
         lacking = sorted({key for kind, group in groups for key in kind if key not in group} - {"name"})
         if lacking:
             raise CheckpointError(
-                f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}",
-                where=str(folder),
-                fix="set optimizer.type to the one it was trained with, or begin with a fresh one: `no_load_optim: true`",
+                f"the checkpoint is of another optimizer: it has no {', '.join(lacking)}", where=str(folder), fix=OTHER_FIX
             )
         self._restore_numbers(configured)
         # ZeRO loads the optimizer, with the rate it was saved with, after the schedule.
@@ -330,7 +320,7 @@ class Runner:
         for group, numbers in zip(self.optimizer.param_groups, configured, strict=False):
             for key, value in numbers.items():
                 before = group.get(key, value)
-                if before != value and tuple(_listed(before)) != tuple(_listed(value)):
+                if plain(before) != plain(value):
                     changed[key] = (before, value)
                 group[key] = value
         for key, (before, value) in changed.items():
@@ -338,16 +328,12 @@ class Runner:
 
 
 # Optimizer numbers a configuration gives and torch would silently take from a checkpoint.
-_NUMBERS = ("weight_decay", "betas", "eps", "momentum", "lr_mult")
+_NUMBERS = (*NUMBERS, "lr_mult")
 
 
 def _record_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     names = {id(parameter): canonical_name(name) for name, parameter in model.named_parameters()}
     return {"kind": type(optimizer).__name__, "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]}
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:

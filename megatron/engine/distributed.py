@@ -10,9 +10,8 @@ import random
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -21,43 +20,12 @@ import torch.distributed as dist
 
 from megatron import deepspeed_private as private
 from megatron.errors import BackendError, ConfigError, LostRankError
-from megatron.launch.environment import Rendezvous, place_from
+from megatron.launch.environment import Rendezvous
 from megatron.log import get_logger
 from megatron.mpu.comm import open_groups
 from megatron.mpu.groups import Groups, Topology
 
 log = get_logger(__name__)
-
-
-# Place of this process in the job and where all of them meet.
-Rendezvous = Rendezvous
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelSizes:
-    """How processes share the work: sizes of the axes beside data parallelism, and whether tensor ranks split the sequence."""
-
-    pipe: int = 1
-    tensor: int = 1
-    context: int = 1
-    sequence: bool = False
-
-
-def rendezvous_from(env: Mapping[str, str], *, slurm: bool = False, mpi: bool = False) -> Rendezvous:
-    """Read rank, local rank and world size from the environment of `torchrun`, `deepy.py`, `srun` or `mpirun`.
-
-    slurm, mpi: the job says (`deepspeed_slurm`, `deepspeed_mpi`) that ranks come from there, so their variables must be set
-
-    Raises ConfigError when they are not.
-    """
-    return place_from(env, slurm=slurm, mpi=mpi)
-
-
-def free_port() -> int:
-    """A TCP port of this host that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -69,13 +37,15 @@ def choose_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def start(place: Rendezvous, device: torch.device, shape: ParallelSizes | None = None, *, timeout_minutes: float = 30.0) -> Groups:
+def start(place: Rendezvous, device: torch.device, *, sequence: bool = False, timeout_minutes: float = 30.0, **sizes: int) -> Groups:
     """Join the job through DeepSpeed and return this rank's groups.
 
-    Raises ConfigError when the job's processes cannot be shared out as `shape` asks.
+    sequence: tensor ranks split the sequence, too
+    sizes:    of the axes beside data parallelism: pipe, tensor, context
+
+    Raises ConfigError when the job's processes cannot be shared out so.
     """
-    shape = shape or ParallelSizes()
-    topology = Topology.of_world(place.world_size, pipe=shape.pipe, tensor=shape.tensor, context=shape.context)
+    topology = Topology.of_world(place.world_size, **sizes)
     os.environ.update(
         RANK=str(place.rank),
         LOCAL_RANK=str(place.local_rank),
@@ -93,7 +63,7 @@ def start(place: Rendezvous, device: torch.device, shape: ParallelSizes | None =
             verbose=False,
             timeout=timedelta(minutes=timeout_minutes),
         )
-    return open_groups(topology, place.rank, sequence=shape.sequence)
+    return open_groups(topology, place.rank, sequence=sequence)
 
 
 # What gloo and NCCL say when the other end of a connection is gone or silent.
@@ -136,8 +106,12 @@ def stop(*, failed: bool = False) -> None:
 
 
 def _default_port(place: Rendezvous) -> int:
+    if place.world_size > 1:
+        return 29500
     # A lone process needs no agreed port, and a fixed one would clash with a neighbour on the same host.
-    return free_port() if place.world_size == 1 else 29500
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def keep_freed_memory() -> None:

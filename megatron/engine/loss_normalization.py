@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -166,17 +167,21 @@ class MetricSum:
         if maxima:
             parts.append(all_reduce(torch.stack([self._maxima[name] for name in maxima]), groups.replicas, maximum=True))
         known = {name: value.detach().reshape(-1) for name, value in others.items() if value is not None}
-        flat = torch.cat([part.to(device, torch.float64) for part in (*parts, *known.values())] or [torch.zeros(0)]).tolist()
-        values, flat = flat[: len(names)], flat[len(names) :]
-        spreads, flat = flat[: len(names)], flat[len(names) :]
-        metrics = dict(zip(names, values, strict=True))
-        unequal = [name or "loss" for name, spread in zip(names, spreads, strict=True) if spread > _UNEQUAL * max(1.0, abs(metrics[name]))]
+        flat = iter(torch.cat([part.to(device, torch.float64) for part in (*parts, *known.values())] or [torch.zeros(0)]).tolist())
+        metrics = dict(zip(names, islice(flat, len(names)), strict=True))
+        spreads = zip(metrics.items(), islice(flat, len(names)), strict=True)
+        unequal = [name or "loss" for (name, value), spread in spreads if spread > _UNEQUAL * max(1.0, abs(value))]
         if totals is not None:
             metrics = {name: value / (totals.get(self._over.get(name, ""), 1.0) or 1.0) for name, value in metrics.items()}
-        metrics |= dict(zip(maxima, flat, strict=False))
+        metrics |= dict(zip(maxima, islice(flat, len(maxima)), strict=True))
         metrics, unequal = of_last_rank((metrics, unequal), groups.pp)
-        _require_equal(unequal)
-        return metrics, _split(flat[len(maxima) :], {name: value.numel() for name, value in known.items()})
+        if unequal:
+            raise TrainingError(
+                f"ranks that share the same sequences made different values of them: {', '.join(unequal)}",
+                where="context_parallel_size, Objective.loss",
+                fix="sum over tokens and documents by the context (sum_tokens, sum_documents, sum_ranks)",
+            )
+        return metrics, {name: list(islice(flat, value.numel())) for name, value in known.items()}
 
 
 class Evaluation:
@@ -218,22 +223,6 @@ def _spread(sums: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return torch.zeros_like(sums)
     return all_reduce(torch.stack([sums, -sums]), group, maximum=True).sum(dim=0)
-
-
-def _require_equal(unequal: Sequence[str]) -> None:
-    if unequal:
-        raise TrainingError(
-            f"ranks that share the same sequences made different values of them: {', '.join(unequal)}",
-            where="context_parallel_size, Objective.loss",
-            fix="sum over tokens and documents by the context (sum_tokens, sum_documents, sum_ranks)",
-        )
-
-
-def _split(flat: Sequence[float], sizes: Mapping[str, int]) -> dict[str, list[float]]:
-    found, at = {}, 0
-    for name, size in sizes.items():
-        found[name], at = list(flat[at : at + size]), at + size
-    return found
 
 
 def require_same_batch(micro_batches: Sequence[Batch], groups: Groups) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron import deepspeed_private as private
 from megatron import fault_injection
 from megatron.data.batch import Batch
 from megatron.engine.deepspeed_runner import Runner
@@ -111,7 +112,7 @@ class SequentialPath(ComputePath):
     def step(self, objective: Objective, micro_batches: Sequence[Batch], contexts: MakeContext, meter: MetricSum) -> None:
         """One optimizer step; adds the loss and metrics of every micro batch to `meter`."""
         engine, replicas = self._runner.deepspeed, self._runner.groups.replicas.size
-        self._runner.set_micro_batches(len(micro_batches))
+        private.set_micro_batches(self._runner.deepspeed, len(micro_batches))
         loss = with_aux(objective, 1.0 / (len(micro_batches) * replicas))
         for number, batch in enumerate(micro_batches, start=1):
             fault_injection.point("micro_batch")
@@ -185,11 +186,11 @@ class PipelinePath(ComputePath):
         def loss_of(logits: Any, targets: Targets, context: LossContext) -> Tensor:
             fault_injection.point("micro_batch")
             loss = self._noted(loss_terms(logits, targets, context), meter).loss * factor
-            loss.register_hook(lambda grad: self._runner.begin_backward())
+            loss.register_hook(lambda grad: private.begin_backward(self._runner.deepspeed))
             return loss
 
         with self._rows(micro_batches, contexts, loss_of) as rows, self._timers("train_batch"):
-            self._runner.set_micro_batches(len(micro_batches))
+            private.set_micro_batches(self._runner.deepspeed, len(micro_batches))
             self._runner.deepspeed.train_batch(data_iter=rows)
 
     def infer(self, micro_batches: Iterable[Batch], read: ReadAny[T], contexts: MakeContext) -> list[T]:

@@ -198,12 +198,13 @@ def refuse_other_numbers(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Map
 def say_changed_numbers(stored: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
     """One line per number that is not what it was in any group of the checkpoint."""
     for key in NUMBERS:
-        before, now = ({_plain(group[key]) for group in some if key in group} for some in (stored, groups))
+        before, now = ({plain(group[key]) for group in some if key in group} for some in (stored, groups))
         if before and now and before != now:
             log.warning("optimizer %s was %s in the checkpoint and is %s now", key, *(sorted(values, key=str) for values in (before, now)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A number, or a tuple in place of a list of numbers."""
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restores a run's whole state from a checkpoint folder (checkpointer.py wrote it), also of a run that goes back to one of its own."""
+"""Restores a run's whole state from a checkpoint folder (checkpointer.py wrote it), also of a run that rolls back to one of its own.
+
+With it, a check of the logits of a fixed input: kept in a checkpoint when it is written, compared when it is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from megatron.errors import CheckpointError, DivergenceError
 from megatron.log import get_logger
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import on_first_rank
-from megatron.mpu.groups import Groups
+from megatron.mpu.groups import Group, Groups
 
 log = get_logger(__name__)
 
@@ -46,32 +48,28 @@ class TrainPosition:
     kept: Mapping[str, Any] = field(default_factory=dict)
 
 
-def resume_everything(
-    engine: Engine, folder: Path, spec: ModelSpec, *, compared: Mapping[str, Any], batch_size: int, rng: bool
+def resume(
+    engine: Engine, folder: Path, spec: ModelSpec | None, *, compared: Mapping[str, Any], batch_size: int, rng: bool
 ) -> TrainPosition:
-    """Load weights, optimizer, schedule, position and (rng) random states, whatever layout wrote them. All ranks call it."""
-    stored = bookkeeping(folder, deepspeed_types=True)
+    """Load weights, optimizer, schedule, position and (rng) random states, whatever layout wrote them. All ranks call it.
+
+    spec: the model; None = its weights are in the engine already and the optimizer starts afresh, so all else is restored
+    """
+    stored = stored_state(folder, engine.groups) if spec is None else bookkeeping(folder, deepspeed_types=True)
     compare_args(compared, stored.get("args"), folder)
-    if (stored.get(OURS) or {}).get("optimizer") is False:
-        raise CheckpointError(
-            "the checkpoint was written without the optimizer's state (no_save_optim)",
-            where=str(folder),
-            fix="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
-        )
-    client_state = engine.load(folder.parent, folder.name, spec)
+    if spec is not None:
+        if (stored.get(OURS) or {}).get("optimizer") is False:
+            raise CheckpointError(
+                "the checkpoint was written without the optimizer's state (no_save_optim)",
+                where=str(folder),
+                fix="set `no_load_optim: true` to go on with a fresh optimizer, or `finetune: true` to start anew from the weights",
+            )
+        stored = engine.load(folder.parent, folder.name, spec)
     if rng:
-        take_up_rng(client_state, engine.groups, folder)
-    return _position(client_state, folder, batch_size)
-
-
-def resume_position(engine: Engine, folder: Path, *, compared: Mapping[str, Any], batch_size: int, rng: bool) -> TrainPosition:
-    """Restore position, schedule and (rng) random states; the weights are in the engine already, the optimizer starts afresh."""
-    client_state = stored_state(folder, engine.groups)
-    compare_args(compared, client_state.get("args"), folder)
-    if rng:
-        take_up_rng(client_state, engine.groups, folder)
-    position = _position(client_state, folder, batch_size)
-    engine.set_schedule_step(position.iteration, client_state.get("lr_scheduler"))
+        take_up_rng(stored, engine.groups, folder)
+    position = _position(stored, folder, batch_size)
+    if spec is None:
+        engine.set_schedule_step(position.iteration, stored.get("lr_scheduler"))
     return position
 
 
@@ -103,49 +101,27 @@ def _position(client_state: Mapping[str, Any], folder: Path, batch_size: int) ->
     return TrainPosition(iteration=iteration, samples=samples, tokens=int(ours.get("tokens", 0)), kept=dict(ours.get("kept", {})))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rollback:
-    """Goes back. Call on every rank.
+def rollback_folder(directory: Path, before: int, world: Group, verify: Verify) -> Path:
+    """The newest whole checkpoint of step `before` or an earlier one; later ones are set aside. All ranks call it.
 
-    directory:  `save`
-    compared:   what a load compares
-    batch_size: samples per step
-    rng:        also take the random states
-    verify:     how closely a checkpoint is looked at
+    verify: how closely a checkpoint is looked at
+    Raises DivergenceError where there is none, CheckpointError where all are damaged.
     """
 
-    engine: Engine
-    spec: ModelSpec
-    directory: Path
-    compared: Mapping[str, Any]
-    batch_size: int
-    rng: bool = True
-    verify: Verify = Verify.FULL
-
-    def to(self, before: int) -> TrainPosition:
-        """Restore the newest whole checkpoint of step `before` or an earlier one; later ones are set aside.
-
-        Raises DivergenceError where there is none, CheckpointError where all are damaged.
-        """
-        world = self.engine.groups.world
-        if not on_first_rank(partial(self._clear_way, before), world):
-            raise DivergenceError(
-                f"there is no checkpoint of step {before} or before to go back to",
-                where=str(self.directory),
-                fix="save more often (checkpoint_factor), and before the first step: extra_save_iters: [0]",
-            )
-        tag = find(Search(directory=self.directory, own=True, verify=self.verify), world)
-        folder = self.directory / tag
-        return resume_everything(self.engine, folder, self.spec, compared=self.compared, batch_size=self.batch_size, rng=self.rng)
-
-    def _clear_way(self, before: int) -> bool:
-        steps = [step for step in saved_steps(self.directory) if step <= before]
+    def set_aside_later() -> bool:
+        steps = [step for step in saved_steps(directory) if step <= before]
         if steps:
-            set_aside_after(self.directory, max(steps))
+            set_aside_after(directory, max(steps))
         return bool(steps)
 
+    if not on_first_rank(set_aside_later, world):
+        raise DivergenceError(
+            f"there is no checkpoint of step {before} or before to go back to",
+            where=str(directory),
+            fix="save more often (checkpoint_factor), and before the first step: extra_save_iters: [0]",
+        )
+    return directory / find(Search(directory=directory, own=True, verify=verify), world)
 
-log = get_logger(__name__)
 
 STORED = "checkpoint_validation_logits"
 """FORMAT: key of the logits in a checkpoint's client state."""

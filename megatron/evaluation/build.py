@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron import fault_injection
-from megatron.atomic_io import atomic_write
+from megatron.atomic_io import write_durably
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
 from megatron.engine.distributed import choose_device
@@ -144,6 +144,5 @@ def at_width(args: NeoXArgs, width: int) -> NeoXArgs:
 
 def write_results(results: dict[str, Any], path: Path) -> Path:
     """Write `results` as JSON, aside and renamed; returns the path."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(results, indent=4) + "\n")
+    write_durably(path, json.dumps(results, indent=4) + "\n")
     return path

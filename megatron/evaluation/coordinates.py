@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron.atomic_io import atomic_path
+from megatron.atomic_io import atomic_path, write_durably
 from megatron.errors import TrainingError
 from megatron.model.embedding import Embedding
 from megatron.model.layer_state import LayerState
@@ -71,7 +72,10 @@ def slopes(sizes: Sequence[Size]) -> dict[str, list[float]]:
     points: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for one in sizes:
         points[one.kind][one.step].append((math.log(one.width), math.log(max(one.size, 1e-30))))
-    return {kind: [round(_slope(rows), 6) for _, rows in sorted(by_step.items())] for kind, by_step in points.items()}
+    return {
+        kind: [round(linear_regression(*zip(*rows, strict=True)).slope, 6) for _, rows in sorted(by_step.items())]
+        for kind, by_step in points.items()
+    }
 
 
 def steepest(found: dict[str, list[float]]) -> tuple[str, float]:
@@ -85,8 +89,7 @@ def write_report(sizes: Sequence[Size], folder: Path, *, max_slope: float) -> Pa
     found = slopes(sizes)
     kind, slope = steepest(found)
     report = {"max_slope": max_slope, "steepest": {"kind": kind, "slope": slope}, "slopes": found, "sizes": [asdict(one) for one in sizes]}
-    with atomic_path(folder / "coordinates.json") as aside:
-        aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_durably(folder / "coordinates.json", json.dumps(report, indent=1) + "\n")
     with atomic_path(folder / "coordinates.png") as aside:
         _draw(sizes, found, aside)
     return folder
@@ -144,12 +147,6 @@ def _watched(model: Transformer) -> Iterator[dict[str, list[float]]]:
 
 def _size(x: Tensor) -> float:
     return float(x.detach().abs().mean(dtype=torch.float32))
-
-
-def _slope(rows: Sequence[tuple[float, float]]) -> float:
-    """Slope of the straight line nearest to points (x, y)."""
-    mean_x, mean_y = (sum(row[axis] for row in rows) / len(rows) for axis in (0, 1))
-    return sum((x - mean_x) * (y - mean_y) for x, y in rows) / sum((x - mean_x) ** 2 for x, _ in rows)
 
 
 def _draw(sizes: Sequence[Size], found: dict[str, list[float]], path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -80,23 +79,8 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor | None = None) ->
 OnToken = Callable[[int, int], None]
 
 
-class NextTokenScorer(Protocol):
-    """What decoding needs of a model. longest: tokens it can see; vocab_size: ids that exist"""
-
-    longest: int
-    vocab_size: int
-
-    def allocate(self, rows: int, length: int) -> ModelCache:
-        """An empty cache for `rows` rows of up to `length` tokens."""
-        ...
-
-    def next_logits(self, tokens: Tensor, cache: ModelCache | None) -> Tensor:
-        """tokens [b, s], which follow those in the cache -> logits of the token after them, [b, v] float32."""
-        ...
-
-
 class ModelScorer:
-    """A Transformer as a NextTokenScorer."""
+    """A Transformer as decoding needs it."""
 
     def __init__(self, model: Transformer, *, longest: int, vocab_size: int) -> None:
         """longest: `seq_length`; vocab_size: without the rows that only pad the embedding."""
@@ -165,7 +149,7 @@ class Completion:
 
 @torch.inference_mode()
 def decode(
-    scorer: NextTokenScorer,
+    scorer: ModelScorer,
     prompts: Tensor,
     settings: DecodeSettings,
     generators: Sequence[torch.Generator],
@@ -199,7 +183,7 @@ def decode(
 
 
 def _steps(
-    scorer: NextTokenScorer, prompts: Tensor, limit: int, settings: DecodeSettings, generators: Sequence[torch.Generator]
+    scorer: ModelScorer, prompts: Tensor, limit: int, settings: DecodeSettings, generators: Sequence[torch.Generator]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [b, v] and tokens [b], `limit` times at most."""
     if limit <= 0:

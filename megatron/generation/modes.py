@@ -23,7 +23,7 @@ from numpy.lib.format import open_memmap
 from megatron import fault_injection
 from megatron.atomic_io import atomic_write
 from megatron.errors import DataError, StoppedError
-from megatron.generation.decode import Completion, DecodeSettings, NextTokenScorer, decode
+from megatron.generation.decode import Completion, DecodeSettings, ModelScorer, decode
 from megatron.model.transformer import Transformer
 from megatron.mpu.collectives import of_all_ranks, on_first_rank
 from megatron.mpu.groups import Group
@@ -52,7 +52,7 @@ class Writer:
     world:    ranks that decode together: they stop together, and the first one reads and writes
     """
 
-    scorer: NextTokenScorer
+    scorer: ModelScorer
     tokenizer: Tokenizer
     settings: DecodeSettings
     seed: int = 1234
@@ -78,7 +78,6 @@ class Writer:
         """
         prompts = [self.ids(context) for context in contexts]
         records: list[Record | None] = [None] * len(contexts)
-        hopeless = [len(prompt) >= self.scorer.longest for prompt in prompts]
         for numbers in self._batches(prompts):
             fault_injection.point("generate")
             if self.told():
@@ -89,15 +88,19 @@ class Writer:
             seconds = time.monotonic() - start
             for number, completion in zip(numbers, completions, strict=True):
                 records[number] = self.record(contexts[number], completion, seconds)
-        for number in range(len(contexts)):
-            if hopeless[number]:
-                records[number] = self.too_long(contexts[number], prompts[number])
+        for number, prompt in enumerate(prompts):
+            if len(prompt) >= self.scorer.longest:
+                records[number] = self.record(contexts[number], None, message=self.too_long(prompt))
         return [record for record in records if record is not None]
 
-    def refuse_to_go_on(self, written: int, asked: int, output: Path) -> None:
-        """Raise StoppedError where a request to stop has cut the texts short."""
-        if written < asked and (signal := self.told()):
-            raise StoppedError(signal, f" after {written} of {asked} texts", where=str(output))
+    def write_file(self, contexts: Sequence[str], output: Path) -> list[Record]:
+        """Write a record per context to `output`; raises StoppedError where a request to stop has cut the texts short."""
+        records = self.write(contexts)
+        if self.world.rank == 0:
+            write_records(records, output)
+        if len(records) < len(contexts) and (signal := self.told()):
+            raise StoppedError(signal, f" after {len(records)} of {len(contexts)} texts", where=str(output))
+        return records
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Numbers of prompts of one length, so that no row needs padding; those that leave no room are left out."""
@@ -109,25 +112,23 @@ class Writer:
             for start in range(0, len(numbers), ROWS):
                 yield numbers[start : start + ROWS]
 
-    def record(self, context: str, completion: Completion, seconds: float) -> Record:
-        """One line of output."""
+    def record(self, context: str, completion: Completion | None, seconds: float = 0.0, message: str | None = None) -> Record:
+        """One line of output. completion: None where there is no text; message: why not"""
         record: Record = {
             "context": context,
-            "text": self.tokenizer.decode(completion.ids),
-            "length": len(completion.ids),
-            "finished": completion.finished,
-            "message": None,
+            "text": None if completion is None else self.tokenizer.decode(completion.ids),
+            "length": 0 if completion is None else len(completion.ids),
+            "finished": completion is not None and completion.finished,
+            "message": message,
             "duration_seconds": seconds,
         }
         if self.settings.keep_logits:
-            record["logits"] = [logits.tolist() for logits in completion.logits]
+            record["logits"] = [] if completion is None else [logits.tolist() for logits in completion.logits]
         return record
 
-    def too_long(self, context: str, prompt: Sequence[int]) -> Record:
-        """The line of a context that leaves no room for a single token."""
-        message = f"WARNING: no text, the context has {len(prompt)} tokens and the model sees {self.scorer.longest}"
-        record: Record = {"context": context, "text": None, "length": 0, "finished": False, "message": message, "duration_seconds": 0.0}
-        return {**record, "logits": []} if self.settings.keep_logits else record
+    def too_long(self, prompt: Sequence[int]) -> str:
+        """What is said of a context that leaves no room for a single token."""
+        return f"WARNING: no text, the context has {len(prompt)} tokens and the model sees {self.scorer.longest}"
 
 
 def first_signal(received: Sequence[int], world: Group) -> int | None:
@@ -137,11 +138,7 @@ def first_signal(received: Sequence[int], world: Group) -> int | None:
 
 def unconditional(writer: Writer, num_samples: int, output: Path) -> list[Record]:
     """Write `num_samples` texts from nothing to `output`."""
-    records = writer.write([""] * num_samples)
-    if writer.world.rank == 0:
-        write_records(records, output)
-    writer.refuse_to_go_on(len(records), num_samples, output)
-    return records
+    return writer.write_file([""] * num_samples, output)
 
 
 def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | None) -> Path:
@@ -156,10 +153,7 @@ def input_file(writer: Writer, prompts: Path, prompt_end: str, output: Path | No
     if not contexts:
         raise DataError(f"{prompts} holds no prompt", where="sample_input_file", fix=f"prompts end with {prompt_end!r} (prompt_end)")
     output = output or prompts.with_name(f"{prompts.name}.output.jsonl")
-    records = writer.write(contexts)
-    if writer.world.rank == 0:
-        write_records(records, output)
-    writer.refuse_to_go_on(len(records), len(contexts), output)
+    writer.write_file(contexts, output)
     return output
 
 
@@ -171,7 +165,7 @@ def interactive(writer: Writer, prompt_end: str, source: TextIO, screen: TextIO)
     while (context := on_first_rank(lambda: _ask(prompt_end, source, screen), world)) is not None:
         prompt = writer.ids(context)
         if len(prompt) >= writer.scorer.longest:
-            screen.write(f"{writer.too_long(context, prompt)['message']}\n")
+            screen.write(f"{writer.too_long(prompt)}\n")
             continue
         screen.write("Generated Text: ")
         ids: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from megatron.errors import ExitStatus
 
@@ -42,14 +42,15 @@ class TrainState:
         return replace(self, iteration=self.iteration + 1, samples=self.samples + samples, tokens=self.tokens + tokens)
 
 
-class Hook(Protocol):
-    """Called by the loop, in the order of the hook list."""
+class Hook:
+    """Called by the loop, in the order of the hook list. Does nothing; hooks override what they need."""
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Before the first step (state.iteration > 0 after a resume)."""
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """After every optimizer step; state already counts it."""
+        return Verdict.CONTINUE
 
     def before_rollback(self, state: TrainState, engine: Engine) -> None:
         """Training is about to go back from `state` to a checkpoint."""
@@ -62,26 +63,3 @@ class Hook(Protocol):
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
         """When the loop ends by an exception; must not raise."""
-
-
-class BaseHook:
-    """Does nothing; hooks override what they need."""
-
-    def on_start(self, state: TrainState, engine: Engine) -> None:
-        """Nothing."""
-
-    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
-        """Go on."""
-        return Verdict.CONTINUE
-
-    def before_rollback(self, state: TrainState, engine: Engine) -> None:
-        """Nothing."""
-
-    def after_rollback(self, state: TrainState, engine: Engine) -> None:
-        """Nothing."""
-
-    def on_stop(self, state: TrainState, engine: Engine) -> None:
-        """Nothing."""
-
-    def on_error(self, state: TrainState, error: BaseException) -> None:
-        """Nothing."""

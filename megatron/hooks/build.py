@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from megatron.checkpoint.build import STARTED_FROM, build_uploader, compared_args
+from megatron.checkpoint.build import STARTED_FROM, build_uploader
 from megatron.checkpoint.conversion.build import build_exporter
 from megatron.checkpoint.conversion.export import Exporter
 from megatron.checkpoint.steps.upload import Uploader
 from megatron.engine.base import Engine
+from megatron.engine.build import build_checkpointer
 from megatron.engine.checkpointer import Checkpointer
-from megatron.engine.restore import TrainPosition, forward_pass
-from megatron.errors import ConfigError, required
-from megatron.hooks.base import BaseHook, Hook
-from megatron.hooks.checkpointing import EARLY_S, PATIENCE_S, CheckpointHook, Checkpoints, SavePlan, WorkerHook
+from megatron.engine.restore import TrainPosition
+from megatron.errors import ConfigError
+from megatron.hooks.base import Hook
+from megatron.hooks.checkpointing import EARLY_S, PATIENCE_S, CheckpointHook, SavePlan, WorkerHook
 from megatron.hooks.console import ConsoleHook, tee_log
 from megatron.hooks.metrics import NAME, ClosingHook, MetricsFile, MetricsHook, StepFlops
 from megatron.hooks.nonfinite_and_spikes import ActingHook, NumbersHook, NumbersPlan, Policy, Record
@@ -29,19 +30,24 @@ from megatron.hooks.norms import NoiseScaleHook, NormsHook, NormsPlan, Send
 from megatron.hooks.profiling import MemoryHook, ProfilingHook, require_cuda
 from megatron.hooks.replica_consistency import ReplicaHook
 from megatron.hooks.stopping import Limits, StopHook, StopRequest, WallClock, job_end
-from megatron.hooks.trackers.build import KEPT, build_openers, tracker_ids
+from megatron.hooks.trackers import (
+    KEPT,
+    CometSink,
+    Opener,
+    TensorBoardSink,
+    WandbSink,
+    require,
+    tracker_ids,
+    wandb_key_found,
+    wandb_offline,
+)
 from megatron.hooks.validation import Evaluate, ValidationHook
 from megatron.log import get_logger
 from megatron.model.slots import reported_flops_per_step
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import any_rank, on_first_rank
-from megatron.mpu.groups import Groups
-from megatron.provenance import code_version
-from megatron.secrets import redact_mapping
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron.neox_arguments import NeoXArgs
 
 log = get_logger(__name__)
@@ -55,9 +61,7 @@ class RunParts:
     """What hooks need of a run beyond its configuration.
 
     rank:           global rank
-    hardware_flops: of one optimizer step over all devices, with recomputed forward passes (the reported figure)
-    model_flops:    the same without them
-    devices:        number of devices that share the work (world size)
+    flops:          of one optimizer step
     checkpoints:    writes the run's checkpoints; None = the run keeps none
     uploader:       copies them elsewhere; None = nobody does, or another rank
     exporter:       writes them in another format; None likewise
@@ -71,10 +75,8 @@ class RunParts:
     """
 
     rank: int = 0
-    hardware_flops: float = 0.0
-    model_flops: float = 0.0
-    devices: int = 1
-    checkpoints: Checkpoints | None = None
+    flops: StepFlops = StepFlops()
+    checkpoints: Checkpointer | None = None
     uploader: Uploader | None = None
     exporter: Exporter | None = None
     evaluate: Evaluate | None = None
@@ -100,14 +102,14 @@ def build_hooks(
     spec: ModelSpec,
     evaluate: Evaluate,
     position: TrainPosition,
-    splits: frozenset[str] | None = None,
-    ends: Ends | None = None,
+    splits: frozenset[str],
+    ends: Ends,
 ) -> list[Hook]:
     """The hooks of a training run. Call on every rank.
 
     position: where the run starts; what checkpoints keep of the run is in `position.kept`
-    splits:   which of "valid", "test" have data; None = what the configured paths say
-    ends:     what may end or turn back the run; None = `exit_interval`, and what `position.kept` says of its numbers
+    splits:   which of "valid", "test" have data
+    ends:     what may end or turn back the run
 
     Raises ConfigError or BackendError when a requested tracker cannot be used.
     """
@@ -116,27 +118,31 @@ def build_hooks(
         # Every rank says no: one alone would leave the others waiting.
         require_cuda(engine.device)
     ids = tracker_ids(position.kept)
-    ends = ends or Ends(StopRequest(), Record.of(position.kept))
-    record = ends.record
     run_id = on_first_rank(lambda: str(position.kept.get(RUN_ID) or uuid4().hex), world)
     uploader = build_uploader(args, rank=world.rank)
     exporter = build_exporter(args, spec, rank=world.rank, started_from=position.kept.get(STARTED_FROM) or {})
+
+    def kept() -> dict[str, Any]:
+        return {**position.kept, KEPT: ids, RUN_ID: run_id, **ends.record.kept()}
+
     listeners = [part.published for part in (uploader, exporter) if part is not None]
-    recompute = bool(args.run.checkpoint_activations)
     parts = RunParts(
         rank=world.rank,
-        hardware_flops=reported_flops_per_step(spec, batch=batch, recompute=recompute),
-        model_flops=reported_flops_per_step(spec, batch=batch, recompute=False),
-        devices=world.size,
-        checkpoints=_checkpoints(args, engine, spec, lambda: {**position.kept, KEPT: ids, RUN_ID: run_id, **record.kept()}, listeners),
+        flops=StepFlops(
+            hardware=reported_flops_per_step(spec, batch=batch, recompute=bool(args.run.checkpoint_activations)),
+            model=reported_flops_per_step(spec, batch=batch, recompute=False),
+            devices=world.size,
+            peak_tflops=args.logs.peak_theoretical_tflops,
+        ),
+        checkpoints=build_checkpointer(args, engine, spec, kept=kept, listeners=listeners, run_id=run_id),
         uploader=uploader,
         exporter=exporter,
         evaluate=evaluate,
-        splits=_splits(args) if splits is None else splits,
+        splits=splits,
         tracker_ids=ids,
         resumed=KEPT in position.kept,
         stop=ends.stop,
-        record=record,
+        record=ends.record,
         any_rank=lambda flag: any_rank(flag, world, engine.device),
     )
     return assemble(args, parts)
@@ -158,94 +164,28 @@ def build_stop(args: NeoXArgs, received: Sequence[int], any_rank: Callable[[bool
     return StopRequest(received, wall=WallClock(limits), any_rank=any_rank)
 
 
-def _checkpoints(
-    args: NeoXArgs, engine: Engine, spec: ModelSpec, kept: Callable[[], Mapping[str, Any]], listeners: Sequence[Callable[[Path], None]]
-) -> Checkpointer | None:
-    """What writes the checkpoints of this run; None without `save`."""
-    section = args.checkpoint
-    if not section.save:
-        return None
-    return Checkpointer(
-        engine=engine,
-        directory=Path(section.save),
-        compared=compared_args(args),
-        configs=args.config_files,
-        rng=not section.no_save_rng,
-        kept=kept,
-        optimizer=not section.no_save_optim,
-        forward=forward_of(args, engine, spec) if section.checkpoint_validation_with_forward_pass else None,
-        keep_last=section.keep_last_n_checkpoints,
-        keep_every=section.keep_every,
-        protected=frozenset(section.extra_save_iters or ()),
-        published=lambda folder: _notify(listeners, folder),
-        run_id=str(kept()[RUN_ID]),
-        layout=_layout(args, engine.groups),
-        code_version=code_version(),
-        fingerprint=kept().get("data", {}),
-        config=redact_mapping({key: value for key, value in args.to_flat().items() if key != "config_files"}),
-        origin=kept().get(STARTED_FROM, {}),
-        background=section.checkpoint_async,
-        failures_allowed=section.checkpoint_failures_allowed,
-    )
-
-
-def _notify(listeners: Sequence[Callable[[Path], None]], folder: Path) -> None:
-    for listener in listeners:
-        listener(folder)
-
-
-def _layout(args: NeoXArgs, groups: Groups) -> dict[str, int | str | bool]:
-    """How files are sharded over ranks, for the manifest."""
-    return {
-        "pipe": groups.pp.size,
-        "tensor": groups.tp.size,
-        "context": groups.cp.size,
-        "data": groups.dp.size,
-        "zero_stage": int((args.optim.zero_optimization or {}).get("stage", 0)),
-        "precision": str(args.model.precision),
-        "pipelined": bool(args.runtime.pipe_parallel_size),
-    }
-
-
-def forward_of(args: NeoXArgs, engine: Engine, spec: ModelSpec) -> Callable[[], Tensor]:
-    """Gives the logits of a fixed input, when called on all ranks."""
-    seq_length = required(args.model.seq_length, "seq_length")
-    return lambda: forward_pass(engine, vocab_size=spec.vocab_size, seq_length=seq_length)
-
-
-def _splits(args: NeoXArgs) -> frozenset[str]:
-    """Which of "valid", "test" have data, going by the configured paths and shares."""
-    section = args.data
-    if section.data_path:
-        shares = [float(share) for share in str(section.split).replace("/", ",").split(",") if share.strip()] + [0.0, 0.0]
-        return frozenset(name for name, share in (("valid", shares[1]), ("test", shares[2])) if share > 0)
-    return frozenset(name for name in ("valid", "test") if any(getattr(section, f"{kind}{name}_data_paths") for kind in ("", "pos_")))
-
-
 def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     """The hooks, in the order in which they act; `build_hooks` with the run's parts taken apart already."""
     logs = args.logs
-    flops = StepFlops(
-        hardware=parts.hardware_flops, model=parts.model_flops, devices=parts.devices, peak_tflops=logs.peak_theoretical_tflops
-    )
     if logs.log_dir:
         tee_log(Path(logs.log_dir))
     metrics = MetricsHook(
         log_interval=logs.log_interval,
-        flops=flops,
+        flops=parts.flops,
         file=_metrics_file(args) if parts.rank == 0 else None,
         openers=build_openers(args, parts.rank, parts.tracker_ids, resumed=parts.resumed),
     )
     # What adds to a step's row stands before the row is written.
     numbers = NumbersHook(plan=_numbers_plan(args), record=parts.record, send=metrics.attach, any_rank=parts.any_rank)
-    hooks: list[BaseHook] = [*measures(args, metrics.attach), numbers, metrics]
+    hooks: list[Hook] = [*measures(args, metrics.attach), numbers, metrics]
     if parts.rank == 0:
-        hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=flops, live=sys.stdout.isatty()))
+        hooks.append(ConsoleHook(log_interval=logs.log_interval, flops=parts.flops, live=sys.stdout.isatty()))
     hooks.append(ActingHook(numbers))
     if args.run.replica_check_interval is not None:
         hooks.append(ReplicaHook(interval=args.run.replica_check_interval))
     if logs.profile and parts.rank == 0:
-        hooks.append(_profiling(args))
+        directory = Path(_place(args, "profile"))
+        hooks.append(ProfilingHook(start=logs.profile_step_start, stop=logs.profile_step_stop, directory=directory))
     if logs.memory_profiling and parts.rank == 0:
         place = logs.memory_profiling_path or _place(args, "memory_profiling", "memory_profiling_path")
         hooks.append(MemoryHook(stop=logs.profile_step_stop, directory=Path(place)))
@@ -261,9 +201,9 @@ def assemble(args: NeoXArgs, parts: RunParts) -> list[Hook]:
     return [*hooks, ClosingHook(metrics)]
 
 
-def _workers(parts: RunParts, report: Send) -> list[BaseHook]:
+def _workers(parts: RunParts, report: Send) -> list[Hook]:
     """What exports and uploads the checkpoints, in this order."""
-    hooks: list[BaseHook] = []
+    hooks: list[Hook] = []
     hurried = parts.stop.told_to_stop
     if parts.exporter is not None:
         drain = partial(parts.exporter.drain, hurried=hurried, early_s=EARLY_S)
@@ -308,13 +248,13 @@ def _validation(args: NeoXArgs, parts: RunParts, metrics: MetricsHook) -> Valida
     )
 
 
-def measures(args: NeoXArgs, send: Send) -> list[BaseHook]:
+def measures(args: NeoXArgs, send: Send) -> list[Hook]:
     """Hooks that measure gradients and weights on every rank; none unless asked for."""
     logs, run = args.logs, args.run
     plan = NormsPlan(
         parameters=logs.log_param_norm, gradients=logs.log_grad_norm, zeros=logs.log_grad_pct_zeros, states=logs.log_optimizer_states
     )
-    hooks: list[BaseHook] = [NormsHook(plan=plan, send=send)] if plan.anything else []
+    hooks: list[Hook] = [NormsHook(plan=plan, send=send)] if plan.anything else []
     if logs.log_gradient_noise_scale:
         hooks.append(
             NoiseScaleHook(
@@ -335,14 +275,62 @@ def _place(args: NeoXArgs, key: str, first: str = "tensorboard_dir") -> str:
     return place
 
 
-def _profiling(args: NeoXArgs) -> ProfilingHook:
-    logs = args.logs
-    return ProfilingHook(start=logs.profile_step_start, stop=logs.profile_step_stop, directory=Path(_place(args, "profile")))
-
-
 def _metrics_file(args: NeoXArgs) -> MetricsFile | None:
     place = args.logs.log_dir or args.checkpoint.save
     if not place:
         log.info(f"no {NAME} is written: neither log_dir nor save is set")
         return None
     return MetricsFile(Path(place) / NAME)
+
+
+def build_openers(args: NeoXArgs, rank: int, ids: Mapping[str, str], *, resumed: bool) -> dict[str, Opener]:
+    """The requested trackers of this rank; their packages are looked for now, they are opened at the start of training.
+
+    ids:     the run's, by tracker
+    resumed: whether they come from a checkpoint
+    """
+    logs, openers = args.logs, dict[str, Opener]()
+    config = args.to_flat()
+    if logs.tensorboard_dir and rank == 0:
+        require("tensorboard", where="tensorboard_dir")
+        directory = Path(logs.tensorboard_dir)
+        openers["TensorBoard"] = lambda start: TensorBoardSink(directory, config=config, start=start)
+    place = logs.log_dir or args.checkpoint.save
+    folder = Path(place) if place else None
+    if (wandb := _wandb_run(args, rank, ids)) is not None:
+        openers["Weights & Biases"] = lambda start: WandbSink(wandb, config=config, host=logs.wandb_host, directory=folder)
+    if logs.use_comet and rank == 0:
+        require("comet_ml", where="use_comet")
+        fresh = {"experiment_key": ids["comet"], "workspace": logs.comet_workspace, "project_name": logs.comet_project}
+        experiment = {"previous_experiment": ids["comet"]} if resumed else fresh
+        told: dict[str, Any] = {
+            "name": logs.comet_experiment_name,
+            "tags": tuple(logs.comet_tags or ()),
+            "others": dict(logs.comet_others or {}),
+        }
+        openers["Comet"] = lambda start: CometSink(experiment, config=config, directory=folder, **told)
+    return openers
+
+
+def _wandb_run(args: NeoXArgs, rank: int, ids: Mapping[str, str]) -> dict[str, Any] | None:
+    """The W&B run of this rank; None when it has none. Unset `use_wandb` means: if a key is found."""
+    logs = args.logs
+    if logs.use_wandb is False or (rank != 0 and not logs.wandb_init_all_ranks):
+        return None
+    if logs.use_wandb is None and not wandb_key_found(logs.wandb_host):
+        return None
+    require("wandb", where="use_wandb")
+    if not wandb_offline() and not wandb_key_found(logs.wandb_host):
+        raise ConfigError(
+            f"use_wandb is set, but no key for {logs.wandb_host} was found",
+            where="use_wandb",
+            fix="run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline",
+        )
+    suffix = f"-rank{rank}" if rank else ""
+    return {
+        "id": ids["wandb"] + suffix,
+        "project": logs.wandb_project,
+        "group": logs.wandb_group,
+        "name": logs.wandb_run_name + suffix if logs.wandb_run_name else None,
+        "entity": logs.wandb_team,
+    }

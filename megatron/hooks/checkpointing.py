@@ -5,36 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from megatron import fault_injection
 from megatron.engine.base import Engine, StepResult
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.norms import Send as Report
+
+if TYPE_CHECKING:
+    from megatron.checkpoint.conversion.export import Exporter
+    from megatron.checkpoint.steps.upload import Uploader
+    from megatron.engine.checkpointer import Checkpointer
 
 FAILURES = "checkpoint_failures"
 """Column and metric: how many saves of this run have failed so far; there is none until one has."""
-
-
-class Checkpoints(Protocol):
-    """Writes checkpoints (engine/checkpointer.py). All ranks call each method together, except `abandon`."""
-
-    saved: int | None
-    failures: int
-    seconds: float | None
-
-    def save(self, iteration: int, samples: int, tokens: int, *, last: bool = False) -> None:
-        """Write one, or begin to. last: the run ends with it, so it is complete on return, or this raises."""
-
-    def poll(self) -> None:
-        """At a step boundary: publish one that was begun and is written by now."""
-
-    def finish(self, *, last: bool = False) -> None:
-        """Wait for one that was begun, and publish it."""
-
-    def abandon(self, error: BaseException) -> None:
-        """The run ends by an exception; must not raise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,26 +53,19 @@ def is_save_iteration(iteration: int, plan: SavePlan) -> bool:
     return any(math.floor(plan.factor**k) == iteration for k in range(max(0, near - 1), near + 2))
 
 
-class CheckpointHook(BaseHook):
+@dataclass(kw_only=True, eq=False)
+class CheckpointHook(Hook):
     """Saves by plan, and at the end what was not saved yet.
 
     report: takes numbers for the trackers and for a step's row
     took:   receives how many seconds the last checkpoint took, at every step
     """
 
-    def __init__(
-        self,
-        *,
-        plan: SavePlan,
-        checkpoints: Checkpoints,
-        report: Report | None = None,
-        took: Callable[[float], None] = lambda seconds: None,
-    ) -> None:
-        self.plan = plan
-        self.checkpoints = checkpoints
-        self._report = report
-        self._took = took
-        self._found = 0
+    plan: SavePlan
+    checkpoints: Checkpointer
+    report: Report | None = None
+    took: Callable[[float], None] = lambda seconds: None
+    _found: int = field(default=0, init=False)
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Save before the first step if asked to; where a run resumes, there is a checkpoint already."""
@@ -101,9 +79,9 @@ class CheckpointHook(BaseHook):
         if is_save_iteration(state.iteration, self.plan):
             self._save(state)
         self._tell_seconds()
-        if self.checkpoints.failures and self._report is not None:
+        if self.checkpoints.failures and self.report is not None:
             count = float(self.checkpoints.failures)
-            self._report({"checkpoint/failures": count}, {FAILURES: count})
+            self.report({"checkpoint/failures": count}, {FAILURES: count})
         return Verdict.CONTINUE
 
     def before_rollback(self, state: TrainState, engine: Engine) -> None:
@@ -133,10 +111,10 @@ class CheckpointHook(BaseHook):
 
     def _tell_seconds(self) -> None:
         if self.checkpoints.seconds is not None:
-            self._took(self.checkpoints.seconds)
+            self.took(self.checkpoints.seconds)
 
 
-class LockHook(BaseHook):
+class LockHook(Hook):
     """Ends a run whose folder another run has taken over. Asks at every step boundary, before anything is saved.
 
     check: raises when the folder is another run's by now
@@ -158,27 +136,15 @@ EARLY_S = 10.0
 """A run that was told to stop is started again and goes on with its uploads and exports then: it leaves within its time of grace."""
 
 
-class Worker(Protocol):
-    """Works in the background on the checkpoints that are there: uploads or exports them."""
-
-    failures: int
-
-    def start(self) -> None:
-        """Begin, also with what an earlier start left."""
-
-    def stop(self) -> None:
-        """Leave the rest to the next start."""
-
-
-class WorkerHook(BaseHook):
-    """Starts a worker with a run, counts its failures, and ends it. Stands behind the last save of a run.
+class WorkerHook(Hook):
+    """Starts uploads or exports of checkpoints with a run, counts their failures, and ends them. Stands behind the last save of a run.
 
     kind:   "upload" or "export"
     report: takes numbers for the trackers and for a step's row
     drain:  waits until everything is there, or until the next start has to do it
     """
 
-    def __init__(self, worker: Worker, kind: str, *, report: Report, drain: Callable[[], object]) -> None:
+    def __init__(self, worker: Uploader | Exporter, kind: str, *, report: Report, drain: Callable[[], object]) -> None:
         self.worker = worker
         self.kind = kind
         self.report = report

@@ -9,14 +9,14 @@ import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron.engine.base import Engine, StepResult
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.metrics import Interval, StepFlops
 from megatron.log import ROOT, get_logger
 from megatron.progress import MemoryLine, TrainingLine, format_memory, format_times, format_training
@@ -25,7 +25,7 @@ log = get_logger(__name__)
 _MIB = 1024.0 * 1024.0
 
 
-class ConsoleHook(BaseHook):
+class ConsoleHook(Hook):
     """Logs one training line every `log_interval` steps and the memory once.
 
     live: keep a progress bar with the time left beneath the lines (terminals only)
@@ -47,17 +47,8 @@ class ConsoleHook(BaseHook):
             return
         # Lines of the log are printed above the bar, which then draws itself again.
         self._open.enter_context(logging_redirect_tqdm(loggers=[logging.getLogger(ROOT)]))
-        self._bar = self._open.enter_context(
-            tqdm(
-                total=state.target,
-                initial=state.iteration,
-                file=self.stream or sys.stdout,
-                unit="it",
-                dynamic_ncols=True,
-                leave=False,
-                disable=False,
-            )
-        )
+        shown: dict[str, Any] = {"file": self.stream or sys.stdout, "unit": "it", "dynamic_ncols": True, "leave": False, "disable": False}
+        self._bar = self._open.enter_context(tqdm(total=state.target, initial=state.iteration, **shown))
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """Count the step; at the end of an interval, say how it went."""
@@ -106,13 +97,9 @@ class ConsoleHook(BaseHook):
 def memory(iterations: int, device: torch.device) -> MemoryLine:
     """Memory of `device` in MiB; on the CPU that of the process, where "allocated" and "reserved" are both its resident size."""
     if device.type == "cuda":
-        figures = (
-            torch.cuda.memory_allocated(device),
-            torch.cuda.max_memory_allocated(device),
-            torch.cuda.memory_reserved(device),
-            torch.cuda.max_memory_reserved(device),
-        )
-        return MemoryLine(iterations, *(value / _MIB for value in figures))
+        cuda = torch.cuda
+        figures = (cuda.memory_allocated, cuda.max_memory_allocated, cuda.memory_reserved, cuda.max_memory_reserved)
+        return MemoryLine(iterations, *(figure(device) / _MIB for figure in figures))
     # Linux counts in KiB, macOS in bytes.
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0) / _MIB
     resident = _resident() or highest

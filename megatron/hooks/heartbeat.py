@@ -4,15 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.engine.base import Engine, StepResult
-from megatron.hooks.base import BaseHook, Hook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.checkpointing import CheckpointHook, WorkerHook
 from megatron.hooks.validation import ValidationHook
 from megatron.launch.heartbeat import EVALUATE, SAVE, STEP, Pulse
 
 
-class Phased:
+def _in_phase(name: str) -> Any:
+    def call(self: Phased, *given: Any) -> Any:
+        with self.pulse.during(self.phase):
+            return getattr(self.hook, name)(*given)
+
+    return call
+
+
+class Phased(Hook):
     """A hook during which the rank is in a phase."""
 
     def __init__(self, hook: Hook, pulse: Pulse, phase: str) -> None:
@@ -20,37 +29,18 @@ class Phased:
         self.pulse = pulse
         self.phase = phase
 
-    def on_start(self, state: TrainState, engine: Engine) -> None:
-        """The hook's own."""
-        with self.pulse.during(self.phase):
-            self.hook.on_start(state, engine)
-
-    def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
-        """The hook's own."""
-        with self.pulse.during(self.phase):
-            return self.hook.after_step(state, result, engine)
-
-    def on_stop(self, state: TrainState, engine: Engine) -> None:
-        """The hook's own."""
-        with self.pulse.during(self.phase):
-            self.hook.on_stop(state, engine)
-
-    def before_rollback(self, state: TrainState, engine: Engine) -> None:
-        """The hook's own."""
-        with self.pulse.during(self.phase):
-            self.hook.before_rollback(state, engine)
-
-    def after_rollback(self, state: TrainState, engine: Engine) -> None:
-        """The hook's own."""
-        with self.pulse.during(self.phase):
-            self.hook.after_rollback(state, engine)
+    on_start = _in_phase("on_start")
+    after_step = _in_phase("after_step")
+    on_stop = _in_phase("on_stop")
+    before_rollback = _in_phase("before_rollback")
+    after_rollback = _in_phase("after_rollback")
 
     def on_error(self, state: TrainState, error: BaseException) -> None:
         """The hook's own."""
         self.hook.on_error(state, error)
 
 
-class FirstHook(BaseHook):
+class FirstHook(Hook):
     """Stands before all others: a step has ended."""
 
     def __init__(self, pulse: Pulse) -> None:
@@ -62,7 +52,7 @@ class FirstHook(BaseHook):
         return Verdict.CONTINUE
 
 
-class LastHook(BaseHook):
+class LastHook(Hook):
     """Stands after all others: the next step begins."""
 
     def __init__(self, pulse: Pulse) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every step's numbers to `metrics.jsonl` and to the trackers."""
+"""Every step's numbers to `metrics.jsonl` and to the trackers, and throughput: samples, tokens and FLOPs per second."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.engine.base import Engine, StepResult
-from megatron.hooks.base import BaseHook, TrainState, Verdict
-from megatron.hooks.trackers.sinks import Guarded, Opener
+from megatron.hooks.base import Hook, TrainState, Verdict
+from megatron.hooks.trackers import Guarded, Opener
 from megatron.log import get_logger
 
 log = get_logger(__name__)
 
 
-class MetricsHook(BaseHook):
+class MetricsHook(Hook):
     """Writes a row each step, rates every `log_interval` steps, and evaluations through `report`.
 
     file:    metrics.jsonl; None = there is no place for it
@@ -109,7 +109,7 @@ class MetricsHook(BaseHook):
         return row
 
 
-class ClosingHook(BaseHook):
+class ClosingHook(Hook):
     """Stands last in the list: closes the metrics after the final evaluation has reported."""
 
     def __init__(self, metrics: MetricsHook) -> None:

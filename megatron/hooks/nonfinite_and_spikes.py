@@ -13,7 +13,7 @@ from typing import Any
 from megatron.data.loader import Skipped
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import DivergenceError, TrainingError
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.norms import Send
 from megatron.log import get_logger
 
@@ -26,6 +26,8 @@ ENOUGH_LOSSES = 10
 """A median of fewer losses (or of fewer than the window, if that is smaller) decides nothing."""
 
 _FIX = "resume from a checkpoint with a lower lr, a longer warmup or a smaller gradient_clipping, and look at the data of these samples"
+
+_COUNTS = ("skipped_nonfinite", "in_a_row", "rollbacks")
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -91,17 +93,16 @@ class Record:
     def of(cls, kept: Mapping[str, Any]) -> Record:
         """The one that a checkpoint kept, or a new one."""
         found = kept.get(NUMBERS) or {}
+        counts: dict[str, Any] = {name: int(found.get(name, 0)) for name in _COUNTS}
         return cls(
-            skipped_nonfinite=int(found.get("skipped_nonfinite", 0)),
-            in_a_row=int(found.get("in_a_row", 0)),
-            rollbacks=int(found.get("rollbacks", 0)),
+            **counts,
             skipped=Skipped().with_ranges((int(start), int(end)) for start, end in found.get("skipped_samples", ())),
             losses=[(int(iteration), float(loss)) for iteration, loss in found.get("losses", ())],
         )
 
     def kept(self) -> dict[str, Any]:
         """What checkpoints keep."""
-        numbers = {"skipped_nonfinite": self.skipped_nonfinite, "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
+        numbers = {name: getattr(self, name) for name in _COUNTS}
         return {NUMBERS: {**numbers, "skipped_samples": [list(pair) for pair in self.skipped.ranges], "losses": list(self.losses)}}
 
     def went_back(self, iteration: int) -> None:
@@ -113,7 +114,7 @@ class Record:
         self.in_a_row, self.wanted = 0, None
 
 
-class NumbersHook(BaseHook):
+class NumbersHook(Hook):
     """Judges every step. Stands before the metrics, so that its counts are in the step's row; ActingHook does what it has found.
 
     any_rank: "true on any rank?", the same answer on every rank
@@ -222,7 +223,7 @@ class NumbersHook(BaseHook):
         return f"{what}, {where}: going back"
 
 
-class ActingHook(BaseHook):
+class ActingHook(Hook):
     """Does what a NumbersHook has found, when the step's row is written. Stands before the checkpoint, so that no such state is saved."""
 
     def __init__(self, numbers: NumbersHook) -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of every parameter, its gradient and its optimizer state, and the share of zero gradients."""
+"""What is measured of gradients and weights: norms of every parameter, its gradient and its optimizer state, the share of zero gradients,
+and the gradient noise scale: the batch size beyond which larger batches hardly help (McCandlish et al., arXiv 1812.06162).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from megatron.deepspeed_private import entries_of, is_tied_again
 from megatron.engine.base import Engine, LocalShards, StepResult
 from megatron.engine.deepspeed_mpu import counted_here
 from megatron.errors import ConfigError, TrainingError
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.mpu.collectives import of_all_ranks
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.sharding import Split, Summed, sharding_of
@@ -48,7 +50,7 @@ class NormsPlan:
 PARAMETERS, GRADIENTS, ZEROS, STATES = "parameter_norms", "gradient_norms", "pct_grad_zeros", "optimizer_state_norms"
 
 
-class NormsHook(BaseHook):
+class NormsHook(Hook):
     """Measures on every rank, each rank its shards; one sum over the ranks that share them and one transfer to the host per step.
 
     Trackers get one number per parameter, the row of metrics.jsonl one per kind: the norm over all parameters, or the share
@@ -210,7 +212,7 @@ def noise_terms(*, small_square: float, big_square: float, small: float, big: fl
     return NoiseTerms(signal, noise)
 
 
-class NoiseScaleHook(BaseHook):
+class NoiseScaleHook(Hook):
     """Reports noise / signal, in samples, from the gradients of the micro batches and of the whole batch.
 
     Each backward pass shows its own gradient to hooks of the parameters, so that no copy of a gradient is kept.

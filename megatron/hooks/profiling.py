@@ -11,23 +11,22 @@ from torch.profiler import ProfilerActivity, profile
 from megatron.atomic_io import atomic_path
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import ConfigError
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.log import get_logger
 
 log = get_logger(__name__)
 
 
-class ProfilingHook(BaseHook):
+class ProfilingHook(Hook):
     """Profiles the steps after iteration `start` up to and with iteration `stop`.
 
-    directory: receives `trace_rank<r>_iterations<start>-<stop>.json`, for chrome://tracing or Perfetto
+    directory: receives `trace_rank0_iterations<start>-<stop>.json`, for chrome://tracing or Perfetto
     """
 
-    def __init__(self, *, start: int, stop: int, directory: Path, rank: int = 0) -> None:
+    def __init__(self, *, start: int, stop: int, directory: Path) -> None:
         self.start = start
         self.stop = stop
         self.directory = directory
-        self.rank = rank
         self._profiler: profile | None = None
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
@@ -57,7 +56,7 @@ class ProfilingHook(BaseHook):
             return
         self._profiler.stop()
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"trace_rank{self.rank}_iterations{self.start}-{self.stop}.json"
+        path = self.directory / f"trace_rank0_iterations{self.start}-{self.stop}.json"
         with atomic_path(path, durable=False, suffix=".json") as aside:
             self._profiler.export_chrome_trace(str(aside))
         self._profiler = None
@@ -68,15 +67,15 @@ ENTRIES = 100_000
 """Allocations and frees that are kept: the latest so many."""
 
 
-class MemoryHook(BaseHook):
+class MemoryHook(Hook):
     """Records from the start; writes a snapshot after iteration `stop`, at the end of a shorter run, or when the run fails.
 
-    directory: receives `mem_snapshot_rank<r>.pickle`
+    directory: receives `mem_snapshot_rank0.pickle`
     """
 
-    def __init__(self, *, stop: int, directory: Path, rank: int = 0) -> None:
+    def __init__(self, *, stop: int, directory: Path) -> None:
         self.stop = stop
-        self.path = directory / f"mem_snapshot_rank{rank}.pickle"
+        self.path = directory / "mem_snapshot_rank0.pickle"
         self._recording = False
 
     def on_start(self, state: TrainState, engine: Engine) -> None:

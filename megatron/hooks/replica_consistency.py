@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a run whose ranks no longer hold the same weights where they should. How that is seen, engine/replica_consistency.py says."""
+"""Ends a run whose ranks no longer hold the same weights where they should, by a checksum over their bits.
+
+What it sees is what ranks compute with, at the moment it looks. Where ranks keep copies of their own (float32 without ZeRO), a copy that
+went astray stays so and is found at the next look, however it came about. With ZeRO 1 and 2, and with bfloat16, each update hands out
+all weights anew from master weights of which every entry lies on one rank. There a look sees what went wrong since the last update began
+to hand out; an older fault in a copy has been overwritten, though not what it did to gradients, and a fault in the master weights is the
+same everywhere.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import TrainingError
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.log import get_logger
 from megatron.mpu.collectives import any_rank, of_all_ranks
 from megatron.mpu.comm import all_reduce
@@ -23,7 +30,7 @@ log = get_logger(__name__)
 _MOST = 8
 
 
-class ReplicaHook(BaseHook):
+class ReplicaHook(Hook):
     """Looks every `interval` steps, right after the update. Must stand before what saves."""
 
     def __init__(self, *, interval: int) -> None:

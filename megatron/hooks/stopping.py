@@ -14,7 +14,7 @@ from typing import TypeVar
 from megatron import fault_injection
 from megatron.engine.base import Engine, StepResult
 from megatron.errors import ConfigError, ExitStatus, NoTimeError
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.log import get_logger
 from megatron.progress import format_exit
 
@@ -87,7 +87,7 @@ class StopRequest:
         return self.wall.reason()
 
 
-class StopHook(BaseHook):
+class StopHook(Hook):
     """Answers STOP at a step boundary on which all ranks agree. Must be the last hook that acts on steps.
 
     exit_interval: stop after iterations that are a multiple of it; such an end is no early one

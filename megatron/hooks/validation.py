@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron.data.batch import Batch
 from megatron.engine.base import Engine, StepResult
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.log import get_logger
 from megatron.mpu.comm import all_reduce
 from megatron.mpu.groups import Group
@@ -23,7 +24,8 @@ Evaluate = Callable[[str, int], Mapping[str, float] | None]
 Report = Callable[[str, TrainState, Mapping[str, float]], None]
 
 
-class ValidationHook(BaseHook):
+@dataclass(kw_only=True, eq=False)
+class ValidationHook(Hook):
     """Evaluates every `interval` steps, and after the last step on both splits.
 
     interval: steps between passes; 0 = only at the end
@@ -31,25 +33,14 @@ class ValidationHook(BaseHook):
     report:   who else wants the results (split, state, metrics)
     """
 
-    def __init__(
-        self,
-        *,
-        evaluate: Evaluate,
-        interval: int,
-        iters: int,
-        valid: bool,
-        test: bool,
-        at_start: bool = True,
-        report: Report | None = None,
-    ) -> None:
-        self.evaluate = evaluate
-        self.interval = interval
-        self.iters = iters
-        self.valid = valid
-        self.test = test
-        self.at_start = at_start
-        self.report = report
-        self._last: tuple[int, Mapping[str, float]] | None = None
+    evaluate: Evaluate
+    interval: int
+    iters: int
+    valid: bool
+    test: bool
+    at_start: bool = True
+    report: Report | None = None
+    _last: tuple[int, Mapping[str, float]] | None = field(default=None, init=False)
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """Validate the model as it was initialised or loaded."""

@@ -13,7 +13,8 @@ import torch
 
 from megatron import deepspeed_private as private
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.distributed import Rendezvous, start
+from megatron.engine.distributed import start
+from megatron.launch.environment import Rendezvous
 from megatron.optim.schedules import Decay, LRScheduler, ScheduleSpec
 from support.dist import run_distributed
 from support.tree import ROOT, relative

@@ -51,7 +51,7 @@ class Run:
         from megatron.checkpoint.build import CheckpointSource, Take, compared_args
         from megatron.data.build import build_data
         from megatron.engine.build import build_engine, join_job
-        from megatron.engine.restore import TrainPosition, resume_everything, resume_position
+        from megatron.engine.restore import TrainPosition, resume
         from megatron.neox_arguments import NeoXArgs
         from megatron.objectives.build import build_objective
 
@@ -66,11 +66,7 @@ class Run:
         self.compared = compared_args(self.args)
         position = TrainPosition()
         if source is not None:
-            common = {"compared": self.compared, "batch_size": 4, "rng": True}
-            if optimizer:
-                position = resume_everything(self.engine, source, self.spec, **common)
-            else:
-                position = resume_position(self.engine, source, **common)
+            position = resume(self.engine, source, self.spec if optimizer else None, compared=self.compared, batch_size=4, rng=True)
         self.samples = position.samples
         self.batches = data.train.batches(self.objective.collate, start_sample=position.samples)
 

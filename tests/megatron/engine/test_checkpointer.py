@@ -68,9 +68,9 @@ def broken(monkeypatch: pytest.MonkeyPatch, site: str = "write") -> Callable[[bo
 
 
 def test_what_a_manifest_says(tmp_path: Path) -> None:
-    origin = {"run_id": "r1", "layout": {"tensor": 1}, "code_version": "1+gabc", "config": {"lr": 0.1}, "fingerprint": {"train": "f"}}
+    origin = {"run_id": "r1", "layout": {"tensor": 1}, "code_version": "1+gabc", "config": {"lr": 0.1}, "data": {"train": "f"}}
     told: list[Path] = []
-    saves = saver(tmp_path, published=told.append, **origin)
+    saves = saver(tmp_path, published=told.append, about=origin)
     saves.save(3, 12, 96)
     folder = tmp_path / "global_step3"
     manifest = read_manifest(folder)
@@ -155,10 +155,10 @@ def test_a_failed_last_save_is_an_error_at_once(tmp_path: Path, monkeypatch: pyt
 def test_a_step_saved_again_keeps_the_old_one_until_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     switch = broken(monkeypatch)
     switch(False)
-    saves = saver(tmp_path, run_id="old")
+    saves = saver(tmp_path, about={"run_id": "old"})
     saves.save(1, 1, 1)
     switch(True)
-    again = saver(tmp_path, run_id="new")
+    again = saver(tmp_path, about={"run_id": "new"})
     again.save(1, 1, 1)
     found = read_manifest(tmp_path / "global_step1")
     assert again.failures == 1 and found is not None and found.run_id == "old" and whole(tmp_path) == [1]
@@ -189,9 +189,10 @@ def test_a_run_that_ends_by_an_exception(tmp_path: Path, slow: threading.Event, 
 def digests(folder: Path, background: bool, zero: int, rank: int, world: int) -> dict[str, Entry]:
     """What a DeepSpeed engine's files hold, by name."""
     from megatron.engine.deepspeed_runner import Runner
-    from megatron.engine.distributed import Rendezvous, start
+    from megatron.engine.distributed import start
     from megatron.engine.engine import TrainEngine
     from megatron.engine.micro_batches import Timers
+    from megatron.launch.environment import Rendezvous
     from megatron.mpu.context import ContextPlan
     from megatron.optim.schedules import Decay, LRScheduler, ScheduleSpec
 

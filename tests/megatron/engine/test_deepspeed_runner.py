@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron.engine.deepspeed_runner import Runner
-from megatron.engine.distributed import Rendezvous, start
+from megatron.engine.distributed import start
+from megatron.launch.environment import Rendezvous
 from megatron.optim.schedules import Decay, LRScheduler, ScheduleSpec
 
 ZERO_1 = {"zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}

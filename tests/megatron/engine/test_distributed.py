@@ -37,8 +37,8 @@ def test_a_port_in_use_is_no_lost_rank() -> None:
 
 
 def test_each_start_gives_a_place() -> None:
-    from megatron.engine.distributed import Rendezvous, rendezvous_from
+    from megatron.launch.environment import Rendezvous, place_from
 
-    assert rendezvous_from({}) == Rendezvous()
-    found = rendezvous_from({"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[7-8]"})
+    assert place_from({}) == Rendezvous()
+    found = place_from({"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[7-8]"})
     assert (found.rank, found.local_rank, found.world_size, found.master_addr) == (1, 1, 2, "n7")

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from megatron.errors import ConfigError, TrainingError
 from megatron.hooks import checkpointing
-from megatron.hooks.base import BaseHook, TrainState, Verdict
+from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.build import RunParts, assemble
 from megatron.hooks.checkpointing import CheckpointHook, SavePlan, is_save_iteration
 from megatron.hooks.profiling import ProfilingHook
 from megatron.hooks.stopping import Limits, StopHook, StopRequest, WallClock
-from megatron.hooks.trackers.build import tracker_ids
+from megatron.hooks.trackers import tracker_ids
 from megatron.hooks.validation import ValidationHook
 from megatron.launch.signals import noting_signals
 from megatron.log import setup_logging
@@ -32,7 +32,7 @@ from support.fake_engine import FakeCheckpoints, FakeEngine, drive, result
 from tests.support.log_lines import parse_evaluation, parse_exit
 
 
-def saves(plan: SavePlan, steps: int, start: int = 0, extra: BaseHook | None = None) -> list[int]:
+def saves(plan: SavePlan, steps: int, start: int = 0, extra: Hook | None = None) -> list[int]:
     kept = FakeCheckpoints()
     drive([CheckpointHook(plan=plan, checkpoints=kept), *([extra] if extra else [])], [result()] * steps, start=start)
     return kept.steps
@@ -102,7 +102,7 @@ def test_the_block_is_three_lines() -> None:
     assert rule == end == "-" * (len(line) + 1)
 
 
-class Signalled(BaseHook):
+class Signalled(Hook):
     """Sends this process a signal in a given step."""
 
     def __init__(self, number: int, at: int) -> None:

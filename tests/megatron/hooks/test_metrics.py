@@ -13,13 +13,11 @@ import pytest
 
 from megatron.errors import BackendError
 from megatron.hooks.metrics import ClosingHook, MetricsFile, MetricsHook, StepFlops, step_values
-from megatron.hooks.trackers.sinks import (
+from megatron.hooks.trackers import (
     CometSink,
-    CometSpec,
     Guarded,
     TensorBoardSink,
     WandbSink,
-    WandbSpec,
     require,
     wandb_key_found,
 )
@@ -147,8 +145,8 @@ def test_wandb_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_DIR", raising=False)
-    spec = WandbSpec(run_id="abc123", project="neox", group="g", name="n", directory=tmp_path)
-    sink = WandbSink(spec, config={"hidden_size": 64})
+    run = {"id": "abc123", "project": "neox", "group": "g", "name": "n"}
+    sink = WandbSink(run, config={"hidden_size": 64}, directory=tmp_path)
     sink.write({"train/lm_loss": 2.5}, 1)
     sink.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
@@ -162,9 +160,8 @@ def test_comet_offline_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for resumed, name in ((False, "first"), (True, "second")):
         folder = tmp_path / name
         key = "0123456789abcdef0123456789abcdef0123"
-        sink = CometSink(
-            CometSpec(key=key, resumed=resumed, project="p", workspace="w", name="n", tags=("t",), directory=folder), config={"a": 1}
-        )
+        experiment = {"previous_experiment": key} if resumed else {"experiment_key": key, "project_name": "p", "workspace": "w"}
+        sink = CometSink(experiment, config={"a": 1}, name="n", tags=("t",), directory=folder)
         sink.write({"train/lm_loss": 2.5}, 1)
         sink.close()
         (archive,) = folder.glob("*.zip")

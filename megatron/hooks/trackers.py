@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard, Weights & Biases and Comet behind one protocol."""
+"""TensorBoard, Weights & Biases and Comet behind one protocol, and the ids of a run at them."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
+from uuid import uuid4
 
 from megatron.errors import BackendError
 from megatron.log import get_logger
@@ -19,6 +19,17 @@ from megatron.secrets import redact
 log = get_logger(__name__)
 
 _EXTRAS = MappingProxyType({"wandb": "wandb", "comet_ml": "comet", "tensorboard": "dev"})
+
+
+KEPT = "tracker_ids"
+"""Key under which checkpoints keep the ids."""
+
+
+def tracker_ids(kept: Mapping[str, object]) -> dict[str, str]:
+    """Ids of the run at its trackers: those kept in the checkpoint it resumed from, else new ones."""
+    saved = kept.get(KEPT)
+    known = {str(key): str(value) for key, value in saved.items()} if isinstance(saved, Mapping) else {}
+    return {"wandb": uuid4().hex[:8], "comet": uuid4().hex, **known}
 
 
 class Sink(Protocol):
@@ -44,26 +55,21 @@ class Guarded:
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         """Record, or drop the sink."""
-        if self._sink is None:
-            return
-        try:
-            self._sink.write(values, step)
-        except Exception as error:  # a tracker's failure, whatever it is, must not end a training run
-            self._drop(error)
+        self._attempt(lambda sink: sink.write(values, step))
 
     def close(self, *, failed: bool = False) -> None:
         """Close, or say why not."""
+        self._attempt(lambda sink: sink.close(failed=failed))
+        self._sink = None
+
+    def _attempt(self, act: Callable[[Sink], None]) -> None:
         if self._sink is None:
             return
         try:
-            self._sink.close(failed=failed)
-        except Exception as error:  # as above
-            self._drop(error)
-        self._sink = None
-
-    def _drop(self, error: Exception) -> None:
-        log.warning(f"{self.name} failed and gets no more metrics from this run (metrics.jsonl goes on): {redact(repr(error))}")
-        self._sink = None
+            act(self._sink)
+        except Exception as error:  # a tracker's failure, whatever it is, must not end a training run
+            log.warning(f"{self.name} failed and gets no more metrics from this run (metrics.jsonl goes on): {redact(repr(error))}")
+            self._sink = None
 
 
 def require(package: str, *, where: str) -> None:
@@ -97,39 +103,27 @@ class TensorBoardSink:
         self._writer.close()
 
 
-@dataclass(frozen=True, kw_only=True)
-class WandbSpec:
-    """A W&B run. `run_id` is kept in checkpoints so that a resumed run goes on in the same run."""
-
-    run_id: str
-    project: str
-    group: str | None = None
-    name: str | None = None
-    team: str | None = None
-    host: str | None = None
-    directory: Path | None = None
-
-
 class WandbSink:
-    """A W&B run, online or (WANDB_MODE=offline) in a local folder."""
+    """A W&B run, online or (WANDB_MODE=offline) in a local folder.
 
-    def __init__(self, spec: WandbSpec, *, config: Mapping[str, Any]) -> None:
+    run: what `wandb.init` is told of it; its `id` is kept in checkpoints so that a resumed run goes on in the same run
+    """
+
+    def __init__(
+        self, run: Mapping[str, Any], *, config: Mapping[str, Any], host: str | None = None, directory: Path | None = None
+    ) -> None:
         import wandb
 
         settings: dict[str, Any] = {"save_code": False}
-        if spec.host and "WANDB_BASE_URL" not in os.environ:
-            settings["base_url"] = spec.host
-        if spec.directory is not None:
-            spec.directory.mkdir(parents=True, exist_ok=True)
+        if host and "WANDB_BASE_URL" not in os.environ:
+            settings["base_url"] = host
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
         self._teardown: Any = wandb.teardown
         self._run: Any = wandb.init(
-            id=spec.run_id,
+            **run,
             resume="allow",
-            project=spec.project,
-            group=spec.group,
-            name=spec.name,
-            entity=spec.team,
-            dir=None if "WANDB_DIR" in os.environ or spec.directory is None else str(spec.directory),
+            dir=None if "WANDB_DIR" in os.environ or directory is None else str(directory),
             config=dict(config),
             allow_val_change=True,
             settings=wandb.Settings(**settings),
@@ -160,42 +154,38 @@ def wandb_key_found(host: str) -> bool:
     return netrc.is_file() and name in netrc.read_text(encoding="utf-8", errors="replace").split()
 
 
-@dataclass(frozen=True, kw_only=True)
-class CometSpec:
-    """A Comet experiment. `key` is kept in checkpoints; `resumed` tells whether it exists already."""
-
-    key: str
-    resumed: bool
-    workspace: str | None = None
-    project: str | None = None
-    name: str | None = None
-    tags: tuple[str, ...] = ()
-    others: Mapping[str, Any] = field(default_factory=dict)
-    directory: Path | None = None
-
-
 class CometSink:
-    """A Comet experiment; without COMET_API_KEY an offline one, as an archive in `directory`."""
+    """A Comet experiment; without COMET_API_KEY an offline one, as an archive in `directory`.
 
-    def __init__(self, spec: CometSpec, *, config: Mapping[str, Any]) -> None:
+    experiment: what Comet's class is told of it; with `previous_experiment` it exists already
+    others:     names and values that Comet shows beside the configuration
+    """
+
+    def __init__(
+        self,
+        experiment: Mapping[str, Any],
+        *,
+        config: Mapping[str, Any],
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        others: Mapping[str, Any] | None = None,
+        directory: Path | None = None,
+    ) -> None:
         import comet_ml
 
         online = bool(os.environ.get("COMET_API_KEY"))
-        kind = ("Existing" if spec.resumed else "") + ("" if online else "Offline") + "Experiment"
-        kwargs: dict[str, Any] = {"previous_experiment" if spec.resumed else "experiment_key": spec.key}
-        kwargs.update(log_code=False, log_git_patch=False, auto_metric_logging=False)
-        if not online and spec.directory is not None:
-            spec.directory.mkdir(parents=True, exist_ok=True)
-            kwargs["offline_directory"] = str(spec.directory)
-        if not spec.resumed:
-            kwargs.update(workspace=spec.workspace, project_name=spec.project)
+        kind = ("Existing" if "previous_experiment" in experiment else "") + ("" if online else "Offline") + "Experiment"
+        kwargs: dict[str, Any] = {**experiment, "log_code": False, "log_git_patch": False, "auto_metric_logging": False}
+        if not online and directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            kwargs["offline_directory"] = str(directory)
         self._experiment: Any = getattr(comet_ml, kind)(**kwargs)
-        if spec.name:
-            self._experiment.set_name(spec.name)
-        if spec.tags:
-            self._experiment.add_tags(list(spec.tags))
-        if spec.others:
-            self._experiment.log_others(dict(spec.others))
+        if name:
+            self._experiment.set_name(name)
+        if tags:
+            self._experiment.add_tags(list(tags))
+        if others:
+            self._experiment.log_others(dict(others))
         self._experiment.log_parameters({key: json.dumps(value, default=str) for key, value in config.items()})
 
     def write(self, values: Mapping[str, float], step: int) -> None:
