@@ -124,7 +124,7 @@ _PLAN = _read(os.environ[PLAN]) if os.environ.get(PLAN) else _Plan([])
 
 def planned() -> bool:
     """Whether there is a plan at all."""
-    return bool(_PLAN.faults)
+    return bool(os.environ.get(PLAN))
 
 
 def begin_step(number: int) -> None:
