@@ -37,7 +37,6 @@ GRACE_S = 15.0
 
 SHARED = (
     "repo",
-    "megatron/data",
     "megatron/hub",
     "megatron/launch",
     "megatron/neox_arguments",
@@ -45,7 +44,10 @@ SHARED = (
     "megatron/test_progress.py",
     "megatron/test_tool_flags.py",
 )
-"""Rooms and files under tests/ that need no torch: their tests share the process that collects them. Every other test is forked."""
+"""Rooms and files under tests/ whose tests share the process that collects them. Every other test is forked."""
+
+THREADED = ("torch", "tokenizers", "gigatoken", "pyarrow")
+"""Libraries with pools of threads, not to be imported by a test that shares its process: a fork of it would wait for threads that are gone."""
 
 FORK = pytest.mark.forked
 HERE = Path(__file__).resolve().parent
@@ -56,7 +58,7 @@ STDERR_FD = pytest.StashKey[int]()
 SERVER = pytest.StashKey[contextlib.ExitStack]()
 PRELOADED = pytest.StashKey[bool]()
 LOG = pytest.StashKey[tuple[list[logging.Handler], int, bool]]()
-BEFORE = pytest.StashKey[tuple[bool, str, dict[str, str]]]()
+BEFORE = pytest.StashKey[tuple[set[str], str, dict[str, str]]]()
 NO_REASON = ("", "Skipped", "Skipped: ", "unconditional skip")
 ISSUE = re.compile(r"#\d+")
 
@@ -163,9 +165,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     return result
 
 
-def _shared_state() -> tuple[bool, str, dict[str, str]]:
+def _shared_state() -> tuple[set[str], str, dict[str, str]]:
     environ = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return "torch" in sys.modules, os.getcwd(), environ
+    return {name for name in THREADED if name in sys.modules}, os.getcwd(), environ
 
 
 def _log_state() -> tuple[list[logging.Handler], int, bool]:
@@ -174,9 +176,9 @@ def _log_state() -> tuple[list[logging.Handler], int, bool]:
 
 
 def _restore(item: pytest.Item) -> None:
-    """Folder, environment and log as they were before the test; importing torch is refused, for a fork does not survive its threads."""
-    had_torch, folder, environ = item.stash[BEFORE]
-    has_torch, now_folder, now_environ = _shared_state()
+    """Folder, environment and log as they were before the test; libraries are refused whose threads a later fork would not survive."""
+    modules, folder, environ = item.stash[BEFORE]
+    now_modules, now_folder, now_environ = _shared_state()
     logger = logging.getLogger("megatron")
     logger.handlers[:], level, logger.propagate = item.stash[LOG]
     logger.setLevel(level)
@@ -185,8 +187,8 @@ def _restore(item: pytest.Item) -> None:
     if now_environ != environ:
         os.environ.clear()
         os.environ.update(environ)
-    if has_torch and not had_torch:
-        raise AssertionError(f"this test imports torch: take its file out of SHARED in {__file__}")
+    if now_modules > modules:
+        raise AssertionError(f"this test imports {sorted(now_modules - modules)}: take its file out of SHARED in {__file__}")
 
 
 def _need_cuda() -> None:

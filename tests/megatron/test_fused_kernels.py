@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron.errors import BackendError
-from megatron.fused_kernels import available
+from megatron.fused_kernels.available import available
 
 
 def test_reasons() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.errors import BackendError
-from megatron.fused_kernels import available
+from megatron.fused_kernels.available import available
 from megatron.model.attention.inputs import AttentionInputs, needs_no_mask
 from megatron.model.spec import AttentionSpec, BackendName
 from megatron.mpu.random import drop_by_head, seeded

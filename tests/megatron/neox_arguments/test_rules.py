@@ -151,6 +151,7 @@ def test_missing_and_clashing_keys_are_named(extra, keys):
     assert keys <= {key for problem in caught.value.problems for key in problem.keys}
 
 
+@pytest.mark.forked  # asks the model, which needs torch
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_sequences_are_refused_where_the_model_could_not_cut_them(sequence_parallel):
     """The rule and `mpu.context`, which do not know each other, choose the same form and the same lengths."""
