@@ -47,7 +47,7 @@ SHARED = (
 """Rooms and files under tests/ whose tests share the process that collects them. Every other test is forked."""
 
 THREADED = ("torch", "tokenizers", "gigatoken", "pyarrow")
-"""Libraries with pools of threads, not to be imported by a test that shares its process: a fork of it would wait for threads that are gone."""
+"""Libraries with pools of threads, not for a test that shares its process: what is forked later would wait for threads that are gone."""
 
 FORK = pytest.mark.forked
 HERE = Path(__file__).resolve().parent
