@@ -34,7 +34,7 @@ from megatron.hooks.heartbeat import watched
 from megatron.hooks.nonfinite_and_spikes import Record
 from megatron.hooks.stopping import StopRequest
 from megatron.hooks.validation import PER_CHARACTER, Characters, Evaluate
-from megatron.launch.heartbeat import FOLDER, LOAD, Pulse
+from megatron.launch.heartbeat import FOLDER, LOAD, RankProgress
 from megatron.launch.rank_events import claimed
 from megatron.launch.signals import noting_signals
 from megatron.launch.watchdog import WatchPlan, watching
@@ -76,8 +76,8 @@ def _pretrain(args: NeoXArgs, received: Sequence[int]) -> TrainState:
     groups, device = join_job(args)
     fault_injection.point("set-up")
     stop = build_stop(args, received, lambda flag: any_rank(flag, groups.world, device))
-    with own_folder(args, groups.world) as check_owner, watching(watch_plan(args, groups.world)) as pulse:
-        return run(args, groups, device, stop, check_owner, pulse)
+    with own_folder(args, groups.world) as check_owner, watching(watch_plan(args, groups.world)) as progress:
+        return run(args, groups, device, stop, check_owner, progress)
 
 
 def watch_plan(args: NeoXArgs, world: Group) -> WatchPlan:
@@ -94,13 +94,13 @@ def watch_plan(args: NeoXArgs, world: Group) -> WatchPlan:
 
 
 def run(
-    args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest, check_owner: Callable[[], None], pulse: Pulse
+    args: NeoXArgs, groups: Groups, device: torch.device, stop: StopRequest, check_owner: Callable[[], None], progress: RankProgress
 ) -> TrainState:
     """Build the parts and train, as one of `groups`.
 
     stop:        whether the run is to stop early
     check_owner: raises when the folder that is saved to is another run's by now
-    pulse:       is told what this rank is doing
+    progress:       is told what this rank is doing
     """
     tokenizer = build_tokenizer(args)
     args = with_vocabulary(args, tokenizer)
@@ -111,7 +111,7 @@ def run(
         args = args.replace(train_iters=data.train_iters, train_epochs=None)
     source = choose_source(args, groups.world)
     make_place(args)
-    with pulse.during(LOAD):
+    with progress.during(LOAD):
         engine, spec = build_engine(args, source, groups, device)
         position = as_before(args, source, take_up(args, source, engine, spec), objective.streams, groups.world)
         check_forward(args, source, engine, spec)
@@ -132,7 +132,7 @@ def run(
         steps = in_steps(batches, required(args.run.gradient_accumulation_steps, "gradient_accumulation_steps"))
         return engine.timers.over("batch generator", steps)
 
-    end = train(engine, steps_from, objective, watched(hooks, pulse), state, rolling_back(args, engine, spec, record))
+    end = train(engine, steps_from, objective, watched(hooks, progress), state, rolling_back(args, engine, spec, record))
     return replace(end, status=stop.status(kept=bool(args.checkpoint.save) and end.iteration > position.iteration))
 
 

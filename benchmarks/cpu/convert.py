@@ -73,7 +73,7 @@ def make_model(folder: Path, fields: dict[str, Any]) -> tuple[int, int]:
     from megatron.checkpoint.loading.merge_tp import shapes_of
     from megatron.checkpoint.mapping.families import family_of, neox_keys
     from megatron.checkpoint.mapping.rows import bound_rows
-    from megatron.model.build import build_spec
+    from megatron.model.build_spec import build_spec
     from megatron.neox_arguments import NeoXArgs
 
     family = family_of(fields)

@@ -24,7 +24,7 @@ from megatron.checkpoint.steps.step_dirs import named_step, recover
 from megatron.checkpoint.steps.upload import Uploader
 from megatron.hub.s3 import Address, open_client, require_boto3
 from megatron.log import get_logger
-from megatron.model.build import build_spec, mlp_convention_of
+from megatron.model.build_spec import build_spec, mlp_convention_of
 from megatron.model.spec import ModelSpec
 from megatron.mpu.collectives import on_first_rank
 from megatron.mpu.groups import Group

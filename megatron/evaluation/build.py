@@ -15,30 +15,22 @@ from megatron import fault_injection
 from megatron.atomic_io import write_durably
 from megatron.data.batch import Batch
 from megatron.data.build import build_data
-from megatron.engine.distributed import choose_device
 from megatron.engine.loss_normalization import Evaluation, contexts, part_of, targets_of
 from megatron.errors import ConfigError, StoppedError, required
-from megatron.evaluation.coordinates import Size, Subject, measure
 from megatron.generation.build import joined, load_model
 from megatron.generation.modes import first_signal
 from megatron.hooks.validation import PER_CHARACTER, Characters, with_perplexity
 from megatron.launch.signals import noting_signals
 from megatron.log import get_logger
-from megatron.model.build import build_transformer
 from megatron.model.transformer import Transformer
 from megatron.mpu.collectives import barrier
 from megatron.mpu.groups import Groups
 from megatron.neox_arguments import NeoXArgs
 from megatron.neox_arguments.unfinished import refuse_value
 from megatron.objectives.build import build_objective
-from megatron.optim.build import build_optimizer
-from megatron.optim.groups import rate_of
 from megatron.tokenizer.build import build_tokenizer
 
 log = get_logger(__name__)
-
-# A coordinate check's batch: rows, tokens of a row at most, and the vocabulary where the configuration does not say it.
-CHECK_ROWS, CHECK_TOKENS, CHECK_VOCAB = 8, 128, 1024
 
 
 def evaluate(args: NeoXArgs) -> dict[str, Any]:
@@ -107,39 +99,6 @@ def _until_told(told: Callable[[], int | None], batches: Iterable[Batch]) -> Ite
         if signal := told():
             raise StoppedError(signal)
         yield batch
-
-
-def coordinate_check(args: NeoXArgs, widths: Sequence[int], *, steps: int) -> list[Size]:
-    """Sizes of the configured model's activations at several values of hidden_size, over `steps` updates on one batch of random tokens.
-
-    The number of heads stays and the heads grow; a given intermediate_size grows in proportion. Weights are float32, the learning rate
-    stays at `lr`. Raises ConfigError for a width that the model cannot have.
-    """
-    if len(set(widths)) < 2 or steps < 1:
-        fix = "e.g. --widths 64,128,256 --steps 3"
-        raise ConfigError("a coordinate check needs two different widths and one step at least", where="--widths, --steps", fix=fix)
-    device = choose_device(0)
-    seq_length = min(required(args.model.seq_length, "seq_length"), CHECK_TOKENS)
-    vocab = args.model.padded_vocab_size or CHECK_VOCAB
-    tokens = torch.randint(vocab, (CHECK_ROWS, seq_length + 1), generator=torch.Generator().manual_seed(args.run.seed)).to(device)
-
-    def make(width: int) -> Subject:
-        changed = at_width(args, width).replace(padded_vocab_size=vocab)
-        model = build_transformer(changed).to(device)
-        optimizer = build_optimizer(changed, model, device)
-        for group in optimizer.param_groups:
-            group["lr"] = rate_of(group, required(changed.optim.lr, "lr"))
-        return Subject(model=model, optimizer=optimizer, max_norm=changed.optim.gradient_clipping)
-
-    return measure(make, sorted(set(widths)), tokens, steps)
-
-
-def at_width(args: NeoXArgs, width: int) -> NeoXArgs:
-    """The configuration with another hidden_size, for one process in float32."""
-    inner = args.model.intermediate_size
-    wide = None if inner is None else inner * width // required(args.model.hidden_size, "hidden_size")
-    plain = {"precision": "fp32", "fp16": None, "bf16": None, "zero_optimization": {"stage": 0}, "torch_compile": False}
-    return args.replace(hidden_size=width, intermediate_size=wide, coord_check=False, **plain)
 
 
 def write_results(results: dict[str, Any], path: Path) -> Path:

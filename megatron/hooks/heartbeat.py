@@ -10,12 +10,12 @@ from megatron.engine.base import Engine, StepResult
 from megatron.hooks.base import Hook, TrainState, Verdict
 from megatron.hooks.checkpointing import CheckpointHook, WorkerHook
 from megatron.hooks.validation import ValidationHook
-from megatron.launch.heartbeat import EVALUATE, SAVE, STEP, Pulse
+from megatron.launch.heartbeat import EVALUATE, SAVE, STEP, RankProgress
 
 
 def _in_phase(name: str) -> Any:
     def call(self: Phased, *given: Any) -> Any:
-        with self.pulse.during(self.phase):
+        with self.progress.during(self.phase):
             return getattr(self.hook, name)(*given)
 
     return call
@@ -24,9 +24,9 @@ def _in_phase(name: str) -> Any:
 class Phased(Hook):
     """A hook during which the rank is in a phase."""
 
-    def __init__(self, hook: Hook, pulse: Pulse, phase: str) -> None:
+    def __init__(self, hook: Hook, progress: RankProgress, phase: str) -> None:
         self.hook = hook
-        self.pulse = pulse
+        self.progress = progress
         self.phase = phase
 
     on_start = _in_phase("on_start")
@@ -43,30 +43,30 @@ class Phased(Hook):
 class FirstHook(Hook):
     """Stands before all others: a step has ended."""
 
-    def __init__(self, pulse: Pulse) -> None:
-        self.pulse = pulse
+    def __init__(self, progress: RankProgress) -> None:
+        self.progress = progress
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """The step is progress."""
-        self.pulse.end_step()
+        self.progress.end_step()
         return Verdict.CONTINUE
 
 
 class LastHook(Hook):
     """Stands after all others: the next step begins."""
 
-    def __init__(self, pulse: Pulse) -> None:
-        self.pulse = pulse
+    def __init__(self, progress: RankProgress) -> None:
+        self.progress = progress
 
     def on_start(self, state: TrainState, engine: Engine) -> None:
         """The first step, and from now on each micro batch is progress, too."""
         module = engine.module()
-        module.register_forward_pre_hook(lambda module, inputs: self.pulse.beat())
-        self.pulse.begin_step(state.iteration + 1)
+        module.register_forward_pre_hook(lambda module, inputs: self.progress.beat())
+        self.progress.begin_step(state.iteration + 1)
 
     def after_step(self, state: TrainState, result: StepResult, engine: Engine) -> Verdict:
         """The next one."""
-        self.pulse.begin_step(state.iteration + 1)
+        self.progress.begin_step(state.iteration + 1)
         return Verdict.CONTINUE
 
 
@@ -77,6 +77,6 @@ def phase_of(hook: Hook) -> str:
     return EVALUATE if isinstance(hook, ValidationHook) else STEP
 
 
-def watched(hooks: Sequence[Hook], pulse: Pulse) -> list[Hook]:
+def watched(hooks: Sequence[Hook], progress: RankProgress) -> list[Hook]:
     """The same hooks; the watchdog is told what they do."""
-    return [FirstHook(pulse), *(Phased(hook, pulse, phase_of(hook)) for hook in hooks), LastHook(pulse)]
+    return [FirstHook(progress), *(Phased(hook, progress, phase_of(hook)) for hook in hooks), LastHook(progress)]

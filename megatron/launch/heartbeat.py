@@ -75,7 +75,7 @@ SETUP, STEP, EVALUATE, SAVE, LOAD, ENDED, FAILED = "setup", "step", "evaluate", 
 OVER = (ENDED, FAILED)
 
 
-class Pulse:
+class RankProgress:
     """Step, phase and a count of moves. One thread writes, others read; each field alone is enough for them, so no lock is held.
 
     moves: grows with every sign of progress: a step, a micro batch, a batch of an evaluation, a phase

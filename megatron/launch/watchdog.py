@@ -21,7 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from megatron.launch import heartbeat
-from megatron.launch.heartbeat import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Heartbeat, Pulse
+from megatron.launch.heartbeat import ENDED, FAILED, LOAD, OVER, SAVE, SETUP, Heartbeat, RankProgress
 from megatron.launch.rank_events import write_failure
 from megatron.secrets import redact
 
@@ -64,9 +64,9 @@ class WatchPlan:
 class Watch:
     """The thread. `start` it in the thread that trains, and `stop` it at the end."""
 
-    def __init__(self, plan: WatchPlan, pulse: Pulse, *, end: Callable[[int], object] = os._exit) -> None:
+    def __init__(self, plan: WatchPlan, progress: RankProgress, *, end: Callable[[int], object] = os._exit) -> None:
         self.plan = plan
-        self.pulse = pulse
+        self.progress = progress
         self._end = end
         self._over = threading.Event()
         self._watched = threading.get_ident()
@@ -89,7 +89,7 @@ class Watch:
         self._thread.join(timeout=LATE_AT_LEAST_S)
         if self.plan.note is not None:
             faulthandler.cancel_dump_traceback_later()
-        self.pulse.phase = phase
+        self.progress.phase = phase
         self._write()
 
     # The thread
@@ -113,14 +113,14 @@ class Watch:
                 self._tell_and_end()
 
     def _look(self, passed_s: float) -> None:
-        moves, moved = self.pulse.moves, _bytes_moved()
-        with_files = self.pulse.phase in (SETUP, SAVE, LOAD) and moved - self._bytes >= MOVED_BYTES
+        moves, moved = self.progress.moves, _bytes_moved()
+        with_files = self.progress.phase in (SETUP, SAVE, LOAD) and moved - self._bytes >= MOVED_BYTES
         self._idle_s = 0.0 if moves != self._moves or with_files else self._idle_s + passed_s
         self._moves, self._bytes = moves, moved
 
     def _limit_s(self) -> float | None:
         limit = self.plan.limit_s
-        patient = not self.pulse.warm or self.pulse.phase in (SAVE, LOAD)
+        patient = not self.progress.warm or self.progress.phase in (SAVE, LOAD)
         return limit if limit is None or not patient else PATIENT * limit
 
     def _write(self, stack: traceback.StackSummary | None = None) -> Heartbeat:
@@ -129,9 +129,9 @@ class Watch:
             rank=self.plan.rank,
             host=self.plan.host,
             pid=os.getpid(),
-            step=self.pulse.step,
-            phase=self.pulse.phase,
-            moves=self.pulse.moves,
+            step=self.progress.step,
+            phase=self.progress.phase,
+            moves=self.progress.moves,
             idle_s=round(self._idle_s, 3),
             limit_s=self._limit_s(),
             time=time.time(),
@@ -183,7 +183,7 @@ class Watch:
             if all(record.standing is not None for record, _ in others) or time.monotonic() >= deadline:
                 break
             self._over.wait(min(self._tick_s, SHORT_S))
-            if self.pulse.moves != self._moves or self._over.is_set():
+            if self.progress.moves != self._moves or self._over.is_set():
                 return  # it goes on after all
         ranks = [own, *(self._as_seen(record, age) for record, age in others)]
         self._leave(sorted(ranks, key=lambda rank: rank.rank), "".join(stack.format()).rstrip())
@@ -230,14 +230,14 @@ def _bytes_moved() -> int:
 
 
 @contextmanager
-def watching(plan: WatchPlan) -> Iterator[Pulse]:
-    """Watch what is inside, which tells its progress through the Pulse."""
-    pulse = Pulse()
-    watch = Watch(plan, pulse)
+def watching(plan: WatchPlan) -> Iterator[RankProgress]:
+    """Watch what is inside, which notes its progress in what it is given."""
+    progress = RankProgress()
+    watch = Watch(plan, progress)
     watch.start()
     phase = FAILED
     try:
-        yield pulse
+        yield progress
         phase = ENDED
     finally:
         watch.stop(phase)

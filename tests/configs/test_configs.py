@@ -70,7 +70,7 @@ def test_every_model_loads_on_eight_ranks_and_for_deepspeed() -> None:
 
 
 def test_every_model_has_the_published_number_of_parameters() -> None:
-    from megatron.model.build import build_spec
+    from megatron.model.build_spec import build_spec
     from megatron.model.slots import parameter_count
 
     found = {}
@@ -82,7 +82,7 @@ def test_every_model_has_the_published_number_of_parameters() -> None:
 
 
 def test_quickstart_is_a_small_model_for_one_to_eight_ranks() -> None:
-    from megatron.model.build import build_spec
+    from megatron.model.build_spec import build_spec
     from megatron.model.slots import parameter_count
 
     for ranks in (1, 2, 4, 8):

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.checkpoint.formats.neox_files import load_canonical
 from megatron.checkpoint.mapping.families import NEOX_LEGACY, NEOX_TE, canonical_weights, family_of, neox_keys
 from megatron.checkpoint.mapping.rows import Family, from_canonical, to_canonical
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs
 

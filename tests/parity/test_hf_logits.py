@@ -12,7 +12,7 @@ from megatron.checkpoint.formats.hf_files import read_state
 from megatron.checkpoint.formats.neox_files import load_canonical
 from megatron.checkpoint.mapping.families import family_of, hf_config, neox_keys
 from megatron.checkpoint.mapping.rows import from_canonical, to_canonical
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs
 from support.foreign import load_hf, write_model

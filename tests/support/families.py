@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.spec import ModelSpec
 from megatron.neox_arguments import NeoXArgs
 from support.tiny import tiny

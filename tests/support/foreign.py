@@ -16,7 +16,7 @@ from megatron.checkpoint.formats.neox_files import load_canonical
 from megatron.checkpoint.loading.merge_tp import shapes_of
 from megatron.checkpoint.mapping.families import family_named, family_of, neox_keys
 from megatron.checkpoint.mapping.rows import bound_rows, to_canonical
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.spec import ModelSpec
 from megatron.neox_arguments import NeoXArgs
 

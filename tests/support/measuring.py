@@ -86,7 +86,8 @@ def by_plain_torch(folder: str, steps: int = 2) -> list[dict[str, Any]]:
     from megatron.data.build import build_data
     from megatron.engine.build import join_job
     from megatron.engine.loss_normalization import contexts, step_totals, targets_of
-    from megatron.model.build import build_spec, build_transformer
+    from megatron.model.build import build_transformer
+    from megatron.model.build_spec import build_spec
     from megatron.mpu.context import ContextPlan
     from megatron.objectives.build import build_objective
     from megatron.optim.build import build_optimizer

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     given, others = parser().parse_known_args(argv)
     args = consume_neox_args(others, overwrites={**ALONE, "coord_check": False})
     # Imported only now: a mistake in the configuration is reported before seconds go into loading torch.
-    from megatron.evaluation.build import coordinate_check
+    from megatron.evaluation.build_coordinates import coordinate_check
     from megatron.evaluation.coordinates import slopes, steepest, write_report
 
     sizes = coordinate_check(args, given.widths, steps=given.steps)

@@ -36,7 +36,8 @@ from megatron.checkpoint.steps.manifest import read_manifest
 from megatron.checkpoint.steps.step_dirs import find_tag, named_step, step_of, step_tag
 from megatron.errors import ConfigError
 from megatron.log import get_logger
-from megatron.model.build import build_spec, parameter_dtype
+from megatron.model.build import parameter_dtype
+from megatron.model.build_spec import build_spec
 from megatron.model.spec import ModelSpec
 from megatron.neox_arguments import NeoXArgs
 from megatron.tokenizer.build import build_tokenizer

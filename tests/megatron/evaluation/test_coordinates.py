@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import ConfigError, TrainingError
-from megatron.evaluation.build import at_width, coordinate_check
+from megatron.evaluation.build_coordinates import at_width, coordinate_check
 from megatron.evaluation.coordinates import KINDS, Size, slopes, steepest, write_report
 from megatron.neox_arguments import NeoXArgs
 from support.tiny import tiny

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from megatron.launch import heartbeat, watchdog
-from megatron.launch.heartbeat import SAVE, Heartbeat, Pulse
+from megatron.launch.heartbeat import SAVE, Heartbeat, RankProgress
 from megatron.launch.watchdog import Standing, Watch, WatchPlan, causes, standing_of, watching
 
 INTERVAL_S, LIMIT_S = 0.1, 1.2
@@ -51,12 +51,12 @@ def other(**changes: Any) -> Heartbeat:
     return Heartbeat(**{**values, **changes})
 
 
-def warm() -> Pulse:
-    pulse = Pulse()
-    pulse.begin_step(1)
-    pulse.end_step()
-    pulse.begin_step(2)
-    return pulse
+def warm() -> RankProgress:
+    progress = RankProgress()
+    progress.begin_step(1)
+    progress.end_step()
+    progress.begin_step(2)
+    return progress
 
 
 def record(tmp_path: Path, rank: int = 0) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def record(tmp_path: Path, rank: int = 0) -> dict[str, Any]:
 
 def test_a_file_follows_the_run_and_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    with watching(plan(tmp_path, limit_s=None)) as pulse:
-        pulse.begin_step(3)
-        with pulse.during(SAVE):
+    with watching(plan(tmp_path, limit_s=None)) as progress:
+        progress.begin_step(3)
+        with progress.during(SAVE):
             time.sleep(3 * INTERVAL_S)
             first = record(tmp_path)
     assert (first["rank"], first["step"], first["phase"], first["pid"]) == (0, 3, "save", os.getpid())
@@ -87,8 +87,8 @@ def test_without_folder_and_limit_there_is_no_thread() -> None:
 
 
 def test_who_stands_still_is_ended_with_its_stack(tmp_path: Path) -> None:
-    ended, pulse = Ended(), warm()
-    guard = Watch(plan(tmp_path), pulse, end=ended)
+    ended, progress = Ended(), warm()
+    guard = Watch(plan(tmp_path), progress, end=ended)
     guard.start()
     began = time.monotonic()
     assert ended.happened.wait(20)  # this line is the one that hangs
@@ -102,14 +102,14 @@ def test_who_stands_still_is_ended_with_its_stack(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sign", ["moves", "setup", "another rank"])
 def test_who_is_slow_goes_on(tmp_path: Path, sign: str) -> None:
     """Moves within the limit; a first step, which may take three times as long; a rank that works while this one waits for it."""
-    ended, pulse = Ended(), Pulse() if sign == "setup" else warm()
-    guard = Watch(plan(tmp_path, world=2 if sign == "another rank" else 1), pulse, end=ended)
+    ended, progress = Ended(), RankProgress() if sign == "setup" else warm()
+    guard = Watch(plan(tmp_path, world=2 if sign == "another rank" else 1), progress, end=ended)
     (tmp_path / "heartbeat").mkdir()
     guard.start()
     # Long enough for a watch that errs to have compared notes and ended it.
     for _ in range(8):
         if sign == "moves":
-            pulse.beat()
+            progress.beat()
         if sign == "another rank":
             heartbeat.write(tmp_path / "heartbeat", other())
         assert not ended.happened.wait(LIMIT_S / 4)
@@ -121,8 +121,8 @@ def test_a_rank_that_is_not_heard_of_is_told_of_by_another(tmp_path: Path) -> No
     heartbeat.write(tmp_path / "heartbeat", other())
     past = time.time() - 100
     os.utime(tmp_path / "heartbeat" / "rank_1.json", (past, past))
-    ended, pulse = Ended(), warm()
-    guard = Watch(plan(tmp_path, world=2), pulse, end=ended)
+    ended, progress = Ended(), warm()
+    guard = Watch(plan(tmp_path, world=2), progress, end=ended)
     guard.start()
     assert ended.happened.wait(20)
     guard.stop()
@@ -137,7 +137,7 @@ def test_while_files_are_written_bytes_are_progress(tmp_path: Path) -> None:
     guard = Watch(plan(tmp_path), warm(), end=Ended())
     guard._look(1.0)
     for phase, idle in (("save", 0.0), ("step", 1.0)):
-        guard.pulse.phase = phase
+        guard.progress.phase = phase
         (tmp_path / "large").write_bytes(bytes(2 << 20))
         guard._look(1.0)
         assert guard._idle_s == idle

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron.errors import ConfigError
-from megatron.model.build import build_spec, build_transformer, mlp_convention_of, mlp_width
+from megatron.model.build import build_transformer
+from megatron.model.build_spec import build_spec, mlp_convention_of, mlp_width
 from megatron.model.recompute import Recompute
 from megatron.model.slots import parameter_count
 from megatron.model.spec import BackendName, NormKind, NormSpec, Positions, Residual, RopeScaling, RotarySpec

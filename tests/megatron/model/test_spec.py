@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.spec import with_mup
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs

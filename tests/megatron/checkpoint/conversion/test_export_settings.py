@@ -16,7 +16,7 @@ from megatron.checkpoint.conversion.export import Export, family_for, tokenizer_
 from megatron.checkpoint.formats.hf_files import read_state
 from megatron.checkpoint.mapping.families import family_named
 from megatron.errors import CheckpointError, ConfigError
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.neox_arguments import NeoXArgs
 from support.hf import GOLDEN
 from support.tiny import tiny

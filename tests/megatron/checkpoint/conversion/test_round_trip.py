@@ -19,7 +19,7 @@ from megatron.checkpoint.mapping.families import hf_config
 from megatron.checkpoint.mapping.meta_llama import META_LLAMA
 from megatron.checkpoint.mapping.rows import from_canonical
 from megatron.checkpoint.steps.manifest import Verify, look_at
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.neox_arguments import NeoXArgs
 from support.foreign import CONFIGS, check_same, make_hf
 

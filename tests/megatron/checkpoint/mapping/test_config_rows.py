@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron.checkpoint.mapping.families import family_named, hf_config, neox_keys
 from megatron.checkpoint.mapping.position_rows import LayerWindows
 from megatron.errors import ConfigError
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.slots import parameter_count
 from megatron.neox_arguments import NeoXArgs
 from support.families import STYLES, family_spec

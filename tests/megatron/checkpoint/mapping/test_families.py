@@ -20,7 +20,7 @@ from megatron.checkpoint.mapping.families import (
 )
 from megatron.checkpoint.mapping.rows import from_canonical
 from megatron.errors import CheckpointError
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.spec import ModelSpec
 from megatron.model.transformer import Transformer
 from megatron.mpu.sharding import join, split

@@ -16,7 +16,7 @@ from megatron.checkpoint.mapping.families import hf_config, neox_keys
 from megatron.checkpoint.mapping.meta_llama import META_LLAMA, read_meta
 from megatron.checkpoint.mapping.rows import from_canonical, to_canonical
 from megatron.errors import CheckpointError, ConfigError
-from megatron.model.build import build_spec
+from megatron.model.build_spec import build_spec
 from megatron.model.transformer import Transformer
 from megatron.neox_arguments import NeoXArgs
 
