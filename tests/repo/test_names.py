@@ -13,8 +13,8 @@ RETIRED = """
     mend mended Rewinder Pieces put_away bring_back whole_weight spread_anew Trove trove Wish disturbing.py adopting respreading
     rewinding persistence.py accounting.py forward_check sight.py stream.py blockwise.py data/making data/finished opening.py patience.py
     ledger.py passes.py near.py segment.py draft.py idle.py translate.py world.py payload.py settle.py characters.py watching.py
-    locking.py noise.py wire.py reach.py pulse.py Pulse stuck.py launched.py changes.py durable.py completing.py publishing.py hf_address hf_store
-    companions.py ahead.py foreign.py comparing.py
+    locking.py noise.py wire.py reach.py pulse.py Pulse stuck.py launched.py changes.py durable.py completing.py publishing.py hf_address
+    hf_store companions.py ahead.py foreign.py comparing.py
 """.split()
 """What `documentation/renamed.md` translates: names that nobody from the field would search for."""
 
