@@ -17,7 +17,7 @@ from megatron import fault_injection
 from megatron.checkpoint.build import STARTED_FROM, CheckpointSource, Take, choose_source, compared_args, own_folder
 from megatron.checkpoint.conversion.build import require_exportable
 from megatron.checkpoint.formats.neox_files import bookkeeping
-from megatron.checkpoint.loading.hf_model import HFModel
+from megatron.checkpoint.loading.hf_view import HFModel
 from megatron.checkpoint.loading.resume_state import SCHEDULE, tell_changes, watched_values
 from megatron.checkpoint.steps.manifest import Verify
 from megatron.data.batch import Batch, counting_samples

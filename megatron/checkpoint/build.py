@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron.checkpoint.formats.neox_files import bookkeeping
-from megatron.checkpoint.loading.hf_model import HFFolder, HFModel, fetch, is_hf
+from megatron.checkpoint.loading.hf_view import HFFolder, HFModel, fetch, is_hf
 from megatron.checkpoint.loading.merge_tp import MLP_OUTPUTS, Shard, read_shards, shard_for, width_over
 from megatron.checkpoint.loading.resume_state import COMPARED_ARGS, only_filling_differs
 from megatron.checkpoint.steps.discovery import Search, find, nothing_saved

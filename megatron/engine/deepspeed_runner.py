@@ -262,7 +262,7 @@ class Runner:
         folder = directory / tag
         if not self._fits(folder):
             stored, ours = stored_layout(folder), self._layout()
-            log.info("the checkpoint was written at: %s; this run has: %s; its weights and optimizer are spread anew", stored, ours)
+            log.info("the checkpoint was written at: %s; this run has: %s; its weights and optimizer are resharded", stored, ours)
             state = load_resharded(self.deepspeed, self.groups, folder, spec)
             if state.get("lr_scheduler") is not None:
                 self.schedule.load_state_dict(state["lr_scheduler"])

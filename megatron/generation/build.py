@@ -13,7 +13,7 @@ from typing import TextIO
 import torch
 
 from megatron.checkpoint.build import Weights, hf_shapes, hf_spec, search_of, spec_for
-from megatron.checkpoint.loading.hf_model import ROWS, HFModel, fetch, is_hf
+from megatron.checkpoint.loading.hf_view import ROWS, HFModel, fetch, is_hf
 from megatron.checkpoint.loading.merge_tp import read_shards, shard_for, width_over
 from megatron.checkpoint.steps.discovery import find
 from megatron.engine.build import build_model, join_job

@@ -122,7 +122,7 @@ def test_two_ranks_then_one_then_two_take_every_sample_once(tmp_path: Path) -> N
         dies = [{"site": "step", "step": last + 1, "action": "kill"}]
         job = Job(tmp_path / "changing", settings(tmp_path / "changing", world, **common), faults=dies, env=DEBUG, launched=False)
         assert (job.wait(200) == 0) is (last == 12), job.output[-3000:]
-        assert last == 4 or "spread anew" in job.output
+        assert last == 4 or "are resharded" in job.output
         found += taken(job)
     assert len(set(found)) == 12 and found == taken(whole)
     assert {step: loss for step, (loss, *_) in steps_of(whole).items()} == pytest.approx(job.losses(), rel=1e-6)

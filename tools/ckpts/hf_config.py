@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere, installed or not
 
-from megatron.checkpoint.loading.hf_model import PREFIX, HFModel, fetch, ready_yaml  # noqa: E402  # noqa: E402
+from megatron.checkpoint.loading.hf_view import PREFIX, HFModel, fetch, ready_yaml  # noqa: E402  # noqa: E402
 from megatron.errors import ConfigError  # noqa: E402
 from megatron.neox_arguments.cli import run_face  # noqa: E402
 from megatron.tool_flags import ToolParser  # noqa: E402

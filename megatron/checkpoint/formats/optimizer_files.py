@@ -19,7 +19,7 @@ RECORD = "optimizer_parameters"
 """Key of a model rank's file: {"form": what keeps the optimizer, "kind": the optimizer, "groups": canonical names, group by group}."""
 
 
-NAMELESS = "the checkpoint does not say which parameters its optimizer's numbers belong to, so they cannot be spread anew"
+NAMELESS = "the checkpoint does not say which parameters its optimizer's numbers belong to, so they cannot be resharded"
 
 
 def read_optimizer(folder: Path) -> list[OptimizerShard]:

@@ -109,7 +109,7 @@ class RunLock:
 
 @contextmanager
 def held(directory: Path) -> Iterator[RunLock]:
-    """Hold the lock of `directory`, made if need be, until the block is left. A folder made in vain is removed.
+    """Hold the lock of `directory`, made if need be, until the block is left. A folder that it made and did not use is removed.
 
     Raises ConfigError when another run holds it, or when it cannot be written.
     """

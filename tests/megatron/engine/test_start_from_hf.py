@@ -83,7 +83,7 @@ def check_run(folder: Path, steps: tuple[int, ...]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from megatron.checkpoint.loading.hf_model import fetch
+    from megatron.checkpoint.loading.hf_view import fetch
     from megatron.checkpoint.steps.manifest import problems_of, read_manifest
     from megatron.generation.build import load_model
     from megatron.neox_arguments import NeoXArgs

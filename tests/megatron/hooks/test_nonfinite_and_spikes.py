@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows from numbers that are none and from losses that jump, step by step."""
+"""What follows from NaN or Inf and from losses that jump, step by step."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron.checkpoint.build import Take, choose_source, hf_spec, opened
-from megatron.checkpoint.loading.hf_model import HFAddress, HFModel, fetch, is_hf, parse, ready_yaml
+from megatron.checkpoint.loading.hf_view import HFAddress, HFModel, fetch, is_hf, parse, ready_yaml
 from megatron.checkpoint.mapping.families import FAMILIES
 from megatron.checkpoint.mapping.rows import Family
 from megatron.errors import CheckpointError, ConfigError
