@@ -50,7 +50,7 @@ class Small:
 
     def step(self, count: int) -> None:
         engine = self.runner.deepspeed
-        self.runner.set_micro_batches(count)
+        private.set_micro_batches(engine, count)
         for number in range(count):
             engine.set_gradient_accumulation_boundary(number == count - 1)
             x = torch.arange(6.0).add(1 + number + 10 * self.rank).to(self.model.weight.dtype)[None] / 16
