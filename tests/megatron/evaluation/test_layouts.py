@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from support.jobs import Job
 from support.tiny import tiny
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,9 +23,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def losses(folder: Path, ranks: int, layout: dict[str, Any]) -> dict[str, Any]:
+def losses(folder: Path, ranks: int, layout: dict[str, Any], *, launched: bool = False) -> dict[str, Any]:
     """The results that eval.py writes for the recorded checkpoint."""
-    folder.mkdir()
     data = str(GOLDEN / "train" / "data" / "corpus_text_document")
     config = tiny(
         "neox",
@@ -37,23 +33,18 @@ def losses(folder: Path, ranks: int, layout: dict[str, Any]) -> dict[str, Any]:
         vocab_file=str(GOLDEN / "tokenizer" / "tokenizer.json"),
         index_map_dir=str(folder),
         eval_iters=2,
+        eval_results_prefix=str(folder / "of"),
+        save=str(folder / "run"),
+        checkpoint_factor=1000,
         train_batch_size=4,
         train_micro_batch_size_per_gpu=1,
         gradient_accumulation_steps=None,
         **{f"{split}_data_paths": [data] for split in ("train", "valid", "test")},
         **layout,
     )
-    (folder / "config.yml").write_text(yaml.safe_dump(config))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "eval.py"), "config.yml"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (written,) = folder.glob("eval_results_*.json")
+    job = Job(folder, config, script="eval.py", launched=launched)
+    assert job.wait(100) == 0, job.output[-3000:]
+    (written,) = folder.glob("of*eval_results_*.json")
     return dict(json.loads(written.read_text())["results"])
 
 
@@ -63,6 +54,7 @@ def test_losses_are_those_of_one_process(tmp_path: Path) -> None:
     alone = losses(tmp_path / "alone", 1, {})
     assert set(alone) == {"validation", "test"} and alone["validation"]["lm_loss"] > 1
     for name, layout in LAYOUTS.items():
-        found = losses(tmp_path / name, 2, layout)
+        # Once as a person calls it, through deepy.py.
+        found = losses(tmp_path / name, 2, layout, launched=name == "tensor")
         for split, metrics in alone.items():
             assert found[split] == pytest.approx(metrics, rel=1e-5), (name, split)
