@@ -25,7 +25,7 @@ from megatron.checkpoint.steps.upload import Uploader
 from megatron.hub.s3 import Address, open_client, require_boto3
 from megatron.log import get_logger
 from megatron.model.build_spec import build_spec, mlp_convention_of
-from megatron.model.spec import ModelSpec
+from megatron.model.spec import MLPSpec, ModelSpec
 from megatron.mpu.collectives import on_first_rank
 from megatron.mpu.groups import Group
 from megatron.neox_arguments import NeoXArgs
@@ -180,11 +180,12 @@ def spec_for(args: NeoXArgs, folder: Path | None) -> ModelSpec:
     FORMAT: GPT-NeoX reads `intermediate_size` of a gated MLP as 3/2 of the width, its fork as the width itself.
     """
     spec = build_spec(args)
-    if folder is None or not spec.blocks[0].mlp.gated:
+    gated = next((block.ffn for block in spec.blocks if isinstance(block.ffn, MLPSpec) and block.ffn.gated), None)
+    if folder is None or gated is None:
         return spec
-    width = width_over(read_shards(folder), MLP_OUTPUTS, 1) or spec.blocks[0].mlp.width
+    width = width_over(read_shards(folder), MLP_OUTPUTS, 1) or gated.width
     convention = mlp_convention_of(args, width)
-    if convention is None or width == spec.blocks[0].mlp.width:
+    if convention is None or width == gated.width:
         return spec
     what = "intermediate_size %s is read in the %s sense, MLP width %d, as in the checkpoint %s"
     log.info(what, args.model.intermediate_size, convention, width, folder)

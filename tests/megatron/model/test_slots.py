@@ -253,6 +253,52 @@ def test_two_pipeline_stages_train_like_the_plain_model(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1])
 
 
+def with_toys(spec: ModelSpec) -> ModelSpec:
+    """A configured model whose first layer is of the toys."""
+    first = replace(spec.blocks[0], mixer=DecaySpec(hidden_size=spec.hidden_size, width=24), ffn=BalancedSpec(mlp=spec.blocks[0].ffn))
+    return replace(spec, blocks=(first, *spec.blocks[1:]))
+
+
+def trained(rank: int, world: int, folder: str) -> dict[str, list[float]]:
+    """Losses by iteration of whole runs: six steps of two tensor ranks; four, two more, and two more over two stages."""
+    import json
+
+    from megatron.checkpoint import build as opening
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.training import pretrain
+    from support.jobs import settings
+
+    register()
+    plain = opening.build_spec
+    opening.build_spec = lambda *args, **kwargs: with_toys(plain(*args, **kwargs))
+
+    def losses(name: str, load: str, steps: int, **layout: Any) -> list[float]:
+        place = {"save": f"{folder}/{name}", "load": f"{folder}/{load}", "train_iters": steps, "lr_decay_iters": 8}
+        fixed = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "checkpoint_activations": True}
+        pretrain(NeoXArgs.from_dict(settings(Path(folder), world, **{**place, **fixed, **layout})))
+        rows = [json.loads(line) for line in Path(folder, name, "metrics.jsonl").read_text().splitlines()]
+        return [row["lm_loss"] for row in rows if "lm_loss" in row]
+
+    two = {"model_parallel_size": 2}
+    return {
+        "whole": losses("whole", "whole", 6, **two),
+        "first": losses("parts", "parts", 4, **two),
+        "more": losses("parts", "parts", 6, **two)[4:],
+        "whole, more": losses("whole", "whole", 8, **two)[6:],
+        "stages": losses("stages", "parts", 8, pipe_parallel_size=2),
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(150)
+def test_whole_runs_resume_and_change_their_layout(tmp_path: Path) -> None:
+    """From the configuration to the checkpoint and back, optimizer included, as any other layer."""
+    for found in run_distributed(trained, world=2, timeout_s=120.0, init=False, folder=str(tmp_path)):
+        assert found["first"] + found["more"] == found["whole"]
+        assert len(set(found["whole"])) == 6
+        assert found["stages"] == pytest.approx(found["whole, more"], rel=1e-5)
+
+
 QK = {"qk_norm": norm_spec(size=8)}
 SPECS = [
     *(model_spec(residual=residual) for residual in Residual),
