@@ -17,6 +17,7 @@ import os
 import pickle
 import pkgutil
 import runpy
+import secrets
 import signal
 import socket
 import struct
@@ -33,7 +34,9 @@ from support.tiny import tiny
 from support.tree import ROOT
 
 ADDRESS = "TESTS_FORKSERVER"
-"""Environment variable: the path of the server's socket."""
+"""Environment variable: the name of the server's socket."""
+ABSTRACT = "\0"
+"""In front of the name of a socket that has no file, and so no limit on how long a folder's name is."""
 
 # Also what torch and DeepSpeed import only on first use.
 PRELOADED = (
@@ -137,7 +140,7 @@ def start(
     if ADDRESS in os.environ:
         log.touch()
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(os.environ[ADDRESS])
+        connection.connect(ABSTRACT + os.environ[ADDRESS])
         return Forked(connection, Program(words, str(cwd), dict(env), str(log), str(errors)))
     with log.open("ab") as out, errors.open("ab") as err:
         return subprocess.Popen(
@@ -165,21 +168,21 @@ def serving() -> Iterator[None]:
     if ADDRESS in os.environ or sys.platform != "linux" or os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="forkserver-") as folder:
-        server = _listen(Path(folder) / "socket")
-        os.environ[ADDRESS] = str(Path(folder) / "socket")
-        try:
-            yield
-        finally:
-            del os.environ[ADDRESS]
-            server.kill()
-            server.wait()
+    name = f"tests-forkserver-{os.getpid()}-{secrets.token_hex(4)}"
+    server = _listen(name)
+    os.environ[ADDRESS] = name
+    try:
+        yield
+    finally:
+        del os.environ[ADDRESS]
+        server.kill()
+        server.wait()
 
 
-def _listen(path: Path) -> subprocess.Popen[bytes]:
-    """Start a server on this socket."""
+def _listen(name: str) -> subprocess.Popen[bytes]:
+    """Start a server on the socket of this name."""
     listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(path))
+    listening.bind(ABSTRACT + name)
     listening.listen(64)
     environment = {
         **os.environ,
