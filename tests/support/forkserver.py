@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import os
 import pickle
@@ -74,6 +75,9 @@ def preload() -> None:
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):  # an optional package is not installed
                 importlib.import_module(module.name)
+    # The collector of a forked process leaves what is imported alone, and so shares its pages.
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
