@@ -9,7 +9,7 @@ usage() {
     cat <<'TXT'
 usage: bash run_tests.sh [options] [pytest arguments]
 
-Runs the tests under tests/ (or those named) with pytest, two at a time, on the CPU. A run of all tests also checks
+Runs the tests under tests/ (or those named) with pytest, three at a time, on the CPU. A run of all tests also checks
 lint, layout, types and import rules beside them, reports these last and fails when one of them fails.
 
   --full        also the tests marked full (slow)
@@ -30,7 +30,8 @@ on_libraries=(tests/parity tests/megatron/checkpoint tests/megatron/data tests/m
     tests/tools tests/test_prepare_hf_dataset.py)
 
 setup=1 oldest=0 checks=0
-arguments=() named=0 workers=2
+# One more than two cores: many tests wait for a limit, a signal or another rank.
+arguments=() named=0 workers=3
 previous=""
 for argument in "$@"; do
     case "$argument" in
