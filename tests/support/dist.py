@@ -46,7 +46,7 @@ class _Rank:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass
+            self.process.kill()  # it is gone, or so new that it leads no group yet
         self.process.wait()
 
     def tail(self) -> str:

@@ -103,7 +103,8 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """Nothing happens when it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """As `subprocess.Popen.kill`: the process alone."""
@@ -246,8 +247,9 @@ def _look_after(pid: int, running: dict[int, socket.socket]) -> None:
     except BlockingIOError:
         gone = False
     if gone:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        for kill in (os.killpg, os.kill):  # a process that was forked just now leads no group yet
+            with contextlib.suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
     ended, status = os.waitpid(pid, 0 if gone else os.WNOHANG)
     if ended:
         _tell(connection, os.waitstatus_to_exitcode(status))
